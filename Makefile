@@ -1,0 +1,49 @@
+# make demo: sets up and trains CartPole-v1 to solved.  make test: sets up and passes all tests.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+PYTEST_ARGS ?= -n 2
+
+export OMP_WAIT_POLICY ?= PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.PHONY: install demo test lint unit soak bench-learning mutants clean
+
+install: $(STAMP)
+
+# torch first, on its own: pip then keeps a CPU build that lies in its find-links, and asks for no accelerator's libraries.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt '$(TORCH)'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[atari,box2d,mujoco,dev]'
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/shoal train CartPole-v1
+	$(BIN)/shoal evaluate latest
+
+test: lint unit
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict src
+	$(BIN)/lint-imports --no-timings --no-logo
+
+unit: lint
+	$(BIN)/pytest -m 'not soak' $(PYTEST_ARGS)
+
+soak: install
+	$(BIN)/pytest -m soak
+
+bench-learning: install
+	$(BIN)/python benchmarks/learning.py
+
+mutants: install
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutants]'
+	$(BIN)/mutmut run
+	$(BIN)/mutmut results
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis mutants

@@ -1,0 +1,280 @@
+"""What algorithms share: the base class, values and masks of a batch, minibatches, the optimizer, schedules and metrics.
+
+Legend: T rows, N environments (columns), M rows of a minibatch, P parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Generic, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shoal.config import AlgorithmConfig
+from shoal.experience.batch import Batch
+from shoal.networks.policy import Policy
+
+CHUNK_NUMBERS = 2**24  # observation numbers of one forward pass over a whole batch: bounds its memory
+
+
+@dataclass(frozen=True)
+class UpdateContext:
+    """What an update may depend on besides the batch and the algorithm's state.
+
+    Attributes:
+      update: updates before this one.
+      progress: share of the schedule that is done, in [0, 1].
+      rng: the stream of this update's permutations; the only source of randomness.
+    """
+
+    update: int
+    progress: float
+    rng: np.random.Generator
+
+
+ConfigT = TypeVar("ConfigT", bound=AlgorithmConfig)
+
+
+class Algorithm(Generic[ConfigT]):
+    """Turns batches into updates of the policy. A subclass writes `update`, and names its `Config` and `modes` where they differ.
+
+    Given the policy, the state and (batch, context), an update is deterministic: no clock, no global random numbers.
+
+    Attributes:
+      Config: model of its settings.
+      modes: of the engine, the default first: `sync` (one policy version per batch) or `async` (samples lag behind).
+    """
+
+    Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
+    modes: ClassVar[tuple[Literal["sync", "async"], ...]] = ("sync",)
+
+    def __init__(self, policy: Policy, config: ConfigT) -> None:
+        self.policy = policy
+        self.config = config
+        self.optimizer = Optimizer(policy, epsilon=config.adam_epsilon, max_gradient_norm=config.max_gradient_norm)
+
+    def update(self, batch: Batch, context: UpdateContext) -> dict[str, float]:
+        """Change the policy's parameters in place; returns metrics by the names of Stable-Baselines3, without `train/`."""
+        raise NotImplementedError(f"{type(self).__name__}.update")
+
+    def get_state(self) -> dict[str, Tensor]:
+        """Everything besides the policy's tensors that the next update depends on: copies, by name, flat."""
+        return self.optimizer.get_state()
+
+    def set_state(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `get_state`, exactly."""
+        self.optimizer.set_state(state)
+
+
+class Optimizer:
+    """Adam (Kingma & Ba 2014, arXiv:1412.6980) or RMSProp behind a clipped gradient norm, on one flat vector.
+
+    The policy's parameters become views of one tensor [P], so that a step is ten operations whatever the number of layers. Writing into
+    parameters, or replacing them, is noticed and works.
+
+    Args:
+      epsilon: added to the root of the second moment.
+      max_gradient_norm: the gradient is scaled down to this Euclidean norm.
+    Attributes:
+      steps: taken; skipped: refused, because the gradient was not finite (parameters and moments stay as they were).
+    """
+
+    def __init__(self, policy: nn.Module, *, epsilon: float, max_gradient_norm: float, kind: Literal["adam", "rmsprop"] = "adam") -> None:
+        self._parameters = [p for p in policy.parameters() if p.requires_grad]
+        self._epsilon, self._max_norm, self._kind = epsilon, max_gradient_norm, kind
+        self._betas = (0.9, 0.999) if kind == "adam" else (0.0, 0.99)
+        self._flatten()
+        self.first = torch.zeros_like(self._flat)
+        self.second = torch.zeros_like(self._flat)
+        self.steps = 0
+        self.skipped = 0
+
+    def _flatten(self) -> None:
+        self._flat = torch.cat([p.detach().reshape(-1) for p in self._parameters])
+        place = 0
+        self._places: list[int] = []
+        for parameter in self._parameters:
+            parameter.data = self._flat[place : place + parameter.numel()].view(parameter.shape)
+            self._places.append(parameter.data_ptr())
+            place += parameter.numel()
+
+    def step(self, loss: Tensor, learning_rate: float) -> float:
+        """One step down the gradient of `loss` (a scalar); returns the gradient's norm before clipping, non-finite where the step was refused."""
+        gradients = torch.autograd.grad(loss, self._parameters, materialize_grads=True, allow_unused=True)
+        if [p.data_ptr() for p in self._parameters] != self._places:
+            self._flatten()
+        gradient = torch.cat([g.reshape(-1) for g in gradients])
+        norm = float(gradient.norm())
+        if not math.isfinite(norm):
+            self.skipped += 1
+            return norm
+        if norm > self._max_norm:
+            gradient.mul_(self._max_norm / (norm + 1e-6))
+        self.steps += 1
+        self._apply(gradient, learning_rate)
+        return norm
+
+    def _apply(self, gradient: Tensor, learning_rate: float) -> None:
+        beta1, beta2 = self._betas
+        self.second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        if self._kind == "rmsprop":
+            self._flat.addcdiv_(gradient, self.second.sqrt().add_(self._epsilon), value=-learning_rate)
+            return
+        self.first.lerp_(gradient, 1 - beta1)
+        correction1, correction2 = 1 - beta1**self.steps, 1 - beta2**self.steps
+        denominator = self.second.sqrt().div_(math.sqrt(correction2)).add_(self._epsilon)
+        self._flat.addcdiv_(self.first, denominator, value=-learning_rate / correction1)
+
+    def get_state(self) -> dict[str, Tensor]:
+        """Copies: optimizer/first, optimizer/second float32 [P]; optimizer/steps, optimizer/skipped int64 []."""
+        return {
+            "optimizer/first": self.first.clone(),
+            "optimizer/second": self.second.clone(),
+            "optimizer/steps": torch.tensor(self.steps),
+            "optimizer/skipped": torch.tensor(self.skipped),
+        }
+
+    def set_state(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `get_state`."""
+        self.first.copy_(state["optimizer/first"])
+        self.second.copy_(state["optimizer/second"])
+        self.steps = int(state["optimizer/steps"])
+        self.skipped = int(state["optimizer/skipped"])
+
+
+def discount_TN(batch: Batch, gamma: float) -> Tensor:
+    """gamma, and 0 where the episode terminated: float32 [T, N]."""
+    return gamma * (~batch.terminated_TN).float()
+
+
+def cut_TN(batch: Batch) -> Tensor:
+    """Where row t + 1 does not follow row t: an episode ended, or the next row is not valid. bool [T, N]."""
+    cut = batch.ended_TN.clone()
+    cut[:-1] |= ~batch.valid_TN[1:]
+    return cut
+
+
+def _chunks(batch: Batch, num_rows: int) -> list[slice]:
+    numbers = sum(tensor[0, 0].numel() for tensor in batch.observation.values())
+    size = max(1, CHUNK_NUMBERS // max(1, numbers))
+    return [slice(begin, begin + size) for begin in range(0, num_rows, size)]
+
+
+def _next_value_TN(policy: Policy, batch: Batch, value_T1N: Tensor) -> Tensor:
+    """V of true successors; of episodes' last observations only truncated ones are evaluated (a discount of 0 hides the others)."""
+    final_value_F = torch.zeros(len(batch.final_index), device=value_T1N.device)
+    if len(batch.final_index):
+        t, n = batch.final_index.unbind(1)
+        wanted = (batch.truncated_TN[t, n] & ~batch.terminated_TN[t, n]).nonzero().squeeze(1)
+        if len(wanted):
+            final_value_F[wanted] = policy.value({name: value[wanted] for name, value in batch.final_observation.items()})
+    return batch.next_value_TN(value_T1N, final_value_F)
+
+
+@torch.no_grad()
+def values_TN(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
+    """V of every row's observation, and V of its true successor: float32 [T, N] each, without gradient."""
+    rows = {name: value.flatten(0, 1) for name, value in batch.observation.items()}
+    T, N = batch.reward_TN.shape
+    parts = [policy.value({name: value[part] for name, value in rows.items()}) for part in _chunks(batch, (T + 1) * N)]
+    value_T1N = torch.cat(parts).view(T + 1, N)
+    return value_T1N[:-1], _next_value_TN(policy, batch, value_T1N)
+
+
+@torch.no_grad()
+def evaluate_TN(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """log pi of the actions taken, V, and V of the true successor, all of the policy as it is now: float32 [T, N] each, without gradient."""
+    rows = {name: value.flatten(0, 1) for name, value in batch.observation.items()}
+    mask = None if batch.action_mask is None else batch.action_mask.flatten(0, 1)
+    action = torch.cat([batch.action, torch.zeros_like(batch.action[:1])]).flatten(0, 1)
+    T, N = batch.reward_TN.shape
+    log_probs, values = [], []
+    for part in _chunks(batch, (T + 1) * N):
+        observation = {name: value[part] for name, value in rows.items()}
+        distribution, value = policy.distribution_and_value(observation, None if mask is None else mask[part])
+        log_probs.append(distribution.log_prob(action[part]))
+        values.append(value)
+    value_T1N = torch.cat(values).view(T + 1, N)
+    log_prob_T1N = torch.cat(log_probs).view(T + 1, N)
+    return log_prob_T1N[:-1], value_T1N[:-1], _next_value_TN(policy, batch, value_T1N)
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """M valid rows. `rows["name"]` gives the [M] column that was passed to `minibatches` under that name.
+
+    Attributes:
+      observation: by field name, [M, ...]. action: [M, ...]. action_mask: bool [M, A] or None.
+    """
+
+    observation: dict[str, Tensor]
+    action: Tensor
+    action_mask: Tensor | None
+    columns: dict[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def __len__(self) -> int:
+        return len(self.action)
+
+
+def minibatches(batch: Batch, size: int | None, rng: np.random.Generator, **columns_TN: Tensor) -> Iterator[Minibatch]:
+    """One epoch: every valid row once, in random order, in minibatches of nearly equal length, none longer than `size` (None: all in one).
+
+    Args:
+      columns_TN: float32 [T, N] each, such as advantages; `rows[name]` holds their rows.
+    """
+    T = len(batch.valid_TN)
+    columns = torch.stack([column.reshape(-1) for column in columns_TN.values()], 1) if columns_TN else None
+    observation = {name: value[:T].flatten(0, 1) for name, value in batch.observation.items()}
+    mask = None if batch.action_mask is None else batch.action_mask[:T].flatten(0, 1)
+    action = batch.action.flatten(0, 1)
+    valid = batch.valid_TN.reshape(-1).nonzero().squeeze(1)
+    order = valid[torch.from_numpy(rng.permutation(len(valid))).to(valid.device)]
+    count = 1 if size is None else max(1, math.ceil(len(order) / size))
+    for index in order.tensor_split(count) if len(order) else ():
+        parts = () if columns is None else columns.index_select(0, index).unbind(1)
+        yield Minibatch(
+            {name: value.index_select(0, index) for name, value in observation.items()},
+            action.index_select(0, index),
+            None if mask is None else mask.index_select(0, index),
+            dict(zip(columns_TN, parts, strict=True)),
+        )
+
+
+def schedule(value: float, kind: Literal["constant", "linear"], progress: float) -> float:
+    """`value`, or the line from it to 0 at progress 1."""
+    return value * (1.0 - progress) if kind == "linear" else value
+
+
+def normalised(advantage: Tensor) -> Tensor:
+    """Zero mean and unit deviation over a minibatch; a single row stays as it is."""
+    if len(advantage) < 2:
+        return advantage
+    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+
+
+def explained_variance(value: Tensor, target: Tensor) -> float:
+    """1 - Var(target - value) / Var(target): 1 is perfect, 0 no better than a constant; 0 where the target does not vary."""
+    variance = float(target.var(correction=0)) if len(target) else 0.0
+    return 1.0 - float((target - value).var(correction=0)) / variance if variance > 0 else 0.0
+
+
+class Means:
+    """Means of metrics over the minibatches of an update; tensors are read once, at the end."""
+
+    def __init__(self) -> None:
+        self._sums: defaultdict[str, list[Tensor | float]] = defaultdict(list)
+
+    def add(self, metrics: Mapping[str, Tensor | float]) -> None:
+        for name, value in metrics.items():
+            self._sums[name].append(value.detach() if isinstance(value, Tensor) else value)
+
+    def result(self) -> dict[str, float]:
+        return {name: float(np.mean([float(value) for value in values])) for name, values in self._sums.items()}

@@ -1,0 +1,390 @@
+"""Train, resume, load, evaluate, check: what `import shoal` offers, and what the command line calls.
+
+The calling process is the supervisor; it imports torch only where all roles are to run in it (`actors: 0`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal.config import RunConfig
+from shoal.engines.coordinator import Coordinator, Plan
+from shoal.engines.local import LocalEngine
+from shoal.engines.session import Session
+from shoal.errors import ConfigError, RunError
+from shoal.experience.ring import Ring, allocate
+from shoal.experience.schema import Schema, rollout_schema
+from shoal.files import CheckpointDirectory, Loaded, lock_run, write_text_atomically
+from shoal.monitoring.live import SilentView, View, open_view
+from shoal.monitoring.recorder import Callback, Recorder, lag_summary
+from shoal.runs import create_run, find_run
+from shoal.settings import dump_config, load_config, resolve
+from shoal.types import EnvironmentSpec, FieldSpec
+
+if TYPE_CHECKING:
+    from shoal.evaluation import LoadedPolicy
+
+FACTS = "run.json"  # what else a run's bits depend on
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that was made.
+
+    Attributes:
+      path: its directory.
+      result: how its last part ended (the keys of `shoal train --json`); empty if it never ended by itself.
+    """
+
+    path: Path
+    result: Mapping[str, Any]
+    objects: Mapping[str, Any]
+
+    def policy(self) -> LoadedPolicy:
+        """The policy of the newest whole checkpoint."""
+        from shoal.evaluation import load_policy
+
+        return load_policy(self.path, network=self.objects.get("network"), environment=self.objects.get("env"))
+
+    def evaluate(self, episodes: int = 100, seed: int = 0) -> dict[str, Any]:
+        """See `shoal.evaluate`."""
+        return evaluate(self, episodes=episodes, seed=seed)
+
+    @property
+    def config(self) -> RunConfig:
+        return load_config(self.path / "config.yaml")
+
+
+def train(
+    target: str | Callable[..., Any] | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    progress: View | None = None,
+    **settings: Any,
+) -> Run:
+    """Train on an environment until a stop condition is met.
+
+    Args:
+      target: Gymnasium id, `package.module:factory`, `file.py:factory`, Atari id, a callable that returns a gymnasium.Env, a YAML file or a
+        run's directory.
+      callbacks: each is called after every update with a mapping (update, env_steps, seconds, mean_return, episodes, the algorithm's
+        metrics), in this process; one that returns False ends the run.
+      progress: a view (shoal.monitoring.live); a line or panel on standard error by default.
+      settings: keys of the configuration, nested or dotted: algorithm="ppo", stop={"return": 475}, **{"sampling.groups": 8}. The environment,
+        policy["network"] and algorithm may be objects: they travel to the roles by value.
+    Raises:
+      ConfigError, EnvironmentFault, DivergedError, ProcessError: see shoal.errors.
+    """
+    objects, target_path, settings = _split_objects(target, settings)
+    config, preset = resolve(target_path, settings)
+    config.preset = preset
+    directory = create_run(config)
+    return _execute(config, objects, directory, None, callbacks, progress)
+
+
+def resume(
+    path: str | Path,
+    *,
+    env: Callable[..., Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+    progress: View | None = None,
+    **settings: Any,
+) -> Run:
+    """Go on with a run from its newest whole checkpoint. `settings` may change how it ends and how many actors it has.
+
+    Args:
+      env: the environment's factory, where the run was started with an object that has no import path.
+    Raises:
+      RunError: no such run, or it is alive. CheckpointError: none is whole. ConfigError: a setting that cannot change.
+    """
+    directory = find_run(path)
+    base = load_config(directory / "config.yaml")
+    objects, _, settings = _split_objects(env, settings)
+    tree = base.model_dump(mode="json", by_alias=True)
+    if any(str(key).startswith("stop") for key in settings):
+        tree["stop"] = {}
+    config, _ = resolve(None, {**settings, "run_dir": str(directory), "preset": base.preset or "none"}, tree)
+    _refuse_changes(base, config)
+    checkpoints = CheckpointDirectory(directory / "checkpoints")
+    loaded = checkpoints.newest() if checkpoints.paths() else None
+    return _execute(config, objects, directory, loaded, callbacks, progress)
+
+
+def load(path: str | Path) -> Run:
+    """A run that was made earlier. Raises RunError."""
+    directory = find_run(path)
+    result = directory / "result.json"
+    return Run(directory, json.loads(result.read_text()) if result.exists() else {}, {})
+
+
+def evaluate(
+    run: Run | str | Path, episodes: int = 100, seed: int = 0, video: str | Path | None = None, deterministic: bool = True
+) -> dict[str, Any]:
+    """Play `episodes` episodes with the newest policy of a run, with seeds that `seed` names.
+
+    Returns:
+      episodes, mean_return, std_return, iqm, ci95 [low, high], min, max, mean_length.
+    """
+    from shoal.evaluation import evaluate as play
+
+    policy = run.policy() if isinstance(run, Run) else load(run).policy()
+    return play(policy, episodes=episodes, seed=seed, video=video, deterministic=deterministic)
+
+
+def check(target: str | Callable[..., Any], **settings: Any) -> Any:
+    """Look at an environment before training: interface, spaces, determinism, cost. Returns a CheckReport (findings with hints)."""
+    from shoal.environments.checks import check_environment
+
+    objects, target_path, settings = _split_objects(target, settings)
+    config, _ = resolve(target_path, settings)
+    return check_environment(config.env, objects.get("env"))
+
+
+def replay(
+    path: str | Path, *, env: Callable[..., Any] | None = None, progress: Callable[[int], None] = lambda update: None
+) -> dict[str, Any]:
+    """Execute a run again in this process, up to its newest checkpoint.
+
+    Returns:
+      run, updates, weights_sha256, expected_sha256, equal.
+    Raises:
+      RunError: the log of consumption has a gap. CheckpointError: there is no whole checkpoint to compare with.
+    """
+    import torch
+
+    from shoal.engines.replay import replay as execute
+    from shoal.engines.roles import Blueprint, UserObjects
+    from shoal.monitoring.store import RunReader
+
+    directory = find_run(path)
+    config = load_config(directory / "config.yaml")
+    newest = CheckpointDirectory(directory / "checkpoints").newest()
+    expected = newest.json("learner")
+    with RunReader(directory / "run.db") as reader:
+        log = dict(reader.consumed())
+        spec = EnvironmentSpec.from_json(reader.meta()["spec"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.learner.threads)
+    try:
+        objects = UserObjects() if env is None else UserObjects(env=env)
+        sha = execute(Blueprint(config, spec, objects, _run_id(directory)), log, int(expected["version"]), progress)
+    finally:
+        torch.set_num_threads(threads)
+    wanted = expected["weights_sha256"]
+    return {"run": str(directory), "updates": expected["version"], "weights_sha256": sha, "expected_sha256": wanted, "equal": sha == wanted}
+
+
+# ---- one training ----------------------------------------------------------------------------------------------------
+def _execute(
+    config: RunConfig,
+    objects: dict[str, Any],
+    directory: Path,
+    loaded: Loaded | None,
+    callbacks: Sequence[Callback],
+    progress: View | None,
+) -> Run:
+    view = progress if progress is not None else open_view()
+    with lock_run(directory), contextlib.closing(Recorder(config, directory, view, callbacks)) as recorder, _interrupts() as wants_end:
+        write_text_atomically(directory / "config.yaml", dump_config(config))
+        if config.actors == 0:
+            result = _run_inline(config, objects, directory, loaded, recorder, wants_end)
+        else:
+            result = _run_local(config, objects, directory, loaded, recorder, wants_end)
+        write_text_atomically(directory / "result.json", json.dumps(result, indent=1))
+        recorder.finish(result)
+    if progress is None:
+        view.close()
+    return Run(directory, result, objects)
+
+
+def _run_inline(
+    config: RunConfig, objects: dict[str, Any], directory: Path, loaded: Loaded | None, recorder: Recorder, wants_end: _Wants
+) -> dict[str, Any]:
+    import torch
+
+    from shoal.engines.inline import InlineEngine
+    from shoal.engines.mains import look
+    from shoal.engines.roles import Blueprint, UserObjects
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.learner.threads)
+    try:
+        handed = UserObjects(**objects)
+        session, ring, run_id = _session(config, look(config, handed), directory, loaded, recorder, allocate_here)
+        blueprint = Blueprint(session.config, session.spec, handed, run_id)
+        engine = InlineEngine(blueprint, session, ring)
+        wants_end.armed = True
+        return _result(session, engine.run(wants_end), directory)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run_local(
+    config: RunConfig, objects: dict[str, Any], directory: Path, loaded: Loaded | None, recorder: Recorder, wants_end: _Wants
+) -> dict[str, Any]:
+    run_id = _run_id(directory)
+    with contextlib.closing(LocalEngine(config, _pickled(objects), directory, run_id)) as engine:
+        engine.open()
+        session, _, _ = _session(config, engine.look(), directory, loaded, recorder, engine.allocate)
+        wants_end.armed = True
+        return _result(session, engine.run(session, wants_end), directory)
+
+
+def allocate_here(schema: Schema, plan: Plan, weights: int) -> Ring:
+    """A ring in this process's own memory."""
+    return allocate(schema, plan.num_slots)
+
+
+def _session(
+    config: RunConfig,
+    facts: dict[str, Any],
+    directory: Path,
+    loaded: Loaded | None,
+    recorder: Recorder,
+    make_ring: Callable[[Schema, Plan, int], Ring],
+) -> tuple[Session, Ring, bytes]:
+    """Everything that stands between what was found out about the environment and the first order."""
+    spec = EnvironmentSpec.from_json(facts["spec"])
+    fields = [FieldSpec(f["name"], f["dtype"], tuple(f["shape"]), f["axis"]) for f in facts["fields"]]
+    config.env.form = facts["form"]
+    plan = Plan.of(config)
+    schema = rollout_schema(spec, fields, plan.rollout_length, plan.group_size)
+    ring = make_ring(schema, plan, facts["weights"])
+    session = Session(config, spec, Coordinator(plan, spec, ring, config.stop), directory, recorder)
+    recorder.attach(session)
+    run_id = _run_id(directory)
+    known = _known_facts(directory)
+    build = facts["build"]
+    if loaded is not None:
+        session.load(loaded)
+        recorder.store.rewind(session.coordinator.version)
+        for warning in loaded.warnings:
+            recorder.event("warning", message=warning)
+        if known.get("build", build) != build:
+            recorder.event("warning", message=f"this run was begun with {known['build']} and goes on with {build}: its bits may differ")
+    if not spec.exact_restore:
+        recorder.event(
+            "warning", message=f"{spec.name} cannot be put back to an earlier state: after a kill or a resume the run goes on, but not with the same bits"
+        )
+    write_text_atomically(directory / FACTS, json.dumps({**known, "build": build, "measured": facts["measured"]}, indent=1))
+    for key, value in (("spec", spec.to_json()), ("schema", schema.describe()), ("schema_hash", schema.hash.hex()), ("build", build)):
+        recorder.store.set_meta(key, value)
+    return session, ring, run_id
+
+
+def _result(session: Session, outcome: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """The object that `--json` prints."""
+    c = session.coordinator
+    seconds = session.seconds
+    mean, p99, largest = lag_summary(c.lag)
+    return {
+        "run": str(directory),
+        "reason": outcome["reason"],
+        "env_steps": c.env_steps,
+        "updates": c.version,
+        "seconds": seconds,
+        "env_steps_per_second": c.env_steps / seconds if seconds > 0 else 0.0,
+        "mean_return": None if not c.returns else c.mean_return,
+        "policy_version": c.version,
+        "weights_sha256": outcome["weights_sha256"],
+        "ledger": c.ledger.balance(),
+        "lag": {"mean": mean, "p99": p99, "max": largest},
+        "restarts": session.restarts,
+    }
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+def _split_objects(target: str | Callable[..., Any] | None, settings: dict[str, Any]) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """The user's own objects apart from what can be written down. Returns (objects, target, settings)."""
+    objects: dict[str, Any] = {}
+    settings = dict(settings)
+    if callable(target):
+        objects["env"] = target
+    policy = settings.get("policy")
+    network = policy.get("network") if isinstance(policy, Mapping) else settings.get("policy.network")
+    if callable(network):
+        objects["network"] = network
+    algorithm = settings.get("algorithm")
+    named = algorithm.get("name") if isinstance(algorithm, Mapping) else algorithm
+    if isinstance(named, type):
+        objects["algorithm"] = named
+    return objects, target, settings
+
+
+def _pickled(objects: dict[str, Any]) -> bytes | None:
+    if not objects:
+        return None
+    import cloudpickle
+
+    try:
+        return bytes(cloudpickle.dumps(objects))
+    except Exception as error:
+        raise ConfigError(
+            f"the environment, network or algorithm that was passed cannot be sent to other processes: {error}; "
+            "pass a function that makes it, or an import path"
+        ) from error
+
+
+def _refuse_changes(before: RunConfig, now: RunConfig) -> None:
+    """Only how a run ends, where its roles run and how it saves may change on the way."""
+    free = {"stop", "actors", "checkpoint", "run_dir", "preset", "device"}
+    old, new = (c.model_dump(mode="json", by_alias=True) for c in (before, now))
+    for key in old:
+        if key not in free and old[key] != new[key]:
+            raise ConfigError(f"{key} was {old[key]} when the run began and cannot become {new[key]}; start a new run for it")
+
+
+def _known_facts(directory: Path) -> dict[str, Any]:
+    path = directory / FACTS
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _run_id(directory: Path) -> bytes:
+    """16 bytes that name the run in every envelope; made once."""
+    known = _known_facts(directory)
+    if "run_id" not in known:
+        known["run_id"] = secrets.token_hex(16)
+        write_text_atomically(directory / FACTS, json.dumps(known))
+    return bytes.fromhex(known["run_id"])
+
+
+class _Wants:
+    """Whether the user wants the run to end. Not armed: the first Ctrl-C ends at once, since nothing runs yet."""
+
+    def __init__(self) -> None:
+        self.armed = False
+        self.wanted = False
+
+    def __call__(self) -> bool:
+        return self.wanted
+
+    def signalled(self, number: int, frame: object) -> None:
+        if self.wanted or not self.armed:
+            raise KeyboardInterrupt
+        self.wanted = True
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[_Wants]:
+    """Ctrl-C and SIGTERM once: end well, with a checkpoint; twice: at once. In a thread, only the caller can end the run."""
+    wants = _Wants()
+    if threading.current_thread() is not threading.main_thread():
+        yield wants
+        return
+    before = {number: signal.signal(number, wants.signalled) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield wants
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+__all__ = ["Run", "RunError", "SilentView", "check", "evaluate", "load", "replay", "resume", "train"]

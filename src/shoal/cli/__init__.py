@@ -1,0 +1,5 @@
+"""The command line: `shoal train|resume|evaluate|check|runs|show|replay`. It stays light until a command needs more."""
+
+from shoal.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,267 @@
+"""Commands, and what they end with.
+
+Exit codes: 0 a stop condition was met; 130 interrupted (checkpoint kept); 2 usage or configuration; 3 environment fault;
+4 diverged; 1 anything else. An error is one message on standard error, without traceback unless `--debug`; with `--json` it is also
+the one object on standard output, under `error`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from shoal.cli.options import SETTINGS, ConfigCommand
+from shoal.cli.output import find_run, only_json_on_stdout, plain, print_json, print_table, print_tree
+from shoal.errors import ShoalError
+
+INTERRUPTED = 130
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, at the end.")
+debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+view_option = click.option(
+    "--view", type=click.Choice(["auto", "live", "lines", "silent"]), default="auto", help="What is shown on standard error."
+)
+run_argument = click.argument("run", metavar="RUN")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="shoal", prog_name="shoal")
+def cli() -> None:
+    """Distributed reinforcement learning: every sample accounted for, every run resumable and replayable.
+
+    RUN is a run's directory, its name in runs/, or `latest`.
+    """
+
+
+@cli.command(cls=ConfigCommand, configuration_help=True)
+@click.argument("env_or_config", metavar="ENV_OR_CONFIG")
+@json_option
+@view_option
+@debug_option
+@click.pass_context
+def train(ctx: click.Context, env_or_config: str, as_json: bool, view: str, debug: bool) -> None:
+    """Train on an environment until a stop condition is met.
+
+    ENV_OR_CONFIG is a Gymnasium id (CartPole-v1), package.module:factory, file.py:factory, an Atari id (ALE/Pong-v5), a YAML file,
+    or the directory of a run whose configuration is taken. Known environments have tuned presets. Ctrl-C stops and keeps a checkpoint.
+    """
+    settings = _settings(ctx)
+
+    def work() -> Any:
+        from shoal.settings import resolve
+
+        config, preset = resolve(env_or_config, settings)
+        chosen = f"preset {preset}" if preset != "none" else "no preset for it"
+        sampling = config.sampling
+        _say(
+            f"{config.env.id}: {config.algorithm.name} ({config.mode}), {chosen}, seed {config.seed}, {_count(config.actors)}, "
+            f"{sampling.groups} groups of {sampling.group_size}",
+            view,
+        )
+        import shoal
+
+        return _with_view(view, lambda progress: shoal.train(env_or_config, progress=progress, **settings))
+
+    _finish_training(_run(work, as_json), as_json)
+
+
+@cli.command(cls=ConfigCommand)
+@run_argument
+@json_option
+@view_option
+@debug_option
+@click.pass_context
+def resume(ctx: click.Context, run: str, as_json: bool, view: str, debug: bool) -> None:
+    """Go on with a run from its newest whole checkpoint, exactly."""
+    settings = _settings(ctx)
+
+    def work() -> Any:
+        import shoal
+
+        return _with_view(view, lambda progress: shoal.resume(find_run(run), progress=progress, **settings))
+
+    _finish_training(_run(work, as_json), as_json)
+
+
+@cli.command()
+@run_argument
+@click.option("--episodes", type=click.IntRange(min=1), default=100, show_default=True, help="Episodes to play.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Names the episodes' seeds.")
+@click.option("--video", type=click.Path(dir_okay=False, path_type=Path), help="Record the first episode to FILE.mp4.", metavar="FILE.mp4")
+@json_option
+@debug_option
+def evaluate(run: str, episodes: int, seed: int, video: Path | None, as_json: bool, debug: bool) -> None:
+    """Play a run's newest policy, and give the returns with an interval."""
+
+    def work() -> Any:
+        import shoal
+
+        return shoal.evaluate(find_run(run), episodes=episodes, seed=seed, video=video)
+
+    _answer(_run(work, as_json), as_json)
+
+
+@cli.command(cls=ConfigCommand)
+@click.argument("env", metavar="ENV")
+@json_option
+@debug_option
+@click.pass_context
+def check(ctx: click.Context, env: str, as_json: bool, debug: bool) -> None:
+    """Check an environment: its interface, spaces, determinism, speed. Ends with 3 where something is wrong."""
+    settings = _settings(ctx)
+
+    def work() -> Any:
+        import shoal
+
+        return shoal.check(env, **settings)
+
+    report = plain(_run(work, as_json))
+    findings = report.get("findings", [])
+    if as_json:
+        print_json(report)
+    else:
+        for finding in findings:
+            hint = f"\n         {finding['hint']}" if finding.get("hint") else ""
+            print(f"{finding['severity']:8} {finding['name']}: {finding['message']}{hint}")
+        print_tree({key: value for key, value in report.items() if key != "findings"})
+    if any(finding.get("severity") == "error" for finding in findings):
+        sys.exit(3)
+
+
+@cli.command()
+@click.argument("directory", metavar="[DIR]", default="runs", type=click.Path(file_okay=False, path_type=Path))
+@json_option
+@debug_option
+def runs(directory: Path, as_json: bool, debug: bool) -> None:
+    """List the runs in a directory."""
+
+    def work() -> Any:
+        from shoal.runs import list_runs
+
+        return list_runs(directory)
+
+    rows = plain(_run(work, as_json))
+    if as_json:
+        print_json({"runs": rows})
+    elif rows:
+        print_table(rows, list(dict.fromkeys(column for row in rows for column in row)))
+    else:
+        _say(f"no runs in {directory}/", "lines")
+
+
+@cli.command()
+@run_argument
+@json_option
+@debug_option
+def show(run: str, as_json: bool, debug: bool) -> None:
+    """Show a run: configuration, schema, results, ledger balance, lag, faults."""
+
+    def work() -> Any:
+        from shoal.runs import show as show_run
+
+        return show_run(find_run(run))
+
+    _answer(_run(work, as_json), as_json)
+
+
+@cli.command()
+@run_argument
+@json_option
+@debug_option
+def replay(run: str, as_json: bool, debug: bool) -> None:
+    """Execute an async run again, update by update, in one process; it ends with the same weights."""
+
+    def work() -> Any:
+        from shoal.runs import replay as replay_run
+
+        return replay_run(find_run(run))
+
+    _answer(_run(work, as_json), as_json)
+
+
+# ------------------------------------------------------------------------------------------------------------ around the commands
+
+
+def _settings(ctx: click.Context) -> dict[str, Any]:
+    from shoal.settings import Raw
+
+    return {name: Raw(value) for name, value in ctx.meta[SETTINGS].items()}
+
+
+def _count(actors: int | None) -> str:
+    return "all in this process" if not actors else "1 actor" if actors == 1 else f"{actors} actors"
+
+
+def _say(text: str, view: str) -> None:
+    if view != "silent":
+        print(text, file=sys.stderr, flush=True)
+
+
+def _run(work: Callable[[], Any], as_json: bool) -> Any:
+    with only_json_on_stdout(as_json):
+        return work()
+
+
+def _with_view(kind: Any, work: Callable[[Any], Any]) -> Any:
+    from shoal.monitoring.live import open_view
+
+    view = open_view(kind)
+    try:
+        return work(view)
+    finally:
+        view.close()
+
+
+def _answer(result: Any, as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+    else:
+        print_tree(plain(result))
+
+
+def _finish_training(run: Any, as_json: bool) -> None:
+    _answer(run.result, as_json)
+    if run.result["reason"] == "interrupted":
+        if not as_json:
+            _say(f"interrupted; `shoal resume {run.path}` goes on from its checkpoint", "lines")
+        sys.exit(INTERRUPTED)
+
+
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run one command and exit with its code."""
+    args = sys.argv[1:] if args is None else args
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before anything imports torch: spinning threads starve the other processes
+    try:
+        cli.main(args, prog_name="shoal", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        _fail(error, error.format_message(), 2, args, said=True)
+    except (click.Abort, KeyboardInterrupt):
+        _fail(None, "interrupted", INTERRUPTED, args)
+    except ShoalError as error:
+        _fail(error, str(error), error.exit_code, args)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read our output has gone; Python flushes it once more at exit
+        sys.exit(1)
+    except Exception as error:
+        _fail(error, f"{type(error).__name__}: {error} (--debug shows where)", 1, args)
+    sys.exit(0)
+
+
+def _fail(error: Exception | None, message: str, code: int, args: list[str], *, said: bool = False) -> NoReturn:
+    if "--debug" in args and error is not None:
+        import traceback
+
+        traceback.print_exception(error)
+    if not said:
+        print(f"shoal: {message}", file=sys.stderr, flush=True)
+    if "--json" in args:
+        kind = type(error).__name__ if error is not None else "Interrupted"
+        print_json({"error": {"kind": kind, "message": message, "exit_code": code, "report": getattr(error, "report", {})}})
+    sys.exit(code)

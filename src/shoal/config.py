@@ -1,0 +1,193 @@
+"""The configuration of a run: one tree of pydantic models, from which names, defaults, help and validation all come.
+
+Every key has a dotted name (`algorithm.learning_rate`; on the command line `--algorithm.learning-rate`). Resolution, lowest
+first: defaults here, the preset of a known environment, a YAML file, the command line or keyword arguments.
+No torch here: the command line and the supervisor import this file.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are refused, `a-b` on the command line is `a_b` here."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, populate_by_name=True)
+
+
+class EnvConfig(Section):
+    id: str = Field("", description="Gymnasium id, package.module:factory, file.py:factory, or an Atari id such as ALE/Pong-v5")
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of the environment's factory, such as --env.kwargs.gravity -3"
+    )
+    form: Literal["auto", "python", "native", "threads"] = Field(
+        "auto",
+        description="step one by one, by the environment's own vector form, or in threads (for environments that wait); auto measures",
+    )
+    max_episode_steps: Positive | None = Field(
+        None, description="truncate episodes here (default: what the environment's registration says)"
+    )
+    atari_preprocessing: bool = Field(
+        True,
+        description="Atari ids: 84x84 grey, 4 frames stacked, frame skip 4, no-op starts, life loss ends an episode in training, signs of rewards",
+    )
+    step_timeout_seconds: PositiveFloat = Field(60.0, description="a step or reset that takes longer is a fault")
+    restart_budget: Annotated[int, Field(ge=0)] = Field(
+        10, description="faults of one kind that are mended by a restart before the run ends with code 3"
+    )
+
+
+class SamplingConfig(Section):
+    groups: Positive | None = Field(
+        None, description="environment groups; what they produce does not depend on the number of actors (default: 4)"
+    )
+    group_size: Positive | None = Field(None, description="environments of a group, which share one inference call (default: 8)")
+    rollout_length: Positive = Field(128, description="steps of a rollout")
+    batch_rollouts: Positive | None = Field(None, description="async: rollouts of one update (default: as many as there are groups)")
+
+
+class PolicyConfig(Section):
+    hidden_sizes: list[Positive] = Field(default_factory=lambda: [64, 64], description="hidden layers of the actor's and the critic's MLP")
+    activation: Literal["tanh", "relu", "elu", "silu"] = Field("tanh", description="between hidden layers")
+    encoder: Literal["auto", "mlp", "nature_cnn"] = Field(
+        "auto", description="auto: Nature CNN for uint8 images, MLP for the rest, combined for Dict"
+    )
+    share_encoder: bool | None = Field(None, description="actor and critic share the encoder (default: for images only)")
+    normalise_observations: bool = Field(False, description="running mean and variance of every non-image observation")
+    normalise_rewards: bool = Field(False, description="divide rewards by the running deviation of the discounted return")
+    exploration: Literal["gaussian", "gsde"] = Field(
+        "gaussian", description="continuous actions: independent noise, or state-dependent (Raffin et al. 2020)"
+    )
+    log_std_init: float = Field(0.0, description="continuous actions: logarithm of the initial standard deviation")
+    orthogonal_init: bool = Field(True, description="orthogonal initial weights, with small ones at the policy's head")
+    network: str | None = Field(
+        None, description="your own: package.module:factory or file.py:factory, called with (spec, config), returns a torch module"
+    )
+
+
+class AlgorithmConfig(Section):
+    """What every on-policy algorithm has."""
+
+    modes: ClassVar[tuple[Literal["sync", "async"], ...]] = ("sync", "async")  # what it can run in; the first is its default
+
+    name: str
+    learning_rate: PositiveFloat = Field(2.5e-4, description="of Adam")
+    learning_rate_schedule: Literal["constant", "linear"] = Field("constant", description="linear: down to zero over schedule_env_steps")
+    schedule_env_steps: Positive | None = Field(None, description="env steps over which schedules run to zero (default: stop.env_steps)")
+    adam_epsilon: PositiveFloat = Field(1e-5, description="of Adam, for numerical stability")
+    gamma: Fraction = Field(0.99, description="discount")
+    entropy_coefficient: float = Field(0.0, ge=0, description="weight of the entropy bonus in the loss")
+    value_coefficient: float = Field(0.5, ge=0, description="weight of the value loss")
+    max_gradient_norm: PositiveFloat = Field(0.5, description="gradients are clipped to this global norm")
+
+
+class PPOConfig(AlgorithmConfig):
+    """Schulman et al. 2017, arXiv:1707.06347."""
+
+    modes = ("sync",)
+
+    name: Literal["ppo"] = "ppo"
+    gae_lambda: Fraction = Field(0.95, description="lambda of generalised advantage estimation")
+    epochs: Positive = Field(4, description="passes over the batch of one update")
+    minibatch_size: Positive = Field(256, description="env steps of one optimizer step")
+    clip_range: PositiveFloat = Field(0.2, description="epsilon of the clipped objective")
+    clip_range_schedule: Literal["constant", "linear"] = Field("constant", description="linear: down to zero over schedule_env_steps")
+    clip_range_value: PositiveFloat | None = Field(None, description="clip the value loss too (off by default)")
+    normalise_advantage: bool = Field(True, description="to mean 0 and deviation 1, per minibatch")
+    target_kl: PositiveFloat | None = Field(None, description="stop the epochs of an update once 1.5 times this is passed")
+
+
+class VTraceConfig(AlgorithmConfig):
+    modes = ("async", "sync")
+
+    vtrace: bool = Field(True, description="correct for policy lag with V-trace; without it the importance weights are 1")
+    vtrace_lambda: Fraction = Field(1.0, description="lambda of V-trace's trace coefficients (Espeholt et al. 2018, remark 2)")
+    clip_rho: PositiveFloat = Field(1.0, description="upper bound of the importance weight in the temporal difference")
+    clip_c: PositiveFloat = Field(1.0, description="upper bound of the importance weight in the trace")
+
+
+class ImpalaConfig(VTraceConfig):
+    """Espeholt et al. 2018, arXiv:1802.01561."""
+
+    name: Literal["impala"] = "impala"
+    optimizer: Literal["adam", "rmsprop"] = Field("adam", description="rmsprop is what the paper used")
+    minibatch_size: Positive | None = Field(None, description="env steps of one optimizer step (default: the whole batch in one)")
+    normalise_advantage: bool = Field(False, description="to mean 0 and deviation 1, per minibatch")
+
+
+class APPOConfig(VTraceConfig):
+    """PPO's clipped objective on V-trace advantages (Luo et al. 2019, arXiv:1912.00167)."""
+
+    name: Literal["appo"] = "appo"
+    epochs: Positive = Field(4, description="passes over the batch of one update")
+    minibatch_size: Positive = Field(256, description="env steps of one optimizer step")
+    clip_range: PositiveFloat = Field(0.2, description="epsilon of the clipped objective")
+    clip_range_schedule: Literal["constant", "linear"] = Field("constant", description="linear: down to zero over schedule_env_steps")
+    normalise_advantage: bool = Field(True, description="to mean 0 and deviation 1, per minibatch")
+    target_kl: PositiveFloat | None = Field(None, description="stop the epochs of an update once 1.5 times this is passed")
+
+
+class CustomConfig(AlgorithmConfig):
+    """An algorithm of the user's own, by import path; its own keys are checked by its own Config."""
+
+    model_config = ConfigDict(extra="allow", validate_assignment=True, populate_by_name=True)
+
+
+BUILT_IN: dict[str, type[AlgorithmConfig]] = {"ppo": PPOConfig, "impala": ImpalaConfig, "appo": APPOConfig}
+
+
+class StopConfig(Section):
+    return_: float | None = Field(None, alias="return", description="mean return of the last 100 training episodes")
+    env_steps: Positive | None = Field(None, description="environment steps trained")
+    updates: Positive | None = Field(None, description="policy versions made")
+    seconds: PositiveFloat | None = Field(None, description="seconds since the first environment step")
+
+
+class LearnerConfig(Section):
+    threads: Positive = Field(1, description="torch threads; part of what the bits of a run depend on")
+
+
+class CheckpointConfig(Section):
+    every_seconds: PositiveFloat | None = Field(30.0, description="wall time between checkpoints")
+    every_updates: Positive | None = Field(None, description="updates between checkpoints, besides those by time")
+    keep: Annotated[int, Field(ge=2)] = Field(3, description="newest checkpoints kept")
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    env: EnvConfig = Field(default_factory=EnvConfig)
+    algorithm: SerializeAsAny[AlgorithmConfig] = Field(default_factory=PPOConfig)
+    policy: PolicyConfig = Field(default_factory=PolicyConfig)
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    stop: StopConfig = Field(default_factory=StopConfig)
+    learner: LearnerConfig = Field(default_factory=LearnerConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="names every random stream of the run")
+    actors: Annotated[int, Field(ge=0, le=1024)] | None = Field(
+        None, description="processes that host environments; 0 runs all in this process (default: one per core)"
+    )
+    mode: Literal["sync", "async"] | None = Field(
+        None,
+        description="sync: exact, one policy version per update; async: actors go on while the learner learns (default: the algorithm's)",
+    )
+    max_policy_lag: Positive = Field(4, description="async: no sample is trained that is more updates old")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the learner computes")
+    run_dir: str | None = Field(None, description="directory of this run (default: runs/{env}__{algorithm}__{seed}__{time})")
+    preset: str | None = Field(None, description="the preset that was taken; `none` takes none")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pick_algorithm(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("algorithm"), dict):
+            chosen = value["algorithm"]
+            model = BUILT_IN.get(chosen.get("name", "ppo"), CustomConfig)
+            value = {**value, "algorithm": model.model_validate(chosen)}
+        return value

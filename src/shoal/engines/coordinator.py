@@ -1,0 +1,389 @@
+"""The coordinator: who makes which rollout, into which slot, and which rollouts the next update is made of.
+
+Pure decisions, no clock, no process, no torch: every engine drives the same coordinator with what happened and carries out what it
+says. It holds what must survive the death of any other role: the ledger, each group's history, the returns of the last episodes.
+
+    sync    iteration k: one rollout of every group with policy version k, trained in group order
+    async   rollouts are ordered while fewer than two batches (or max_policy_lag of them) are unconsumed: one is learned from, one is
+            made, and more would only grow stale. So even the last in the queue arrives within the bound; the oldest are trained
+            first, and those that could not wait another update join the batch beyond its size
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from shoal.config import RunConfig, StopConfig
+from shoal.experience.envelope import Fate, Identity
+from shoal.experience.group_state import GroupHistory, pack, unpack
+from shoal.experience.ledger import Ledger
+from shoal.experience.ring import Ring
+from shoal.types import Array, Arrays, EnvironmentSpec, GroupState
+
+EPISODES_KEPT = 100  # the window of `stop.return`
+BATCHES_AHEAD = 2  # async: batches that are unconsumed at most
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of a run that the coordinator goes by."""
+
+    mode: Literal["sync", "async"]
+    num_groups: int
+    group_size: int
+    rollout_length: int
+    batch_rollouts: int
+    max_policy_lag: int
+    slots_per_group: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Plan:
+        groups = config.sampling.groups or 1
+        sync = config.mode != "async"
+        batch = groups if sync else config.sampling.batch_rollouts or groups
+        return cls(
+            mode="sync" if sync else "async",
+            num_groups=groups,
+            group_size=config.sampling.group_size or 1,
+            rollout_length=config.sampling.rollout_length,
+            batch_rollouts=batch,
+            max_policy_lag=0 if sync else config.max_policy_lag,
+            slots_per_group=1 if sync else max(2, -(-batch // groups) + 1),
+        )
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_groups * self.slots_per_group
+
+    @property
+    def close_after_lag(self) -> int:
+        """An actor closes a rollout early once its first row is this many versions old: one more update takes it, in good time."""
+        return max(1, self.max_policy_lag - (1 if self.max_policy_lag < 3 else 2))
+
+
+@dataclass(frozen=True)
+class Lease:
+    """An order to an actor: make `identity` in `slot`; first restore the group to `restore`, where given."""
+
+    actor: int
+    slot: int
+    identity: Identity
+    restore: GroupState | None
+    give_up: tuple[tuple[int, int], ...] = ()  # (row, env): end that episode there as invalid, its fault came twice
+
+
+@dataclass
+class Episode:
+    """An episode that ended, as training saw it."""
+
+    group: int
+    env: int
+    episode_return: float
+    num_steps: int
+    seed: int
+    truncated: bool
+
+
+@dataclass
+class _Group:
+    history: GroupHistory
+    free: deque[int]
+    actor: int = -1  # nobody
+    hosted: bool = False  # its actor has it, standing at `next_sequence` once its leases are done
+    attempt: int = 0
+    next_sequence: int = 0
+    leased: dict[int, Identity] = field(default_factory=dict)  # slot -> attempt, in order
+    faults: Counter[tuple[int, int, int]] = field(default_factory=Counter)  # (sequence, row, env) -> times
+
+
+@dataclass
+class Coordinator:
+    """`ring` is read for envelopes only. All methods are called from one thread, in the order in which things happened."""
+
+    plan: Plan
+    spec: EnvironmentSpec
+    ring: Ring
+    stop: StopConfig
+    version: int = 0
+    env_steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger()
+        self.returns: deque[float] = deque(maxlen=EPISODES_KEPT)
+        self.lengths: deque[int] = deque(maxlen=EPISODES_KEPT)
+        self.num_episodes = 0
+        self.lag: Counter[int] = Counter()
+        self.groups = [self._new_group(g) for g in range(self.plan.num_groups)]
+        self.ready: list[tuple[int, Identity]] = []  # finished, in order of arrival
+        self.training: list[tuple[int, Identity]] = []  # with the learner
+        self._episodes: list[Episode] = []
+        self.consumption: list[dict[str, Any]] = []  # of the update under way, for the log that replay follows
+        self.check_slots = False  # tests set it
+
+    def _new_group(self, index: int) -> _Group:
+        per = self.plan.slots_per_group
+        states = {f.name: np.zeros((self.plan.group_size, *f.shape), f.dtype) for f in self.ring.schema.fields if _is_state(f.name)}
+        history = GroupHistory(self.plan.group_size, self.spec.action.shape, _action_dtype(self.ring), states)
+        return _Group(history, deque(range(index * per, (index + 1) * per)))
+
+    # ---- placement -----------------------------------------------------------------------------------------------
+    def place(self, actors: Sequence[int]) -> list[tuple[int, int]]:
+        """Spread the groups over `actors`. Returns the (actor, group) pairs that are to be released."""
+        released = []
+        for index, group in enumerate(self.groups):
+            target = actors[index % len(actors)] if actors else -1
+            if group.actor != target:
+                if group.hosted and not group.leased:
+                    released.append((group.actor, index))
+                elif group.leased:
+                    continue  # it moves once its leases are done
+                group.actor, group.hosted = target, False
+        return released
+
+    def lost(self, actor: int) -> list[Identity]:
+        """An actor died: what it was making counts as such and will be made again. Returns the attempts lost."""
+        return [i for group in self.groups if group.actor == actor for i in self._give_back(group, Fate.ACTOR_DIED)]
+
+    def faulted(self, identity: Identity, row: int, env: int) -> list[Identity]:
+        """An environment broke its contract in this rollout: the group is made anew. The second time at the same step its episode
+        is given up there. Returns the attempts lost."""
+        group = self.groups[identity.group]
+        group.faults[identity.sequence, row, env] += 1
+        return self._give_back(group, Fate.ENVIRONMENT_FAULT)
+
+    def _give_back(self, group: _Group, fate: Fate) -> list[Identity]:
+        gone = list(group.leased.values())
+        group.hosted = False
+        for slot, identity in group.leased.items():
+            self.ledger.finish(identity, self._steps_so_far(slot, identity))
+            self.ledger.settle(identity, fate)
+            group.free.append(slot)
+        group.next_sequence -= len(gone)
+        group.attempt += bool(gone)
+        group.leased.clear()
+        return gone
+
+    def _steps_so_far(self, slot: int, identity: Identity) -> int:
+        held = self.ring.slots[slot]
+        if held.identity != identity:
+            return 0
+        rows = max(0, min(int(held.envelope["num_rows"]), self.plan.rollout_length))
+        return int(held.arrays["valid"][:rows].sum())
+
+    # ---- orders --------------------------------------------------------------------------------------------------
+    def next_leases(self, available: Container[int] | None = None) -> list[Lease]:
+        """Every rollout that may be begun now, by the actors that are `available` (default: all)."""
+        leases = []
+        for index in self._order():
+            group = self.groups[index]
+            if group.actor < 0 or (available is not None and group.actor not in available) or not group.free or not self._may_begin(group):
+                continue
+            identity = Identity(index, group.next_sequence, group.attempt)
+            restore = None if group.hosted else group.history.state_at(group.next_sequence)
+            slot = group.free.popleft()
+            self.ring.slots[slot].envelope["num_rows"] = 0
+            group.leased[slot] = identity
+            group.hosted = True
+            group.next_sequence += 1
+            self.ledger.begin(identity)
+            give_up = tuple((row, env) for (sequence, row, env), n in group.faults.items() if n > 1 and sequence == identity.sequence)
+            leases.append(Lease(group.actor, slot, identity, restore, give_up))
+        return leases
+
+    def _order(self) -> list[int]:
+        """Groups that are behind come first; each as often as it has slots."""
+        once = sorted(range(len(self.groups)), key=lambda g: (self.groups[g].next_sequence, g))
+        return once * self.plan.slots_per_group
+
+    def _may_begin(self, group: _Group) -> bool:
+        if self.plan.mode == "sync":
+            return group.next_sequence == self.version and not self.training
+        outstanding = len(self.ready) + sum(len(g.leased) for g in self.groups)
+        return outstanding < self.plan.batch_rollouts * min(self.plan.max_policy_lag, BATCHES_AHEAD)
+
+    def next_batch(self) -> list[tuple[int, Identity]] | None:
+        """The rollouts of the next update in training order, or None: not enough are there, or the learner is at work."""
+        if self.training or not self.ready:
+            return None
+        if self.plan.mode == "sync":
+            if len(self.ready) < self.plan.num_groups:
+                return None
+            batch = sorted(self.ready, key=lambda entry: entry[1].group)
+        else:
+            stuck = not any(g.leased for g in self.groups)
+            if len(self.ready) < self.plan.batch_rollouts and not stuck:
+                return None
+            oldest = sorted(self.ready, key=lambda entry: self._version_min(entry[0]))
+            urgent = sum(self.version + 1 - self._version_min(s) > self.plan.max_policy_lag for s, _ in oldest)
+            batch = oldest[: max(self.plan.batch_rollouts, urgent)]
+            batch.sort(key=lambda entry: self.ready.index(entry))
+        self.ready = [entry for entry in self.ready if entry not in batch]
+        self.training = batch
+        self.consumption = [self._log_entry(slot, identity) for slot, identity in batch]
+        self._episodes = [e for slot, _ in batch for e in self._episodes_in(slot)]
+        for _, identity in batch:
+            history = self.groups[identity.group].history
+            history.forget_before(identity.sequence + 1)
+        return batch
+
+    def _version_min(self, slot: int) -> int:
+        return int(self.ring.slots[slot].envelope["version_min"])
+
+    # ---- what happened -------------------------------------------------------------------------------------------
+    def filled(self, slot: int, identity: Identity) -> bool:
+        """An actor finished a rollout. False if nobody waits for it (an old incarnation's word)."""
+        group = self.groups[identity.group]
+        if group.leased.get(slot) != identity:
+            return False
+        del group.leased[slot]
+        group.history.append(self.ring.slots[slot], keep_actions=self.spec.exact_restore and not self.spec.snapshot_bytes)
+        self.ledger.finish(identity, int(self.ring.slots[slot].envelope["num_env_steps"]))
+        self.ready.append((slot, identity))
+        return True
+
+    def consumed(self, dropped: dict[Identity, Fate]) -> None:
+        """The learner copied its batch: the slots are free. `dropped` did not stand its checks."""
+        for slot, identity in self.training:
+            self.groups[identity.group].free.append(slot)
+            if identity in dropped:
+                self.ledger.settle(identity, dropped[identity])
+        self.training = [(slot, i) for slot, i in self.training if i not in dropped]
+        for entry in self.consumption:
+            fate = dropped.get(Identity(*entry["id"]))
+            if fate is not None:
+                entry["fate"] = fate.label
+
+    def trained(self, metrics: dict[str, float]) -> list[Episode]:
+        """The learner made the next version out of its batch (nothing if all of it was dropped). Returns the episodes in it."""
+        for _, identity in self.training:
+            self.ledger.settle(identity, Fate.TRAINED)
+        if self.training:
+            self.version += 1
+            self.env_steps += int(metrics["num_env_steps"])
+        for name, count in metrics.items():
+            if name.startswith("lag/"):
+                self.lag[int(name[4:])] += int(count)
+        self.training = []
+        episodes, self._episodes = self._episodes, []
+        self.returns.extend(e.episode_return for e in episodes)
+        self.lengths.extend(e.num_steps for e in episodes)
+        self.num_episodes += len(episodes)
+        return episodes
+
+    def stop_reason(self, seconds: float) -> str | None:
+        """Which stop condition is met, if any. `seconds` since the first environment step."""
+        s = self.stop
+        if s.return_ is not None and len(self.returns) == EPISODES_KEPT and self.mean_return >= s.return_:
+            return "return"
+        if s.env_steps is not None and self.env_steps >= s.env_steps:
+            return "env_steps"
+        if s.updates is not None and self.version >= s.updates:
+            return "updates"
+        if s.seconds is not None and seconds >= s.seconds:
+            return "seconds"
+        return None
+
+    @property
+    def mean_return(self) -> float:
+        """Mean return of the last episodes (at most 100); NaN before the first."""
+        return float(np.mean(self.returns)) if self.returns else float("nan")
+
+    def shut_down(self) -> None:
+        """The run ends: what is still in flight is accounted for."""
+        for group in self.groups:
+            for slot, identity in group.leased.items():
+                self.ledger.finish(identity, self._steps_so_far(slot, identity))
+            group.leased.clear()
+            group.hosted = False
+        for identity in self.ledger.in_flight:
+            self.ledger.settle(identity, Fate.SHUTDOWN)
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+    def get_state(self) -> tuple[Arrays, dict[str, Any]]:
+        """The state between two updates; what is ready or being made is left out and will be made again."""
+        arrays: Arrays = {}
+        groups = []
+        for index, group in enumerate(self.groups):
+            state = group.history.state_at(group.history.sequence)
+            arrays |= {f"group/{index}/{name}": value for name, value in pack(state).items()}
+            groups.append({"sequence": group.history.sequence, "attempt": group.attempt})
+        arrays["returns"] = np.array(self.returns, np.float64)
+        arrays["lengths"] = np.array(self.lengths, np.int64)
+        facts = {
+            "version": self.version,
+            "env_steps": self.env_steps,
+            "num_episodes": self.num_episodes,
+            "lag": {str(k): v for k, v in self.lag.items()},
+            "ledger": self.ledger.get_state(),
+            "groups": groups,
+        }
+        return arrays, facts
+
+    def set_state(self, arrays: Arrays, facts: dict[str, Any], *, live: bool = False) -> None:
+        """Go on from `get_state`. live: this coordinator goes back to it, and its ledger says so; all actors must be gone or idle."""
+        if live:
+            for group in self.groups:
+                for slot, identity in group.leased.items():
+                    self.ledger.finish(identity, self._steps_so_far(slot, identity))
+            self.ledger.roll_back(facts["ledger"])
+        else:
+            self.ledger.set_state(facts["ledger"])
+        attempts = [group.attempt for group in self.groups]
+        actors = [group.actor for group in self.groups]
+        self.groups = [self._new_group(g) for g in range(self.plan.num_groups)]
+        for index, (group, saved) in enumerate(zip(self.groups, facts["groups"], strict=True)):
+            prefix = f"group/{index}/"
+            mine = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+            group.history.reset_to(saved["sequence"], unpack(mine))
+            group.next_sequence = saved["sequence"]
+            group.attempt = max(saved["attempt"], attempts[index]) + 1
+            group.actor = actors[index] if live else -1
+        self.ready, self.training, self.consumption, self._episodes = [], [], [], []
+        self.version, self.env_steps = facts["version"], facts["env_steps"]
+        self.num_episodes = facts["num_episodes"]
+        self.lag = Counter({int(k): v for k, v in facts["lag"].items()})
+        self.returns = deque(arrays["returns"].tolist(), maxlen=EPISODES_KEPT)
+        self.lengths = deque(arrays["lengths"].tolist(), maxlen=EPISODES_KEPT)
+
+    # ---- reading slots -------------------------------------------------------------------------------------------
+    def _episodes_in(self, slot: int) -> list[Episode]:
+        held = self.ring.slots[slot]
+        rows = held.arrays["episode"][: int(held.envelope["num_episodes"])]
+        group = int(held.envelope["group"])
+        return [
+            Episode(group, int(r["env"]), float(r["episode_return"]), int(r["num_steps"]), int(r["seed"]), bool(r["truncated"]))
+            for r in rows
+            if not r["invalid"]
+        ]
+
+    def _log_entry(self, slot: int, identity: Identity) -> dict[str, Any]:
+        """What replay needs to make this rollout again: its identity, rows, and the policy version of each row."""
+        held = self.ring.slots[slot]
+        versions = held.arrays["policy_version"][: int(held.envelope["num_rows"])]
+        return {"id": list(identity), "steps": int(held.envelope["num_env_steps"]), "versions": version_runs(versions), "fate": "trained"}
+
+
+def version_runs(version_TB: Array) -> list[Any]:
+    """Policy versions as runs [[version, rows], ...]; a list of those per environment where they differ between environments."""
+
+    def runs(column: Array) -> list[list[int]]:
+        edges = np.flatnonzero(np.diff(column)) + 1
+        bounds = [0, *edges.tolist(), len(column)]
+        return [[int(column[a]), b - a] for a, b in zip(bounds, bounds[1:], strict=False)]
+
+    if (version_TB == version_TB[:, :1]).all():
+        return runs(version_TB[:, 0])
+    return [runs(version_TB[:, b]) for b in range(version_TB.shape[1])]
+
+
+def _is_state(name: str) -> bool:
+    return name.startswith("policy_state/") and not name.endswith("/end")
+
+
+def _action_dtype(ring: Ring) -> str:
+    return next(f.dtype for f in ring.schema.fields if f.name == "action")

@@ -1,0 +1,90 @@
+"""All roles in the calling process, one after the other, with the same code: for a debugger, and as the reference (`actors: 0`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from shoal.actors.actor import Actor
+from shoal.engines.roles import Blueprint
+from shoal.engines.saving import load_learner, save_learner
+from shoal.engines.session import Session
+from shoal.experience.ring import Ring
+from shoal.learners.learner import Learner
+from shoal.supervision.heartbeat import ActivityBoard
+from shoal.types import Activity
+from shoal.weights.board import WeightBoard
+
+
+class InlineEngine:
+    """Runs a session to its end. `interrupted()` is asked between updates."""
+
+    def __init__(self, blueprint: Blueprint, session: Session, ring: Ring) -> None:
+        self._session, self._blueprint = session, blueprint
+        self._activities = ActivityBoard.create(1)
+        recorder = self._activities.heartbeat(0)
+        self._enter = recorder.enter
+        policy = blueprint.policy()
+        size = blueprint.layout(policy).size
+        self._board = WeightBoard(size, np.zeros(WeightBoard.size_bytes(size), np.uint8))
+        self._board.reset()
+        self._behaviour = blueprint.behaviour(self._board)
+        self._actor: Actor = blueprint.actor(ring, self._behaviour, recorder=recorder)
+        self._learner: Learner = blueprint.learner(ring, self._board, session.coordinator.plan.max_policy_lag)
+
+    @property
+    def learner(self) -> Learner:
+        return self._learner
+
+    def run(self, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        """Train until a stop condition. Returns {reason, weights_sha256}; the last checkpoint is saved."""
+        session, coordinator = self._session, self._session.coordinator
+        path = session.last_checkpoint[2]
+        if path is not None:
+            load_learner(self._learner, path)
+        self._learner.publish()
+        self._behaviour.refresh()
+        coordinator.place([0])
+        reason = coordinator.stop_reason(session.seconds) if coordinator.version else None
+        ticked = 0.0
+        while reason is None:
+            self._fill()
+            batch = coordinator.next_batch()
+            if batch is None:
+                raise RuntimeError("no rollout may be begun and no update made: the coordinator is stuck")
+            self._enter(Activity.LEARNING)
+            consumed = self._learner.consume(batch)
+            coordinator.consumed(consumed.dropped)
+            metrics = self._learner.update(consumed) if consumed.batch is not None else {}
+            self._behaviour.refresh()
+            reason = session.finish_update(metrics) or ("interrupted" if interrupted() else None)
+            if reason is None and session.checkpoint_due():
+                self._save()
+            if time.monotonic() - ticked > 0.25:
+                ticked = time.monotonic()
+                session.observer.tick(self._activities.records())
+        coordinator.shut_down()
+        self._save()
+        self._actor.close()
+        return {"reason": reason, "weights_sha256": self._learner.weights_sha256}
+
+    def _fill(self) -> None:
+        coordinator = self._session.coordinator
+        for lease in coordinator.next_leases():
+            if lease.restore is not None:
+                lost = self._actor.restore(lease.identity.group, lease.restore)
+                if lost:
+                    self._session.observer.event("not_restored", group=lease.identity.group, environments=lost)
+            slot = self._actor.fill(lease.slot, lease.identity)
+            self._session.begun(int(slot.envelope["begun_ns"]))
+            coordinator.filled(lease.slot, lease.identity)
+
+    def _save(self) -> None:
+        self._enter(Activity.SAVING)
+        staging, arrays, facts = self._session.begin_checkpoint()
+        with staging:
+            save_learner(self._learner, staging.path, self._blueprint)
+            self._session.commit(staging, arrays, facts)

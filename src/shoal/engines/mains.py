@@ -1,0 +1,294 @@
+"""What the processes of a local run do from their first line to their last. The supervisor's side is local.py.
+
+Each main builds its role from the SETUP that comes first on its channel, then serves its channel until STOP or the end of the
+supervisor. A role that fails says why on its channel (FAULT, or an error object) before it exits; its log has the traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from shoal.actors.actor import Actor
+from shoal.actors.behaviour import LocalPolicy
+from shoal.config import RunConfig
+from shoal.engines.messages import Kind, Word, to_json
+from shoal.engines.roles import Blueprint, UserObjects
+from shoal.engines.saving import load_learner, save_learner
+from shoal.environments.probe import choose_form, probe
+from shoal.errors import EnvironmentFault, ShoalError
+from shoal.experience.envelope import Identity
+from shoal.experience.group_state import from_bytes
+from shoal.experience.ring import Ring
+from shoal.learners.learner import Learner
+from shoal.supervision.channel import Channel, wait
+from shoal.supervision.heartbeat import ActivityBoard, Heartbeat
+from shoal.supervision.memory import SharedMemory
+from shoal.supervision.zygote_main import ChildContext
+from shoal.types import Activity, EnvironmentSpec
+from shoal.weights.board import WeightBoard
+
+_IDLE_SECONDS = 1.0
+
+
+class _Stopped(Exception):
+    """The supervisor wants this role to end, or is gone."""
+
+
+def _objects(context: ChildContext) -> UserObjects:
+    return UserObjects(**(context.unpickle() or {}))
+
+
+def describe_error(error: BaseException) -> dict[str, Any]:
+    """An error as the supervisor raises it again: class, message, report, traceback."""
+    report = error.report if isinstance(error, EnvironmentFault) else {}
+    trace = "".join(traceback.format_exception(error))
+    return {"error": type(error).__name__, "message": str(error), "report": report, "traceback": trace[-20_000:]}
+
+
+def _encoded(facts: dict[str, Any]) -> bytes:
+    return json.dumps(facts, default=str).encode()
+
+
+# ---- probe -----------------------------------------------------------------------------------------------------------
+def probe_main(context: ChildContext) -> int:
+    """Make the environment and the policy once, and say what they look like."""
+    try:
+        config = RunConfig.model_validate(context.payload["config"])
+        answer = look(config, _objects(context))
+    except Exception as error:
+        answer = describe_error(error)
+    context.channel.send(_encoded(answer))
+    return 0
+
+
+def look(config: RunConfig, objects: UserObjects) -> dict[str, Any]:
+    """Spec, form, and the sizes that memory is allocated from, as JSON."""
+    found = probe(config.env, objects.env)
+    blueprint = Blueprint(config, found.spec, objects, bytes(16))
+    policy = blueprint.policy()
+    fields = [vars(f) | {"shape": list(f.shape)} for f in policy.fields()]
+    form = choose_form(config.env, found)
+    measured = {k: v for k, v in found.to_json().items() if k != "spec"}
+    return {
+        "spec": found.spec.to_json(),
+        "fields": fields,
+        "weights": blueprint.layout(policy).size,
+        "form": form,
+        "measured": measured,
+        "build": build_facts(),
+    }
+
+
+def build_facts() -> dict[str, str]:
+    """What else the bits of a run depend on."""
+    import numpy
+    import torch
+
+    return {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "numpy": numpy.__version__}
+
+
+# ---- the memory that roles share -------------------------------------------------------------------------------------
+def _attach(context: ChildContext, setup: dict[str, Any]) -> tuple[Blueprint, Ring, WeightBoard, Heartbeat]:
+    config = RunConfig.model_validate(setup["config"])
+    spec = EnvironmentSpec.from_json(setup["spec"])
+    blueprint = Blueprint(config, spec, _objects(context), bytes.fromhex(setup["run_id"]), setup["epoch"])
+    memory = SharedMemory.attach(context.memory_fds[0], setup["memory_bytes"])
+    policy = blueprint.policy()
+    schema = blueprint.schema(policy)
+    ring = Ring(schema, setup["num_slots"], memory.buffer[: setup["ring_bytes"]])
+    board = WeightBoard(blueprint.layout(policy).size, memory.buffer[setup["ring_bytes"] :])
+    activities = ActivityBoard.attach(context.memory_fds[1], setup["num_roles"])
+    index = 0 if context.name == "learner" else 1 + context.index
+    return blueprint, ring, board, activities.heartbeat(index, context.incarnation)
+
+
+# ---- actor -----------------------------------------------------------------------------------------------------------
+class _ActorProcess:
+    """Serves one actor.
+
+    consumes    LEASE, RESTORE, RELEASE, PUBLISHED, STOP
+    waits for   words of the supervisor, when it holds no lease
+    unblocked   by a word, or by the end of the supervisor (its channel closes)
+    on failure  an EnvironmentFault is reported as FAULT and the group released; anything else ends the process
+    """
+
+    def __init__(self, context: ChildContext) -> None:
+        self._channel: Channel = context.channel
+        setup = self._first_word().json
+        self._blueprint, ring, board, self._heart = _attach(context, setup)
+        self._behaviour: LocalPolicy = self._blueprint.behaviour(board)
+        self._actor: Actor = self._blueprint.actor(ring, self._behaviour, context.index, context.incarnation, self._heart)
+        self._close_after: int = setup["close_after_lag"]
+        self._sync: bool = setup["sync"]
+        self._work: deque[tuple[Word, bytes]] = deque()  # leases, restores and releases, in order
+        self._newest = -1
+
+    def run(self) -> None:
+        try:
+            while True:
+                self._listen(wait_for_work=not self._work)
+                if self._work:
+                    self._do(*self._work.popleft())
+        except _Stopped:
+            self._actor.close()
+
+    def _first_word(self) -> Word:
+        while True:
+            wait([self._channel], _IDLE_SECONDS)
+            message = self._channel.receive()
+            if message is not None:
+                return Word.decode(message)
+
+    def _listen(self, wait_for_work: bool = False) -> None:
+        """Take in every word that is there; with `wait_for_work`, wait until there is something to do."""
+        if wait_for_work:
+            self._heart.enter(Activity.WAITING_FOR_LEASE)
+        while True:
+            try:
+                received = self._channel.receive_with_fds()
+            except EOFError:
+                raise _Stopped from None
+            if received is None:
+                if not wait_for_work or self._work:
+                    return
+                wait([self._channel], _IDLE_SECONDS)
+                continue
+            word = Word.decode(received[0])
+            state = b"".join(_read_and_close(fd) for fd in received[1])
+            if word.kind is Kind.STOP:
+                raise _Stopped
+            if word.kind is Kind.PUBLISHED:
+                self._newest = max(self._newest, word.value)
+            else:
+                self._work.append((word, state))
+
+    def _do(self, word: Word, state: bytes) -> None:
+        group = word.identity.group
+        try:
+            if word.kind is Kind.RESTORE:
+                lost = self._actor.restore(group, from_bytes(state))
+                self._say(Word(Kind.RESTORED, 0, word.identity, len(lost)))
+            elif word.kind is Kind.RELEASE:
+                self._actor.release(group)
+            elif word.kind is Kind.LEASE:
+                self._fill(word)
+        except EnvironmentFault as fault:
+            self._actor.release(group)
+            self._work = deque(entry for entry in self._work if entry[0].identity.group != group)
+            self._say(Word(Kind.FAULT, word.slot, word.identity, 0, _encoded(describe_error(fault))))
+
+    def _fill(self, word: Word) -> None:
+        if max(self._newest, word.value) > self._behaviour.version:
+            self._behaviour.refresh()
+        if self._sync and self._behaviour.version != word.value:
+            raise RuntimeError(f"the board holds version {self._behaviour.version}, the lease says {word.value}")
+        give_up = [tuple(place) for place in word.json["give_up"]] if word.body else []
+        self._actor.fill(word.slot, word.identity, None if self._sync else self._between_rows, give_up)
+        self._say(Word(Kind.FILLED, word.slot, word.identity))
+
+    def _between_rows(self, first_version: int) -> bool:
+        self._listen()
+        if self._newest > self._behaviour.version:
+            self._behaviour.refresh()
+        return self._behaviour.version - first_version >= self._close_after
+
+    def _say(self, word: Word) -> None:
+        try:
+            while not self._channel.send(word.encode()):
+                wait([], 0.01, writable=[self._channel])
+        except EOFError:
+            raise _Stopped from None
+
+
+def _read_and_close(fd: int) -> bytes:
+    with os.fdopen(fd, "rb") as file:
+        file.seek(0)
+        return file.read()
+
+
+def actor_main(context: ChildContext) -> int:
+    try:
+        _ActorProcess(context).run()
+    except EOFError:
+        return 0
+    except ShoalError as error:
+        context.channel.send(Word(Kind.FAULT, 0, Identity(0, 0, 0), 1, _encoded(describe_error(error))).encode())
+        raise
+    return 0
+
+
+# ---- learner ---------------------------------------------------------------------------------------------------------
+class _LearnerProcess:
+    """Serves the learner.
+
+    consumes    {"do": "train" | "save" | "stop", ...}
+    waits for   the supervisor's next order
+    unblocked   by an order, or by the end of the supervisor
+    on failure  a ShoalError is told; anything else ends the process, and the supervisor starts another from the last checkpoint
+    """
+
+    def __init__(self, context: ChildContext) -> None:
+        import torch
+
+        self._channel: Channel = context.channel
+        setup = self._next()
+        self._blueprint, ring, board, self._heart = _attach(context, setup)
+        torch.set_num_threads(self._blueprint.config.learner.threads)
+        board.reset()
+        self._learner: Learner = self._blueprint.learner(ring, board, setup["max_policy_lag"])
+        if setup["checkpoint"] is not None:
+            load_learner(self._learner, Path(setup["checkpoint"]))
+        self._learner.publish()
+        self._say({"is": "ready", "version": self._learner.version})
+
+    def run(self) -> None:
+        while True:
+            self._heart.enter(Activity.WAITING_FOR_BATCH)
+            order = self._next()
+            if order["do"] == "stop":
+                return
+            if order["do"] == "train":
+                self._train([(slot, Identity(*identity)) for slot, identity in order["rollouts"]])
+            else:
+                self._heart.enter(Activity.SAVING)
+                save_learner(self._learner, Path(order["path"]), self._blueprint)
+                self._say({"is": "saved", "weights_sha256": self._learner.weights_sha256})
+
+    def _train(self, orders: list[tuple[int, Identity]]) -> None:
+        self._heart.enter(Activity.LEARNING)
+        begun = time.monotonic()
+        consumed = self._learner.consume(orders)
+        self._say({"is": "consumed", "dropped": [[list(i), int(fate)] for i, fate in consumed.dropped.items()]})
+        metrics: dict[str, float] = {}
+        if consumed.batch is not None:
+            metrics = self._learner.update(consumed)
+            metrics["update_seconds"] = time.monotonic() - begun
+        self._say({"is": "trained", "version": self._learner.version, "metrics": metrics})
+
+    def _next(self) -> dict[str, Any]:
+        while True:
+            message = self._channel.receive()
+            if message is not None:
+                return json.loads(message)  # type: ignore[no-any-return]
+            wait([self._channel], _IDLE_SECONDS)
+
+    def _say(self, facts: dict[str, Any]) -> None:
+        while not self._channel.send(to_json(facts)):
+            wait([], 0.01, writable=[self._channel])
+
+
+def learner_main(context: ChildContext) -> int:
+    try:
+        _LearnerProcess(context).run()
+    except EOFError:
+        return 0
+    except ShoalError as error:
+        context.channel.send(_encoded({"is": "failed", **describe_error(error)}))
+        raise
+    return 0

@@ -1,0 +1,63 @@
+"""The words between the supervisor and its roles: small, without pickle.
+
+Actors: fixed-size records (`Word`), some followed by a few bytes of JSON. Learner and probe: JSON objects, one per message.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from shoal.experience.envelope import Identity
+
+
+class Kind(IntEnum):
+    # to an actor
+    SETUP = 1  # JSON: what it needs to build itself
+    LEASE = 2  # slot, identity; value: the version that it is to be made with (sync), or -1
+    RESTORE = 3  # group; a descriptor comes along, whose file holds the packed state
+    RELEASE = 4  # group
+    PUBLISHED = 5  # value: version
+    STOP = 6
+    # from an actor
+    READY = 16
+    FILLED = 17  # slot, identity
+    RESTORED = 18  # group; value: number of environments that had to begin a new episode
+    FAULT = 19  # slot, identity; JSON: the report
+
+
+_WORD = struct.Struct("<BxxxIIIQq")
+
+
+@dataclass(frozen=True)
+class Word:
+    """One message of an actor's channel."""
+
+    kind: Kind
+    slot: int = 0
+    identity: Identity = Identity(0, 0, 0)
+    value: int = 0
+    body: bytes = b""
+
+    def encode(self) -> bytes:
+        group, sequence, attempt = self.identity
+        return _WORD.pack(self.kind, self.slot, group, attempt, sequence, self.value) + self.body
+
+    @classmethod
+    def decode(cls, message: bytes) -> Word:
+        """Raises ValueError for bytes that are no word."""
+        if len(message) < _WORD.size:
+            raise ValueError(f"a word has at least {_WORD.size} bytes, got {len(message)}")
+        kind, slot, group, attempt, sequence, value = _WORD.unpack_from(message)
+        return cls(Kind(kind), slot, Identity(group, sequence, attempt), value, message[_WORD.size :])
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.body)  # type: ignore[no-any-return]
+
+
+def to_json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value).encode()

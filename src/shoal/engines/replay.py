@@ -1,0 +1,131 @@
+"""Replay: executes a run again in one process, update by update, from what its log says was consumed.
+
+An async run's weights depend on which rollouts each update consumed, and with which policy version each of their rows was made. The
+log holds both, and everything else is a function of the configuration: so the same weights come out, bit for bit. A sync run needs
+no log: update k consumes rollout k of every group, made with version k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from shoal.engines.coordinator import Plan
+from shoal.engines.roles import Blueprint
+from shoal.errors import RunError
+from shoal.experience.envelope import Identity
+from shoal.experience.group_state import GroupHistory
+from shoal.experience.ring import allocate
+from shoal.types import Array
+
+Entry = dict[str, Any]
+
+
+class WeightHistory:
+    """A weight board that remembers versions for as long as they are asked for."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._versions: dict[int, Array] = {}
+        self.wanted = 0
+
+    def begin(self, version: int) -> Array:
+        self._versions[version] = np.empty(self._size, np.float32)
+        return self._versions[version]
+
+    def commit(self, version: int) -> None:
+        pass
+
+    def read(self, out: Array) -> int:
+        if self.wanted not in self._versions:
+            raise RunError(f"the log asks for policy version {self.wanted}, which is not among those kept ({sorted(self._versions)})")
+        np.copyto(out, self._versions[self.wanted])
+        return self.wanted
+
+    def forget_before(self, version: int) -> None:
+        self._versions = {v: w for v, w in self._versions.items() if v >= version}
+
+
+def replay(blueprint: Blueprint, log: dict[int, list[Entry]], num_updates: int, told: Callable[[int], None] = lambda update: None) -> str:
+    """Execute updates 1 to `num_updates` again. Returns weights_sha256.
+
+    Args:
+      log: by update, what it consumed in order; empty for a sync run.
+      told: called after each update.
+    Raises:
+      RunError: the log has a gap.
+    """
+    plan = Plan.of(blueprint.config)
+    policy = blueprint.policy()
+    schema = blueprint.schema(policy)
+    updates = list(_updates(plan, log, num_updates))
+    ring = allocate(schema, max(len(entries) for entries in updates) if updates else 1)
+    weights = WeightHistory(blueprint.layout(policy).size)
+    behaviour = blueprint.behaviour(weights)
+    actor = blueprint.actor(ring, behaviour)
+    learner = blueprint.learner(ring, weights, 1 << 30)
+    learner.publish()
+    action = next(f for f in schema.fields if f.name == "action")
+    for group in range(plan.num_groups):
+        states = {n: np.zeros((plan.group_size, *f.shape), f.dtype) for n, f in ((f.name, f) for f in policy.fields() if f.axis == "B")}
+        actor.restore(group, GroupHistory(plan.group_size, action.shape, action.dtype, states).state_at(0))
+    oldest = _oldest_versions(updates)
+    for update, entries in enumerate(updates):
+        weights.forget_before(oldest[update])
+        orders = []
+        for slot, entry in enumerate(entries):
+            identity = Identity(*entry["id"])
+            rows = _versions_by_row(entry["versions"])
+            weights.wanted = rows[0]
+            behaviour.refresh()
+            actor.fill(slot, identity, _follow(rows, weights, behaviour.refresh), [tuple(g) for g in entry.get("give_up", ())])
+            if entry["fate"] == "trained":
+                orders.append((slot, identity))
+        if orders:
+            learner.update(learner.consume(orders))
+        told(update + 1)
+    actor.close()
+    return learner.weights_sha256
+
+
+def _updates(plan: Plan, log: dict[int, list[Entry]], num_updates: int) -> Iterator[list[Entry]]:
+    for update in range(1, num_updates + 1):
+        if plan.mode == "sync":
+            versions = [[update - 1, plan.rollout_length]]
+            yield [{"id": [g, update - 1, 0], "versions": versions, "fate": "trained"} for g in range(plan.num_groups)]
+        elif update in log:
+            yield log[update]
+        else:
+            raise RunError(f"the log has no update {update}: it was lost with run.db, and the run cannot be replayed beyond {update - 1}")
+
+
+def _versions_by_row(runs: list[list[int]]) -> list[int]:
+    return [version for version, rows in runs for _ in range(rows)]
+
+
+def _follow(rows: list[int], weights: WeightHistory, refresh: Callable[[], int]) -> Callable[[int], bool]:
+    """Between two rows: close where the run did, and take the version that the run took."""
+    place = 0
+
+    def between_rows(first_version: int) -> bool:
+        nonlocal place
+        place += 1
+        if place == len(rows):
+            return True
+        if rows[place] != weights.wanted:
+            weights.wanted = rows[place]
+            refresh()
+        return False
+
+    return between_rows
+
+
+def _oldest_versions(updates: list[list[Entry]]) -> list[int]:
+    """For each update, the oldest version that it or a later one asks for."""
+    oldest, out = len(updates), []
+    for entries in reversed(updates):
+        oldest = min([oldest, *(version for e in entries for version, _ in e["versions"])])
+        out.append(oldest)
+    return out[::-1]

@@ -1,0 +1,96 @@
+"""Roles as they are built, the same in every engine: from a configuration and an environment's spec to actor and learner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shoal.actors.actor import Actor
+from shoal.actors.behaviour import LocalPolicy, WeightSource
+from shoal.algorithms import build_algorithm
+from shoal.config import RunConfig
+from shoal.environments.make import make_group
+from shoal.errors import ConfigError
+from shoal.experience.ring import Ring
+from shoal.experience.schema import Schema, rollout_schema
+from shoal.learners.learner import Learner, WeightPublisher
+from shoal.networks.policy import Policy, build_policy, named_tensors
+from shoal.streams import Purpose, seed_sequence
+from shoal.types import ActivityRecorder, Behaviour, EnvironmentGroup, EnvironmentSpec
+from shoal.weights.board import WeightLayout
+
+
+@dataclass(frozen=True)
+class UserObjects:
+    """What a user handed over as an object rather than by name; None where a name says it."""
+
+    env: Callable[..., Any] | None = None
+    network: Callable[..., Any] | None = None
+    algorithm: type[Any] | None = None
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """All that roles are built from."""
+
+    config: RunConfig
+    spec: EnvironmentSpec
+    objects: UserObjects
+    run_id: bytes  # 16 bytes
+    epoch: int = 0
+
+    def policy(self) -> Policy:
+        """The policy with its initial weights, which depend on the run's seed only."""
+        seed = int(seed_sequence(self.config.seed, Purpose.PARAMETERS, epoch=0).generate_state(1)[0])
+        return build_policy(self.spec, self.config.policy, self.objects.network, seed=seed)
+
+    def schema(self, policy: Policy) -> Schema:
+        sampling = self.config.sampling
+        return rollout_schema(self.spec, policy.fields(), sampling.rollout_length, sampling.group_size or 1)
+
+    def layout(self, policy: Policy) -> WeightLayout:
+        return WeightLayout.of((n, tuple(t.shape)) for n, t in named_tensors(policy).items())
+
+    def group(self, index: int) -> EnvironmentGroup:
+        c = self.config
+        return make_group(
+            c.env, group=index, num_envs=c.sampling.group_size or 1, run_seed=c.seed, factory=self.objects.env, mode=c.mode or "sync"
+        )
+
+    def behaviour(self, source: WeightSource) -> LocalPolicy:
+        sampling = self.config.sampling
+        policy = self.policy()
+        policy.eval()
+        return LocalPolicy(policy, source, self.config.seed, sampling.rollout_length, sampling.group_size or 1, self.epoch)
+
+    def actor(
+        self,
+        ring: Ring,
+        behaviour: Behaviour,
+        actor: int = 0,
+        incarnation: int = 0,
+        recorder: ActivityRecorder | None = None,
+    ) -> Actor:
+        return Actor(
+            ring, behaviour, self.group, run_id=self.run_id, actor=actor, incarnation=incarnation, epoch=self.epoch, recorder=recorder
+        )
+
+    def learner(self, ring: Ring, board: WeightPublisher, max_policy_lag: int) -> Learner:
+        policy = self.policy().to(self.device())
+        algorithm = build_algorithm(policy, self.config.algorithm, self.objects.algorithm)
+        return Learner(
+            self.config, self.spec, policy, algorithm, ring, board, run_id=self.run_id, max_policy_lag=max_policy_lag, epoch=self.epoch
+        )
+
+    def device(self) -> torch.device:
+        """The learner's device: `auto` takes a GPU for images only, since small networks learn faster without."""
+        wanted = self.config.device
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device: cuda was asked for, but torch sees no GPU here; use --device cpu or auto")
+        if wanted == "auto":
+            images = any(leaf.is_image for leaf in self.spec.observation)
+            wanted = "cuda" if images and torch.cuda.is_available() else "cpu"
+        return torch.device(wanted)

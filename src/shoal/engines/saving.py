@@ -1,0 +1,25 @@
+"""The learner's part of a checkpoint: its state, and the policy as a bundle that can be used without anything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shoal.engines.roles import Blueprint
+from shoal.evaluation.bundle import save_bundle
+from shoal.files import load_checkpoint, to_json, write_arrays
+from shoal.learners.learner import Learner
+
+
+def save_learner(learner: Learner, directory: Path, blueprint: Blueprint) -> None:
+    """Write `learner.safetensors`, `learner.json` and the bundle `policy/` into a checkpoint in the making."""
+    arrays, facts = learner.get_state()
+    write_arrays(directory / "learner.safetensors", arrays)
+    facts["weights_sha256"] = learner.weights_sha256
+    (directory / "learner.json").write_text(to_json(facts), encoding="utf-8")
+    save_bundle(directory / "policy", learner.policy_arrays, blueprint.spec, blueprint.config.policy, blueprint.config.env)
+
+
+def load_learner(learner: Learner, path: Path) -> None:
+    """Go on from a committed checkpoint, whose hashes are verified as it is read."""
+    loaded = load_checkpoint(path)
+    learner.set_state(loaded.arrays("learner"), loaded.json("learner"))

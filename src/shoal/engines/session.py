@@ -1,0 +1,122 @@
+"""One training as every engine runs it: what follows an update, when to save, when to stop, and what the outside is told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from shoal.config import RunConfig
+from shoal.engines.coordinator import Coordinator, Episode
+from shoal.files import CheckpointDirectory, Loaded, Staging
+from shoal.types import ActivityRecord, Arrays, EnvironmentSpec
+
+
+@dataclass
+class UpdateReport:
+    """What an update did, for whoever watches. Metrics carry the names of the algorithm; times are seconds."""
+
+    update: int
+    env_steps: int
+    seconds: float
+    metrics: dict[str, float]
+    episodes: list[Episode]
+    consumption: list[dict[str, Any]]
+
+
+class Observer(Protocol):
+    """Whoever watches a run: the run store, TensorBoard, the live view, the user's callbacks. Never changes what is learned."""
+
+    def updated(self, report: UpdateReport) -> bool:
+        """After each update. True asks for the run to end."""
+
+    def event(self, kind: str, **details: Any) -> None:
+        """Something that is not an update: a fault, a restart, a checkpoint, a warning."""
+
+    def tick(self, activities: list[ActivityRecord]) -> None:
+        """A few times a second, with what every role does now (learner first)."""
+
+
+@dataclass
+class Session:
+    """The state of a training that no role holds: clock, checkpoints, the decision to end."""
+
+    config: RunConfig
+    spec: EnvironmentSpec
+    coordinator: Coordinator
+    directory: Path
+    observer: Observer
+    clock: Callable[[], float] = time.monotonic
+    seconds_before: float = 0.0  # of earlier parts of a resumed run
+    restarts: int = 0
+    started: float | None = None  # first environment step, on the clock
+    wanted_end: str | None = None  # "interrupted", or a reason that a caller gave
+    last_checkpoint: tuple[Arrays, dict[str, Any], Path | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.checkpoints = CheckpointDirectory(self.directory / "checkpoints")
+        self._saved_at = self.clock()
+        self._saved_version = self.coordinator.version
+        self.last_checkpoint = (*self.coordinator.get_state(), None)
+
+    @property
+    def seconds(self) -> float:
+        """Since the first environment step, earlier parts of the run included."""
+        return self.seconds_before + (0.0 if self.started is None else self.clock() - self.started)
+
+    def begun(self, begun_ns: int) -> None:
+        """The first rollout tells when the first environment step was made (monotonic clock)."""
+        if self.started is None:
+            self.started = min(self.clock(), begun_ns / 1e9)
+
+    def finish_update(self, metrics: dict[str, float]) -> str | None:
+        """Account for an update that the learner finished. Returns the reason to stop, if there is one."""
+        c = self.coordinator
+        consumption = c.consumption
+        episodes = c.trained(metrics)
+        report = UpdateReport(c.version, c.env_steps, self.seconds, metrics, episodes, consumption)
+        if self.observer.updated(report):
+            self.wanted_end = self.wanted_end or "interrupted"
+        return c.stop_reason(self.seconds) or self.wanted_end
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+    def checkpoint_due(self) -> bool:
+        c = self.config.checkpoint
+        if c.every_updates is not None and self.coordinator.version - self._saved_version >= c.every_updates:
+            return True
+        return c.every_seconds is not None and self.clock() - self._saved_at >= c.every_seconds
+
+    def begin_checkpoint(self) -> tuple[Staging, Arrays, dict[str, Any]]:
+        """The supervisor's part of a checkpoint; the learner writes its own beside it, then `commit`."""
+        arrays, facts = self.coordinator.get_state()
+        facts = {**facts, "seconds": self.seconds, "restarts": self.restarts}
+        staging = self.checkpoints.begin(self.coordinator.version)
+        staging.write_arrays("coordinator", arrays)
+        staging.write_json("coordinator", facts)
+        return staging, arrays, facts
+
+    def commit(self, staging: Staging, arrays: Arrays, facts: dict[str, Any]) -> Path:
+        path = staging.commit()
+        self.checkpoints.sweep(self.config.checkpoint.keep)
+        self.last_checkpoint = (arrays, facts, path)
+        self._saved_at, self._saved_version = self.clock(), self.coordinator.version
+        self.observer.event("checkpoint", update=self.coordinator.version, path=path.name)
+        return path
+
+    def load(self, loaded: Loaded) -> None:
+        """Go on from a checkpoint (a resumed run)."""
+        arrays, facts = loaded.arrays("coordinator"), loaded.json("coordinator")
+        self.coordinator.set_state(arrays, facts)
+        self.seconds_before, self.restarts = float(facts["seconds"]), int(facts["restarts"])
+        self.last_checkpoint = (arrays, facts, loaded.path)
+        self._saved_version = self.coordinator.version
+
+    def return_to_checkpoint(self) -> Path | None:
+        """The learner was lost: go back to the last checkpoint (None: to the beginning) in place."""
+        arrays, facts, path = self.last_checkpoint
+        undone = self.coordinator.version - facts["version"]
+        self.coordinator.set_state(arrays, facts, live=True)
+        self.observer.event("rolled_back", update=facts["version"], updates_undone=undone)
+        return path

@@ -1,0 +1,166 @@
+"""B environments that step at once, each in a thread of its own: for environments that wait (a simulator behind a socket, a sleep).
+
+An environment is made, stepped and closed in the same thread, which some simulators demand. Since environments share nothing, the
+results are those of PythonGroup, bit for bit.
+
+    consumes    actions [B] as stored (ThreadedGroup); one action at a time (PacedGroup)
+    waits for   all environments of the group (step, restore); any of them (PacedGroup.ready)
+    on failure  waits for the others, then raises the first environment's EnvironmentFault; `restore` must follow
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from shoal.environments.group import PythonGroup
+from shoal.environments.instance import Instance
+from shoal.types import Array, Arrays, EnvironmentSpec
+
+_Task = Callable[[], Any]
+
+
+class _Done(NamedTuple):
+    env: int
+    result: Any
+    error: BaseException | None
+
+
+class _Worker:
+    """One thread that runs what is put into its queue, in order, and reports each end to `done`.
+
+    consumes: tasks; None ends it. waits for: its queue, without limit, unblocked by `submit` and `stop`. on failure: reports the
+    exception as the task's result and goes on. It is a daemon, so that a hanging environment cannot keep its process alive.
+    """
+
+    def __init__(self, env: int, done: SimpleQueue[_Done]) -> None:
+        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        self._env, self._done = env, done
+        self._thread = threading.Thread(target=self._run, name=f"environment-{env}", daemon=True)
+        self._thread.start()
+
+    def submit(self, task: _Task) -> None:
+        self._tasks.put(task)
+
+    def stop(self, timeout_seconds: float) -> None:
+        self._tasks.put(None)
+        self._thread.join(timeout_seconds)
+
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                self._done.put(_Done(self._env, task(), None))
+            except BaseException as error:
+                self._done.put(_Done(self._env, None, error))
+
+
+class ThreadedGroup(PythonGroup):
+    """PythonGroup whose environments step, reset and are rebuilt concurrently."""
+
+    def __init__(self, create: Callable[[], Any], spec: EnvironmentSpec, group: int, num_envs: int, run_seed: int, epoch: int = 0) -> None:
+        super().__init__(create, spec, group, num_envs, run_seed, epoch)
+        self._done: SimpleQueue[_Done] = SimpleQueue()
+        self._workers = [_Worker(b, self._done) for b in range(num_envs)]
+
+    def close(self) -> None:
+        """Close every environment in its own thread; one that hangs is left behind after a second."""
+        for worker, instance in zip(self._workers, self._instances, strict=True):
+            worker.submit(instance.close)
+        end = time.monotonic() + 1.0
+        for worker in self._workers:
+            worker.stop(max(0.0, end - time.monotonic()))
+
+    def _restore_all(self, arguments: list[tuple[Array, list[Any], bytes | None]]) -> list[bool]:
+        return self._all([_restoring(instance, given) for instance, given in zip(self._instances, arguments, strict=True)])
+
+    def _advance_all(self, actions: list[Any]) -> list[int]:
+        ended = self._all([_advancing(instance, action) for instance, action in zip(self._instances, actions, strict=True)])
+        return [b for b in range(self.num_envs) if ended[b]]
+
+    def _all(self, tasks: list[_Task]) -> list[Any]:
+        """Run one task per environment and wait for all; the error of the lowest index is raised."""
+        for worker, task in zip(self._workers, tasks, strict=True):
+            worker.submit(task)
+        done = sorted((self._done.get() for _ in tasks), key=lambda one: one.env)
+        for one in done:
+            if one.error is not None:
+                raise one.error
+        return [one.result for one in done]
+
+
+class PacedStep(NamedTuple):
+    """What one environment's step gave; see GroupStep."""
+
+    reward: float
+    terminated: bool
+    truncated: bool
+    valid: bool
+    final: Arrays | None  # the true last observation, where the episode ended
+
+
+class PacedGroup(ThreadedGroup):
+    """For async mode: each environment acts as soon as it is ready, and none waits for another.
+
+        observe(out); for b in range(B): send(b, action)
+        for b in ready(timeout): step = take(b, out); ...; send(b, action)
+
+    `step` works as before while no environment is under way.
+    """
+
+    def __init__(self, create: Callable[[], Any], spec: EnvironmentSpec, group: int, num_envs: int, run_seed: int, epoch: int = 0) -> None:
+        super().__init__(create, spec, group, num_envs, run_seed, epoch)
+        self._under_way: set[int] = set()
+        self._finished: dict[int, _Done] = {}
+
+    def send(self, b: int, action: Array) -> None:
+        """Begin environment b's step with one action as stored ([*shape])."""
+        if b in self._under_way or b in self._finished:
+            raise RuntimeError(f"environment {b} has not given its last step yet; take() it first")
+        self._under_way.add(b)
+        environment_action = self._to_environment(np.asarray(action)[None])[0]
+        self._workers[b].submit(_advancing(self._instances[b], environment_action))
+
+    def ready(self, timeout_seconds: float) -> list[int]:
+        """Environments whose step has ended and that were not taken; waits for one at most `timeout_seconds`. [] after that."""
+        try:
+            while self._under_way:
+                wait = timeout_seconds if not self._finished else 0.0
+                done = self._done.get(timeout=wait) if wait > 0 else self._done.get_nowait()
+                self._under_way.discard(done.env)
+                self._finished[done.env] = done
+        except Empty:
+            pass
+        return sorted(self._finished)
+
+    def take(self, b: int, out: Arrays) -> PacedStep:
+        """Write environment b's new observation into `out[name]` ([*shape]) and return the rest of its step.
+
+        Raises:
+          EnvironmentFault: its step failed.
+        """
+        done = self._finished.pop(b)
+        if done.error is not None:
+            raise done.error
+        instance = self._instances[b]
+        for name, array, _ in self._floats:
+            if not np.isfinite(array[b]).all():
+                raise instance.not_finite(name, array[b])
+        for name, array in self._current.items():
+            out[name][...] = array[b]
+        if not done.result:
+            return PacedStep(instance.reward, False, False, True, None)
+        valid, instance.valid = instance.valid, True
+        return PacedStep(instance.reward, instance.terminated, instance.truncated, valid, instance.final)
+
+
+def _advancing(instance: Instance, action: Any) -> _Task:
+    return lambda: instance.advance(action)
+
+
+def _restoring(instance: Instance, given: tuple[Array, list[Any], bytes | None]) -> _Task:
+    return lambda: instance.restore(*given)

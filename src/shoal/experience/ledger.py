@@ -1,0 +1,168 @@
+"""The ledger: what became of every rollout.
+
+At any moment, per group and in total: produced = trained + dropped (by reason) + in flight, in rollouts and in environment steps.
+In-flight rollouts are listed by identity; nothing here is computed as a remainder, so the law can be checked.
+Steps count as produced when a rollout is finished, or when it is found unfinished at its actor's death.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from shoal.errors import LedgerError
+from shoal.experience.envelope import REMADE, Fate, Identity
+
+
+@dataclass
+class _Account:
+    """Totals of one group."""
+
+    produced_rollouts: int = 0
+    produced_steps: int = 0
+    rollouts: dict[Fate, int] = field(default_factory=lambda: defaultdict(int))
+    steps: dict[Fate, int] = field(default_factory=lambda: defaultdict(int))
+    next_sequence: int = 0  # the first that was never begun
+    final: int = 0  # high-water mark: every sequence below has one final attempt
+    final_ahead: set[int] = field(default_factory=set)  # final ones above the mark
+
+
+class Ledger:
+    """Owned by whoever decides about rollouts; told of every begin, finish and end of an attempt."""
+
+    def __init__(self) -> None:
+        self._accounts: dict[int, _Account] = defaultdict(_Account)
+        self._in_flight: dict[Identity, int] = {}  # steps of the finished ones, 0 before
+
+    # ---- what happens to a rollout -------------------------------------------------------------------------------
+    def begin(self, identity: Identity) -> None:
+        """An attempt was ordered. Sequences of a group come without gaps; an open sequence may come again, attempt raised."""
+        account = self._accounts[identity.group]
+        if identity.sequence > account.next_sequence:
+            raise LedgerError(f"group {identity.group}: sequence {identity.sequence} begun before {account.next_sequence}")
+        if identity.sequence < account.final or identity.sequence in account.final_ahead:
+            raise LedgerError(f"group {identity.group}: sequence {identity.sequence} begun again after a final attempt")
+        if any(other[:2] == identity[:2] for other in self._in_flight):
+            raise LedgerError(f"group {identity.group}: two attempts of sequence {identity.sequence} in flight")
+        account.next_sequence = max(account.next_sequence, identity.sequence + 1)
+        account.produced_rollouts += 1
+        self._in_flight[identity] = 0
+
+    def finish(self, identity: Identity, num_env_steps: int) -> None:
+        """The attempt was filled; its steps exist from now on."""
+        if identity not in self._in_flight:
+            raise LedgerError(f"group {identity.group}: {identity} finished, but is not in flight")
+        self._accounts[identity.group].produced_steps += num_env_steps - self._in_flight[identity]
+        self._in_flight[identity] = num_env_steps
+
+    def settle(self, identity: Identity, fate: Fate) -> None:
+        """The attempt came to its end."""
+        if identity not in self._in_flight:
+            raise LedgerError(f"group {identity.group}: {identity} is to be {fate.label}, but is not in flight: a duplicate")
+        steps = self._in_flight.pop(identity)
+        account = self._accounts[identity.group]
+        account.rollouts[fate] += 1
+        account.steps[fate] += steps
+        if fate not in REMADE:
+            account.final_ahead.add(identity.sequence)
+            while account.final in account.final_ahead:
+                account.final_ahead.discard(account.final)
+                account.final += 1
+
+    def roll_back(self, mark: dict[str, Any]) -> None:
+        """Return to a checkpoint's state: what was trained since counts as rolled back, its sequences are open again.
+
+        Args:
+          mark: `get_state()` of the checkpoint. What was produced and dropped since then stays counted.
+        """
+        for identity in list(self._in_flight):
+            self.settle(identity, Fate.ROLLED_BACK)
+        before = Ledger()
+        before.set_state(mark)
+        for group, account in self._accounts.items():
+            old = before._accounts[group]
+            for undone in (Fate.TRAINED, Fate.OVER_LAG, Fate.INVALID):
+                for now, then in ((account.rollouts, old.rollouts), (account.steps, old.steps)):
+                    now[Fate.ROLLED_BACK] += now[undone] - then[undone]
+                    now[undone] = then[undone]
+            account.next_sequence = account.final = old.final
+            account.final_ahead = set()
+
+    # ---- the law -------------------------------------------------------------------------------------------------
+    @property
+    def in_flight(self) -> list[Identity]:
+        return list(self._in_flight)
+
+    def trained_steps(self, group: int | None = None) -> int:
+        groups = self._accounts if group is None else [group]
+        return sum(self._accounts[g].steps[Fate.TRAINED] for g in groups)
+
+    def check(self) -> None:
+        """Raise LedgerError where the law does not hold, naming the group."""
+        for group, account in self._accounts.items():
+            mine = {i: s for i, s in self._in_flight.items() if i.group == group}
+            rollouts = sum(account.rollouts.values()) + len(mine)
+            steps = sum(account.steps.values()) + sum(mine.values())
+            if rollouts != account.produced_rollouts:
+                raise LedgerError(f"group {group}: {account.produced_rollouts} rollouts produced, {rollouts} accounted for")
+            if steps != account.produced_steps:
+                raise LedgerError(f"group {group}: {account.produced_steps} steps produced, {steps} accounted for")
+
+    def balance(self) -> dict[str, Any]:
+        """Totals in environment steps: {produced, trained, dropped: {reason: n}, in_flight}."""
+        return self._summed([(a.produced_steps, a.steps) for a in self._accounts.values()], sum(self._in_flight.values()))
+
+    def balance_rollouts(self) -> dict[str, Any]:
+        """Totals in rollouts."""
+        return self._summed([(a.produced_rollouts, a.rollouts) for a in self._accounts.values()], len(self._in_flight))
+
+    def by_group(self) -> dict[int, dict[str, Any]]:
+        """Environment steps per group, with the share of what the group produced that was trained."""
+        out = {}
+        for group, account in sorted(self._accounts.items()):
+            waiting = sum(s for i, s in self._in_flight.items() if i.group == group)
+            row = self._summed([(account.produced_steps, account.steps)], waiting)
+            row["trained_share"] = row["trained"] / row["produced"] if row["produced"] else 0.0
+            out[group] = row
+        return out
+
+    @staticmethod
+    def _summed(rows: list[tuple[int, dict[Fate, int]]], in_flight: int) -> dict[str, Any]:
+        total: dict[Fate, int] = defaultdict(int)
+        for _, fates in rows:
+            for fate, count in fates.items():
+                total[fate] += count
+        dropped = {f.label: n for f, n in sorted(total.items()) if n and f is not Fate.TRAINED}
+        return {
+            "produced": sum(produced for produced, _ in rows),
+            "trained": total[Fate.TRAINED],
+            "dropped": dropped,
+            "in_flight": in_flight,
+        }
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+    def get_state(self) -> dict[str, Any]:
+        """JSON-able. What is in flight is left out, with its steps: a resumed run makes those sequences again."""
+        out: dict[str, Any] = {}
+        for group, a in self._accounts.items():
+            waiting = [s for i, s in self._in_flight.items() if i.group == group]
+            out[str(group)] = {
+                "produced_rollouts": a.produced_rollouts - len(waiting),
+                "produced_steps": a.produced_steps - sum(waiting),
+                "rollouts": {f.label: n for f, n in a.rollouts.items()},
+                "steps": {f.label: n for f, n in a.steps.items()},
+                "final": a.final,
+            }
+        return out
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._accounts.clear()
+        self._in_flight.clear()
+        for group, row in state.items():
+            account = self._accounts[int(group)]
+            account.produced_rollouts = row["produced_rollouts"]
+            account.produced_steps = row["produced_steps"]
+            for name in ("rollouts", "steps"):
+                getattr(account, name).update({Fate[k.upper()]: n for k, n in row[name].items()})
+            account.next_sequence = account.final = row["final"]

@@ -1,0 +1,94 @@
+"""Slots for rollouts in one block of memory. Actors write them, the learner reads them, only numbers of slots travel.
+
+Who may write which slot is decided elsewhere (engines/coordinator.py leases them); here are the bytes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from shoal.errors import SchemaError
+from shoal.experience.envelope import Identity
+from shoal.experience.schema import Schema
+from shoal.types import Array, Arrays
+
+
+@dataclass
+class Slot:
+    """One rollout's place. `arrays[name]` are views of the shared bytes."""
+
+    index: int
+    schema: Schema
+    arrays: Arrays
+
+    @cached_property
+    def observation_names(self) -> tuple[str, ...]:
+        """Fields that a behaviour is shown: observations and, where there is one, the mask."""
+        return tuple(f.name for f in self.schema.fields if f.axis == "T+1")
+
+    @cached_property
+    def rows(self) -> list[Arrays]:
+        """What a behaviour is shown at each row, by field name: [B, ...] views for rows 0 to T."""
+        return [{n: self.arrays[n][t] for n in self.observation_names} for t in range(self.schema.num_rows + 1)]
+
+    @property
+    def envelope(self) -> Any:
+        """The header, a numpy structured scalar view: `slot.envelope["group"]`."""
+        return self.arrays["envelope"]
+
+    @property
+    def identity(self) -> Identity:
+        e = self.envelope
+        return Identity(int(e["group"]), int(e["sequence"]), int(e["attempt"]))
+
+    def checksum(self) -> int:
+        """crc32 over the observations and rewards of the rows that were written."""
+        num_rows = int(self.envelope["num_rows"])
+        crc = 0
+        for field in self.schema.fields:
+            if field.axis == "T+1":
+                crc = zlib.crc32(self.arrays[field.name][: num_rows + 1], crc)
+        return zlib.crc32(self.arrays["reward"][:num_rows], crc)
+
+    def check(self, run_id: bytes, identity: Identity | None = None) -> None:
+        """Raise SchemaError unless this is a finished rollout of this run and schema, whose bytes are as they were written."""
+        e = self.envelope
+        if e["schema_hash"].tobytes() != self.schema.hash:
+            raise SchemaError(f"slot {self.index}: schema hash {e['schema_hash'].tobytes().hex()}, expected {self.schema.hash.hex()}")
+        if e["run_id"].tobytes() != run_id:
+            raise SchemaError(f"slot {self.index}: of run {e['run_id'].tobytes().hex()}, expected {run_id.hex()}")
+        if identity is not None and self.identity != identity:
+            raise SchemaError(f"slot {self.index}: holds {self.identity}, expected {identity}")
+        if not 0 < int(e["num_rows"]) <= self.schema.num_rows:
+            raise SchemaError(f"slot {self.index}: {int(e['num_rows'])} rows, expected 1 to {self.schema.num_rows}")
+        if self.checksum() != int(e["checksum"]):
+            raise SchemaError(f"slot {self.index}: observations or rewards changed after {self.identity} was finished")
+
+
+class Ring:
+    """All slots of a run over one buffer of `Ring.size_bytes(schema, num_slots)` bytes."""
+
+    def __init__(self, schema: Schema, num_slots: int, buffer: Array) -> None:
+        self.schema = schema
+        size = schema.slot_bytes
+        self._buffer = buffer
+        self.slots = [Slot(i, schema, schema.views(buffer[i * size : (i + 1) * size])) for i in range(num_slots)]
+
+    @staticmethod
+    def size_bytes(schema: Schema, num_slots: int) -> int:
+        return schema.slot_bytes * num_slots
+
+    def poison(self, index: int) -> None:
+        """Fill a free slot with bytes that are NaN as floats, so that a test sees whoever reads what was not written."""
+        size = self.schema.slot_bytes
+        self._buffer[index * size : (index + 1) * size] = 0xFF
+
+
+def allocate(schema: Schema, num_slots: int) -> Ring:
+    """A ring in this process's own memory."""
+    return Ring(schema, num_slots, np.zeros(Ring.size_bytes(schema, num_slots), np.uint8))

@@ -1,0 +1,438 @@
+"""Files of a run: checkpoints that are whole or not there, text replaced in one step, and the lock of a living run.
+
+A checkpoint is a directory `update-000000123` of safetensors and JSON files (`write_arrays`, `write_json`, or written into
+`Staging.path` by another process) and a `manifest.json` with the size and SHA-256 of each. It is made aside, every file and
+directory is fsynced, it is renamed, and the parent is fsynced: a kill at any instant leaves the old ones as they were.
+An update that is saved a second time becomes `update-000000123.1`, so there is no instant without a whole one; the newest
+revision counts and `sweep` removes the others.
+
+The manifest is canonical JSON and carries a hash of itself; that rule outlives the format number, so another version's
+checkpoint is told from a torn one. Nothing here is ever unpickled. Ground floor: numpy, no torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors_numpy
+
+from shoal.errors import CheckpointError, RunError, SchemaError
+from shoal.types import Array, Arrays
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+LOCK = "run.lock"
+_COMMITTED = re.compile(r"update-(\d{9,18})(?:\.(\d{1,9}))?")
+_STAGING = re.compile(r"\.staging-\d+-(\d+)")
+_TRASH = ".trash-"
+
+
+class Staging:
+    """A checkpoint in the making, in a directory of its own: write, then `commit` or `discard`.
+
+    As a context manager it is discarded at the end unless it was committed.
+    Raises CheckpointError from each method where the disk refuses, after discarding what was written.
+    """
+
+    def __init__(self, root: Path, update: int, active: set[Path]) -> None:
+        self.path = root / f".staging-{update}-{os.getpid()}"
+        self.update = update
+        self._root = root
+        self._active = active
+        with self._disk_errors():
+            shutil.rmtree(self.path, ignore_errors=True)
+            root.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir()
+        active.add(self.path)
+
+    def write_arrays(self, name: str, arrays: Mapping[str, Array]) -> None:
+        """Write `{name}.safetensors`; `name` may hold a slash. Structured arrays (CURSOR) keep their dtype.
+
+        Raises SchemaError for a dtype that is neither numbers, booleans nor a record of them.
+        """
+        with self._disk_errors():
+            write_arrays(self._place(name, ".safetensors"), arrays)
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write `{name}.json`; floats come back bit for bit, NaN and infinities included."""
+        with self._disk_errors():
+            self._place(name, ".json").write_text(to_json(value), encoding="utf-8")
+
+    def commit(self) -> Path:
+        """Make it durable and visible in one step; returns its final path."""
+        with self._disk_errors():
+            return self._commit()
+
+    def discard(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._active.discard(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.path in self._active:
+            self.discard()
+
+    def _commit(self) -> Path:
+        files: dict[str, dict[str, object]] = {}
+        directories = [self.path]
+        for path in sorted(self.path.rglob("*")):
+            if path.is_symlink() or not (path.is_dir() or path.is_file()):
+                raise CheckpointError(f"{path}: a checkpoint holds plain files only, this is a link or a device")
+            if path.is_dir():
+                directories.append(path)
+            elif path.relative_to(self.path) != Path(MANIFEST):
+                size_bytes, sha256 = _digest(path, sync=True)
+                files[path.relative_to(self.path).as_posix()] = {"bytes": size_bytes, "sha256": sha256}
+        manifest = self.path / MANIFEST
+        manifest.write_bytes(_manifest_bytes({"format": FORMAT, "update": self.update, "files": files}))
+        for path in [manifest, *reversed(directories)]:
+            _sync(path)
+        final = self._root / _directory_name(self.update, self._next_revision())
+        self.path.rename(final)
+        self._active.discard(self.path)
+        _sync(self._root)
+        return final
+
+    def _next_revision(self) -> int:
+        return max((revision + 1 for update, revision, _ in _committed(self._root) if update == self.update), default=0)
+
+    def _place(self, name: str, suffix: str) -> Path:
+        path = self.path / (name + suffix)
+        if ".." in path.parts or self.path not in path.parents or path.name == MANIFEST:
+            raise ValueError(f"{name!r} is no name for a file of a checkpoint")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            self.discard()
+            reason = f"{os.strerror(error.errno)} ({error.filename})" if isinstance(error, OSError) and error.errno else str(error)
+            raise CheckpointError(
+                f"checkpoint of update {self.update} was not saved: {reason}. Those before it are whole. Free space in, or mend, {self._root}"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A whole checkpoint. `warnings` has one line for each newer one that was passed over."""
+
+    path: Path
+    update: int
+    files: Mapping[str, tuple[int, str]]
+    warnings: tuple[str, ...] = ()
+
+    def arrays(self, name: str) -> Arrays:
+        """What `write_arrays(name, ...)` wrote. Raises CheckpointError where it is not in the checkpoint or was changed since."""
+        return arrays_from_bytes(self.read(f"{name}.safetensors"))
+
+    def json(self, name: str) -> Any:
+        return json.loads(self.read(f"{name}.json"))
+
+    def read(self, file: str) -> bytes:
+        """The bytes of one file, hashed again so that what is used is what was checked."""
+        if file not in self.files:
+            raise CheckpointError(f"{self.path} holds no {file}; it holds {', '.join(sorted(self.files)) or 'nothing'}")
+        try:
+            content = (self.path / file).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{self.path / file} cannot be read: {os.strerror(error.errno or errno.EIO)}") from error
+        if (len(content), hashlib.sha256(content).hexdigest()) != self.files[file]:
+            raise CheckpointError(f"{self.path / file} was changed after it was checked")
+        return content
+
+
+class CheckpointDirectory:
+    """The checkpoints of a run. One process saves (the holder of `lock_run`); any may read."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+        self._active: set[Path] = set()
+
+    def begin(self, update: int) -> Staging:
+        """Begin a checkpoint of the state after `update` updates."""
+        return Staging(self.root, update, self._active)
+
+    def paths(self) -> list[Path]:
+        """Committed checkpoints, unverified, oldest first."""
+        return [path for _, _, path in _committed(self.root)]
+
+    def newest(self) -> Loaded:
+        """The newest whole checkpoint, every hash verified; a torn one is passed over with a warning.
+
+        Raises CheckpointError when none is whole, or when the newest was written by another version of the format.
+        """
+        warnings: list[str] = []
+        for path in reversed(self.paths()):
+            try:
+                loaded = load_checkpoint(path)
+            except _TornError as error:
+                warnings.append(f"checkpoint {path.name} is not whole ({error}); taking the one before it")
+                continue
+            return Loaded(loaded.path, loaded.update, loaded.files, tuple(warnings))
+        if not warnings:
+            raise CheckpointError(f"no checkpoint in {self.root}")
+        raise CheckpointError(f"no whole checkpoint in {self.root}: " + "; ".join(warnings))
+
+    def sweep(self, keep: int) -> None:
+        """Remove all but the newest `keep` updates, superseded revisions, and what dead processes left half made."""
+        if not self.root.is_dir():
+            return
+        newest = {update: path for update, _, path in _committed(self.root)}
+        kept = {newest[update] for update in sorted(newest)[-keep:]}
+        for path in self.paths():
+            if path not in kept:
+                trash = path.with_name(f"{_TRASH}{path.name}-{os.getpid()}")
+                path.rename(trash)  # removal takes many steps; a kill between them must not leave a torn checkpoint
+                shutil.rmtree(trash, ignore_errors=True)
+        for path in self.root.iterdir():
+            staging = _STAGING.fullmatch(path.name)
+            dead = staging and path not in self._active and not _is_other_living_process(int(staging[1]))
+            if dead or path.name.startswith(_TRASH):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+class _TornError(CheckpointError):
+    """Not whole: the caller takes the one before."""
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Loaded:
+    """One committed checkpoint, every hash verified. Raises CheckpointError where it is not whole or of another format."""
+    path = Path(path)
+    try:
+        manifest = _read_manifest(path)
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        for name, (size_bytes, sha256) in files.items():
+            _verify(path, name, size_bytes, sha256)
+        return Loaded(path, int(manifest["update"]), files)
+    except OSError as error:
+        raise _TornError(f"{error.filename}: {os.strerror(error.errno or errno.EIO)}") from error
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Write named arrays as safetensors, C order. Structured arrays become bytes, with their dtype in the file's metadata."""
+    stored: Arrays = {}
+    structured: dict[str, object] = {}
+    for name, given in arrays.items():
+        array = np.asarray(given, order="C")
+        if array.dtype.names is not None and not array.dtype.hasobject:
+            structured[name] = [array.dtype.descr, list(array.shape)]
+            stored[name] = np.frombuffer(array.tobytes(), np.uint8)
+        elif array.dtype.kind in "biuf":
+            stored[name] = array
+        else:
+            raise SchemaError(f"array {name!r} of {path.name} has dtype {array.dtype}; numbers, booleans and records of them can be saved")
+    safetensors_numpy.save_file(stored, path, {"structured": json.dumps(structured)} if structured else None)
+
+
+def arrays_from_bytes(content: bytes) -> Arrays:
+    """The inverse of `write_arrays`. Raises CheckpointError where the bytes are no safetensors file."""
+    try:
+        arrays: Arrays = safetensors_numpy.load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        structured = json.loads(header.get("__metadata__", {}).get("structured", "{}"))
+        for name, (fields, shape) in structured.items():
+            arrays[name] = arrays[name].view(np.dtype([tuple(field) for field in fields])).reshape(shape)
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"not a safetensors file that shoal wrote: {error}") from error
+    return arrays
+
+
+def to_json(value: object) -> str:
+    """JSON with sorted keys; numpy numbers and arrays become plain ones."""
+    return json.dumps(value, sort_keys=True, indent=1, default=_plain)
+
+
+def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Replace a file in one step: whoever reads it sees the old text or the new, also after a loss of power."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+class RunLock:
+    """Held for as long as the run lives; the kernel lets go of it when the process dies. A forked child does not hold it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        _locks[descriptor] = os.getpid()
+
+    def release(self) -> None:
+        if _locks.pop(self._descriptor, None) == os.getpid():
+            os.ftruncate(self._descriptor, 0)
+            os.close(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+_locks: dict[int, int] = {}  # descriptor -> process that took it
+
+
+def _forget_locks() -> None:
+    for descriptor in _locks:
+        os.close(descriptor)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+def lock_run(directory: str | os.PathLike[str], *, wait_seconds: float = 5.0) -> RunLock:
+    """Take the run for this process. `wait_seconds` is how long the last children of a killed run may take to die.
+
+    Raises RunError, which names the process, where a living run holds it.
+    """
+    descriptor = os.open(Path(directory) / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    deadline = time.monotonic() + wait_seconds
+    try:
+        while not _try_lock(descriptor, fcntl.LOCK_EX):
+            holder = _holder(descriptor)
+            living = holder is not None and (holder == os.getpid() or _is_other_living_process(holder))
+            if living or time.monotonic() > deadline:
+                raise RunError(
+                    f"{directory} is in use by process {holder or 'unknown'}; stop it (Ctrl-C or kill -INT) or choose another run directory"
+                )
+            time.sleep(0.01)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return RunLock(descriptor)
+
+
+def run_holder(directory: str | os.PathLike[str]) -> int | None:
+    """The process that holds the run now, or None."""
+    try:
+        descriptor = os.open(Path(directory) / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        return None if _try_lock(descriptor, fcntl.LOCK_SH) else _holder(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(descriptor: int) -> int | None:
+    text = os.pread(descriptor, 32, 0).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _is_other_living_process(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _committed(root: Path) -> list[tuple[int, int, Path]]:
+    """(update, revision, path) of every committed checkpoint, oldest first."""
+    if not root.is_dir():
+        return []
+    matches = ((_COMMITTED.fullmatch(path.name), path) for path in root.iterdir())
+    return sorted((int(match[1]), int(match[2] or 0), path) for match, path in matches if match)
+
+
+def _directory_name(update: int, revision: int) -> str:
+    return f"update-{update:09d}" + (f".{revision}" if revision else "")
+
+
+def _manifest_bytes(manifest: Mapping[str, object]) -> bytes:
+    body = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
+    return b'{"manifest":%s,"sha256":"%s"}\n' % (body, hashlib.sha256(body).hexdigest().encode())
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    content = (path / MANIFEST).read_bytes()
+    try:
+        manifest = json.loads(content)["manifest"]
+        whole = _manifest_bytes(manifest) == content
+    except (ValueError, TypeError, KeyError, RecursionError):
+        whole = False
+    if not whole or not isinstance(manifest, dict):
+        raise _TornError(f"{MANIFEST} is damaged")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {manifest.get('format')}; this version of shoal reads format {FORMAT}: use the version that wrote it"
+        )
+    match = _COMMITTED.fullmatch(path.name)
+    if match and int(match[1]) != manifest["update"]:
+        raise _TornError(f"{MANIFEST} is that of update {manifest['update']}")
+    return manifest
+
+
+def _verify(directory: Path, name: str, size_bytes: int, sha256: str) -> None:
+    path = directory / name
+    actual_bytes = path.stat().st_size
+    if actual_bytes != size_bytes:
+        raise _TornError(f"{name} has {actual_bytes} bytes instead of {size_bytes}")
+    if _digest(path)[1] != sha256:
+        raise _TornError(f"{name} does not have the SHA-256 that the manifest says")
+
+
+def _digest(path: Path, *, sync: bool = False) -> tuple[int, str]:
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if sync:
+            os.fsync(file.fileno())
+        return file.tell(), sha256
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

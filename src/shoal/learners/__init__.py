@@ -1,0 +1,1 @@
+"""Learners: they turn rollouts into updates and publish weights."""

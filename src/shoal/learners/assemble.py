@@ -1,0 +1,69 @@
+"""From slots to a batch: the rollouts of one update are copied side by side, so that their slots are free again at once.
+
+Legend: T rows, B environments of a group, N columns of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from shoal.experience.batch import Batch
+from shoal.experience.ring import Slot
+from shoal.types import Array
+
+
+def assemble(slots: Sequence[Slot], version: int) -> Batch:
+    """The batch of `slots`, columns in their order.
+
+    Args:
+      version: the learner's policy version now; policy lag is counted from it.
+    """
+    num_rows = [int(s.envelope["num_rows"]) for s in slots]
+    t_max = max(num_rows)
+    full = min(num_rows) == t_max
+
+    def beside(name: str, extra: int = 0) -> Array:
+        """[t_max + extra, N, ...], zero below each column's last row."""
+        parts = [s.arrays[name][: rows + extra] for s, rows in zip(slots, num_rows, strict=True)]
+        if full:
+            return np.concatenate(parts, axis=1)
+        sizes = [p.shape[1] for p in parts]
+        out = np.zeros((t_max + extra, sum(sizes), *parts[0].shape[2:]), parts[0].dtype)
+        at = 0
+        for part, size in zip(parts, sizes, strict=True):
+            out[: len(part), at : at + size] = part
+            at += size
+        return out
+
+    first = slots[0]
+    observations = [n for n in first.observation_names if n != "action_mask"]
+    finals = [int(s.envelope["num_finals"]) for s in slots]
+    offsets = np.cumsum([0, *(s.schema.num_envs for s in slots[:-1])])
+    index = [
+        np.stack([s.arrays["final/row"][:f], s.arrays["final/env"][:f] + offset], axis=1)
+        for s, f, offset in zip(slots, finals, offsets, strict=True)
+    ]
+    states = [f.name for f in first.schema.fields if f.axis == "B" and f.name.startswith("policy_state/") and not f.name.endswith("/end")]
+    valid = beside("valid")
+    tensor = torch.from_numpy
+    return Batch(
+        observation={n: tensor(beside(n, 1)) for n in observations},
+        action_mask=tensor(beside("action_mask", 1)) if "action_mask" in first.arrays else None,
+        action=tensor(beside("action")),
+        log_prob_TN=tensor(beside("log_prob")),
+        reward_TN=tensor(beside("reward").astype(np.float32)),
+        terminated_TN=tensor(beside("terminated")),
+        truncated_TN=tensor(beside("truncated")),
+        valid_TN=tensor(valid),
+        policy_lag_TN=tensor(np.where(valid, version - beside("policy_version"), 0)),
+        final_observation={n: tensor(_finals(slots, finals, n)) for n in observations},
+        final_index=tensor(np.concatenate(index).astype(np.int64)),
+        policy_state={n: tensor(np.concatenate([s.arrays[n] for s in slots])) for n in states},
+    )
+
+
+def _finals(slots: Sequence[Slot], finals: Sequence[int], name: str) -> Array:
+    return np.concatenate([s.arrays[f"final/{name}"][:f] for s, f in zip(slots, finals, strict=True)])

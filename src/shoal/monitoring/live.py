@@ -1,0 +1,262 @@
+"""What a person sees while a run trains: a live panel on a terminal, a line every few seconds elsewhere, or nothing.
+
+A view is called with snapshots, as often as anyone likes, and draws when it is time; it never waits and keeps no thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, Protocol, TextIO
+
+from shoal.monitoring.snapshot import ROLES, Snapshot
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.live import Live
+
+DRAW_SECONDS = 0.25
+LINE_SECONDS = 5.0
+_SPARKS = "▁▂▃▄▅▆▇█"
+
+
+class View(Protocol):
+    """Shows a run. Calling it with a snapshot may draw; `message` always says its line; `close` draws the last snapshot."""
+
+    def __call__(self, snapshot: Snapshot) -> None: ...
+    def message(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+def open_view(kind: Literal["auto", "live", "lines", "silent"] = "auto", stream: TextIO | None = None) -> View:
+    """The view of this kind on a stream (standard error); auto is the panel on a terminal that can move its cursor, else lines."""
+    stream = stream or sys.stderr
+    if kind == "auto":
+        kind = "live" if stream.isatty() and _can_draw() else "lines"
+    views: dict[str, Callable[[TextIO], View]] = {"live": LiveView, "lines": LineView, "silent": SilentView}
+    return views[kind](stream)
+
+
+def _can_draw() -> bool:
+    return os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+
+
+class SilentView:
+    """Shows nothing."""
+
+    def __init__(self, stream: TextIO) -> None:
+        del stream
+
+    def __call__(self, snapshot: Snapshot) -> None:
+        """Nothing."""
+
+    def message(self, text: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class LineView:
+    """One line every LINE_SECONDS, for files and pipes."""
+
+    def __init__(self, stream: TextIO, line_seconds: float = LINE_SECONDS) -> None:
+        self._stream, self._line_seconds = stream, line_seconds
+        self._said = -math.inf
+        self._last: Snapshot | None = None
+        self._line = ""
+
+    def __call__(self, snapshot: Snapshot) -> None:
+        self._last = snapshot
+        if time.monotonic() - self._said >= self._line_seconds and snapshot.update > 0:
+            self._say()
+
+    def message(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._last is not None:
+            self._say()
+
+    def _say(self) -> None:
+        assert self._last is not None
+        self._said = time.monotonic()
+        if (text := line(self._last)) != self._line:
+            self._line = text
+            self.message(text)
+
+
+class LiveView:
+    """A panel that is drawn anew in place, with messages above it. Falls silent, and never fails, where the terminal goes away."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._console = _console(stream)
+        self._live: Live | None = None
+        self._drawn = -math.inf
+        self._last: Snapshot | None = None
+        self._returns: deque[float] = deque(maxlen=240)
+
+    def __call__(self, snapshot: Snapshot) -> None:
+        if math.isfinite(snapshot.mean_return) and (self._last is None or snapshot.update != self._last.update):
+            self._returns.append(snapshot.mean_return)
+        self._last = snapshot
+        if time.monotonic() - self._drawn >= DRAW_SECONDS:
+            self._draw()
+
+    def message(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._console.print(text, markup=False)
+
+    def close(self) -> None:
+        if self._last is not None:
+            self._draw()
+        if self._live is not None:
+            with contextlib.suppress(OSError):
+                self._live.stop()
+            self._live = None
+
+    def _draw(self) -> None:
+        from rich.live import Live
+
+        assert self._last is not None
+        self._drawn = time.monotonic()
+        try:
+            if self._live is None:
+                self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+                self._live.start()
+            self._live.update(panel(self._last, list(self._returns)), refresh=True)
+        except OSError:
+            self._live = None
+
+
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    class QuietConsole(Console):
+        """Where the reader has gone: rich would end the process, and close its standard output; this one falls silent."""
+
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+
+    return QuietConsole(file=stream, highlight=False)
+
+
+def line(snapshot: Snapshot) -> str:
+    """The state of a run on one line."""
+    parts = [
+        f"update {snapshot.update}",
+        f"{snapshot.env_steps:,} steps",
+        f"{snapshot.env_steps_per_second:,.0f} steps/s",
+        f"return {_spread(snapshot)}",
+        f"{snapshot.episodes:,} episodes",
+        f"lag {snapshot.lag_mean:.2f}",
+        f"actors {_actor_words(snapshot)}",
+    ]
+    shares = _shares(snapshot)
+    if shares:
+        parts.insert(-1, " ".join(f"{role} {share:.0%}" for role, share in shares.items()))
+    if snapshot.eta_seconds is not None:
+        parts.append(f"ETA {clock(snapshot.eta_seconds)}")
+    return f"[{clock(snapshot.seconds)}] " + " | ".join(parts)
+
+
+def panel(snapshot: Snapshot, returns: list[float]) -> RenderableType:
+    """The state of a run as a rich panel; `returns` is the history of the mean return, oldest first."""
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="dim")
+    rows.add_column()
+    goal = f" of {snapshot.stop_return:g}" if snapshot.stop_return is not None else ""
+    rows.add_row(
+        "return", Text.assemble((_spread(snapshot), "bold"), f"{goal}   {snapshot.episodes:,} episodes   ", (sparkline(returns), "cyan"))
+    )
+    rows.add_row("steps", f"{snapshot.env_steps:,}   {snapshot.env_steps_per_second:,.0f} steps/s   update {snapshot.update:,}")
+    rows.add_row("time", _time_bar(snapshot))
+    rows.add_row(
+        "lag", f"mean {snapshot.lag_mean:.2f}   p99 {snapshot.lag_p99:.0f}   max {snapshot.lag_max} (bound {snapshot.max_policy_lag})"
+    )
+    rows.add_row("actors", _actor_dots(snapshot))
+    dropped = "".join(f"   {count:,} {reason}" for reason, count in snapshot.dropped.items() if count)
+    rows.add_row("rollouts", f"{snapshot.produced:,} produced   {snapshot.trained:,} trained   {snapshot.in_flight:,} in flight{dropped}")
+    eta = "until a stop condition" if snapshot.eta_seconds is None else f"at most {clock(snapshot.eta_seconds)} to go"
+    rows.add_row("ETA", f"{clock(snapshot.seconds)} gone, {eta}")
+    title = f"{snapshot.env} · {snapshot.algorithm} {snapshot.mode} · seed {snapshot.seed} · {snapshot.phase}"
+    return Panel(
+        rows, title=Text(title, style="bold"), subtitle=Text(snapshot.run, style="dim"), title_align="left", subtitle_align="right"
+    )
+
+
+_ROLE_COLOURS = dict(zip(ROLES, ("green", "blue", "bright_black", "magenta"), strict=True))
+_STATE_COLOURS = {"starting": "yellow", "running": "green", "stalled": "yellow", "dead": "red", "stopped": "bright_black"}
+
+
+def _shares(snapshot: Snapshot) -> dict[str, float]:
+    total = sum(snapshot.time_by_role.values())
+    return {role: snapshot.time_by_role.get(role, 0.0) / total for role in ROLES} if total > 0 else {}
+
+
+def _time_bar(snapshot: Snapshot) -> RenderableType:
+    from rich.text import Text
+
+    text = Text()
+    shares = _shares(snapshot)
+    for role, share in shares.items():
+        text.append("█" * round(share * 10), style=_ROLE_COLOURS[role])
+    for role, share in shares.items():
+        text.append(f" {role} {share:.0%}", style=_ROLE_COLOURS[role])
+    return text
+
+
+def _actor_dots(snapshot: Snapshot) -> RenderableType:
+    from rich.text import Text
+
+    text = Text()
+    for actor in snapshot.actors[:32]:
+        text.append("● ", style=_STATE_COLOURS[actor.state])
+    text.append(_actor_words(snapshot))
+    return text
+
+
+def _actor_words(snapshot: Snapshot) -> str:
+    if not snapshot.actors:
+        return "in this process"
+    counts: dict[str, int] = {}
+    for actor in snapshot.actors:
+        counts[actor.state] = counts.get(actor.state, 0) + 1
+    restarts = f", {snapshot.restarts} restarts" if snapshot.restarts else ""
+    return ", ".join(f"{count} {state}" for state, count in counts.items()) + restarts
+
+
+def _spread(snapshot: Snapshot) -> str:
+    if not math.isfinite(snapshot.mean_return):
+        return "none yet"
+    return (
+        f"{snapshot.mean_return:.1f} ± {snapshot.std_return:.1f}" if math.isfinite(snapshot.std_return) else f"{snapshot.mean_return:.1f}"
+    )
+
+
+def sparkline(values: list[float], width: int = 24) -> str:
+    """The course of some numbers in at most `width` characters, lowest to highest."""
+    if len(values) < 2:
+        return ""
+    step = max(1.0, len(values) / width)
+    picked = [values[min(len(values) - 1, int((i + 1) * step) - 1)] for i in range(min(width, len(values)))]
+    low, high = min(picked), max(picked)
+    span = (high - low) or 1.0
+    return "".join(_SPARKS[int((value - low) / span * (len(_SPARKS) - 1))] for value in picked)
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03`, or `2:03` under an hour."""
+    whole = max(0, round(seconds))
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"

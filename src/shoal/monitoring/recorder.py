@@ -1,0 +1,224 @@
+"""The recorder: an engine's observer that keeps a run's numbers (run.db, TensorBoard), shows them (live view), and calls the user back.
+
+consumes    what the session reports after each update, events, and a tick a few times a second
+waits for   nothing but a commit of run.db, once a second
+on failure  a disk that refuses is said once in the view; the run goes on without its numbers, never without its ledger
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shoal.config import RunConfig
+from shoal.errors import RunError
+from shoal.monitoring.live import View
+from shoal.monitoring.snapshot import ActorHealth, Snapshot, eta_seconds, scalars
+from shoal.monitoring.store import EpisodeRow, RunStore
+from shoal.monitoring.tensorboard import TensorBoardWriter
+from shoal.types import Activity, ActivityRecord
+
+if TYPE_CHECKING:
+    from shoal.engines.coordinator import Coordinator
+    from shoal.engines.session import Session, UpdateReport
+
+RECORD_SECONDS = 0.5  # between two rows of metrics
+RATE_SECONDS = 5.0  # window of env steps per second
+_ROLE_OF = {
+    Activity.STEPPING: "environment",
+    Activity.RESTORING: "environment",
+    Activity.INFERRING: "inference",
+    Activity.WAITING_FOR_LEASE: "waiting",
+    Activity.WAITING_FOR_BATCH: "waiting",
+    Activity.LEARNING: "learning",
+    Activity.SAVING: "learning",
+}
+
+Callback = Callable[[Mapping[str, Any]], Any]
+
+
+class Recorder:
+    """Watches one run. `attach` names the session once it exists."""
+
+    def __init__(self, config: RunConfig, directory: Path, view: View, callbacks: Sequence[Callback] = ()) -> None:
+        self._config, self._directory, self._view = config, directory, view
+        self._callbacks = list(callbacks)
+        self.store = RunStore(directory / "run.db")
+        self._board = TensorBoardWriter(directory / "tensorboard")
+        self._session: Session | None = None
+        self._recorded = self._ticked = 0.0
+        self._rate: deque[tuple[float, int]] = deque()
+        self._spent: dict[str, float] = {}
+        self._shares: dict[str, float] = {}
+        self._metrics: dict[str, float] = {}
+        self._activities: list[ActivityRecord] = []
+        self._broken = False
+
+    def attach(self, session: Session) -> None:
+        self._session = session
+
+    # ---- what the engine calls -----------------------------------------------------------------------------------
+    def updated(self, report: UpdateReport) -> bool:
+        self._metrics = {k: v for k, v in report.metrics.items() if not k.startswith("lag/")}
+        self._keep(lambda: self._record(report))
+        now = time.monotonic()
+        self._rate.append((now, report.env_steps))
+        while len(self._rate) > 2 and now - self._rate[1][0] > RATE_SECONDS:
+            self._rate.popleft()
+        if now - self._recorded >= RECORD_SECONDS:
+            self._recorded = now
+            self._keep(self._write_scalars)
+        if not self._callbacks:
+            return False
+        facts = {**self._metrics, "update": report.update, "env_steps": report.env_steps, "seconds": report.seconds,
+                 "mean_return": self._coordinator.mean_return, "episodes": report.episodes}  # fmt: skip
+        return any([callback(facts) is False for callback in self._callbacks])
+
+    def event(self, kind: str, **details: Any) -> None:
+        update = int(details.get("update", self._coordinator.version if self._session is not None else 0))
+        facts = {k: v for k, v in details.items() if k != "update"}
+        self._keep(lambda: self.store.event(kind, update, **facts))
+        if kind == "rolled_back":
+            self._keep(lambda: self.store.rewind(update))
+        if kind not in ("checkpoint",):
+            words = ", ".join(f"{k} {v}" for k, v in details.items() if k != "report" and v != "")
+            self._view.message(f"{kind.replace('_', ' ')}: {words}")
+
+    def tick(self, activities: list[ActivityRecord]) -> None:
+        self._activities = activities
+        spent: dict[str, float] = {}
+        for record in activities:
+            for activity, seconds in record.seconds.items():
+                if activity in _ROLE_OF:
+                    spent[_ROLE_OF[activity]] = spent.get(_ROLE_OF[activity], 0.0) + seconds
+        self._shares = {k: v - self._spent.get(k, 0.0) for k, v in spent.items()}
+        self._spent = spent
+        self._keep(self.store.tick)
+        self._view(self.snapshot())
+
+    # ---- what is shown -------------------------------------------------------------------------------------------
+    @property
+    def _coordinator(self) -> Coordinator:
+        if self._session is None:
+            raise RunError("the recorder watches no session yet")
+        return self._session.coordinator
+
+    def snapshot(self, phase: str = "training") -> Snapshot:
+        """Where the run stands now."""
+        c, session, config = self._coordinator, self._session, self._config
+        assert session is not None
+        returns = list(c.returns)
+        mean, p99, largest = lag_summary(c.lag)
+        balance = c.ledger.balance()
+        return Snapshot(
+            run=self._directory.name,
+            env=config.env.id,
+            algorithm=config.algorithm.name,
+            mode=c.plan.mode,
+            seed=config.seed,
+            preset=config.preset or "none",
+            phase=phase,
+            update=c.version,
+            env_steps=c.env_steps,
+            seconds=session.seconds,
+            env_steps_per_second=self._speed(),
+            episodes=c.num_episodes,
+            mean_return=c.mean_return,
+            std_return=float(np.std(returns)) if returns else math.nan,
+            mean_length=float(np.mean(c.lengths)) if c.lengths else math.nan,
+            time_by_role=self._shares,
+            lag_mean=mean,
+            lag_p99=p99,
+            lag_max=largest,
+            max_policy_lag=c.plan.max_policy_lag,
+            produced=balance["produced"],
+            trained=balance["trained"],
+            dropped=balance["dropped"],
+            in_flight=balance["in_flight"],
+            actors=self._health(),
+            restarts=session.restarts,
+            train=self._metrics,
+            eta_seconds=eta_seconds(config.stop, c.version, c.env_steps, session.seconds),
+            stop_return=config.stop.return_,
+        )
+
+    def _speed(self) -> float:
+        if len(self._rate) < 2:
+            return 0.0
+        (t0, n0), (t1, n1) = self._rate[0], self._rate[-1]
+        return max(0, n1 - n0) / (t1 - t0) if t1 > t0 else 0.0
+
+    def _health(self) -> tuple[ActorHealth, ...]:
+        limit = self._config.env.step_timeout_seconds
+        actors = []
+        for index, record in enumerate(self._activities[1:]):
+            groups = tuple(g for g, group in enumerate(self._coordinator.groups) if group.actor == index)
+            if not groups:
+                state = "dead"
+            elif record.activity is Activity.STARTING:
+                state = "starting"
+            else:
+                state = "stalled" if record.age_seconds > min(limit, 5.0) and record.activity is Activity.STEPPING else "running"
+            actors.append(ActorHealth(index, state, record.incarnation, groups, record.age_seconds))  # type: ignore[arg-type]
+        return tuple(actors)
+
+    # ---- what is kept --------------------------------------------------------------------------------------------
+    def _record(self, report: UpdateReport) -> None:
+        ended = [
+            EpisodeRow(report.update, report.env_steps, e.group, e.env, e.seed, e.num_steps, e.episode_return,
+                       "truncated" if e.truncated else "terminated")
+            for e in report.episodes
+        ]  # fmt: skip
+        self.store.episodes(ended)
+        if self._coordinator.plan.mode == "async":
+            self.store.consumed(report.update, report.consumption)
+        for entry in report.consumption:
+            if entry["fate"] != "trained":
+                self.store.dropped(*entry["id"], entry["fate"], report.update, entry["steps"])
+
+    def _write_scalars(self) -> None:
+        snapshot = self.snapshot()
+        values = scalars(snapshot)
+        self.store.metrics(snapshot.update, snapshot.env_steps, snapshot.seconds, values)
+        self._board.scalars(snapshot.env_steps, values)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """The run is over: the last numbers, and its result."""
+        self._keep(self._write_scalars)
+        self._keep(lambda: self.store.set_meta("result", dict(result)))
+        self._keep(lambda: self.store.set_meta("ledger", {"steps": self._coordinator.ledger.balance(),
+            "rollouts": self._coordinator.ledger.balance_rollouts(), "groups": self._coordinator.ledger.by_group()}))  # fmt: skip
+        self._view(self.snapshot("done"))
+
+    def close(self) -> None:
+        self._keep(self.store.close)
+        self._keep(self._board.close)
+
+    def _keep(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except (RunError, OSError, ValueError) as error:
+            if not self._broken:
+                self._broken = True
+                self._view.message(f"warning: numbers of this run are no longer kept: {error}")
+
+
+def lag_summary(lag: Mapping[int, int]) -> tuple[float, float, int]:
+    """Mean, 99th percentile and maximum of a histogram {lag: steps}; zeros for none."""
+    total = sum(lag.values())
+    if not total:
+        return 0.0, 0.0, 0
+    mean = sum(k * n for k, n in lag.items()) / total
+    seen, p99 = 0, 0
+    for k in sorted(lag):
+        seen += lag[k]
+        p99 = k
+        if seen >= 0.99 * total:
+            break
+    return mean, float(p99), max(lag)

@@ -1,0 +1,122 @@
+"""One look at a running run: what the coordinator hands to the live view, to the metrics and to whoever asks on the control socket."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from shoal.config import StopConfig
+
+ROLES = ("environment", "inference", "waiting", "learning")
+
+ActorState = Literal["starting", "running", "stalled", "dead", "stopped"]
+
+
+@dataclass(frozen=True)
+class ActorHealth:
+    """One actor: `heartbeat_seconds` since it last gave a sign of life, `incarnation` counts its restarts."""
+
+    actor: int
+    state: ActorState
+    incarnation: int = 0
+    groups: tuple[int, ...] = ()
+    heartbeat_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where a run stands. Everything has a value for nothing yet: NaN where a mean of none would be needed.
+
+    Attributes:
+      env_steps: valid environment steps trained; `env_steps_per_second` is over the last seconds, not the whole run.
+      mean_return, std_return, mean_length: of the last 100 training episodes that ended; `episodes` counts all.
+      time_by_role: seconds of ROLES since the last snapshot, over all processes; the view shows shares.
+      lag_*: policy lag in updates, per trained step, of the last updates; `max_policy_lag` is its bound.
+      dropped: rollouts by reason. `produced = trained + sum(dropped) + in_flight`.
+      train: the algorithm's metrics of the last update, names without prefix (`approx_kl`).
+      eta_seconds: until the nearest stop condition whose distance is known; None where none is.
+    """
+
+    run: str
+    env: str
+    algorithm: str
+    mode: str
+    seed: int = 0
+    preset: str = "none"
+    phase: str = "starting"
+    update: int = 0
+    env_steps: int = 0
+    seconds: float = 0.0
+    env_steps_per_second: float = 0.0
+    episodes: int = 0
+    mean_return: float = math.nan
+    std_return: float = math.nan
+    mean_length: float = math.nan
+    time_by_role: Mapping[str, float] = field(default_factory=dict)
+    lag_mean: float = 0.0
+    lag_p99: float = 0.0
+    lag_max: int = 0
+    max_policy_lag: int = 0
+    produced: int = 0
+    trained: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    in_flight: int = 0
+    actors: tuple[ActorHealth, ...] = ()
+    restarts: int = 0
+    train: Mapping[str, float] = field(default_factory=dict)
+    eta_seconds: float | None = None
+    stop_return: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; numbers that are not finite become None, which JSON can hold."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def eta_seconds(stop: StopConfig, update: int, env_steps: int, seconds: float) -> float | None:
+    """Seconds until the nearest of the stop conditions that can be reckoned, at the run's mean speed. A return cannot."""
+    ends: list[float] = []
+    if stop.seconds is not None:
+        ends.append(stop.seconds - seconds)
+    for done, wanted in ((env_steps, stop.env_steps), (update, stop.updates)):
+        if wanted is not None and done > 0:
+            ends.append((wanted - done) * seconds / done)
+    return max(0.0, min(ends)) if ends else None
+
+
+def scalars(snapshot: Snapshot) -> dict[str, float]:
+    """Metrics under the tags of Stable-Baselines3, and ours beside them. What is not finite is left out.
+
+    `rollout/`, `time/` and `train/` are SB3's (its `train/entropy_loss` and the like come by that name from the algorithms).
+    """
+    values: dict[str, float] = {
+        "rollout/ep_rew_mean": snapshot.mean_return,
+        "rollout/ep_rew_std": snapshot.std_return,
+        "rollout/ep_len_mean": snapshot.mean_length,
+        "time/fps": snapshot.env_steps_per_second,
+        "time/iterations": snapshot.update,
+        "time/time_elapsed": snapshot.seconds,
+        "time/total_timesteps": snapshot.env_steps,
+        "lag/mean": snapshot.lag_mean,
+        "lag/p99": snapshot.lag_p99,
+        "lag/max": snapshot.lag_max,
+        "ledger/produced": snapshot.produced,
+        "ledger/trained": snapshot.trained,
+        "ledger/in_flight": snapshot.in_flight,
+        "faults/restarts": snapshot.restarts,
+    }
+    values |= {f"ledger/dropped_{reason}": count for reason, count in snapshot.dropped.items()}
+    values |= {f"train/{name}": value for name, value in snapshot.train.items()}
+    total = sum(snapshot.time_by_role.values())
+    if total > 0:
+        values |= {f"share/{role}": spent / total for role, spent in snapshot.time_by_role.items()}
+    return {name: float(value) for name, value in values.items() if math.isfinite(value)}

@@ -1,0 +1,242 @@
+"""`run.db`: what happened in a run, in SQLite (WAL), written by one process and readable by any other, also after a crash.
+
+Writes are buffered and committed together, at most `commit_seconds` apart, on the caller's thread: a commit under
+`synchronous = NORMAL` waits for no disk. A killed writer loses at most what it had not committed; `flush` before a checkpoint's manifest
+therefore keeps the log at least as new as the checkpoint, and `rewind` cuts off what lies beyond it when a run is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from shoal.errors import RunError
+
+FORMAT = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS metrics (
+  name TEXT NOT NULL, "update" INTEGER NOT NULL, env_steps INTEGER NOT NULL, seconds REAL NOT NULL, value REAL,
+  PRIMARY KEY (name, "update")) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY, time REAL NOT NULL, "update" INTEGER NOT NULL, kind TEXT NOT NULL, json TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS episodes (
+  id INTEGER PRIMARY KEY, "update" INTEGER NOT NULL, env_steps INTEGER NOT NULL, "group" INTEGER NOT NULL, env INTEGER NOT NULL,
+  seed INTEGER NOT NULL, num_steps INTEGER NOT NULL, episode_return REAL, ended TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS updates ("update" INTEGER PRIMARY KEY, consumed TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS dropped (
+  "group" INTEGER NOT NULL, sequence INTEGER NOT NULL, attempt INTEGER NOT NULL, reason TEXT NOT NULL,
+  "update" INTEGER NOT NULL, env_steps INTEGER NOT NULL, PRIMARY KEY ("group", sequence, attempt)) WITHOUT ROWID;
+"""
+_INSERT = {
+    "metrics": "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?, ?)",
+    "events": 'INSERT INTO events (time, "update", kind, json) VALUES (?, ?, ?, ?)',
+    "episodes": 'INSERT INTO episodes ("update", env_steps, "group", env, seed, num_steps, episode_return, ended) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
+    "updates": "INSERT OR REPLACE INTO updates VALUES (?, ?)",
+    "dropped": "INSERT OR REPLACE INTO dropped VALUES (?, ?, ?, ?, ?, ?)",
+    "meta": "INSERT OR REPLACE INTO meta VALUES (?, ?)",
+}
+
+
+class EpisodeRow(NamedTuple):
+    """One finished episode; `ended` is `terminated`, `truncated` or `invalid`."""
+
+    update: int
+    env_steps: int
+    group: int
+    env: int
+    seed: int
+    num_steps: int
+    episode_return: float
+    ended: str
+
+
+class MetricPoint(NamedTuple):
+    """One value of one metric."""
+
+    update: int
+    env_steps: int
+    seconds: float
+    value: float
+
+
+class RunStore:
+    """The one writer of a `run.db`.
+
+    Consumes: what the coordinator hands over, in memory. Waits for: at most a commit, once in `commit_seconds`.
+    On failure: a full or broken disk raises RunError at the next commit, naming the file.
+    """
+
+    def __init__(self, path: Path, *, commit_seconds: float = 1.0, episodes_per_commit: int = 200) -> None:
+        self._path, self._commit_seconds, self._episodes_per_commit = path, commit_seconds, episodes_per_commit
+        self._pending: dict[str, list[tuple[Any, ...]]] = {table: [] for table in _INSERT}
+        self._committed = time.monotonic()
+        try:
+            self._connection = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = NORMAL")
+            self._connection.executescript(_SCHEMA)
+        except sqlite3.Error as error:
+            raise RunError(f"cannot open {path}: {error}") from error
+        self.set_meta("format", FORMAT)
+
+    def set_meta(self, key: str, value: Any) -> None:
+        """Keep one JSON value under a name: the environment's spec, the schema, the result, the ledger's balance."""
+        self._pending["meta"].append((key, _to_json(value)))
+
+    def metrics(self, update: int, env_steps: int, seconds: float, values: Mapping[str, float]) -> None:
+        """Keep named numbers of one update; those that are not finite are kept as NULL."""
+        rows = ((name, update, env_steps, seconds, value if math.isfinite(value) else None) for name, value in values.items())
+        self._pending["metrics"].extend(rows)
+        self.tick()
+
+    def event(self, kind: str, update: int = 0, **facts: Any) -> None:
+        """Keep something that happened: a restart, a fault, a checkpoint, a roll-back, a warning. Committed at once."""
+        self._pending["events"].append((time.time(), update, kind, _to_json(facts)))
+        self.flush()
+
+    def episodes(self, rows: Iterable[EpisodeRow]) -> None:
+        """Keep finished episodes: a sample, the first `episodes_per_commit` of each commit."""
+        room = self._episodes_per_commit - len(self._pending["episodes"])
+        self._pending["episodes"].extend(tuple(row) for row in list(rows)[: max(0, room)])
+
+    def consumed(self, update: int, log: Any) -> None:
+        """Keep what an update consumed and in which order, as JSON: all that `shoal replay` needs."""
+        self._pending["updates"].append((update, _to_json(log)))
+        self.tick()
+
+    def dropped(self, group: int, sequence: int, attempt: int, reason: str, update: int, env_steps: int) -> None:
+        """Keep the fate of a rollout that was not trained."""
+        self._pending["dropped"].append((group, sequence, attempt, reason, update, env_steps))
+
+    def tick(self) -> None:
+        """Commit if it is time. Called by every writer of numbers; call it also where nothing may be written for long."""
+        if time.monotonic() - self._committed >= self._commit_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Commit everything now. Raises RunError where the disk refuses."""
+        self._committed = time.monotonic()
+        if not any(self._pending.values()):
+            return
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            for table, rows in self._pending.items():
+                self._connection.executemany(_INSERT[table], rows)
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise RunError(f"cannot write {self._path}: {error}; is the disk full?") from error
+        for rows in self._pending.values():
+            rows.clear()
+
+    def rewind(self, update: int) -> None:
+        """Forget the numbers, episodes and consumption after this update: the run goes on from a checkpoint of it. Events and drops stay."""
+        self.flush()
+        self._connection.execute("BEGIN IMMEDIATE")
+        for table in ("metrics", "episodes", "updates"):
+            self._connection.execute(f'DELETE FROM {table} WHERE "update" > ?', (update,))
+        self._connection.execute("COMMIT")
+
+    def close(self) -> None:
+        """Commit and close. May be called twice."""
+        try:
+            self.flush()
+        except sqlite3.ProgrammingError:
+            return
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class RunReader:
+    """Reads a `run.db`, of a living run too. Raises RunError where there is none, or it is no run's."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise RunError(f"there is no {path}; a run's directory holds config.yaml and run.db")
+        self._path = path
+        self._connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=30.0)
+        found = self.meta().get("format")
+        if found != FORMAT:
+            raise RunError(f"{path} has format {found}; this version of shoal reads {FORMAT}")
+
+    def meta(self) -> dict[str, Any]:
+        """Every JSON value by name."""
+        return {key: json.loads(value) for key, value in self._rows("SELECT key, value FROM meta")}
+
+    def latest(self) -> dict[str, float]:
+        """The newest value of every metric."""
+        query = 'SELECT name, value FROM metrics JOIN (SELECT name, MAX("update") AS "update" FROM metrics GROUP BY name) USING (name, "update")'
+        return {name: value for name, value in self._rows(query) if value is not None}
+
+    def progress(self) -> MetricPoint | None:
+        """How far the run came: update, env steps, seconds, and the mean return (NaN where unknown) as value."""
+        newest = (
+            'SELECT "update", env_steps, seconds, value FROM metrics WHERE name = ? AND value IS NOT NULL ORDER BY "update" DESC LIMIT 1'
+        )
+        steps = next(self._rows(newest, "time/total_timesteps"), None)
+        mean_return = next(self._rows(newest, "rollout/ep_rew_mean"), (0, 0, 0, math.nan))[3]
+        return None if steps is None else MetricPoint(steps[0], steps[1], steps[2], mean_return)
+
+    def series(self, name: str) -> list[MetricPoint]:
+        """All values of one metric, oldest first."""
+        query = 'SELECT "update", env_steps, seconds, value FROM metrics WHERE name = ? AND value IS NOT NULL ORDER BY "update"'
+        return [MetricPoint(*row) for row in self._rows(query, name)]
+
+    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """Events, oldest first: `time` (since the epoch), `update`, `kind`, and the facts."""
+        rows = self._rows('SELECT time, "update", kind, json FROM events WHERE ? IS NULL OR kind = ? ORDER BY id', kind, kind)
+        return [{"time": when, "update": update, "kind": name, **json.loads(facts)} for when, update, name, facts in rows]
+
+    def episodes(self) -> list[EpisodeRow]:
+        """The sampled episodes, oldest first."""
+        query = 'SELECT "update", env_steps, "group", env, seed, num_steps, episode_return, ended FROM episodes ORDER BY id'
+        return [EpisodeRow(*row) for row in self._rows(query)]
+
+    def consumed(self) -> Iterator[tuple[int, Any]]:
+        """(update, what it consumed), in order."""
+        return ((update, json.loads(log)) for update, log in self._rows('SELECT "update", consumed FROM updates ORDER BY "update"'))
+
+    def dropped(self) -> dict[str, int]:
+        """Rollouts that were not trained, counted by reason."""
+        return dict(self._rows("SELECT reason, COUNT(*) FROM dropped GROUP BY reason ORDER BY reason"))
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _rows(self, query: str, *values: Any) -> Iterator[Any]:
+        try:
+            yield from self._connection.execute(query, values)
+        except sqlite3.Error as error:
+            raise RunError(f"cannot read {self._path}: {error}") from error
+
+
+def _to_json(value: Any) -> str:
+    """Compact JSON; numpy numbers and paths become plain, what is not finite becomes text."""
+    return json.dumps(value, separators=(",", ":"), default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    item = getattr(value, "item", None)
+    if callable(item):
+        return item()
+    if isinstance(value, (set, frozenset, tuple)):
+        return sorted(value)
+    return str(value)

@@ -1,0 +1,69 @@
+"""From features to a distribution over actions, by the kind of the action space. Legend: N batch, D features or action dimensions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from shoal.config import PolicyConfig
+from shoal.networks.encoders import orthogonal
+from shoal.ops.distributions import Bernoulli, Categorical, DiagonalGaussian, Distribution, MultiCategorical, StateDependentGaussian
+from shoal.types import FieldSpec, LeafSpec
+
+
+@dataclass(frozen=True)
+class NoiseSpec:
+    """Exploration noise that one environment needs: `size` float32 numbers per step, or per rollout (the same in each of its steps).
+
+    kind: `uniform` in [0, 1), drawn as float32 (a float64 below 1 may round up to 1); `normal` standard.
+    """
+
+    kind: Literal["uniform", "normal"]
+    size: int
+    per: Literal["step", "rollout"] = "step"
+
+
+class ActionHead(nn.Module):
+    """One linear layer, and log_std for continuous actions: features [N, D] -> distribution over actions [N, *leaf shape].
+
+    Attributes:
+      noise: what `sample` takes.
+      field: the action as it is stored: int64 counted from zero, int8 bits, or float32 raw (the environment's side squashes).
+    """
+
+    log_std: Tensor
+
+    def __init__(self, leaf: LeafSpec, num_features: int, config: PolicyConfig) -> None:
+        super().__init__()
+        self._kind, self._shape, self._nvec = leaf.kind, leaf.shape, leaf.nvec
+        self._gsde = leaf.kind == "box" and config.exploration == "gsde"
+        size = sum(leaf.nvec) if leaf.kind in ("discrete", "multi_discrete") else leaf.size
+        self.linear = nn.Linear(num_features, size)
+        orthogonal(self.linear, 0.01, config.orthogonal_init)
+        if leaf.kind == "box":
+            self.log_std = nn.Parameter(torch.full((num_features, size) if self._gsde else (size,), config.log_std_init))
+        if self._gsde:
+            self.noise = NoiseSpec("normal", num_features * size, "rollout")
+        elif leaf.kind == "box":
+            self.noise = NoiseSpec("normal", size)
+        else:
+            self.noise = NoiseSpec("uniform", {"discrete": 1, "multi_discrete": len(leaf.nvec)}.get(leaf.kind, size))
+        dtype = {"box": "float32", "multi_binary": "int8"}.get(leaf.kind, "int64")
+        self.field = FieldSpec("action", dtype, leaf.shape, "T")
+
+    def forward(self, features: Tensor, action_mask: Tensor | None = None) -> Distribution:
+        parameters = self.linear._parameters
+        output = functional.linear(features, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+        if self._kind == "discrete":
+            return Categorical(output, action_mask)
+        if self._kind == "multi_discrete":
+            return MultiCategorical(output, self._nvec, action_mask, self._shape)
+        if self._kind == "multi_binary":
+            return Bernoulli(output, action_mask, self._shape)
+        if self._gsde:
+            return StateDependentGaussian(output, self.log_std, features, self._shape)
+        return DiagonalGaussian(output, self.log_std, self._shape)

@@ -1,0 +1,189 @@
+"""The policy: one module from raw observations to a distribution over actions and a value; and how it is built, named and hashed.
+
+Legend: N batch (environments, or rows of a minibatch), D features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shoal.config import PolicyConfig
+from shoal.errors import ConfigError
+from shoal.imports import load_object
+from shoal.networks.encoders import Encoder, orthogonal
+from shoal.networks.heads import ActionHead, NoiseSpec
+from shoal.networks.inputs import Inputs
+from shoal.ops.distributions import Distribution
+from shoal.ops.moments import Moments
+from shoal.types import EnvironmentSpec, FieldSpec
+
+
+class Policy(nn.Module):
+    """Inputs, one encoder for both or one each, and two heads.
+
+    Observations are dicts by field name (`observation`, `observation/camera/0`): [N, *leaf shape] with the environment's dtypes. Action masks
+    are bool [N, A], True where allowed. All parameters and persistent buffers are float32: they lie on one flat board.
+
+    Args:
+      inputs: raw fields -> prepared tensors.
+      actor: prepared tensors -> features [N, D] for the action head.
+      critic: the same for the value; None shares the actor's.
+      action_head, value_head: features -> distribution; features -> [N, 1].
+
+    Attributes:
+      noise: what one environment's sampling needs, see NoiseSpec.
+    """
+
+    def __init__(self, inputs: Inputs, actor: nn.Module, critic: nn.Module | None, action_head: ActionHead, value_head: nn.Linear) -> None:
+        super().__init__()
+        self.inputs, self.actor, self.critic = inputs, actor, critic
+        self.action_head, self.value_head = action_head, value_head
+        self.noise: NoiseSpec = action_head.noise
+
+    def fields(self) -> list[FieldSpec]:
+        """What acting emits into a rollout besides observations: the action as stored, its log-probability, recurrent state (none yet)."""
+        return [self.action_head.field, FieldSpec("log_prob", "float32", (), "T")]
+
+    def initial_state(self, num_envs: int) -> dict[str, Tensor]:
+        """Recurrent state at an episode's start, by name, [num_envs, ...]: empty, this policy has no memory."""
+        return {}
+
+    def distribution(self, observation: Mapping[str, Tensor], action_mask: Tensor | None = None) -> Distribution:
+        return self.action_head.forward(self.actor(self.inputs.forward(observation)), action_mask)
+
+    def value(self, observation: Mapping[str, Tensor]) -> Tensor:
+        """V(x), [N] float32, in the units of the (normalised) return."""
+        prepared = self.inputs.forward(observation)
+        features: Tensor = (self.actor if self.critic is None else self.critic)(prepared)
+        return self._value(features)
+
+    def distribution_and_value(self, observation: Mapping[str, Tensor], action_mask: Tensor | None = None) -> tuple[Distribution, Tensor]:
+        """Both from one pass over the inputs, and over the encoder where it is shared."""
+        prepared = self.inputs.forward(observation)
+        features = self.actor(prepared)
+        value_features = features if self.critic is None else self.critic(prepared)
+        return self.action_head.forward(features, action_mask), self._value(value_features)
+
+    def act(self, observation: Mapping[str, Tensor], noise: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The actors' hot path, to be called under `torch.inference_mode()`: actions as stored [N, ...] and their log-probabilities [N].
+
+        Args:
+          noise: float32 [N, noise.size].
+        """
+        distribution = self.distribution(observation, action_mask)
+        action = distribution.sample(noise)
+        return action, distribution.log_prob(action)
+
+    @property
+    def normalised(self) -> tuple[str, ...]:
+        """Names of the observation fields whose running statistics the policy carries; empty without normalisation."""
+        return self.inputs.normalised
+
+    def set_statistics(self, moments: Mapping[str, Moments]) -> None:
+        """Freeze observation statistics into the buffers, for every field of `normalised`."""
+        self.inputs.set_statistics(moments)
+
+    def _value(self, features: Tensor) -> Tensor:
+        value: Tensor = self.value_head(features)
+        return value.squeeze(-1)
+
+
+Network = Callable[[EnvironmentSpec, PolicyConfig], nn.Module]
+
+
+def build_policy(spec: EnvironmentSpec, config: PolicyConfig, network: Network | None = None, *, seed: int = 0) -> Policy:
+    """The policy of a run. The same arguments give the same parameters; torch's global generator is left as it was.
+
+    Args:
+      network: the user's own (see the package's docstring); the one of `config.network` by default, else the encoders of this package.
+      seed: of the initial parameters, [0, 2**63).
+    Raises:
+      ConfigError: if the encoder does not fit the observation, or the network is not of the form described.
+    """
+    if network is None and config.network is not None:
+        network = load_object(config.network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        policy = _default_policy(spec, config) if network is None else _custom_policy(spec, config, network)
+    for name, tensor in named_tensors(policy).items():
+        if tensor.dtype is not torch.float32:
+            raise ConfigError(
+                f"policy tensor {name} is {tensor.dtype}; parameters and persistent buffers must be float32 (register constants with persistent=False)"
+            )
+    return policy
+
+
+def _image_fields(spec: EnvironmentSpec, config: PolicyConfig) -> frozenset[str]:
+    """Fields that go through the CNN."""
+    if config.encoder == "mlp":
+        return frozenset()
+    forced = config.encoder == "nature_cnn"
+    images = {
+        leaf.name("observation")
+        for leaf in spec.observation
+        if leaf.is_image or (forced and leaf.kind == "box" and len(leaf.shape) in (2, 3))
+    }
+    if forced and not images:
+        shapes = ", ".join(f"{leaf.name('observation')} {leaf.kind} {leaf.shape}" for leaf in spec.observation)
+        raise ConfigError(
+            f"policy.encoder: nature_cnn needs a box of two or three dimensions in the observation, got {shapes}; use auto or mlp"
+        )
+    return frozenset(images)
+
+
+def _heads(spec: EnvironmentSpec, config: PolicyConfig, num_features: int, num_value_features: int) -> tuple[ActionHead, nn.Linear]:
+    value_head = nn.Linear(num_value_features, 1)
+    orthogonal(value_head, 1.0, config.orthogonal_init)
+    return ActionHead(spec.action, num_features, config), value_head
+
+
+def _default_policy(spec: EnvironmentSpec, config: PolicyConfig) -> Policy:
+    images = _image_fields(spec, config)
+    inputs = Inputs(spec, config.normalise_observations, images)
+    share = bool(images) if config.share_encoder is None else config.share_encoder
+
+    def encoder() -> Encoder:
+        return Encoder(inputs.shapes, config.hidden_sizes, config.activation, config.orthogonal_init)
+
+    actor = encoder()
+    critic = None if share else encoder()
+    return Policy(inputs, actor, critic, *_heads(spec, config, actor.num_features, actor.num_features))
+
+
+def _custom_policy(spec: EnvironmentSpec, config: PolicyConfig, network: Network) -> Policy:
+    trunk = network(spec, config)
+    if isinstance(trunk, Policy):
+        return trunk
+    num_features: Any = getattr(trunk, "num_features", None)
+    if not isinstance(trunk, nn.Module) or not isinstance(num_features, int):
+        raise ConfigError(
+            "policy.network: expected a callable (spec, config) that returns a torch module with an integer attribute `num_features` "
+            f"(or a Policy), got {type(trunk).__name__} with num_features {num_features!r}"
+        )
+    inputs = Inputs(spec, config.normalise_observations, _image_fields(spec, config))
+    return Policy(inputs, trunk, None, *_heads(spec, config, num_features, num_features))
+
+
+def named_tensors(policy: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, sorted; a tensor that two names share appears once. No copies: writing changes the policy."""
+    seen: set[int] = set()
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in sorted(policy.state_dict(keep_vars=True).items()):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor
+    return tensors
+
+
+def weights_sha256(policy: nn.Module) -> str:
+    """SHA-256 over names, shapes and little-endian float32 bytes of `named_tensors`, in their order."""
+    digest = hashlib.sha256()
+    for name, tensor in named_tensors(policy).items():
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,193 @@
+"""Run directories: their names, what each holds, and what can be said about a run from its files alone.
+
+    config.yaml    complete and resolved; what makes a directory a run
+    run.db         metrics, events, ledger (monitoring.store)
+    result.json    what `shoal train --json` prints, once the run ended
+    checkpoints/   logs/   videos/   TensorBoard files
+
+Everything here reads; it works on living, finished, crashed and half-written runs. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from shoal.config import RunConfig
+from shoal.errors import RunError, ShoalError
+from shoal.files import CheckpointDirectory, run_holder, write_text_atomically
+from shoal.monitoring.store import RunReader
+from shoal.settings import dump_config, read_yaml
+
+CONFIG, DATABASE, RESULT, CHECKPOINTS, LOGS, VIDEOS = "config.yaml", "run.db", "result.json", "checkpoints", "logs", "videos"
+_HARMLESS = frozenset({"started", "resumed", "checkpoint", "finished"})  # events that are no faults
+_EVENTS_SHOWN = 20
+
+
+def run_name(config: RunConfig, when: time.struct_time | None = None) -> str:
+    """`{env}__{algorithm}__{seed}__{time}`, fit for a directory's name."""
+    parts = [_word(config.env.id), _word(config.algorithm.name), str(config.seed), time.strftime("%Y%m%d-%H%M%S", when or time.localtime())]
+    return "__".join(parts)
+
+
+def _word(name: str) -> str:
+    location, colon, last = name.rpartition(":")
+    short = f"{Path(location).name.removesuffix('.py')}-{last}" if colon else name
+    return re.sub(r"[^A-Za-z0-9.]+", "-", short).strip("-.")[:80] or "run"
+
+
+def create_run(config: RunConfig, runs: str | Path = "runs") -> Path:
+    """Make the directory of a new run and write its config.yaml: `config.run_dir`, or one named after it under `runs`.
+
+    Raises:
+      RunError: the directory is a run already, or cannot be made.
+    """
+    chosen = Path(config.run_dir).expanduser() if config.run_dir else None
+    name = run_name(config)
+    try:
+        for attempt in range(1, 1000):  # runs may begin in the same second
+            path = chosen or Path(runs) / (name if attempt == 1 else f"{name}-{attempt}")
+            try:
+                path.mkdir(parents=True, exist_ok=chosen is not None)
+            except FileExistsError:
+                if chosen is not None:
+                    raise
+                continue
+            break
+        if (path / CONFIG).exists():
+            raise RunError(f"{path} is a run already; go on with it (shoal resume {path}), or choose another run_dir")
+        (path / LOGS).mkdir(exist_ok=True)
+        write_text_atomically(path / CONFIG, dump_config(config))
+    except OSError as error:
+        raise RunError(f"the run's directory cannot be made: {error}") from error
+    return path.resolve()
+
+
+def find_run(path: str | Path) -> Path:
+    """The directory of the run that `path` is, or lies in (its config.yaml, one of its checkpoints). Raises RunError where there is none."""
+    given = Path(path).expanduser()
+    for candidate in (given, *given.absolute().parents[:2]) if given.exists() else ():
+        if (candidate / CONFIG).is_file():
+            return candidate.resolve()
+    raise RunError(
+        f"{path} {'is no run: it has no ' + CONFIG if given.exists() else 'does not exist'}; `shoal runs` lists the runs of a directory"
+    )
+
+
+def list_runs(directory: str | Path = "runs") -> list[dict[str, Any]]:
+    """One row per run in `directory`, oldest first: run, env, algorithm, seed, status, env_steps, updates, seconds, mean_return.
+
+    status: running, why it ended (return, env_steps ...), stopped (it died; resume goes on), or damaged.
+    Raises RunError where `directory` does not exist.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise RunError(f"there is no directory {root}; runs are made under runs/ where shoal was started, or where --run-dir says")
+    found = sorted(root.glob(f"*/{CONFIG}"), key=lambda file: file.stat().st_mtime)
+    return [_row(file.parent) for file in found]
+
+
+def _row(path: Path) -> dict[str, Any]:
+    row: dict[str, Any] = {"run": path.name, "env": None, "algorithm": None, "seed": None, "status": "damaged"}
+    row |= dict.fromkeys(("env_steps", "updates", "seconds", "mean_return"))
+    try:
+        config = read_yaml(path / CONFIG)
+        row |= {"env": config["env"]["id"], "algorithm": config["algorithm"]["name"], "seed": config["seed"]}
+        row["status"] = _status(path)
+        row |= _progress(path)
+    except (ShoalError, OSError, KeyError, TypeError):
+        pass  # a row says what can be said
+    return row
+
+
+def _status(path: Path) -> str:
+    if run_holder(path) is not None:
+        return "running"
+    result = _result(path)
+    return str(result["reason"]) if result else "stopped"
+
+
+def _result(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads((path / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return result if isinstance(result, dict) and "reason" in result else {}
+
+
+def _progress(path: Path) -> dict[str, Any]:
+    """How far the run came: what the database says while it runs or after a crash, else its result."""
+    result = _result(path)
+    if result and run_holder(path) is None:
+        return {name: result.get(name) for name in ("env_steps", "updates", "seconds", "mean_return")}
+    with RunReader(path / DATABASE) as reader:
+        point = reader.progress()
+    if point is None:
+        return {}
+    return {"env_steps": point.env_steps, "updates": point.update, "seconds": point.seconds, "mean_return": _finite(point.value)}
+
+
+def _finite(value: float) -> float | None:
+    return value if value - value == 0.0 else None
+
+
+def show(run: str | Path) -> dict[str, Any]:
+    """Everything that is known of a run.
+
+    Returns:
+      run, status, process (of a living run), configuration, environment and schema (the fields of a rollout), results, ledger, lag,
+      dropped (by reason, from the log), faults {counts by kind, newest}, checkpoint {update, path, bytes, files}, warnings.
+    Raises:
+      RunError: `run` is no run.
+    """
+    path = find_run(run)
+    shown: dict[str, Any] = {
+        "run": str(path),
+        "status": _status(path),
+        "process": run_holder(path),
+        "configuration": read_yaml(path / CONFIG),
+    }
+    warnings: list[str] = []
+    result = _result(path)
+    meta: dict[str, Any] = {}
+    try:
+        with RunReader(path / DATABASE) as reader:
+            meta, latest, dropped, events = reader.meta(), reader.latest(), reader.dropped(), reader.events()
+            shown |= {"results": _progress(path), "latest_metrics": latest, "dropped": dropped, "faults": _faults(events)}
+    except ShoalError as error:
+        warnings.append(str(error))
+    if result and shown["process"] is None:
+        shown["results"] = {name: value for name, value in result.items() if name not in ("ledger", "lag")}
+        meta |= {name: result[name] for name in ("ledger", "lag") if name in result}
+    shown |= {"environment": meta.get("spec"), "schema": meta.get("schema"), "ledger": meta.get("ledger"), "lag": meta.get("lag")}
+    shown["checkpoint"] = _checkpoint(path, warnings)
+    shown["warnings"] = warnings
+    return shown
+
+
+def _faults(events: list[dict[str, Any]]) -> dict[str, Any]:
+    faults = [event for event in events if event["kind"] not in _HARMLESS]
+    return {"counts": dict(Counter(event["kind"] for event in faults)), "newest": faults[-_EVENTS_SHOWN:]}
+
+
+def _checkpoint(path: Path, warnings: list[str]) -> dict[str, Any] | None:
+    directory = CheckpointDirectory(path / CHECKPOINTS)
+    if not directory.paths():
+        return None
+    try:
+        loaded = directory.newest()
+    except ShoalError as error:
+        warnings.append(str(error))
+        return None
+    warnings.extend(loaded.warnings)
+    num_bytes = sum(size for size, _ in loaded.files.values())
+    return {
+        "update": loaded.update,
+        "path": str(loaded.path),
+        "bytes": num_bytes,
+        "files": {name: size for name, (size, _) in loaded.files.items()},
+    }

@@ -1,0 +1,321 @@
+"""The supervisor's side of the zygote: start it, fork roles from it, kill them, and hear what became of them. No torch here.
+
+Everything is asynchronous: `start` and `fork` return at once, and `receive` tells what happened, in order:
+`Ready` (imports done) · `Forked` (one per `fork`) · `Exited` (dead, reaped, and what it left behind killed) · `Lost` (the zygote itself
+is gone, and with it all roles, for each of which an `Exited` comes before; start another one).
+
+A role's number (pid) is the zygote's child until its `Exited` was sent, so that `kill` cannot hit a stranger.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import ProcessError
+from shoal.supervision.channel import Channel, wait
+from shoal.supervision.memory import anonymous_file
+from shoal.supervision.processes import kill_marked_processes
+
+MARK = "SHOAL_ZYGOTE"
+PASSIVE_THREADS = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+_BOOTSTRAP = """
+import json, os, sys
+startup = os.fdopen(int(sys.argv[1]), "rb")
+head = json.loads(startup.readline())
+sys.path[:] = head["sys_path"]
+from shoal.supervision.zygote_main import main
+main(head, startup, int(sys.argv[2]))
+"""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The zygote's imports are done. More than one thread means that forks are not safe (its log names them)."""
+
+    import_seconds: float
+    num_threads: int
+
+
+@dataclass(frozen=True)
+class Role:
+    """Who a process is: name and index, and the incarnation that counts its restarts."""
+
+    name: str
+    index: int
+    incarnation: int
+
+
+@dataclass(frozen=True)
+class Forked:
+    """A role's process exists. `request` is what `fork` returned."""
+
+    request: int
+    pid: int
+    role: Role
+    fork_seconds: float
+
+
+@dataclass(frozen=True)
+class Exited:
+    """A role is dead, and nothing of its process group is left. `pid` 0: it could never be forked.
+
+    status: as os.waitpid gives it; None where nobody could reap it, and `error` says why.
+    """
+
+    pid: int
+    role: Role
+    status: int | None
+    error: str = ""
+
+    @property
+    def exit_code(self) -> int | None:
+        """What it returned; None where a signal killed it."""
+        return os.WEXITSTATUS(self.status) if self.status is not None and os.WIFEXITED(self.status) else None
+
+    def describe(self) -> str:
+        """`exit code 3`, `killed by SIGKILL`, or the error."""
+        return describe_status(self.status) if self.status is not None else self.error
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The zygote is gone, and all that descended from it is killed. `reason` holds the traceback where an import failed."""
+
+    reason: str
+
+
+Event = Ready | Forked | Exited | Lost
+
+
+def describe_status(status: int) -> str:
+    """Words for a status of os.waitpid."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        try:
+            return f"killed by {signal.Signals(number).name}"
+        except ValueError:
+            return f"killed by signal {number}"
+    return f"exit code {os.WEXITSTATUS(status)}"
+
+
+class Zygote:
+    """See the module. For one thread, which outlives the start: until `Ready`, the zygote dies with the thread that started it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], control: Channel, mark: str) -> None:
+        self.pid = process.pid
+        self._process = process
+        self._control = control
+        self._mark = mark
+        self._num_requests = 0
+        self._pending: dict[int, Role] = {}
+        self._living: dict[int, Role] = {}
+        self._failure = ""
+
+    @classmethod
+    def start(
+        cls,
+        payload: Mapping[str, Any],
+        pickled: bytes | None = None,
+        preload: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
+        log_path: str | os.PathLike[str] = os.devnull,
+    ) -> Zygote:
+        """Exec the helper and return at once.
+
+        Args:
+          payload: JSON-able; every role gets it.
+          pickled: the user's own objects by cloudpickle; every role gets the bytes, the zygote does not open them.
+          preload: modules to import before the first fork.
+          environ: of the zygote and so of every role (default: this process's own); thread counts are set to 1 and passive in any case.
+          log_path: appended to; the roles' logs lie beside it unless `fork` says otherwise. Its directory must exist.
+        Raises:
+          ProcessError: the helper could not be executed.
+        """
+        parent_end, child_end = Channel.pair()
+        mark = secrets.token_hex(8)
+        startup_fd = anonymous_file("shoal-start")
+        try:
+            _write_startup(startup_fd, payload, pickled, preload, Path(log_path))
+            with open(log_path, "ab") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", _BOOTSTRAP, str(startup_fd), str(child_end.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env={**(os.environ if environ is None else environ), **PASSIVE_THREADS, MARK: mark},
+                    pass_fds=(startup_fd, child_end.fileno()),
+                    start_new_session=True,
+                )
+        except OSError as error:
+            parent_end.close()
+            raise ProcessError(f"cannot start the helper process {sys.executable}: {error}") from error
+        finally:
+            os.close(startup_fd)
+            child_end.close()
+        return cls(process, parent_end, f"{MARK}={mark}")
+
+    def fileno(self) -> int:
+        """For `wait`: ready when `receive` has something to tell; -1 once lost or closed."""
+        return self._control.fileno()
+
+    def fork(
+        self,
+        target: str,
+        name: str,
+        index: int,
+        incarnation: int,
+        channel_end: Channel,
+        memory_fds: Sequence[int] = (),
+        log_path: str | os.PathLike[str] | None = None,
+    ) -> int:
+        """Ask for a new process that calls `target` ("module:function") with a ChildContext. May be called before `Ready`.
+
+        Takes `channel_end` over (it is closed here: the child's is then the only copy, so that its death is seen on the other end); memory
+        descriptors stay the caller's. Standard output and error go to `log_path`, by default NAME-INDEX.log beside the zygote's log.
+
+        Returns:
+          The number that the `Forked` for it (or an `Exited` with pid 0) carries as `request`.
+        Raises:
+          ProcessError: the zygote is gone, or has not read for thousands of requests.
+        """
+        self._num_requests += 1
+        role = Role(name, index, incarnation)
+        fds = (channel_end.fileno(), *memory_fds)
+        request = {
+            "do": "fork",
+            "request": self._num_requests,
+            "num_fds": len(fds),
+            "target": target,
+            "name": name,
+            "index": index,
+            "incarnation": incarnation,
+            "log_path": None if log_path is None else os.fspath(log_path),
+        }
+        self._request(request, fds)
+        channel_end.close()
+        self._pending[self._num_requests] = role
+        return self._num_requests
+
+    def kill(self, pid: int) -> None:
+        """SIGKILL a role and its process group, stopped or not; its `Exited` follows. One that is dead already is left alone.
+
+        Raises:
+          ProcessError: as `fork`.
+        """
+        self._request({"do": "kill", "pid": pid}, ())
+
+    def receive(self) -> list[Event]:
+        """What happened since the last call; never blocks (but for a moment when the zygote is lost, to kill what it left)."""
+        if self._control.fileno() < 0:
+            return []
+        events: list[Event] = []
+        try:
+            while (message := self._control.receive()) is not None:
+                events += self._decode(json.loads(message))
+        except EOFError:
+            events += self._lose()
+        return events
+
+    def close(self, timeout_seconds: float = 2.0) -> None:
+        """Kill all roles and all they started, and the zygote. Returns when nothing is left; may be called twice."""
+        self._control.close()
+        self._finish(timeout_seconds)
+
+    def _request(self, request: dict[str, Any], fds: Sequence[int]) -> None:
+        if self._control.fileno() < 0:
+            raise ProcessError("the helper process is gone: start another one")
+        try:
+            if self._control.send_with_fds(json.dumps(request).encode(), fds):
+                return
+        except EOFError:
+            if request["do"] == "kill":
+                return  # all roles die with it; `receive` tells
+            raise ProcessError("the helper process has died: call receive() for the reason, then start another one") from None
+        raise ProcessError(f"the helper process {self.pid} does not read its requests; is it stopped?")
+
+    def _decode(self, event: dict[str, Any]) -> list[Event]:
+        kind = event["event"]
+        if kind == "ready":
+            return [Ready(event["import_seconds"], event["num_threads"])]
+        if kind == "failed":
+            self._failure = event["error"]
+            return []
+        if kind == "forked":
+            role = self._pending.pop(event["request"])
+            if event["pid"] == 0:
+                return [Exited(0, role, None, f"could not be forked: {event['error']}")]
+            self._living[event["pid"]] = role
+            return [Forked(event["request"], event["pid"], role, event["fork_seconds"])]
+        return [Exited(event["pid"], self._living.pop(event["pid"]), event["status"])]
+
+    def _lose(self) -> list[Event]:
+        self._control.close()
+        status = self._finish(timeout_seconds=1.0)
+        error = "died with the helper process"
+        exited = [Exited(pid, role, None, error) for pid, role in self._living.items()]
+        exited += [Exited(0, role, None, error) for role in self._pending.values()]
+        self._living.clear()
+        self._pending.clear()
+        ending = "is gone" if status is None else "was " + status if status.startswith("killed") else "ended with " + status
+        return [*exited, Lost(f"the helper process {self.pid} {ending}" + (f":\n{self._failure}" if self._failure else ""))]
+
+    def _finish(self, timeout_seconds: float) -> str | None:
+        """Wait for the zygote's own end, force it, and kill what is left of its descendants; says how it ended."""
+        if self._process.returncode is None:
+            self._process.send_signal(signal.SIGCONT)
+            try:
+                self._process.wait(timeout_seconds)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            if self._process.returncode != 0:
+                kill_marked_processes(self._mark, self.pid, timeout_seconds)
+        code = self._process.returncode
+        return f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+
+
+def _write_startup(fd: int, payload: Mapping[str, Any], pickled: bytes | None, preload: Sequence[str], log_path: Path) -> None:
+    head = {
+        "sys_path": [os.path.abspath(entry) if entry == "" else entry for entry in sys.path],
+        "parent_pid": os.getpid(),
+        "preload": list(preload),
+        "pickled_bytes": None if pickled is None else len(pickled),
+        "log_directory": os.fspath(log_path.absolute().parent),
+    }
+    with os.fdopen(os.dup(fd), "wb") as file:
+        file.write(json.dumps(head).encode() + b"\n" + json.dumps(payload).encode() + b"\n" + (pickled or b""))
+    os.lseek(fd, 0, os.SEEK_SET)
+
+
+def wait_until_ready(zygote: Zygote, timeout_seconds: float) -> list[Event]:
+    """Wait for `Ready`; returns it and whatever else was told meanwhile.
+
+    Raises:
+      ProcessError: the zygote was lost (with the failing import's traceback), or the time ran out.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    events: list[Event] = []
+    while (left := deadline - time.monotonic()) > 0:
+        wait([zygote], left)
+        events += zygote.receive()
+        for event in events:
+            if isinstance(event, Lost):
+                raise ProcessError(event.reason)
+            if isinstance(event, Ready):
+                return events
+    raise ProcessError(f"the helper process {zygote.pid} was not ready within {timeout_seconds} s; see its log")

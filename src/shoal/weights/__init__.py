@@ -1,0 +1,1 @@
+"""The way of weights from the learner to the actors: one versioned board per policy."""

@@ -1,0 +1,133 @@
+"""The command line as a user starts it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RESULT = {
+    "run", "reason", "env_steps", "updates", "seconds", "env_steps_per_second", "mean_return", "policy_version", "weights_sha256", "ledger",
+    "lag", "restarts",
+}  # fmt: skip
+
+
+def shoal(*args: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    command = [sys.executable, "-m", "shoal.cli", *args]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def answer(*args: str, cwd: Path, code: int = 0) -> dict[str, Any]:
+    found = json.loads(shoal(*args, "--json", cwd=cwd, code=code).stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A directory with one short run in it, and what its training answered."""
+    cwd = tmp_path_factory.mktemp("work")
+    return cwd, answer("train", "CartPole-v1", "--actors", "0", "--stop.updates", "4", "--seed", "3", "--run-dir", "runs/short", cwd=cwd)
+
+
+def test_train_answers_with_exactly_the_promised_keys(trained: tuple[Path, dict[str, Any]]) -> None:
+    _, result = trained
+    assert set(result) == RESULT
+    assert (result["reason"], result["updates"], result["policy_version"], result["env_steps"]) == ("updates", 4, 4, 1024)
+    ledger = result["ledger"]
+    assert set(ledger) == {"produced", "trained", "dropped", "in_flight"}
+    assert ledger["produced"] == ledger["trained"] + sum(ledger["dropped"].values()) + ledger["in_flight"]
+    assert set(result["lag"]) == {"mean", "p99", "max"}
+    assert len(result["weights_sha256"]) == 64
+
+
+def test_a_runs_configuration_gives_the_same_weights_again(trained: tuple[Path, dict[str, Any]]) -> None:
+    cwd, first = trained
+    second = answer("train", "runs/short/config.yaml", "--run-dir", "runs/again", cwd=cwd)
+    assert second["weights_sha256"] == first["weights_sha256"]
+    other = answer("train", "runs/short/config.yaml", "--seed", "4", cwd=cwd)
+    assert other["weights_sha256"] != first["weights_sha256"]
+
+
+def test_a_run_can_be_listed_shown_evaluated_and_resumed(trained: tuple[Path, dict[str, Any]]) -> None:
+    cwd, first = trained
+    rows = answer("runs", cwd=cwd)["runs"]
+    assert {row["run"]: row["env"] for row in rows}["short"] == "CartPole-v1"
+    shown = answer("show", "short", cwd=cwd)
+    assert shown["configuration"]["seed"] == 3
+    assert {"configuration", "schema", "results", "ledger", "lag", "faults"} <= set(shown)
+    assert "CartPole-v1" in shoal("show", "short", cwd=cwd).stdout
+    played = answer("evaluate", "short", "--episodes", "5", "--seed", "1", cwd=cwd)
+    assert set(played) == {"episodes", "mean_return", "std_return", "iqm", "ci95", "min", "max", "mean_length"}
+    assert played["episodes"] == 5
+    assert played["min"] <= played["mean_return"] <= played["max"]
+    assert math.isclose(played["mean_return"], played["mean_length"])  # CartPole pays one per step
+    resumed = answer("resume", "short", "--stop.updates", "6", cwd=cwd)
+    assert (resumed["updates"], resumed["reason"]) == (6, "updates")
+    straight = answer("train", "CartPole-v1", "--actors", "0", "--stop.updates", "6", "--seed", "3", cwd=cwd)
+    assert straight["weights_sha256"] == resumed["weights_sha256"]
+
+
+def test_a_factory_in_a_file_gets_its_arguments_and_its_printing_stays_out_of_the_answer(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import gymnasium\n"
+        "def make(gravity):\n"
+        "    print('made with', gravity)\n"
+        "    env = gymnasium.make('CartPole-v1')\n"
+        "    env.unwrapped.gravity = gravity\n"
+        "    return env\n"
+    )
+    result = answer("train", "mine.py:make", "--env.kwargs.gravity", "-3", "--actors", "1", "--stop.updates", "1", cwd=tmp_path)
+    assert result["reason"] == "updates"
+    assert "mine-make" in result["run"]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "part"),
+    [
+        (["train", "CartPole-v9"], 2, "CartPole"),
+        (["train", "nowhere.py:make"], 2, "nowhere.py"),
+        (["train", "CartPole-v1", "--algorithm.epoch", "3"], 2, "did you mean algorithm.epochs"),
+        (["resume", "nothing"], 1, "there is no run nothing"),
+        (["show", "."], 1, "no run"),
+    ],
+)
+def test_an_error_is_one_clear_message_with_its_code(args: list[str], code: int, part: str, tmp_path: Path) -> None:
+    done = shoal(*args, cwd=tmp_path, code=code)
+    assert part in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_help_and_errors_load_nothing_heavy(tmp_path: Path) -> None:
+    script = "import sys\nfrom shoal.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: print(*sorted(sys.modules))"
+    heavy = {"torch", "gymnasium", "rich.live", "sqlite3"}
+    for args, more in (
+        (["--help"], {"numpy", "pydantic", "yaml"}),
+        (["train", "--help"], {"numpy"}),
+        (["train", "CartPole-v1", "--sead", "1"], set()),
+    ):
+        done = subprocess.run([sys.executable, "-c", script, *args], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+        assert not set(done.stdout.split()) & (heavy | more)
+
+
+def test_the_process_of_a_training_with_actors_imports_no_torch(tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom shoal.cli import main\n"
+        "try: main(['train', 'CartPole-v1', '--actors', '1', '--stop.updates', '1', '--json'])\n"
+        "except SystemExit as end: print('torch' in sys.modules, end.code)"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.stdout.splitlines()[-1] == "False 0", done.stderr

@@ -1,0 +1,129 @@
+"""Views: a panel on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pty
+import time
+
+import pytest
+
+from shoal.monitoring.live import LINE_SECONDS, LineView, LiveView, SilentView, clock, line, open_view, sparkline
+from shoal.monitoring.snapshot import ActorHealth, Snapshot
+
+
+def a_snapshot(update: int = 1, mean_return: float = 12.5) -> Snapshot:
+    return Snapshot(
+        "runs/x",
+        "CartPole-v1",
+        "ppo",
+        "sync",
+        update=update,
+        env_steps=128_000,
+        env_steps_per_second=11_234.0,
+        seconds=75.0,
+        episodes=42,
+        mean_return=mean_return,
+        std_return=3.0,
+        time_by_role={"environment": 2.0, "inference": 1.0, "waiting": 0.0, "learning": 1.0},
+        max_policy_lag=4,
+        produced=10,
+        trained=8,
+        in_flight=1,
+        dropped={"actor_died": 1},
+        actors=(ActorHealth(0, "running"), ActorHealth(1, "dead")),
+        restarts=1,
+        eta_seconds=30.0,
+        stop_return=475,
+    )
+
+
+def test_a_line_says_everything_that_matters() -> None:
+    text = line(a_snapshot())
+    for part in ("[1:15]", "128,000 steps", "11,234 steps/s", "12.5 ± 3.0", "environment 50%", "1 running, 1 dead, 1 restarts", "ETA 0:30"):
+        assert part in text
+
+
+def test_lines_come_every_few_seconds_and_the_last_one_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    view = LineView(stream)
+    view(a_snapshot(update=0))  # nothing trained yet: nothing to say
+    for update in (1, 2, 3):
+        view(a_snapshot(update))
+    now[0] += LINE_SECONDS
+    view(a_snapshot(4))
+    view(a_snapshot(5))
+    view.close()
+    view.close()
+    assert [text.split()[2] for text in stream.getvalue().splitlines()] == ["1", "4", "5"]
+
+
+def test_the_panel_is_drawn_with_messages_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "110")
+    stream = io.StringIO()
+    view = LiveView(stream)
+    for update in range(1, 4):
+        view(a_snapshot(update, mean_return=math.nan if update == 1 else 10.0 * update))
+    view.message("a warning")
+    view.close()
+    for part in (
+        "CartPole-v1",
+        "30.0 ± 3.0 of 475",
+        "11,234 steps/s",
+        "learning 25%",
+        "bound 4",
+        "10 produced",
+        "1 actor_died",
+        "0:30 to go",
+        "a warning",
+    ):
+        assert part in stream.getvalue()
+
+
+def test_the_view_follows_the_stream() -> None:
+    assert isinstance(open_view("auto", io.StringIO()), LineView)
+    assert isinstance(open_view("silent"), SilentView)
+    open_view("silent")(a_snapshot())
+
+
+def test_a_terminal_gets_the_panel_unless_it_is_dumb(monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, child = pty.openpty()
+    with os.fdopen(parent, "rb"), os.fdopen(child, "w") as stream:
+        monkeypatch.setenv("TERM", "xterm-256color")
+        assert isinstance(open_view("auto", stream), LiveView)
+        monkeypatch.setenv("TERM", "dumb")
+        assert isinstance(open_view("auto", stream), LineView)
+
+
+def test_a_terminal_that_went_away_does_not_end_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        flush = None  # type: ignore[assignment]
+
+    monkeypatch.setenv("TERM", "xterm")
+    for view in (LiveView(Gone()), LineView(Gone())):
+        view(a_snapshot())
+        view.message("lost")
+        view.close()
+
+
+def test_a_sparkline_rises_with_its_values_and_keeps_its_width() -> None:
+    assert sparkline([1.0]) == ""
+    assert sparkline([0.0, 1.0]) == "▁█"
+    assert sparkline([2.0, 2.0]) == "▁▁"
+    long = sparkline([float(i) for i in range(500)])
+    assert len(long) == 24
+    assert list(long) == sorted(long)
+    assert long[-1] == "█"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75, "1:15"), (3723, "1:02:03"), (-5, "0:00")])
+def test_a_clock_has_hours_only_where_there_are_some(seconds: float, text: str) -> None:
+    assert clock(seconds) == text

@@ -1,0 +1,57 @@
+"""A snapshot's numbers under the names that users know."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from shoal.config import StopConfig
+from shoal.monitoring.snapshot import ActorHealth, Snapshot, eta_seconds, scalars
+
+
+def a_snapshot(**changes: object) -> Snapshot:
+    facts = {"update": 4, "env_steps": 400, "seconds": 2.0, "env_steps_per_second": 200.0, "mean_return": 12.5, "std_return": 2.0}
+    return Snapshot("runs/x", "CartPole-v1", "ppo", "sync", **{**facts, **changes})  # type: ignore[arg-type]
+
+
+def test_metrics_have_the_tags_of_stable_baselines() -> None:
+    values = scalars(a_snapshot(mean_length=9.0, train={"approx_kl": 0.01, "value_loss": math.inf}, dropped={"over_lag": 2}))
+    assert values["rollout/ep_rew_mean"] == 12.5
+    assert values["rollout/ep_len_mean"] == 9.0
+    assert values["time/fps"] == 200.0
+    assert values["time/total_timesteps"] == 400
+    assert values["train/approx_kl"] == 0.01
+    assert values["ledger/dropped_over_lag"] == 2
+    assert "train/value_loss" not in values
+
+
+def test_before_the_first_episode_there_is_no_return() -> None:
+    assert "rollout/ep_rew_mean" not in scalars(a_snapshot(mean_return=math.nan))
+
+
+def test_shares_of_time_sum_to_one() -> None:
+    values = scalars(a_snapshot(time_by_role={"environment": 3.0, "learning": 1.0}))
+    assert (values["share/environment"], values["share/learning"]) == (0.75, 0.25)
+
+
+def test_a_snapshot_is_json_with_null_for_what_is_not_finite() -> None:
+    snapshot = a_snapshot(mean_return=math.nan, actors=(ActorHealth(0, "running", groups=(0, 1)),))
+    assert json.loads(json.dumps(snapshot.to_json(), allow_nan=False))["mean_return"] is None
+    assert snapshot.to_json()["actors"] == [{"actor": 0, "state": "running", "incarnation": 0, "groups": [0, 1], "heartbeat_seconds": 0.0}]
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        ({}, None),
+        ({"return": 475}, None),
+        ({"env_steps": 1000}, 3.0),
+        ({"updates": 6}, 1.0),
+        ({"env_steps": 1000, "updates": 6, "seconds": 2.5}, 0.5),
+        ({"env_steps": 100}, 0.0),
+    ],
+)
+def test_the_nearest_stop_condition_says_how_long_it_takes(stop: dict[str, float], expected: float | None) -> None:
+    assert eta_seconds(StopConfig.model_validate(stop), update=4, env_steps=400, seconds=2.0) == expected

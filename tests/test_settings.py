@@ -1,0 +1,251 @@
+"""Layers of settings, their order, and what each wrong one says."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.config import BUILT_IN, APPOConfig, PPOConfig, RunConfig
+from shoal.errors import ConfigError
+from shoal.keys import all_keys
+from shoal.settings import Raw, dump_config, load_config, load_object, object_path, preset_names, resolve
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_the_preset_lies_above_the_defaults_the_file_above_it_and_the_hand_above_all(tmp_path: Path) -> None:
+    file = write(tmp_path / "mine.yaml", "env: CartPole-v1\nalgorithm: {epochs: 7, gamma: 0.5}\n")
+    config, preset = resolve(file, {"algorithm.gamma": 0.25})
+    assert preset == config.preset == "CartPole-v1"
+    assert isinstance(config.algorithm, PPOConfig)
+    assert config.algorithm.gamma == 0.25
+    assert config.algorithm.epochs == 7
+    assert config.algorithm.learning_rate == 1e-3  # the preset's
+    assert config.algorithm.clip_range == 0.2  # the default
+
+
+def test_an_unknown_environment_takes_no_preset() -> None:
+    config, preset = resolve("Blackjack-v1")
+    assert (preset, config.preset, config.algorithm.name) == ("none", "none", "ppo")
+
+
+def test_the_preset_of_a_namespace_serves_all_of_it() -> None:
+    assert resolve("ALE/Breakout-v5")[1] == "ALE"
+
+
+def test_preset_none_takes_none_and_another_name_takes_that() -> None:
+    assert resolve("CartPole-v1", {"preset": "none"})[0].algorithm.learning_rate == 2.5e-4
+    assert resolve("my_package:cart", {"preset": "CartPole-v1"})[0].algorithm.learning_rate == 1e-3
+    with pytest.raises(ConfigError, match="did you mean CartPole-v1"):
+        resolve("CartPole-v1", {"preset": "CartPole-v0"})
+
+
+def test_naming_another_algorithm_drops_the_keys_and_the_mode_of_the_one_below(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "run.yaml", "env: Blackjack-v1\nmode: async\nalgorithm: {name: appo, epochs: 9, vtrace_lambda: 0.5, gamma: 0.5}\n"
+    )
+    config, _ = resolve(file, {"algorithm": "ppo"})
+    assert (config.mode, config.algorithm.gamma, config.algorithm.name) == ("sync", 0.99, "ppo")
+    same, _ = resolve(file, {"algorithm": "appo"})
+    assert isinstance(same.algorithm, APPOConfig)
+    assert (same.mode, same.algorithm.epochs) == ("async", 9)
+
+
+def test_keys_without_a_name_belong_to_the_algorithm_below(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", "env: Blackjack-v1\nalgorithm: {gae_lambda: 0.5}\n")
+    assert resolve(file)[0].algorithm.gae_lambda == 0.5  # type: ignore[attr-defined]
+    assert resolve(file, {"algorithm": "impala"})[0].algorithm.name == "impala"
+
+
+def test_a_stop_condition_of_the_users_drops_those_of_the_preset_and_keeps_its_length_of_schedules() -> None:
+    config, _ = resolve("HalfCheetah-v5", {"stop": {"return": 1000}})
+    assert (config.stop.return_, config.stop.env_steps, config.algorithm.schedule_env_steps) == (1000, None, 1_000_000)
+    config, _ = resolve("HalfCheetah-v5", {"stop": {"env_steps": 5000}})
+    assert (config.stop.env_steps, config.algorithm.schedule_env_steps) == (5000, 5000)
+
+
+@pytest.mark.parametrize("algorithm", list(BUILT_IN))
+@pytest.mark.parametrize("env", [*preset_names(), "Blackjack-v1"])
+def test_a_resolved_configuration_comes_back_from_its_file_unchanged(env: str, algorithm: str, tmp_path: Path) -> None:
+    given_by_hand = {
+        "algorithm": algorithm,
+        "env.kwargs": {"text": "1e-3", "number": 1e-3, "nested": {"a": [1, None]}},
+        "stop": {"updates": 3},
+    }
+    if algorithm == "ppo":
+        given_by_hand["stop"] = {"env_steps": 3}
+    config, _ = resolve(env, given_by_hand)
+    file = write(tmp_path / "config.yaml", dump_config(config))
+    assert load_config(Path(file)) == config
+    assert resolve(file)[0] == config
+    assert resolve(str(tmp_path))[0] == config
+
+
+def test_a_new_run_does_not_go_into_the_directory_whose_configuration_it_takes(tmp_path: Path) -> None:
+    config, _ = resolve("CartPole-v1", {"run_dir": str(tmp_path)})
+    write(tmp_path / "config.yaml", dump_config(config))
+    assert resolve(str(tmp_path))[0].run_dir is None
+
+
+def test_text_is_brought_to_the_type_of_its_key() -> None:
+    config, _ = resolve(
+        "CartPole-v1",
+        {
+            "seed": "7",
+            "stop.env-steps": "1e6",
+            "algorithm.learning-rate": "3e-4",
+            "algorithm.target_kl": "none",
+            "policy.hidden-sizes": "32,16",
+            "policy.normalise_observations": "true",
+            "checkpoint": {"every_seconds": "null"},
+        },
+    )
+    assert (config.seed, config.stop.env_steps, config.algorithm.learning_rate) == (7, 1_000_000, 3e-4)
+    assert (config.policy.hidden_sizes, config.policy.normalise_observations, config.checkpoint.every_seconds) == ([32, 16], True, None)
+
+
+def test_arguments_of_the_environment_are_read_as_yaml_from_a_command_line_and_left_alone_from_python() -> None:
+    raw, _ = resolve("CartPole-v1", {"env.kwargs.gravity": Raw("-3"), "env.kwargs.tiny": Raw("1e-3"), "env.kwargs.names": Raw("[a, b]")})
+    assert raw.env.kwargs == {"gravity": -3, "tiny": 1e-3, "names": ["a", "b"]}
+    typed, _ = resolve("CartPole-v1", {"env.kwargs": {"gravity": "-3", "a-b": 1}})
+    assert typed.env.kwargs == {"gravity": "-3", "a-b": 1}
+
+
+def test_what_follows_from_other_keys_is_filled_in() -> None:
+    config, _ = resolve("Blackjack-v1")
+    assert (config.mode, config.sampling.groups, config.sampling.group_size) == ("sync", 4, 8)
+    assert config.actors is not None
+    assert 1 <= config.actors <= 4
+    assert resolve("Blackjack-v1", {"algorithm": "impala"})[0].mode == "async"
+    assert (resolve("Blackjack-v1", {"algorithm": "appo"})[0].actors or 0) >= 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ({"sed": 1}, ["sed is no key", "did you mean seed?"]),
+        ({"learning_rate": 1}, ["did you mean algorithm.learning_rate?"]),
+        ({"stop": {"retrn": 1}}, ["stop.retrn", "did you mean stop.return?", "env_steps, updates, seconds"]),
+        ({"algorithm": "pp0"}, ["'pp0'", "did you mean ppo?", "ppo, impala, appo"]),
+        ({"algorithm": {"name": "impala", "gae_lambda": 1}}, ["algorithm.gae_lambda belongs to ppo", "impala"]),
+        ({"algorithm.epochs": 0}, ["algorithm.epochs", "greater than 0", "got 0"]),
+        ({"algorithm.epochs": 0, "seed": -1}, ["algorithm.epochs", "seed"]),
+        ({"mode": "asinc"}, ["'sync' or 'async'", "did you mean async?"]),
+        ({"mode": "async"}, ["ppo runs in sync mode", "appo or impala"]),
+        ({"policy": 3}, ["policy is a section", "not 3"]),
+        ({"policy.hidden_sizes": "64,x"}, ["policy.hidden_sizes", "x"]),
+        ({"stop.return": "high"}, ["stop.return", "'high'"]),
+        ({"algorithm.learning_rate": float("nan")}, ["algorithm.learning_rate"]),
+        ({"env.id": "Acrobot-v1"}, ["two environments", "CartPole-v1", "Acrobot-v1"]),
+        ({3: 4}, ["3 is no text"]),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_its_name_with_what_is_allowed(overrides: dict[Any, Any], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve("CartPole-v1", overrides)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_linear_schedule_without_an_end_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"schedule_env_steps or stop\.env_steps"):
+        resolve("Blackjack-v1", {"algorithm.learning_rate_schedule": "linear"})
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("a: [", "not valid YAML"), ("- 1", "holds a list"), ("sed: 1\nenv: CartPole-v1", "did you mean seed"), ("seed: 1", "no environment")],
+)
+def test_a_wrong_file_is_refused_by_its_name(text: str, part: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "wrong.yaml", text)
+    with pytest.raises(ConfigError, match=part):
+        resolve(file)
+
+
+def test_a_missing_file_is_refused() -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        resolve("nowhere.yaml")
+    with pytest.raises(ConfigError, match=r"nowhere\.py"):
+        resolve("nowhere.py:make")
+    with pytest.raises(ConfigError, match="name the factory"):
+        resolve("nowhere.py")
+
+
+def test_a_resuming_configuration_lies_below_what_is_given_by_hand() -> None:
+    base = resolve("CartPole-v1", {"seed": 5})[0].model_dump(by_alias=True)
+    config, _ = resolve(None, {"actors": 3}, base)
+    assert (config.seed, config.actors, config.env.id) == (5, 3, "CartPole-v1")
+
+
+def make_nothing() -> None:
+    """Something with an import path."""
+
+
+def test_an_object_becomes_its_import_path_and_comes_back_from_it() -> None:
+    sys.modules.setdefault(__name__, sys.modules[make_nothing.__module__])
+    assert load_object(object_path(make_nothing)) is make_nothing
+    assert object_path(lambda: None).startswith("callable:")
+    with pytest.raises(ConfigError, match="give it again from Python"):
+        load_object(object_path(lambda: None))
+
+
+def test_a_file_is_executed_once_and_its_neighbours_can_be_imported(tmp_path: Path) -> None:
+    write(tmp_path / "neighbour_of_user_code.py", "value = 3\n")
+    file = write(tmp_path / "user_code.py", "from neighbour_of_user_code import value\nclass Outer:\n  class Inner: pass\n")
+    assert load_object(f"{file}:value") == 3
+    inner = load_object(f"{file}:Outer.Inner")
+    assert load_object(f"{file}:Outer.Inner") is inner
+    assert object_path(inner) == f"{file}:Outer.Inner"
+
+
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [
+        ("shoal.settings:resolv", "did you mean resolve"),
+        ("shoal.settings", "no import path"),
+        ("no_such_package_here:x", "cannot import"),
+        ("{dir}/broken.py:x", "raised ZeroDivisionError"),
+        ("{dir}/none.py:x", "there is no file"),
+    ],
+)
+def test_an_import_path_that_leads_nowhere_says_where_it_ends(path: str, part: str, tmp_path: Path) -> None:
+    write(tmp_path / "broken.py", "1 / 0\n")
+    with pytest.raises(ConfigError, match=part):
+        load_object(path.format(dir=tmp_path))
+
+
+def test_every_key_is_listed_with_what_it_takes() -> None:
+    keys = {key.name: key for name in BUILT_IN for key in all_keys(name)}
+    assert keys["stop.return"].takes == "number"
+    assert keys["policy.hidden_sizes"].takes == "int,int,..."
+    assert keys["policy.hidden_sizes"].default == "64,64"
+    assert keys["algorithm.gamma"].takes == "number >= 0 and <= 1"
+    assert keys["mode"].takes == "sync|async"
+    assert all(key.description for key in keys.values())
+
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**40), 2**40)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text("abé 1e-3.:#'\"\n[", max_size=8)
+)
+
+
+@given(st.dictionaries(st.text("abcxyz_", min_size=1, max_size=8), scalars | st.lists(scalars, max_size=3), max_size=5))
+def test_any_plain_arguments_of_an_environment_survive_the_file(kwargs: dict[str, Any]) -> None:
+    config = RunConfig.model_validate({"env": {"id": "X-v0", "kwargs": kwargs}})
+    with TemporaryDirectory() as directory:
+        file = Path(directory, "config.yaml")
+        file.write_text(dump_config(config), encoding="utf-8")
+        assert load_config(file) == config
