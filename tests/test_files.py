@@ -214,6 +214,14 @@ def test_a_full_disk_leaves_those_before_whole_and_no_litter(tmp_path: Path, mon
     assert CheckpointDirectory(tmp_path).newest().update == (1 if refused < 4 else 2)  # the last is that of the parent, after the rename
 
 
+def test_a_write_that_the_disk_refuses_discards_the_staging_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    staging = CheckpointDirectory(tmp_path).begin(1)
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only file system", "state.json")))
+    with pytest.raises(CheckpointError, match=r"Read-only file system \(state\.json\)"):
+        staging.write_json("state", {})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_save_is_durable_before_it_is_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     real = os.fsync

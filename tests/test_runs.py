@@ -65,13 +65,14 @@ def test_a_run_is_found_from_anything_in_it(tmp_path: Path) -> None:
             runs.find_run(outside)
 
 
-def finished(root: Path) -> Path:
+def finished(root: Path, balance: bool = True) -> Path:
     """A run with a database, a result and a checkpoint."""
     path = runs.create_run(config(seed=1), root)
     with RunStore(path / "run.db") as store:
         store.set_meta("spec", {"name": "CartPole-v1"})
         store.set_meta("schema", [{"name": "reward"}])
-        store.set_meta("ledger", {"produced": 5, "trained": 4, "dropped": {}, "in_flight": 1})
+        if balance:
+            store.set_meta("ledger", {"rollouts": {"produced": 5, "trained": 4, "dropped": {}, "in_flight": 1}})
         store.metrics(2, 2048, 1.5, {"time/total_timesteps": 2048.0, "rollout/ep_rew_mean": 30.0})
         store.event("checkpoint", 2, path="update-000000002")
         store.event("restart", 2, actor=1, reason="killed")
@@ -86,8 +87,12 @@ def finished(root: Path) -> Path:
     return path
 
 
+def test_the_balance_is_that_of_the_database_which_says_more_than_the_result(tmp_path: Path) -> None:
+    assert runs.show(finished(tmp_path))["ledger"]["rollouts"]["in_flight"] == 1
+
+
 def test_a_finished_run_is_shown_with_its_result_ledger_lag_and_faults(tmp_path: Path) -> None:
-    path = finished(tmp_path)
+    path = finished(tmp_path, balance=False)
     shown = runs.show(path)
     assert (shown["run"], shown["status"], shown["process"]) == (str(path), "return", None)
     assert shown["configuration"]["env"]["id"] == "CartPole-v1"
@@ -105,7 +110,7 @@ def test_a_living_run_is_shown_from_its_database(tmp_path: Path) -> None:
         shown = runs.show(path)
         assert (shown["status"], shown["process"] is not None) == ("running", True)
         assert shown["results"] == {"env_steps": 2048, "updates": 2, "seconds": 1.5, "mean_return": 30.0}
-        assert shown["ledger"]["in_flight"] == 1
+        assert shown["ledger"]["rollouts"]["in_flight"] == 1
         assert runs.list_runs(tmp_path)[0]["status"] == "running"
     assert runs.list_runs(tmp_path)[0]["status"] == "return"
 

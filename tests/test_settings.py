@@ -249,3 +249,10 @@ def test_any_plain_arguments_of_an_environment_survive_the_file(kwargs: dict[str
         file = Path(directory, "config.yaml")
         file.write_text(dump_config(config), encoding="utf-8")
         assert load_config(file) == config
+
+
+def test_actors_are_one_per_core_but_never_fewer_than_two_that_run_async(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, sync, asynchronous in ((1, 1, 2), (3, 3, 3), (64, 4, 4)):
+        monkeypatch.setattr("shoal.settings.available_cores", lambda cores=cores: cores)
+        assert resolve("Blackjack-v1")[0].actors == sync
+        assert resolve("Blackjack-v1", {"algorithm": "appo"})[0].actors == asynchronous

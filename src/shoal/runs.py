@@ -162,7 +162,7 @@ def show(run: str | Path) -> dict[str, Any]:
         warnings.append(str(error))
     if result and shown["process"] is None:
         shown["results"] = {name: value for name, value in result.items() if name not in ("ledger", "lag")}
-        meta |= {name: result[name] for name in ("ledger", "lag") if name in result}
+        meta = {name: result[name] for name in ("ledger", "lag") if name in result} | meta
     shown |= {"environment": meta.get("spec"), "schema": meta.get("schema"), "ledger": meta.get("ledger"), "lag": meta.get("lag")}
     shown["checkpoint"] = _checkpoint(path, warnings)
     shown["warnings"] = warnings

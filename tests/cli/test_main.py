@@ -99,7 +99,7 @@ def test_each_error_has_its_code_and_one_message(
     said = json.loads(captured.out)["error"]
     assert said["exit_code"] == code
     assert "Traceback" not in captured.err
-    assert len(captured.err.splitlines()) == 1
+    assert len(captured.err.strip().splitlines()) == 1
     if code == 130:
         assert "interrupted" in captured.err
     else:

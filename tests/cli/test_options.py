@@ -31,5 +31,5 @@ def test_settings_are_taken_out_of_a_line_wherever_they_stand(line: str, rest: l
 
 
 def test_a_key_that_is_no_switch_needs_a_value() -> None:
-    with pytest.raises(click.UsageError, match="--stop.env-steps needs a value"):
+    with pytest.raises(click.UsageError, match=r"--stop\.env-steps needs a value"):
         split_settings(["E", "--stop.env-steps", "--json"], OWN)

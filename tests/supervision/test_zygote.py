@@ -218,9 +218,24 @@ def test_the_zygote_killed_takes_all_with_it_and_is_told(fleet):
         one.fork("echo_until_gone")
 
 
+def test_the_zygotes_death_is_told_also_when_its_channel_is_held_open(fleet):
+    """As a role does that was stopped in the moment of its fork."""
+    one = fleet(preload=["forks_a_holder"])
+    one.until(Ready)
+    assert len(one.left()) == 2
+    os.kill(one.zygote.pid, signal.SIGKILL)
+    one.until(Lost)
+    assert one.left() == []
+
+
 def test_roles_die_with_the_zygote_also_when_nobody_asks(fleet):
     one = fleet()
-    pids = [one.fork("echo_until_gone", index)[0] for index in range(2)]
+    pids = []
+    for index in range(2):
+        pid, mine = one.fork("echo_until_gone", index)
+        mine.send(b"it runs, so it dies with its parent")
+        hear(mine)
+        pids.append(pid)
     os.kill(pids[1], signal.SIGSTOP)
     os.kill(one.zygote.pid, signal.SIGKILL)
     eventually(lambda: not any(map(alive, pids)), "roles are gone")

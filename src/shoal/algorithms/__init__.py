@@ -21,7 +21,7 @@ An algorithm of your own is a class with an `update` (and, where it has settings
                 policy_loss = -(distribution.log_prob(rows.action) * rows["advantage"]).mean()
                 value_loss = (value - rows["target"]).square().mean()
                 self.optimizer.step(policy_loss + 0.5 * value_loss, self.config.learning_rate)
-            return {"value_loss": float(value_loss)}
+            return {"value_loss": value_loss.item()}
 
     shoal.train("CartPole-v1", algorithm={"name": "a2c.py:A2C", "gae_lambda": 0.9})
 

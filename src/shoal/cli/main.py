@@ -173,14 +173,21 @@ def show(run: str, as_json: bool, debug: bool) -> None:
 @json_option
 @debug_option
 def replay(run: str, as_json: bool, debug: bool) -> None:
-    """Execute an async run again, update by update, in one process; it ends with the same weights."""
+    """Execute a run again, update by update, in one process.
+
+    It ends with the weights of the newest checkpoint, and with 1 where it does not.
+    """
 
     def work() -> Any:
-        from shoal.runs import replay as replay_run
+        from shoal.api import replay as replay_run
 
         return replay_run(find_run(run))
 
-    _answer(_run(work, as_json), as_json)
+    result = _run(work, as_json)
+    _answer(result, as_json)
+    if not result["equal"]:
+        _say("shoal: the replay ends with other weights than the run", "lines")
+        sys.exit(1)
 
 
 # ------------------------------------------------------------------------------------------------------------ around the commands

@@ -501,6 +501,8 @@ class LocalEngine:
             self._begin_save()
         while self._save is not None and time.monotonic() < deadline and self._learner.up:
             self._listen(WATCH_SECONDS)
+        if self._save is not None:
+            self._save.staging.discard()
         for actor in self._actors:
             self._tell(actor, Word(Kind.STOP))
         self._tell_learner({"do": "stop"})

@@ -33,7 +33,9 @@ def atari_factory(spec: Any, env: EnvConfig, *, training: bool, render_mode: str
     """
     kwargs: dict[str, Any] = {key: value for key, value in spec.kwargs.items() if key not in ("frameskip", "obs_type")}
     if spec.kwargs.get("obs_type", "rgb") == "ram" or "obs_type" in env.kwargs or env.kwargs.get("sound_obs"):
-        raise ConfigError(f"env.id {env.id}: preprocessing makes its own images; for RAM, sound or raw frames set env.atari_preprocessing to false")
+        raise ConfigError(
+            f"env.id {env.id}: preprocessing makes its own images; for RAM, sound or raw frames set env.atari_preprocessing to false"
+        )
     kwargs |= {"episodic_life": training, "reward_signs": training, "render_mode": render_mode} | env.kwargs
 
     def create() -> Any:

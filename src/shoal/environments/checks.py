@@ -211,7 +211,12 @@ class _Extremes:
                 )  # fmt: skip
             greatest = float(max(np.abs(low).max(), np.abs(high).max()))
             if leaf.dtype.startswith("float") and greatest > _UNSCALED:
-                report.add("warning", "unscaled_observation", f"{name}: values up to {greatest:g}", "set policy.normalise_observations to true, or scale")
+                report.add(
+                    "warning",
+                    "unscaled_observation",
+                    f"{name}: values up to {greatest:g}",
+                    "set policy.normalise_observations to true, or scale",
+                )
 
 
 def _check_ends(report: CheckReport, ends: list[tuple[int, bool, bool]], steps: int) -> None:
@@ -250,7 +255,9 @@ def _check_same_seed(report: CheckReport, create: Callable[[], Any], spec: Envir
     elif any(one is not None for one in used):
         found = next(one for one in used if one is not None)
         hint = f"reset() must set everything that an episode depends on; {promise}"
-        report.add("warning", "used_instance_differs", f"the same seed and actions gave another {found} in an instance that was used before", hint)
+        report.add(
+            "warning", "used_instance_differs", f"the same seed and actions gave another {found} in an instance that was used before", hint
+        )
 
 
 def _difference(one: list[tuple[int, float, bool]], other: list[tuple[int, float, bool]]) -> str | None:
@@ -269,7 +276,12 @@ def _check_buffers(report: CheckReport, create: Callable[[], Any], spec: Environ
         before = [array.copy() for array in kept]
         foreign = _arrays(other.reset(seed=2)[0])
         if any(np.shares_memory(a, b) for a in kept for b in foreign):
-            report.add("error", "shared_buffer", "two instances return the same observation buffer", "make the buffer in __init__, not in the class")
+            report.add(
+                "error",
+                "shared_buffer",
+                "two instances return the same observation buffer",
+                "make the buffer in __init__, not in the class",
+            )
         rng = np.random.default_rng(0)
         now = allocate(spec, 1).get(MASK)
         action = to_environment_action(spec.action, random_action(spec.action, rng, None if now is None else now[0])[None])[0]

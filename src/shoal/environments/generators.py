@@ -17,9 +17,7 @@ def pack_generator(generator: np.random.Generator) -> bytes:
     if state["bit_generator"] != "PCG64":
         raise TypeError(f"a PCG64 generator was expected, not {state['bit_generator']}")
     words = state["state"]
-    return _PCG64.pack(
-        words["state"].to_bytes(16, "little"), words["inc"].to_bytes(16, "little"), state["has_uint32"], state["uinteger"]
-    )
+    return _PCG64.pack(words["state"].to_bytes(16, "little"), words["inc"].to_bytes(16, "little"), state["has_uint32"], state["uinteger"])
 
 
 def unpack_generator(packed: bytes) -> np.random.Generator:

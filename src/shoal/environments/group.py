@@ -1,14 +1,13 @@
 """B environments that step one after another in the calling thread.
 
-    consumes    actions [B] as stored
-    waits for   the environments, one by one
-    on failure  raises EnvironmentFault that names group and environment; the group must then be put somewhere by `restore`
+consumes    actions [B] as stored
+waits for   the environments, one by one
+on failure  raises EnvironmentFault that names group and environment; the group must then be put somewhere by `restore`
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -31,11 +30,9 @@ class PythonGroup:
     def __init__(self, create: Callable[[], Any], spec: EnvironmentSpec, group: int, num_envs: int, run_seed: int, epoch: int = 0) -> None:
         self.spec, self.num_envs = spec, num_envs
         self._current = allocate(spec, num_envs)
-        self._floats = [(name, array, array.reshape(-1)) for name, array in self._current.items() if array.dtype.kind == "f"]
+        self._floats = [(name, array) for name, array in self._current.items() if array.dtype.kind == "f"]
         self._to_environment = action_map(spec.action)
-        self._instances = [
-            Instance(create, spec, self._current, group, b, _seeds(run_seed, group, b, epoch)) for b in range(num_envs)
-        ]
+        self._instances = [Instance(create, spec, self._current, group, b, _seeds(run_seed, group, b, epoch)) for b in range(num_envs)]
         self._reward_B = np.zeros(num_envs)
         self._terminated_B = np.zeros(num_envs, np.bool_)
         self._truncated_B = np.zeros(num_envs, np.bool_)
@@ -101,8 +98,8 @@ class PythonGroup:
         return [b for b, instance in enumerate(self._instances) if instance.advance(actions[b])]
 
     def _check_finite(self) -> None:
-        for name, array, flat in self._floats:
-            if not isfinite(flat.dot(flat)) and not np.isfinite(array).all():  # the sum of squares is cheap, but may overflow
+        for name, array in self._floats:
+            if not np.isfinite(array).all():
                 b = int(np.flatnonzero(~np.isfinite(array.reshape(self.num_envs, -1)).all(1))[0])
                 raise self._instances[b].not_finite(name, array[b])
 

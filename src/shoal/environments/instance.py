@@ -48,7 +48,9 @@ def unwrap(env: Any) -> tuple[Any, int | None]:
     while isinstance(inner, gymnasium.Wrapper):
         inner = inner.env
         if isinstance(inner, wrappers.Autoreset):
-            raise ConfigError("the environment resets itself (gymnasium.wrappers.Autoreset); remove that wrapper: shoal resets each episode with a seed of its own")
+            raise ConfigError(
+                "the environment resets itself (gymnasium.wrappers.Autoreset); remove that wrapper: shoal resets each episode with a seed of its own"
+            )
     return env, limit
 
 

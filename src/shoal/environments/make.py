@@ -79,7 +79,9 @@ def registered(env_id: str) -> Any:
     try:
         return gymnasium.spec(name)
     except gymnasium.error.Error as error:
-        raise ConfigError(f"env.id {env_id!r} is no registered environment{_nearest(name, list(gymnasium.registry))}. {_first_line(error)}") from None
+        raise ConfigError(
+            f"env.id {env_id!r} is no registered environment{_nearest(name, list(gymnasium.registry))}. {_first_line(error)}"
+        ) from None
 
 
 def _register_atari() -> bool:
@@ -225,9 +227,7 @@ def describe_instance(name: str, made: Any) -> EnvironmentSpec:
         raise environment_fault("raised", what, environment=name, group=0, env=0, step=0, seed=0, error=error) from error
     info = result[1] if isinstance(result, tuple) and len(result) == 2 else {}
     mask_in_info = isinstance(info, dict) and MASK in info
-    return describe(
-        name, bare.observation_space, bare.action_space, mask_in_info=mask_in_info, snapshot_bytes=offered_snapshot_bytes(bare)
-    )
+    return describe(name, bare.observation_space, bare.action_space, mask_in_info=mask_in_info, snapshot_bytes=offered_snapshot_bytes(bare))
 
 
 def make_group(

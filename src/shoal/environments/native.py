@@ -63,18 +63,22 @@ def native_factory(env: EnvConfig, callable_: Callable[..., Any] | None = None) 
 
 def native_spec(env: EnvConfig, factory: Callable[..., Any] | None = None) -> EnvironmentSpec:
     """The spec of an environment in its native form."""
-    vector = native_factory(env, factory)(1)
+    vector = _checked(env.id, native_factory(env, factory)(1))
     try:
         return _describe(env.id, vector)
     finally:
         vector.close()
 
 
-def _describe(name: str, vector: Any) -> EnvironmentSpec:
+def _checked(name: str, vector: Any) -> Any:
     import gymnasium
 
     if not isinstance(vector, gymnasium.vector.VectorEnv):
         raise ConfigError(f"env.form is native, but {name} made {type(vector).__name__}; a gymnasium.vector.VectorEnv was expected")
+    return vector
+
+
+def _describe(name: str, vector: Any) -> EnvironmentSpec:
     snapshots = _snapshots_of(vector)
     _, info = vector.reset(seed=0)
     return describe(
@@ -112,11 +116,13 @@ class NativeGroup:
     def _open(self) -> None:
         from gymnasium.vector import AutoresetMode
 
-        self._vector = self._create()
+        self._vector = _checked(self._name, self._create())
         self._snapshots = _snapshots_of(self._vector)
         mode = self._vector.metadata.get("autoreset_mode")
         if mode is None:
-            raise ConfigError(f"{self._name}: the vector environment does not say in metadata['autoreset_mode'] when it resets; set it to an AutoresetMode")
+            raise ConfigError(
+                f"{self._name}: the vector environment does not say in metadata['autoreset_mode'] when it resets; set it to an AutoresetMode"
+            )
         self._mode = AutoresetMode(mode)
         self._open_now = True
 
@@ -202,7 +208,9 @@ class NativeGroup:
 
     def cursor(self) -> Array:
         """CURSOR [B] without the checksums; `seed` is the one that all environments share."""
-        return self._cursor.copy()
+        cursor = self._cursor.copy()
+        cursor["observation_crc"] = cursor["reward_crc"] = 0
+        return cursor
 
     def snapshots(self) -> list[bytes | None]:
         """One per environment, or None where the vector form offers none."""
@@ -221,7 +229,13 @@ class NativeGroup:
         for field, value, kinds in (("reward", reward, "fiub"), ("terminated", terminated, "b"), ("truncated", truncated, "b")):
             array = np.asarray(value)
             if array.shape != (self.num_envs,) or array.dtype.kind not in kinds:
-                raise self._fault("reward" if field == "reward" else "flag", f"{field} is not what was expected", field, f"[{self.num_envs}]", f"{array.dtype} {list(array.shape)}")
+                raise self._fault(
+                    "reward" if field == "reward" else "flag",
+                    f"{field} is not what was expected",
+                    field,
+                    f"[{self.num_envs}]",
+                    f"{array.dtype} {list(array.shape)}",
+                )
             arrays.append(array.astype(np.float64 if field == "reward" else np.bool_))
         if not np.isfinite(arrays[0]).all():
             raise self._fault("reward", "the reward is not finite", "reward", "finite numbers", f"{arrays[0].tolist()}")
@@ -237,7 +251,9 @@ class NativeGroup:
 
     def _final_of(self, info: dict[str, Any], b: int) -> Arrays:
         if "final_obs" not in info:
-            raise self._fault("api", 'info has no "final_obs", which SAME_STEP autoreset promises', "final_obs", "the last observation", f"{sorted(info)}")
+            raise self._fault(
+                "api", 'info has no "final_obs", which SAME_STEP autoreset promises', "final_obs", "the last observation", f"{sorted(info)}"
+            )
         final = _row_of(info["final_obs"], b)
         out = allocate(self.spec, 1)
         out.pop(MASK, None)
@@ -266,7 +282,9 @@ class NativeGroup:
         for name, array in out.items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 b = int(np.flatnonzero(~np.isfinite(array.reshape(self.num_envs, -1)).all(1))[0])
-                raise self._fault("not_finite", "the observation is not finite", name, "finite numbers", f"{array[b].ravel()[:16].tolist()}", env=b)
+                raise self._fault(
+                    "not_finite", "the observation is not finite", name, "finite numbers", f"{array[b].ravel()[:16].tolist()}", env=b
+                )
 
     def _guard(self, call: str, action: Callable[[], Any]) -> Any:
         try:

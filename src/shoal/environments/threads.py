@@ -147,7 +147,7 @@ class PacedGroup(ThreadedGroup):
         if done.error is not None:
             raise done.error
         instance = self._instances[b]
-        for name, array, _ in self._floats:
+        for name, array in self._floats:
             if not np.isfinite(array[b]).all():
                 raise instance.not_finite(name, array[b])
         for name, array in self._current.items():

@@ -186,14 +186,15 @@ class Recorder:
         snapshot = self.snapshot()
         values = scalars(snapshot)
         self.store.metrics(snapshot.update, snapshot.env_steps, snapshot.seconds, values)
+        ledger = self._coordinator.ledger
+        self.store.set_meta("ledger", {"steps": ledger.balance(), "rollouts": ledger.balance_rollouts(), "groups": ledger.by_group()})
+        self.store.set_meta("lag", {"mean": snapshot.lag_mean, "p99": snapshot.lag_p99, "max": snapshot.lag_max})
         self._board.scalars(snapshot.env_steps, values)
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """The run is over: the last numbers, and its result."""
         self._keep(self._write_scalars)
         self._keep(lambda: self.store.set_meta("result", dict(result)))
-        self._keep(lambda: self.store.set_meta("ledger", {"steps": self._coordinator.ledger.balance(),
-            "rollouts": self._coordinator.ledger.balance_rollouts(), "groups": self._coordinator.ledger.by_group()}))  # fmt: skip
         self._view(self.snapshot("done"))
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
     inputs.py     raw observation fields -> float tensors (one-hot, images to [C, H, W] / 255, running normalisation)
     encoders.py   float tensors -> features (MLP, Nature CNN, both combined)
+    fast.py       a small policy's acting in numpy
     policy.py     Policy = inputs + encoders + heads; `build_policy`, `named_tensors`, `weights_sha256`
 
 A network of your own replaces the encoders: a callable `(spec, config) -> nn.Module` whose forward takes the prepared observation

@@ -34,16 +34,17 @@ class MLP(nn.Module):
         sizes = [size, *hidden_sizes]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.num_features = sizes[-1]
-        self._activation = ACTIVATIONS[activation]
-        self._linears = [layer for layer in self.layers if isinstance(layer, nn.Linear)]  # ModuleList is slow to walk
-        for layer in self._linears:
+        self.activation = activation
+        self._activate = ACTIVATIONS[activation]
+        self.linears = [layer for layer in self.layers if isinstance(layer, nn.Linear)]  # ModuleList is slow to walk
+        for layer in self.linears:
             orthogonal(layer, math.sqrt(2.0), orthogonal_init)
 
     def forward(self, value: Tensor) -> Tensor:
-        activation = self._activation
-        for layer in self._linears:
+        activate = self._activate
+        for layer in self.linears:
             parameters = layer._parameters  # half the cost of layer(value) at small batches
-            value = activation(functional.linear(value, parameters["weight"], parameters["bias"]))  # type: ignore[arg-type]
+            value = activate(functional.linear(value, parameters["weight"], parameters["bias"]))  # type: ignore[arg-type]
         return value
 
 

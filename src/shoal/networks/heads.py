@@ -31,6 +31,7 @@ class ActionHead(nn.Module):
     """One linear layer, and log_std for continuous actions: features [N, D] -> distribution over actions [N, *leaf shape].
 
     Attributes:
+      kind: of the distribution: that of the leaf, or `gsde`.
       noise: what `sample` takes.
       field: the action as it is stored: int64 counted from zero, int8 bits, or float32 raw (the environment's side squashes).
     """
@@ -39,14 +40,15 @@ class ActionHead(nn.Module):
 
     def __init__(self, leaf: LeafSpec, num_features: int, config: PolicyConfig) -> None:
         super().__init__()
-        self._kind, self._shape, self._nvec = leaf.kind, leaf.shape, leaf.nvec
-        self._gsde = leaf.kind == "box" and config.exploration == "gsde"
+        self.kind: str = "gsde" if leaf.kind == "box" and config.exploration == "gsde" else leaf.kind
+        self._shape, self._nvec = leaf.shape, leaf.nvec
+        gsde = self.kind == "gsde"
         size = sum(leaf.nvec) if leaf.kind in ("discrete", "multi_discrete") else leaf.size
         self.linear = nn.Linear(num_features, size)
         orthogonal(self.linear, 0.01, config.orthogonal_init)
         if leaf.kind == "box":
-            self.log_std = nn.Parameter(torch.full((num_features, size) if self._gsde else (size,), config.log_std_init))
-        if self._gsde:
+            self.log_std = nn.Parameter(torch.full((num_features, size) if gsde else (size,), config.log_std_init))
+        if gsde:
             self.noise = NoiseSpec("normal", num_features * size, "rollout")
         elif leaf.kind == "box":
             self.noise = NoiseSpec("normal", size)
@@ -58,12 +60,12 @@ class ActionHead(nn.Module):
     def forward(self, features: Tensor, action_mask: Tensor | None = None) -> Distribution:
         parameters = self.linear._parameters
         output = functional.linear(features, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
-        if self._kind == "discrete":
+        if self.kind == "discrete":
             return Categorical(output, action_mask)
-        if self._kind == "multi_discrete":
+        if self.kind == "multi_discrete":
             return MultiCategorical(output, self._nvec, action_mask, self._shape)
-        if self._kind == "multi_binary":
+        if self.kind == "multi_binary":
             return Bernoulli(output, action_mask, self._shape)
-        if self._gsde:
+        if self.kind == "gsde":
             return StateDependentGaussian(output, self.log_std, features, self._shape)
         return DiagonalGaussian(output, self.log_std, self._shape)

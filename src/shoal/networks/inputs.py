@@ -27,7 +27,7 @@ class VectorInput(nn.Module):
         super().__init__()
         self.shape = (leaf.size,)
         self._flatten = len(leaf.shape) != 1
-        self._scale = 1.0 / max(1.0, *leaf.low, *leaf.high) if leaf.dtype == "uint8" and not normalise else None
+        self.scale = 1.0 / max(1.0, *leaf.low, *leaf.high) if leaf.dtype == "uint8" and not normalise else None
         self.normalise = normalise
         if normalise:
             self.register_buffer("mean", torch.zeros(leaf.size))
@@ -38,8 +38,8 @@ class VectorInput(nn.Module):
             value = value.float()
         if self._flatten:
             value = value.reshape(len(value), -1)
-        if self._scale is not None:
-            value = value * self._scale
+        if self.scale is not None:
+            value = value * self.scale
         if self.normalise:
             value = ((value - self.mean) * self.inverse_std).clamp(-CLIP, CLIP)
         return value

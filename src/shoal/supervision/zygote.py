@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import select
 import signal
 import subprocess
 import sys
@@ -113,6 +114,32 @@ def describe_status(status: int) -> str:
     return f"exit code {os.WEXITSTATUS(status)}"
 
 
+class _Watch:
+    """One descriptor that is ready when the zygote says something or is dead.
+
+    Its channel alone does not tell: a role that was stopped in the moment of its fork still holds the zygote's end.
+    """
+
+    def __init__(self, control_fd: int, pid: int) -> None:
+        self._fds: list[int] = []
+        self._fd = control_fd
+        if sys.platform == "linux":
+            self._poll = select.epoll()
+            self._fd, pid_fd = self._poll.fileno(), os.pidfd_open(pid)
+            self._fds = [pid_fd]
+            self._poll.register(control_fd, select.EPOLLIN)
+            self._poll.register(pid_fd, select.EPOLLIN)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def close(self) -> None:
+        if self._fds:
+            self._poll.close()
+            os.close(self._fds.pop())
+        self._fd = -1
+
+
 class Zygote:
     """See the module. For one thread, which outlives the start: until `Ready`, the zygote dies with the thread that started it."""
 
@@ -120,11 +147,13 @@ class Zygote:
         self.pid = process.pid
         self._process = process
         self._control = control
+        self._watch = _Watch(control.fileno(), process.pid)
         self._mark = mark
         self._num_requests = 0
         self._pending: dict[int, Role] = {}
         self._living: dict[int, Role] = {}
         self._failure = ""
+        self._swept = False
 
     @classmethod
     def start(
@@ -171,7 +200,7 @@ class Zygote:
 
     def fileno(self) -> int:
         """For `wait`: ready when `receive` has something to tell; -1 once lost or closed."""
-        return self._control.fileno()
+        return self._watch.fileno()
 
     def fork(
         self,
@@ -225,8 +254,11 @@ class Zygote:
             return []
         events: list[Event] = []
         try:
+            ended = self._process.poll() is not None  # asked first, so that its last words are read
             while (message := self._control.receive()) is not None:
                 events += self._decode(json.loads(message))
+            if ended:
+                raise EOFError("a role that was stopped as it was forked holds the other end")
         except EOFError:
             events += self._lose()
         return events
@@ -234,6 +266,7 @@ class Zygote:
     def close(self, timeout_seconds: float = 2.0) -> None:
         """Kill all roles and all they started, and the zygote. Returns when nothing is left; may be called twice."""
         self._control.close()
+        self._watch.close()
         self._finish(timeout_seconds)
 
     def _request(self, request: dict[str, Any], fds: Sequence[int]) -> None:
@@ -265,28 +298,30 @@ class Zygote:
 
     def _lose(self) -> list[Event]:
         self._control.close()
+        self._watch.close()
         status = self._finish(timeout_seconds=1.0)
         error = "died with the helper process"
         exited = [Exited(pid, role, None, error) for pid, role in self._living.items()]
         exited += [Exited(0, role, None, error) for role in self._pending.values()]
         self._living.clear()
         self._pending.clear()
-        ending = "is gone" if status is None else "was " + status if status.startswith("killed") else "ended with " + status
+        ending = f"was {status}" if status.startswith("killed") else f"ended with {status}"
         return [*exited, Lost(f"the helper process {self.pid} {ending}" + (f":\n{self._failure}" if self._failure else ""))]
 
-    def _finish(self, timeout_seconds: float) -> str | None:
+    def _finish(self, timeout_seconds: float) -> str:
         """Wait for the zygote's own end, force it, and kill what is left of its descendants; says how it ended."""
-        if self._process.returncode is None:
+        if self._process.poll() is None:
             self._process.send_signal(signal.SIGCONT)
             try:
                 self._process.wait(timeout_seconds)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-            if self._process.returncode != 0:
-                kill_marked_processes(self._mark, self.pid, timeout_seconds)
         code = self._process.returncode
-        return f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+        if code != 0 and not self._swept:
+            self._swept = True
+            kill_marked_processes(self._mark, self.pid, timeout_seconds)
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _write_startup(fd: int, payload: Mapping[str, Any], pickled: bytes | None, preload: Sequence[str], log_path: Path) -> None:

@@ -1,0 +1,52 @@
+"""Every observation kind x action kind x algorithm learns to give the action that the observation names."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from shoal.algorithms import build_algorithm
+from shoal.config import AlgorithmConfig, APPOConfig, ImpalaConfig, PolicyConfig, PPOConfig
+from shoal.networks.policy import build_policy
+
+from .toy import ACTIONS, OBSERVATIONS, Identity, spec_of, train
+
+ALGORITHMS: dict[str, AlgorithmConfig] = {
+    "ppo": PPOConfig(learning_rate=2e-3, minibatch_size=64, gamma=0.5),
+    "appo": APPOConfig(learning_rate=2e-3, minibatch_size=64, gamma=0.5),
+    "impala": ImpalaConfig(learning_rate=2e-3, minibatch_size=32, normalise_advantage=True, gamma=0.5, entropy_coefficient=0.01),
+}
+
+
+MATRIX = list(product(OBSERVATIONS, ACTIONS, ALGORITHMS))
+# `make test` runs every pair of kinds with one algorithm or another; the rest is for `make soak`.
+PAIRS = [c for i, c in enumerate(MATRIX) if (i // 3 + i // 12) % 3 == i % 3]
+
+
+def learn(observation: str, action: str, algorithm: str, policy_config: PolicyConfig) -> float:
+    policy = build_policy(spec_of(observation, action), policy_config, seed=1)
+    config = ALGORITHMS[algorithm]
+    if action == "box":
+        config = config.model_copy(update={"learning_rate": 1e-3, "entropy_coefficient": 0.0})
+    if "image" in observation or observation == "dict":
+        config = config.model_copy(update={"learning_rate": 5e-4})
+    world = Identity(observation, action, 16, np.random.default_rng(1))
+    train(world, build_algorithm(policy, config), 400, 20, lambda: world.score(policy) >= 0.96)
+    return world.score(policy)
+
+
+@pytest.mark.parametrize(
+    ("observation", "action", "algorithm"), [pytest.param(*c, marks=() if c in PAIRS else pytest.mark.soak) for c in MATRIX]
+)
+def test_learns_the_action_that_the_observation_names(observation: str, action: str, algorithm: str) -> None:
+    assert learn(observation, action, algorithm, PolicyConfig(log_std_init=-1.0)) >= 0.95
+
+
+def test_learns_with_state_dependent_exploration() -> None:
+    assert learn("box", "box", "ppo", PolicyConfig(exploration="gsde", log_std_init=-2.0)) >= 0.95
+
+
+def test_learns_with_a_shared_encoder() -> None:
+    assert learn("multi_binary", "multi_discrete", "ppo", PolicyConfig(share_encoder=True, activation="relu")) >= 0.95

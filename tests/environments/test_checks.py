@@ -1,0 +1,155 @@
+"""`shoal check` names each fault before training, and says nothing bad of a sound environment."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+import pytest
+from environment_fakes import Forgetful, Nested, OneBuffer, SnapshotWalk, Walk
+from gymnasium import spaces
+
+from shoal.config import EnvConfig
+from shoal.environments import check_environment
+from shoal.errors import ConfigError
+
+
+def check(factory, **env):
+    return check_environment(EnvConfig(id="fake", **env), factory, num_steps=300, seconds=2.0)
+
+
+def names(report, severity):
+    return [finding.name for finding in report.findings if finding.severity == severity]
+
+
+class Scaled(Walk):
+    """A Walk without the seed in its observation, so that it stays small."""
+
+    def observe(self):
+        return np.array([0.0, self.count / 10, np.tanh(self.position)])
+
+
+@pytest.mark.parametrize("factory", [Scaled, Nested])
+def test_a_sound_environment_has_no_errors_and_no_warnings(factory):
+    report = check(factory)
+    assert report.ok
+    assert names(report, "error") + names(report, "warning") == []
+    assert report.measurements["episodes_ended"] > 3
+    assert report.measurements["step_mean_us"] > 0
+    assert json.loads(json.dumps(report.to_json()))["ok"]
+
+
+def with_step(change):
+    class Changed(Scaled):
+        def step(self, action):
+            return change(self, *super().step(action))
+
+    return Changed
+
+
+class OldReset(Scaled):
+    def reset(self, **given: Any):
+        return super().reset(**given)[0]
+
+
+class NoSpaces(gymnasium.Env):
+    pass
+
+
+class TextSpace(Scaled):
+    observation_space = spaces.Text(5)
+
+
+class Refuses(Scaled):
+    def step(self, action):
+        assert action == 0, "I take only 0"
+        return super().step(action)
+
+
+class Shared(Scaled):
+    buffer: ClassVar[Any] = np.zeros(3)
+
+    def observe(self):
+        Shared.buffer[:] = super().observe()
+        return Shared.buffer
+
+
+def fails():
+    raise RuntimeError("no display")
+
+
+@pytest.mark.parametrize(
+    ("factory", "name"),
+    [
+        (fails, "construction"),
+        (NoSpaces, "spaces"),
+        (TextSpace, "spaces"),
+        (OldReset, "interface"),
+        (with_step(lambda self, o, r, x, t, i: (o, r, x, i)), "interface"),
+        (with_step(lambda self, o, r, x, t, i: (o[:2], r, x, t, i)), "observation_shape"),
+        (with_step(lambda self, o, r, x, t, i: (o.astype(np.float32), r, x, t, i)), "observation_dtype"),
+        (with_step(lambda self, o, r, x, t, i: ({"o": o}, r, x, t, i)), "observation_structure"),
+        (with_step(lambda self, o, r, x, t, i: (o * np.nan, r, x, t, i)), "observation_not_finite"),
+        (with_step(lambda self, o, r, x, t, i: (o, np.inf, x, t, i)), "reward"),
+        (with_step(lambda self, o, r, x, t, i: (o, [1.0], x, t, i)), "reward"),
+        (with_step(lambda self, o, r, x, t, i: (o, r, "no", t, i)), "flags"),
+        (Refuses, "raised"),
+        (Forgetful, "same_seed_differs"),
+        (Shared, "shared_buffer"),
+    ],
+)
+def test_each_fault_is_an_error_with_its_name(factory, name):
+    report = check(factory)
+    assert not report.ok
+    assert name in names(report, "error")
+
+
+def test_the_message_of_a_fault_says_what_to_do():
+    (finding,) = check(with_step(lambda self, o, r, x, t, i: (o.astype(np.float32), r, x, t, i))).findings
+    assert "float64 [3]" in finding.message
+    assert "float32 [3]" in finding.message
+    assert "astype" in finding.hint
+
+
+class Narrow(Scaled):
+    observation_space = spaces.Box(-0.1, 0.1, (3,), np.float64)
+
+
+class Endless(Scaled):
+    def __init__(self):
+        super().__init__(length=10**9)
+
+    def observe(self):
+        return np.zeros(3)
+
+
+class Swapped(Scaled):
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation, reward, truncated, terminated, info
+
+
+@pytest.mark.parametrize(
+    ("factory", "name"),
+    [
+        (Narrow, "observation_range"),
+        (Walk, "unscaled_observation"),
+        (Endless, "episode_never_ends"),
+        (Swapped, "truncated_without_time_limit"),
+        (lambda: Scaled(length=6), "terminated_by_time"),
+        (OneBuffer, "reused_buffer"),
+        (SnapshotWalk, "used_instance_differs"),
+    ],
+)
+def test_each_weakness_is_a_warning_with_its_name(factory, name):
+    report = check(factory)
+    assert report.ok
+    assert name in names(report, "warning")
+    assert next(f for f in report.findings if f.name == name).hint
+
+
+def test_what_cannot_be_found_is_a_configuration_error():
+    with pytest.raises(ConfigError):
+        check_environment(EnvConfig(id="CartPol-v1"))
