@@ -272,7 +272,8 @@ def _session(
             recorder.event("warning", message=f"this run was begun with {known['build']} and goes on with {build}: its bits may differ")
     if not spec.exact_restore:
         recorder.event(
-            "warning", message=f"{spec.name} cannot be put back to an earlier state: after a kill or a resume the run goes on, but not with the same bits"
+            "warning",
+            message=f"{spec.name} cannot be put back to an earlier state: after a kill or a resume the run goes on, but not with the same bits",
         )
     write_text_atomically(directory / FACTS, json.dumps({**known, "build": build, "measured": facts["measured"]}, indent=1))
     for key, value in (("spec", spec.to_json()), ("schema", schema.describe()), ("schema_hash", schema.hash.hex()), ("build", build)):

@@ -27,9 +27,7 @@ class Purpose(IntEnum):
 
 def seed_sequence(run_seed: int, purpose: Purpose, group: int = 0, env: int = 0, index: int = 0, epoch: int = 0) -> np.random.SeedSequence:
     """The seed sequence of one stream; spawn keys have a fixed length, so no two names collide by concatenation."""
-    return np.random.SeedSequence(
-        entropy=run_seed, spawn_key=(int(purpose), group, env, index & 0xFFFFFFFF, index >> 32, epoch)
-    )
+    return np.random.SeedSequence(entropy=run_seed, spawn_key=(int(purpose), group, env, index & 0xFFFFFFFF, index >> 32, epoch))
 
 
 def stream(run_seed: int, purpose: Purpose, group: int = 0, env: int = 0, index: int = 0, epoch: int = 0) -> np.random.Generator:

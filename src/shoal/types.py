@@ -91,7 +91,8 @@ class EnvironmentSpec:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> EnvironmentSpec:
         def leaf(entry: Mapping[str, Any]) -> LeafSpec:
-            return LeafSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
+            plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+            return LeafSpec(**plain)
 
         rest = {k: v for k, v in value.items() if k not in ("observation", "action")}
         return cls(observation=tuple(map(leaf, value["observation"])), action=leaf(value["action"]), **rest)
@@ -239,6 +240,7 @@ class ActivityRecord:
     """One role at one moment. -1 where group, env or row say nothing. `age_seconds`: since it entered this activity.
 
     seconds: by activity, over all incarnations, the running stretch included.
+    whole: False where the role kept writing while it was read, or was killed in the middle: group and row may be of another moment.
     """
 
     activity: Activity
@@ -249,6 +251,7 @@ class ActivityRecord:
     age_seconds: float
     num_beats: int
     seconds: dict[Activity, float]
+    whole: bool = True
 
 
 class NullRecorder:

@@ -73,7 +73,7 @@ class Actor:
         if fresh.any():
             first = _first_observation(environments, self._ring.slots[0])
             for b in np.flatnonzero(fresh):
-                cursor["observation_crc"][b] = _crc_rows(first, b, slice(None), 0, batched=False)
+                cursor["observation_crc"][b] = _crc_rows(first, int(b), slice(None), 0, batched=False)
                 cursor["reward_crc"][b] = 0
         return lost
 
@@ -226,7 +226,7 @@ def _chain_checksums(slot: Slot, num_rows: int, start: Array, end: Array) -> Non
         rows = slice(first if fresh else 1, num_rows + 1)
         end["observation_crc"][b] = _crc_rows(observations, b, rows, crc)
         reward_crc = 0 if fresh else int(start["reward_crc"][b])
-        end["reward_crc"][b] = zlib.crc32(np.ascontiguousarray(rewards[first:num_rows, b]), reward_crc)
+        end["reward_crc"][b] = zlib.crc32(np.ascontiguousarray(rewards[first:num_rows, b]).data, reward_crc)
 
 
 def _reset_rows(slot: Slot, last: Array) -> Array:
@@ -243,10 +243,10 @@ def _crc_rows(arrays: Arrays, b: int, rows: slice, crc: int, *, batched: bool = 
     """crc32 of one environment's observations, row by row, each row's fields in schema order."""
     columns = [np.ascontiguousarray(array[rows, b] if batched else array[b][None]) for array in arrays.values()]
     if len(columns) == 1:
-        return zlib.crc32(columns[0], crc)
+        return zlib.crc32(columns[0].data, crc)
     for t in range(len(columns[0])):
         for column in columns:
-            crc = zlib.crc32(column[t], crc)
+            crc = zlib.crc32(column[t : t + 1].data, crc)
     return crc
 
 

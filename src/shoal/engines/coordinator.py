@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -221,7 +222,7 @@ class Coordinator:
             oldest = sorted(self.ready, key=lambda entry: self._version_min(entry[0]))
             urgent = sum(self.version + 1 - self._version_min(s) > self.plan.max_policy_lag for s, _ in oldest)
             batch = oldest[: max(self.plan.batch_rollouts, urgent)]
-            batch.sort(key=lambda entry: self.ready.index(entry))
+            batch.sort(key=self.ready.index)
         self.ready = [entry for entry in self.ready if entry not in batch]
         self.training = batch
         self.consumption = [self._log_entry(slot, identity) for slot, identity in batch]
@@ -374,7 +375,7 @@ def version_runs(version_TB: Array) -> list[Any]:
     def runs(column: Array) -> list[list[int]]:
         edges = np.flatnonzero(np.diff(column)) + 1
         bounds = [0, *edges.tolist(), len(column)]
-        return [[int(column[a]), b - a] for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [[int(column[a]), b - a] for a, b in pairwise(bounds)]
 
     if (version_TB == version_TB[:, :1]).all():
         return runs(version_TB[:, 0])

@@ -111,12 +111,13 @@ class LocalEngine:
         """Spec and sizes, found by a process of its own, so that an environment that crashes or hangs harms nobody."""
         zygote = self._require_zygote()
         ours, theirs = Channel.pair()
+        sources: list[Channel | Zygote] = [ours, zygote]
         zygote.fork("shoal.engines.mains:probe_main", "probe", 0, 0, theirs)
         begun: float | None = None
         limit = self._config.env.step_timeout_seconds
         try:
             while True:
-                wait([ours, zygote], WATCH_SECONDS)
+                wait(sources, WATCH_SECONDS)
                 message = _receive(ours)
                 if message is not None:
                     return self._answer(json.loads(message))
@@ -126,8 +127,10 @@ class LocalEngine:
                     if isinstance(event, Forked):
                         begun = time.monotonic()
                     if isinstance(event, Exited) and (message := _receive(ours)) is None:
-                        raise EnvironmentFault(f"environment {self._config.env.id}: its process {event.describe()} while it was made and stepped")
-                    elif isinstance(event, Exited) and message is not None:
+                        raise EnvironmentFault(
+                            f"environment {self._config.env.id}: its process {event.describe()} while it was made and stepped"
+                        )
+                    if isinstance(event, Exited) and message is not None:
                         return self._answer(json.loads(message))
                 if begun is not None and time.monotonic() - begun > limit + 1.0:
                     raise EnvironmentFault(
@@ -176,7 +179,8 @@ class LocalEngine:
     def _listen(self, timeout_seconds: float) -> None:
         processes = {p.channel.fileno(): p for p in self._processes() if p.channel is not None}
         zygote = self._require_zygote()
-        ready = wait([*(p.channel for p in processes.values() if p.channel is not None), zygote], timeout_seconds)
+        sources: list[Channel | Zygote] = [p.channel for p in processes.values() if p.channel is not None]
+        ready = wait([*sources, zygote], timeout_seconds)
         for source in ready:
             if isinstance(source, Channel) and source.fileno() in processes:
                 self._hear(processes[source.fileno()])
@@ -301,7 +305,8 @@ class LocalEngine:
         return self._zygote
 
     def _start(self, process: _Process, setup: bytes) -> None:
-        assert self._memory is not None and self._activities is not None
+        assert self._memory is not None
+        assert self._activities is not None
         ours, theirs = Channel.pair()
         process.channel, process.ready, process.doomed, process.pid = ours, False, False, 0
         self._require_zygote().fork(
@@ -405,7 +410,9 @@ class LocalEngine:
 
     def _learner_died(self, how: str) -> None:
         if self._learner.deaths >= DEATHS_IN_A_ROW:
-            raise ProcessError(f"the learner died {DEATHS_IN_A_ROW} times without an update in between, the last {how}.\n{self._log_tail(self._learner)}")
+            raise ProcessError(
+                f"the learner died {DEATHS_IN_A_ROW} times without an update in between, the last {how}.\n{self._log_tail(self._learner)}"
+            )
         self._stop_all()
         self._return_to_checkpoint()
 
@@ -420,14 +427,16 @@ class LocalEngine:
             wait([self._require_zygote()], WATCH_SECONDS)
             for event in self._require_zygote().receive():
                 if isinstance(event, Lost):
-                    return self._zygote_said(event)
+                    self._zygote_said(event)
+                    return
                 self._reap(event)
 
     def _reap(self, event: object) -> None:
         if isinstance(event, Forked):
             self._zygote_said(event)
-        elif isinstance(event, Exited) and (process := self._process(event.role.name, event.role.index)) is not None:
-            if process.channel is not None and process.incarnation == event.role.incarnation:
+        elif isinstance(event, Exited):
+            process = self._process(event.role.name, event.role.index)
+            if process is not None and process.channel is not None and process.incarnation == event.role.incarnation:
                 process.channel.close()
                 process.channel, process.pid, process.ready = None, 0, False
                 process.incarnation += 1

@@ -29,6 +29,7 @@ class Kind(IntEnum):
     FAULT = 19  # slot, identity; JSON: the report
 
 
+NOBODY = Identity(0, 0, 0)
 _WORD = struct.Struct("<BxxxIIIQq")
 
 
@@ -38,7 +39,7 @@ class Word:
 
     kind: Kind
     slot: int = 0
-    identity: Identity = Identity(0, 0, 0)
+    identity: Identity = NOBODY
     value: int = 0
     body: bytes = b""
 

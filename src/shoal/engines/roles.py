@@ -57,7 +57,14 @@ class Blueprint:
     def group(self, index: int) -> EnvironmentGroup:
         c = self.config
         return make_group(
-            c.env, group=index, num_envs=c.sampling.group_size or 1, run_seed=c.seed, factory=self.objects.env, mode=c.mode or "sync"
+            c.env,
+            group=index,
+            num_envs=c.sampling.group_size or 1,
+            run_seed=c.seed,
+            factory=self.objects.env,
+            mode=c.mode or "sync",
+            epoch=self.epoch,
+            spec=self.spec,
         )
 
     def behaviour(self, source: WeightSource) -> LocalPolicy:

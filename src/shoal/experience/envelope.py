@@ -26,7 +26,9 @@ class Fate(IntEnum):
         return self.name.lower()
 
 
-REMADE = frozenset({Fate.ACTOR_DIED, Fate.ROLLED_BACK, Fate.SUPERSEDED, Fate.SHUTDOWN, Fate.ENVIRONMENT_FAULT})  # these leave the sequence open
+REMADE = frozenset(
+    {Fate.ACTOR_DIED, Fate.ROLLED_BACK, Fate.SUPERSEDED, Fate.SHUTDOWN, Fate.ENVIRONMENT_FAULT}
+)  # these leave the sequence open
 
 
 class Source(IntEnum):

@@ -52,8 +52,8 @@ class Slot:
         crc = 0
         for field in self.schema.fields:
             if field.axis == "T+1":
-                crc = zlib.crc32(self.arrays[field.name][: num_rows + 1], crc)
-        return zlib.crc32(self.arrays["reward"][:num_rows], crc)
+                crc = zlib.crc32(self.arrays[field.name][: num_rows + 1].data, crc)
+        return zlib.crc32(self.arrays["reward"][:num_rows].data, crc)
 
     def check(self, run_id: bytes, identity: Identity | None = None) -> None:
         """Raise SchemaError unless this is a finished rollout of this run and schema, whose bytes are as they were written."""

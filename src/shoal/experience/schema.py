@@ -21,7 +21,7 @@ _STRUCTURED = {"envelope": ENVELOPE, "cursor": CURSOR, "episode": EPISODE}
 _ALIGNMENT = 64  # a cache line
 
 
-def numpy_dtype(name: str) -> np.dtype:  # type: ignore[type-arg]
+def numpy_dtype(name: str) -> np.dtype:
     """The numpy dtype of a field's dtype name."""
     return _STRUCTURED.get(name) or np.dtype(name)
 
@@ -83,9 +83,7 @@ class Schema:
 
     def describe(self) -> list[dict[str, object]]:
         """One row per field for `shoal show`."""
-        return [
-            {"name": f.name, "dtype": f.dtype, "shape": list(self.full_shape(f)), "axis": f.axis} for f in self.fields
-        ]
+        return [{"name": f.name, "dtype": f.dtype, "shape": list(self.full_shape(f)), "axis": f.axis} for f in self.fields]
 
 
 def rollout_schema(spec: EnvironmentSpec, policy_fields: Iterable[FieldSpec], num_rows: int, num_envs: int) -> Schema:

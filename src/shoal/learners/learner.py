@@ -1,9 +1,9 @@
 """The learner: turns rollouts into updates and publishes weights.
 
-    consumes    orders: the slots of one update, in the order in which they are trained
-    waits for   nothing; it is called
-    unblocks    whoever waits for the slots (they are free once `consume` returns) and for the next policy version
-    on failure  DivergedError after repeated non-finite updates; otherwise it may die at any instant and be started from a checkpoint
+consumes    orders: the slots of one update, in the order in which they are trained
+waits for   nothing; it is called
+unblocks    whoever waits for the slots (they are free once `consume` returns) and for the next policy version
+on failure  DivergedError after repeated non-finite updates; otherwise it may die at any instant and be started from a checkpoint
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Learner:
         config: RunConfig,
         spec: EnvironmentSpec,
         policy: Policy,
-        algorithm: Algorithm,
+        algorithm: Algorithm[Any],
         ring: Ring,
         board: WeightPublisher,
         *,

@@ -78,7 +78,8 @@ class Recorder:
             return False
         facts = {**self._metrics, "update": report.update, "env_steps": report.env_steps, "seconds": report.seconds,
                  "mean_return": self._coordinator.mean_return, "episodes": report.episodes}  # fmt: skip
-        return any([callback(facts) is False for callback in self._callbacks])
+        answers = [callback(facts) for callback in self._callbacks]
+        return any(answer is False for answer in answers)
 
     def event(self, kind: str, **details: Any) -> None:
         update = int(details.get("update", self._coordinator.version if self._session is not None else 0))
@@ -180,7 +181,8 @@ class Recorder:
             self.store.consumed(report.update, report.consumption)
         for entry in report.consumption:
             if entry["fate"] != "trained":
-                self.store.dropped(*entry["id"], entry["fate"], report.update, entry["steps"])
+                group, sequence, attempt = entry["id"]
+                self.store.dropped(group, sequence, attempt, entry["fate"], report.update, entry["steps"])
 
     def _write_scalars(self) -> None:
         snapshot = self.snapshot()

@@ -6,26 +6,15 @@ so that a hang, a stop and a wait for something are seen from outside without it
 
 from __future__ import annotations
 
-import enum
 import struct
 import time
-from dataclasses import dataclass
 
 import numpy as np
 
 from shoal.supervision.memory import SharedMemory
+from shoal.types import Activity, ActivityRecord
 
-
-class Activity(enum.IntEnum):
-    STARTING = 0
-    STEPPING = 1
-    INFERRING = 2
-    WAITING_FOR_LEASE = 3
-    WAITING_FOR_BATCH = 4
-    LEARNING = 5
-    SAVING = 6
-    RESTORING = 7
-
+__all__ = ["Activity", "ActivityBoard", "ActivityRecord", "Heartbeat"]
 
 NUM_ACTIVITIES = len(Activity)
 
@@ -47,25 +36,6 @@ RECORD = np.dtype(
 _FIELDS = struct.Struct("@iiiiq")  # activity to since_ns; pack_into writes zeros first, hence the two counters outside of it
 _FIELDS_OFFSET, _BEAT_WORD, _TOTAL_WORD = 8, 4, 5  # the first in bytes, the others in words of 8
 _READ_ATTEMPTS = 200
-
-
-@dataclass(frozen=True)
-class ActivityRecord:
-    """One role at one moment. -1 where group, env or row say nothing. `age_seconds`: since it entered this activity.
-
-    seconds: by activity, over all incarnations, the running stretch included.
-    whole: False where the writer rests in the middle of writing: then the rest may be a mix of two successive moments.
-    """
-
-    activity: Activity
-    incarnation: int
-    group: int
-    env: int
-    row: int
-    age_seconds: float
-    num_beats: int
-    seconds: dict[Activity, float]
-    whole: bool = True
 
 
 class Heartbeat:

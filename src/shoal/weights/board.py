@@ -91,7 +91,7 @@ class WeightBoard:
     @property
     def version(self) -> int:
         """The newest whole version, -1 before the first."""
-        return int(max(end for begun, end in self._header if begun == end))  if self._any_whole() else _NONE
+        return int(max(end for begun, end in self._header if begun == end)) if self._any_whole() else _NONE
 
     def read(self, out: Array) -> int:
         """Copy the newest whole version into `out` and return it. Never blocks; raises LookupError before the first one."""
