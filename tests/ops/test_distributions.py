@@ -58,6 +58,13 @@ def test_categorical_sample_inverts_the_cumulative_distribution(seed: int, a: in
     assert p[action.item()] > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32])
+def test_categorical_takes_actions_of_any_integer_type(dtype: torch.dtype) -> None:
+    distribution = Categorical(rows(1, 3, 4))
+    action = torch.tensor([0, 3, 1])
+    assert torch.equal(distribution.log_prob(action.to(dtype)), distribution.log_prob(action))
+
+
 def test_categorical_sampling_by_hand() -> None:
     distribution = Categorical(torch.log(torch.tensor([[0.25, 0.25, 0.5]])).expand(6, 3))
     noise = torch.tensor([[0.0], [0.2], [0.3], [0.49], [0.51], [LARGEST]])

@@ -97,6 +97,8 @@ def test_a_wrong_shape_is_refused() -> None:
     for wrong in (np.zeros(2), np.zeros((4, 3)), np.zeros((4, 2, 1)), np.zeros(())):
         with pytest.raises(ShapeError, match=r"expected values \[n, 2\], got"):
             moments.merge(wrong)
+    with pytest.raises(ShapeError, match=r"got \(\)"):
+        Moments().merge(np.float64(3.0))
     good = moments.get_state()
     for key in ("mean", "m2"):
         with pytest.raises(ShapeError, match=r"expected moments of shape \(2,\)"):

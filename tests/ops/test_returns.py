@@ -66,9 +66,12 @@ def test_float32_rewards_are_summed_in_float64_and_inputs_stay() -> None:
 
 
 def test_no_rows_give_the_carry_back() -> None:
-    found, carry = discounted_returns(np.zeros((0, 2)), np.zeros((0, 2), np.bool_), np.array([1.0, 2.0]), 0.9)
+    before = np.array([1.0, 2.0])
+    found, carry = discounted_returns(np.zeros((0, 2)), np.zeros((0, 2), np.bool_), before, 0.9)
     assert found.shape == (0, 2)
     assert carry.tolist() == [1.0, 2.0]
+    carry += 1.0
+    assert before.tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(

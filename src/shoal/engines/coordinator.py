@@ -95,6 +95,7 @@ class _Group:
     history: GroupHistory
     free: deque[int]
     actor: int = -1  # nobody
+    target: int = -1  # where it is to live once its leases are done
     hosted: bool = False  # its actor has it, standing at `next_sequence` once its leases are done
     attempt: int = 0
     next_sequence: int = 0
@@ -124,7 +125,7 @@ class Coordinator:
         self.training: list[tuple[int, Identity]] = []  # with the learner
         self._episodes: list[Episode] = []
         self.consumption: list[dict[str, Any]] = []  # of the update under way, for the log that replay follows
-        self.check_slots = False  # tests set it
+        self.released: list[tuple[int, int]] = []
 
     def _new_group(self, index: int) -> _Group:
         per = self.plan.slots_per_group
@@ -133,18 +134,27 @@ class Coordinator:
         return _Group(history, deque(range(index * per, (index + 1) * per)))
 
     # ---- placement -----------------------------------------------------------------------------------------------
-    def place(self, actors: Sequence[int]) -> list[tuple[int, int]]:
-        """Spread the groups over `actors`. Returns the (actor, group) pairs that are to be released."""
-        released = []
+    def place(self, actors: Sequence[int]) -> None:
+        """Spread the groups over `actors`. A group that is being stepped moves once its leases are done."""
         for index, group in enumerate(self.groups):
-            target = actors[index % len(actors)] if actors else -1
-            if group.actor != target:
-                if group.hosted and not group.leased:
-                    released.append((group.actor, index))
-                elif group.leased:
-                    continue  # it moves once its leases are done
-                group.actor, group.hosted = target, False
+            group.target = actors[index % len(actors)] if actors else -1
+            self._move(index, group)
+
+    def _move(self, index: int, group: _Group) -> None:
+        if group.actor == group.target or group.leased:
+            return
+        if group.hosted:
+            self.released.append((group.actor, index))
+        group.actor, group.hosted = group.target, False
+
+    def take_released(self) -> list[tuple[int, int]]:
+        """(actor, group) pairs that moved away since the last call: that actor may let go of its environments."""
+        released, self.released = self.released, []
         return released
+
+    def hosts(self, actor: int) -> bool:
+        """Whether any group is, or is to be, on this actor."""
+        return any(actor in (group.actor, group.target) for group in self.groups)
 
     def lost(self, actor: int) -> list[Identity]:
         """An actor died: what it was making counts as such and will be made again. Returns the attempts lost."""
@@ -182,7 +192,14 @@ class Coordinator:
         leases = []
         for index in self._order():
             group = self.groups[index]
-            if group.actor < 0 or (available is not None and group.actor not in available) or not group.free or not self._may_begin(group):
+            self._move(index, group)
+            if (
+                group.actor != group.target
+                or group.actor < 0
+                or (available is not None and group.actor not in available)
+                or not group.free
+                or not self._may_begin(group)
+            ):
                 continue
             identity = Identity(index, group.next_sequence, group.attempt)
             restore = None if group.hosted else group.history.state_at(group.next_sequence)
@@ -343,7 +360,7 @@ class Coordinator:
             group.history.reset_to(saved["sequence"], unpack(mine))
             group.next_sequence = saved["sequence"]
             group.attempt = max(saved["attempt"], attempts[index]) + 1
-            group.actor = actors[index] if live else -1
+            group.actor = group.target = actors[index] if live else -1
         self.ready, self.training, self.consumption, self._episodes = [], [], [], []
         self.version, self.env_steps = facts["version"], facts["env_steps"]
         self.num_episodes = facts["num_episodes"]

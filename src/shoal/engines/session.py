@@ -38,6 +38,9 @@ class Observer(Protocol):
     def tick(self, activities: list[ActivityRecord]) -> None:
         """A few times a second, with what every role does now (learner first)."""
 
+    def state(self) -> dict[str, Any]:
+        """Where the run stands, JSON-able, for the control socket."""
+
 
 @dataclass
 class Session:

@@ -103,6 +103,9 @@ class Recorder:
         self._keep(self.store.tick)
         self._view(self.snapshot())
 
+    def state(self) -> dict[str, Any]:
+        return self.snapshot().to_json()
+
     # ---- what is shown -------------------------------------------------------------------------------------------
     @property
     def _coordinator(self) -> Coordinator:

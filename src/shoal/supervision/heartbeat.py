@@ -94,9 +94,9 @@ class ActivityBoard:
         offset = index * RECORD.itemsize
         return Heartbeat(self._bytes[offset : offset + RECORD.itemsize], incarnation)
 
-    def records(self) -> list[ActivityRecord]:
-        """All roles now, by index; one that has not begun is STARTING with 0 beats."""
-        return [self._read(index) for index in range(self.num_roles)]
+    def records(self, count: int | None = None) -> list[ActivityRecord]:
+        """All roles now (or the first `count`), by index; one that has not begun is STARTING with 0 beats."""
+        return [self._read(index) for index in range(self.num_roles if count is None else count)]
 
     def _read(self, index: int) -> ActivityRecord:
         offset = index * RECORD.itemsize

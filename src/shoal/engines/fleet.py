@@ -1,0 +1,279 @@
+"""The processes of a local run, as the supervisor sees them: how they are started, ended, counted, and what they share.
+
+Nothing is decided here; local.py decides. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal import errors
+from shoal.config import RunConfig
+from shoal.engines.coordinator import Plan
+from shoal.engines.messages import to_json
+from shoal.errors import EnvironmentFault, ProcessError, ShoalError
+from shoal.experience.ring import Ring
+from shoal.experience.schema import Schema
+from shoal.supervision.channel import Channel, HasFileno, wait
+from shoal.supervision.heartbeat import ActivityBoard
+from shoal.supervision.memory import SharedMemory
+from shoal.supervision.zygote import Event, Exited, Forked, Lost, Ready, Zygote, wait_until_ready
+from shoal.types import ActivityRecord
+from shoal.weights.board import WeightBoard
+
+START_SECONDS = 120.0  # the zygote's imports, on a slow disk
+STOP_SECONDS = 10.0
+POLL_SECONDS = 0.25
+DEATHS_IN_A_ROW = 5  # of one role without a rollout or update in between: it is gone for good
+MAX_ACTORS = 1024
+_PRELOAD = ["torch", "gymnasium", "shoal.engines.mains"]
+
+
+@dataclass
+class Process:
+    """A role's process."""
+
+    name: str
+    index: int
+    incarnation: int = 0
+    pid: int = 0
+    channel: Channel | None = None
+    ready: bool = False
+    doomed: str = ""  # why a kill was ordered
+    retired: bool = False  # it is to end and not to come again
+    deaths: int = 0  # since it last achieved something
+    not_before: float = 0.0  # back-off of its next start
+
+    @property
+    def up(self) -> bool:
+        return self.channel is not None
+
+    @property
+    def gone_for_good(self) -> bool:
+        return self.deaths >= DEATHS_IN_A_ROW or self.retired
+
+    def ended(self) -> None:
+        """It is dead and reaped."""
+        if self.channel is not None:
+            self.channel.close()
+        self.channel, self.pid, self.ready, self.doomed = None, 0, False, ""
+        self.incarnation += 1
+
+
+@dataclass(frozen=True)
+class Death:
+    """A role's process is dead and reaped. `why` is set where the supervisor killed it."""
+
+    process: Process
+    how: str
+    why: str
+
+
+class Fleet:
+    """One learner, any number of actors, the zygote they come from and the memory they share."""
+
+    def __init__(self, config: RunConfig, pickled: bytes | None, directory: Path, run_id: bytes, epoch: int) -> None:
+        self._config, self._pickled, self._directory = config, pickled, directory
+        self._common: dict[str, Any] = {"run_id": run_id.hex(), "epoch": epoch, "num_roles": 1 + MAX_ACTORS}
+        self._zygote: Zygote | None = None
+        self._memory: SharedMemory | None = None
+        self._activities: ActivityBoard | None = None
+        self.learner = Process("learner", 0)
+        self.actors = [Process("actor", i) for i in range(config.actors or 0)]
+
+    @property
+    def processes(self) -> list[Process]:
+        return [self.learner, *self.actors]
+
+    # ---- start and end -------------------------------------------------------------------------------------------
+    def open(self) -> None:
+        """Start the helper process; its imports go on while this one does other things."""
+        (self._directory / "logs").mkdir(parents=True, exist_ok=True)
+        payload = {"config": self._config.model_dump(mode="json", by_alias=True)}
+        self._zygote = Zygote.start(payload, self._pickled, _PRELOAD, log_path=self._directory / "logs" / "zygote.log")
+
+    def reopen(self) -> None:
+        """The zygote is gone, and every role with it: start another."""
+        for process in self.processes:
+            process.ended()
+        self.open()
+        wait_until_ready(self.zygote, START_SECONDS)
+
+    def close(self) -> None:
+        if self._zygote is not None:
+            self._zygote.close()
+            self._zygote = None
+        for memory in (self._memory, self._activities):
+            if memory is not None:
+                memory.close()
+
+    @property
+    def zygote(self) -> Zygote:
+        if self._zygote is None:
+            raise ProcessError("the engine is not open")
+        return self._zygote
+
+    def allocate(self, schema: Schema, plan: Plan, weights: int) -> Ring:
+        """The memory that all roles share."""
+        ring_bytes = -(-Ring.size_bytes(schema, plan.num_slots) // 4096) * 4096
+        memory_bytes = ring_bytes + WeightBoard.size_bytes(weights)
+        self._common |= {"ring_bytes": ring_bytes, "memory_bytes": memory_bytes, "num_slots": plan.num_slots}
+        self._memory = SharedMemory.create(memory_bytes)
+        self._activities = ActivityBoard.create(1 + MAX_ACTORS)
+        return Ring(schema, plan.num_slots, self._memory.buffer[:ring_bytes])
+
+    def activities(self) -> list[ActivityRecord]:
+        """What every role does now, the learner first."""
+        assert self._activities is not None
+        return self._activities.records(1 + len(self.actors))
+
+    # ---- one look at the environment, in a process of its own ------------------------------------------------------
+    def look(self) -> dict[str, Any]:
+        """Spec and sizes (mains.look); an environment that crashes or hangs there harms nobody."""
+        ours, theirs = Channel.pair()
+        self.zygote.fork("shoal.engines.mains:probe_main", "probe", 0, 0, theirs)
+        begun: float | None = None
+        limit, name = self._config.env.step_timeout_seconds, self._config.env.id
+        sources: list[HasFileno] = [ours, self.zygote]
+        try:
+            while True:
+                wait(sources, POLL_SECONDS)
+                events = self.zygote.receive()
+                message = _receive(ours)
+                if message is not None:
+                    facts: dict[str, Any] = json.loads(message)
+                    if "error" in facts:
+                        raise rebuild_error(facts)
+                    return facts
+                for event in events:
+                    if isinstance(event, Lost):
+                        raise ProcessError(event.reason)
+                    if isinstance(event, Forked):
+                        begun = time.monotonic()
+                    if isinstance(event, Exited):
+                        raise EnvironmentFault(
+                            f"environment {name}: its process was lost while it was made and stepped: {event.describe()}"
+                        )
+                if begun is not None and time.monotonic() - begun > limit + 1.0:
+                    raise EnvironmentFault(
+                        f"environment {name}: not made, reset and stepped within {limit:g} s; raise --env.step-timeout-seconds if it is only slow"
+                    )
+        finally:
+            ours.close()
+
+    # ---- roles -----------------------------------------------------------------------------------------------------
+    def start(self, process: Process, setup: dict[str, Any], encode: Callable[[bytes], bytes] = lambda body: body) -> None:
+        """Fork a role and send it its set-up; `encode` wraps the JSON as that role expects its first message."""
+        assert self._memory is not None
+        assert self._activities is not None
+        config = self._config.model_dump(mode="json", by_alias=True)
+        ours, theirs = Channel.pair()
+        process.channel, process.ready, process.doomed, process.pid = ours, False, "", 0
+        target = f"shoal.engines.mains:{process.name}_main"
+        self.zygote.fork(target, process.name, process.index, process.incarnation, theirs, (self._memory.fd, self._activities.fd))
+        ours.send(encode(to_json({"config": config, **self._common, **setup})))
+
+    def kill(self, process: Process, why: str) -> None:
+        """SIGKILL; its death is told by `happened`."""
+        if process.doomed or not process.up:
+            return
+        process.doomed = why
+        if process.pid:
+            self.zygote.kill(process.pid)
+
+    def listen(self, timeout_seconds: float, also: Sequence[HasFileno] = ()) -> list[HasFileno]:
+        """Wait for a word of any role, for the zygote, or for `also`; returns the channels that have something."""
+        channels: list[HasFileno] = [p.channel for p in self.processes if p.channel is not None]
+        return wait([*channels, self.zygote, *also], timeout_seconds)
+
+    def happened(self) -> list[Death | Lost]:
+        """Deaths since the last call, or the loss of the zygote and of everybody."""
+        out: list[Death | Lost] = []
+        for event in self.zygote.receive():
+            if isinstance(event, Lost):
+                out.append(event)
+            elif not isinstance(event, Ready):
+                out += self._of_role(event)
+        return out
+
+    def _of_role(self, event: Event) -> list[Death | Lost]:
+        assert isinstance(event, (Forked, Exited))
+        role = event.role
+        process = next((p for p in self.processes if (p.name, p.index, p.incarnation) == (role.name, role.index, role.incarnation)), None)
+        if process is None or not process.up:
+            return []
+        if isinstance(event, Forked):
+            process.pid = event.pid
+            if process.doomed:
+                self.zygote.kill(event.pid)
+            return []
+        return [Death(process, event.describe(), process.doomed)]
+
+    def stop_all(self, why: str) -> Lost | None:
+        """Kill every role and wait until all are reaped: their slots are nobody's then. Returns what says that the zygote is lost."""
+        deadline = time.monotonic() + STOP_SECONDS
+        for process in self.processes:
+            self.kill(process, why)
+        return self.wait_for_ends(deadline, strict=True)
+
+    def wait_for_ends(self, deadline: float, strict: bool = False) -> Lost | None:
+        """Until every role has ended, or the time (monotonic clock) is over: an error if `strict`."""
+        while any(p.up for p in self.processes):
+            if time.monotonic() > deadline:
+                if strict:
+                    raise ProcessError("a role could not be ended; see `ps` for a process in uninterruptible sleep")
+                return None
+            wait([self.zygote], POLL_SECONDS)
+            for event in self.happened():
+                if isinstance(event, Lost):
+                    return event
+                event.process.ended()
+        return None
+
+    def log_tail(self, process: Process, num_lines: int = 15) -> str:
+        """The end of a role's log, for a message."""
+        path = self._directory / "logs" / f"{process.name}-{process.index}.log"
+        lines = path.read_text(errors="replace").splitlines()[-num_lines:] if path.exists() else []
+        return "\n".join([f"Its log ({path}) ends with:", *lines]) if lines else f"Its log {path} is empty."
+
+
+def tell(process: Process, message: bytes, fds: Sequence[int] = ()) -> bool:
+    """Send a message. False: it does not read its channel. One that is gone is heard of from the zygote."""
+    if process.channel is None:
+        return True
+    try:
+        return process.channel.send_with_fds(message, fds) if fds else process.channel.send(message)
+    except EOFError:
+        return True
+
+
+def words(process: Process) -> list[bytes]:
+    """Everything that a role said, in order."""
+    said: list[bytes] = []
+    while process.channel is not None and (message := _receive(process.channel)) is not None:
+        said.append(message)
+    return said
+
+
+def _receive(channel: Channel) -> bytes | None:
+    try:
+        return channel.receive()
+    except EOFError:
+        return None
+
+
+def rebuild_error(facts: dict[str, Any]) -> Exception:
+    """An error that another process described (mains.describe_error), as this process raises it."""
+    kind = getattr(errors, facts["error"], None)
+    message = facts["message"]
+    if kind is EnvironmentFault:
+        report = {**facts["report"], "traceback": facts["report"].get("traceback") or facts["traceback"]}
+        return EnvironmentFault(message, report)
+    if isinstance(kind, type) and issubclass(kind, ShoalError):
+        return kind(message)
+    return ShoalError(f"{facts['error']}: {message}\n{facts['traceback']}")

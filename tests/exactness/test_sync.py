@@ -1,0 +1,99 @@
+"""Sync training gives the same weights, bit for bit, wherever its groups live and whoever is killed on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .harness import TASKS, Killer, Outcome, reference, train, train_through_kills
+
+UPDATES = {"cartpole": 40, "images": 24, "dict": 30}
+LONG = {"cartpole": 160, "images": 80, "dict": 120}
+tasks = pytest.mark.parametrize("task", TASKS)
+Soaked = Callable[..., None]
+
+
+def arguments(task: str, updates: int, actors: int) -> list[str]:
+    return [*TASKS[task], "--stop.updates", str(updates), "--actors", str(actors)]
+
+
+def assert_same(outcome: Outcome, task: str, updates: int, shared: Path) -> None:
+    expected = reference(task, updates, shared)
+    assert outcome.result["updates"] == updates
+    assert outcome.sha == expected.sha
+    assert outcome.result["mean_return"] == expected.result["mean_return"]
+    assert outcome.result["ledger"]["trained"] == expected.result["ledger"]["trained"]
+
+
+@tasks
+def test_weights_do_not_depend_on_the_number_of_actors(task: str, tmp_path: Path, shared: Path) -> None:
+    for actors in (1, 2, 4):
+        outcome = train(arguments(task, UPDATES[task], actors), tmp_path / str(actors))
+        assert_same(outcome, task, UPDATES[task], shared)
+        assert outcome.result["ledger"]["dropped"] == {}
+
+
+@tasks
+def test_weights_do_not_depend_on_killed_actors(task: str, tmp_path: Path, shared: Path) -> None:
+    killer = Killer.of("shoal:actor", 5, UPDATES[task], seed=1)
+    assert_same(train(arguments(task, UPDATES[task], 2), tmp_path / "run", killer), task, UPDATES[task], shared)
+
+
+@tasks
+def test_weights_do_not_depend_on_a_killed_learner(task: str, tmp_path: Path, shared: Path) -> None:
+    killer = Killer.of("shoal:learner", 3, UPDATES[task], seed=2)
+    assert_same(train(arguments(task, UPDATES[task], 2), tmp_path / "run", killer), task, UPDATES[task], shared)
+
+
+@tasks
+def test_weights_do_not_depend_on_kills_of_the_whole_run(task: str, tmp_path: Path, shared: Path) -> None:
+    outcome = train_through_kills(arguments(task, UPDATES[task], 2), tmp_path / "run", 3, UPDATES[task], seed=3)
+    assert_same(outcome, task, UPDATES[task], shared)
+
+
+def test_another_seed_gives_other_weights(tmp_path: Path, shared: Path) -> None:
+    outcome = train([*arguments("cartpole", UPDATES["cartpole"], 0), "--seed", "1"], tmp_path / "run")
+    assert outcome.sha != reference("cartpole", UPDATES["cartpole"], shared).sha
+
+
+# ---- soak ------------------------------------------------------------------------------------------------------------
+@pytest.mark.soak
+@tasks
+def test_soak_kills_of_actors(task: str, tmp_path: Path, shared: Path, soaked: Soaked) -> None:
+    for actors, seed in ((2, 10), (4, 11)):
+        killer = Killer.of("shoal:actor", 20, LONG[task], seed)
+        outcome = train(arguments(task, LONG[task], actors), tmp_path / f"{actors}", killer)
+        assert_same(outcome, task, LONG[task], shared)
+        soaked(what="kills of actors", task=task, mode="sync", runs=1, kills=outcome.noticed, equal=1, ledger=outcome.result["ledger"])
+
+
+@pytest.mark.soak
+@tasks
+def test_soak_kills_of_the_learner(task: str, tmp_path: Path, shared: Path, soaked: Soaked) -> None:
+    killer = Killer.of("shoal:learner", 9, LONG[task], seed=12)
+    outcome = train(arguments(task, LONG[task], 2), tmp_path / "run", killer)
+    assert_same(outcome, task, LONG[task], shared)
+    soaked(what="kills of the learner", task=task, mode="sync", runs=1, kills=outcome.noticed, equal=1, ledger=outcome.result["ledger"])
+
+
+@pytest.mark.soak
+@tasks
+def test_soak_kills_of_whole_runs(task: str, tmp_path: Path, shared: Path, soaked: Soaked) -> None:
+    args = [*arguments(task, LONG[task], 2), "--checkpoint.every-updates", "1"]
+    outcome = train_through_kills(args, tmp_path / "run", 18, LONG[task], seed=13)
+    assert_same(outcome, task, LONG[task], shared)
+    soaked(
+        what="kills of whole runs", task=task, mode="sync", runs=1, kills=outcome.sent, equal=1, saves_hit=outcome.saves_hit,
+        ledger=outcome.result["ledger"],
+    )  # fmt: skip
+
+
+@pytest.mark.soak
+@tasks
+def test_soak_kills_of_everybody(task: str, tmp_path: Path, shared: Path, soaked: Soaked) -> None:
+    killers = [Killer.of("shoal:actor", 8, LONG[task], seed=14), Killer.of("shoal:learner", 4, LONG[task], seed=15)]
+    outcome = train(arguments(task, LONG[task], 4), tmp_path / "run", *killers)
+    assert_same(outcome, task, LONG[task], shared)
+    soaked(what="kills of actors and the learner", task=task, mode="sync", runs=1, kills=outcome.noticed, equal=1, ledger=outcome.result["ledger"])

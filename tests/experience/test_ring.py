@@ -1,0 +1,135 @@
+"""Slots: whose bytes are whose, and what a reader refuses."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pytest
+from rollout_fakes import RUN_ID, poisoned_ring, scripted_schema, write_rollout
+
+from shoal.errors import SchemaError
+from shoal.experience.envelope import Identity
+from shoal.experience.ring import Ring, allocate
+
+ME = Identity(2, 5, 1)
+
+
+def finished(num_rows: int | None = None, num_slots: int = 1, index: int = 0, **schema):
+    ring = poisoned_ring(scripted_schema(**schema), num_slots)
+    return write_rollout(ring.slots[index], ME, num_rows=num_rows)
+
+
+def test_slots_lie_one_after_the_other():
+    schema = scripted_schema()
+    size = schema.slot_bytes
+    assert Ring.size_bytes(schema, 3) == 3 * size
+    buffer = np.zeros(3 * size, np.uint8)
+    ring = Ring(schema, 3, buffer)
+    assert ring.schema is schema
+    assert [slot.index for slot in ring.slots] == [0, 1, 2]
+    assert all(slot.schema is schema for slot in ring.slots)
+    for i, slot in enumerate(ring.slots):
+        for name, array in slot.arrays.items():
+            address = array.__array_interface__["data"][0] - buffer.__array_interface__["data"][0]
+            assert address == i * size + schema.offsets[name]
+
+
+def test_own_memory_begins_at_zero():
+    ring = allocate(scripted_schema(), 2)
+    assert len(ring.slots) == 2
+    assert all(not array.view(np.uint8).any() for slot in ring.slots for array in slot.arrays.values() if array.ndim)
+    assert int(ring.slots[0].envelope["num_rows"]) == 0
+
+
+def test_poison_is_nan_and_stays_in_its_slot():
+    ring = allocate(scripted_schema(), 3)
+    ring.poison(1)
+    before, poisoned, after = (slot.arrays for slot in ring.slots)
+    assert np.isnan(poisoned["reward"]).all()
+    assert np.isnan(poisoned["observation/position"]).all()
+    assert (poisoned["policy_version"] == -1).all()
+    assert (poisoned["observation/camera"] == 255).all()
+    for untouched in (before, after):
+        assert not any(array.reshape(-1).view(np.uint8).any() for array in untouched.values())
+    assert np.asarray(ring._buffer).reshape(3, -1)[1].min() == 255
+
+
+def test_a_slot_shows_a_behaviour_its_observations_and_mask_row_by_row():
+    slot = finished()
+    assert slot.observation_names == ("observation/camera", "observation/position", "action_mask")
+    assert len(slot.rows) == 5
+    for t, row in enumerate(slot.rows):
+        assert set(row) == set(slot.observation_names)
+        for name, view in row.items():
+            np.testing.assert_array_equal(view, slot.arrays[name][t])
+            assert np.shares_memory(view, slot.arrays[name])
+
+
+def test_a_slot_knows_whom_it_holds():
+    assert finished().identity == ME
+    assert all(type(part) is int for part in finished().identity)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 4])
+def test_the_checksum_goes_over_the_observations_then_the_rewards_of_written_rows(num_rows):
+    slot = finished(num_rows)
+    expected = b"".join(slot.arrays[n][: num_rows + 1].tobytes() for n in slot.observation_names) + slot.arrays["reward"][:num_rows].tobytes()
+    assert slot.checksum() == zlib.crc32(expected)
+    slot.check(RUN_ID, ME)
+    slot.check(RUN_ID)
+
+
+def test_every_written_bit_of_observations_and_rewards_is_under_the_checksum():
+    slot = finished(2)
+    for name, rows in (("observation/camera", 3), ("observation/position", 3), ("action_mask", 3), ("reward", 2)):
+        for t in range(rows):
+            raw = slot.arrays[name][t].view(np.uint8).reshape(-1)
+            raw[-1] ^= 1
+            with pytest.raises(SchemaError, match=r"^slot 0: observations or rewards changed after Identity\(group=2, sequence=5, attempt=1\)"):
+                slot.check(RUN_ID, ME)
+            raw[-1] ^= 1
+    slot.check(RUN_ID, ME)
+
+
+def test_rows_that_were_not_written_and_other_fields_are_not_under_the_checksum():
+    slot = finished(2)
+    slot.arrays["observation/camera"][3:] = 9
+    slot.arrays["reward"][2:] = 9
+    slot.arrays["log_prob"][:] = 9
+    slot.check(RUN_ID, ME)
+
+
+def test_check_refuses_another_schema():
+    slot = finished(index=1, num_slots=2)
+    slot.envelope["schema_hash"] = np.void(bytes(15) + b"\x01")
+    expected = slot.schema.hash.hex()
+    with pytest.raises(SchemaError, match=rf"^slot 1: schema hash {'00' * 15}01, expected {expected}$"):
+        slot.check(RUN_ID, ME)
+
+
+def test_check_refuses_another_run():
+    other = bytes(15) + b"\x02"
+    with pytest.raises(SchemaError, match=rf"^slot 0: of run {RUN_ID.hex()}, expected {other.hex()}$"):
+        finished().check(other, ME)
+
+
+@pytest.mark.parametrize("other", [Identity(3, 5, 1), Identity(2, 6, 1), Identity(2, 5, 0)])
+def test_check_refuses_another_identity(other):
+    slot = finished()
+    with pytest.raises(SchemaError, match=r"^slot 0: holds Identity\(group=2, sequence=5, attempt=1\), expected Identity\(group="):
+        slot.check(RUN_ID, other)
+    slot.check(RUN_ID)
+
+
+@pytest.mark.parametrize("num_rows", [0, -1, 5])
+def test_check_refuses_a_number_of_rows_that_cannot_be(num_rows):
+    slot = finished()
+    slot.envelope["num_rows"] = num_rows
+    with pytest.raises(SchemaError, match=rf"^slot 0: {num_rows} rows, expected 1 to 4$"):
+        slot.check(RUN_ID, ME)
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_one_row_and_all_rows_are_rollouts(num_rows):
+    finished(num_rows).check(RUN_ID, ME)
