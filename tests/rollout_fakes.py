@@ -251,11 +251,14 @@ def write_rollout(
         if name.startswith("policy_state/") and not name.endswith("/end"):
             a[name][:] = number[0][:, None] + np.arange(2) / 4
             a[f"{name}/end"][:] = number[-1][:, None] + np.arange(2) / 4
-    a["cursor/start"]["episode"], a["cursor/end"]["episode"] = identity.sequence, identity.sequence + 1
+    for name, place in (("cursor/start", identity.sequence), ("cursor/end", identity.sequence + 1)):
+        a[name][:] = np.zeros(schema.num_envs, CURSOR)
+        a[name]["episode"], a[name]["seed"], a[name]["episode_return"] = place, place + 10, place / 4
     e["schema_hash"], e["run_id"] = np.void(schema.hash), np.void(RUN_ID)
     e["group"], e["sequence"], e["attempt"] = identity
     e["num_rows"], e["num_env_steps"] = rows, rows * schema.num_envs
     e["num_episodes"] = e["num_finals"] = 0
+    e["paced"] = False
     written = a["policy_version"][:rows]
     e["version_min"], e["version_max"] = written.min(), written.max()
     e["begun_ns"], e["finished_ns"], e["consumed_ns"] = 5, 6, 0
@@ -317,7 +320,7 @@ class SnapshotDrift(Drift):
         inner, increment, has, uinteger, self.count, self.length = map(int, numbers)
         self.place = float.fromhex(place)
         state = {"state": inner, "inc": increment}
-        super().reset(seed=0)
+        gymnasium.Env.reset(self, seed=0)
         self.np_random.bit_generator.state = {"bit_generator": "PCG64", "state": state, "has_uint32": has, "uinteger": uinteger}
         return self._observe(), {}
 

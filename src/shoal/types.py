@@ -212,8 +212,8 @@ class Behaviour(Protocol):
     def begin(self, group: int, sequence: int) -> None:
         """Draw the exploration noise of one rollout from the stream of (run seed, group, sequence)."""
 
-    def act(self, observation: Arrays, state: Arrays, row: int) -> Acted:
-        """Choose actions for row `row` of the rollout begun last; `observation[name]` is [B, *shape]."""
+    def act(self, observation: Arrays, state: Arrays, row: int | Array) -> Acted:
+        """Choose actions for row `row` of the rollout begun last (or one row per environment, [B]); `observation[name]` is [B, *shape]."""
 
 
 class Activity(IntEnum):

@@ -103,7 +103,8 @@ class Stamps(gymnasium.Env):
     def __init__(self) -> None:
         directory = os.environ.get(STAMPS)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        self._file = os.open(Path(directory) / f"{os.getpid()}-{next(self._names)}", flags) if directory else -1
+        who = Path("/proc/self/comm").read_text().strip()  # actors apart from the process that looks at the environment first
+        self._file = os.open(Path(directory) / f"{who}-{os.getpid()}-{next(self._names)}", flags) if directory else -1
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
@@ -136,6 +137,6 @@ def stamps_of(observation: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def stamps_stepped(directory: Path) -> np.ndarray[Any, Any]:
-    """Every stamp that any instance stepped, STAMP records, those stepped again as often as it was done."""
-    files = sorted(directory.iterdir())
+    """Every stamp that actors stepped, STAMP records, those stepped again as often as it was done."""
+    files = sorted(directory.glob("shoal:actor-*"))
     return np.concatenate([np.empty(0, STAMP), *(np.fromfile(file, STAMP) for file in files)])

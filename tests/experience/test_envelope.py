@@ -32,7 +32,7 @@ def test_the_envelope_has_exactly_these_fields_on_their_natural_alignment():
     found = {name: ENVELOPE.fields[name][0].str.lstrip("<|=") for name in names}
     assert found == {
         "schema_hash": "V16", "run_id": "V16", "policy_id": "u4", "group": "u4", "sequence": "u8", "attempt": "u4", "actor": "u4",
-        "incarnation": "u4", "source": "u1", "fate": "u1", "num_rows": "i4", "num_env_steps": "i8", "num_episodes": "i4", "num_finals": "i4",
+        "incarnation": "u4", "source": "u1", "paced": "b1", "fate": "u1", "num_rows": "i4", "num_env_steps": "i8", "num_episodes": "i4", "num_finals": "i4",
         "version_min": "i8", "version_max": "i8", "stream_epoch": "i8", "checksum": "u4", "begun_ns": "i8", "finished_ns": "i8",
         "received_ns": "i8", "consumed_ns": "i8", "num_agents": "u4", "member": "u4", "behaviour_id": "i8",
     }  # fmt: skip

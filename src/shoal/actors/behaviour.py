@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from shoal.networks.fast import fast_actor
 from shoal.networks.policy import Policy, named_tensors
 from shoal.streams import Purpose, stream
 from shoal.types import Acted, Array, Arrays
@@ -36,7 +37,9 @@ class LocalPolicy:
         layout = WeightLayout.of((name, tuple(t.shape)) for name, t in named_tensors(policy).items())
         self._flat = np.zeros(layout.size, np.float32)
         bind(policy, layout, self._flat)
-        self._noise = torch.empty(0)
+        self._noise = np.empty(0)
+        # By policy and group size only, never by placement: the two agree to rounding, not to the bit.
+        self._fast = fast_actor(policy, num_envs)
         self.version = -1
 
     def refresh(self) -> int:
@@ -51,14 +54,25 @@ class LocalPolicy:
             noise = generator.random(shape, np.float32)
         else:
             noise = generator.standard_normal(shape, np.float32)
-        self._noise = torch.from_numpy(noise)
+        self._noise = noise
 
-    def act(self, observation: Arrays, state: Arrays, row: int) -> Acted:
+    def act(self, observation: Arrays, state: Arrays, row: int | Array) -> Acted:
+        noise = self._noise_of(row)
+        if self._fast is not None:
+            mask_B = observation.get("action_mask")
+            action_B, log_prob_B = self._fast.act(observation, noise, mask_B)
+            return Acted(action_B, {"log_prob": log_prob_B}, state, self.version)
         with torch.inference_mode():
             inputs = {name: torch.from_numpy(array) for name, array in observation.items()}
             mask = inputs.pop("action_mask", None)
-            action, log_prob = self._policy.act(inputs, self._noise[row if self._per_step else 0], mask)
+            action, log_prob = self._policy.act(inputs, torch.from_numpy(noise), mask)
         return Acted(action.numpy(), {"log_prob": log_prob.numpy()}, state, self.version)
+
+    def _noise_of(self, row: int | Array) -> Array:
+        noise = self._noise
+        if not self._per_step:
+            return noise[0]  # type: ignore[no-any-return]
+        return noise[row] if isinstance(row, int) else noise[row, np.arange(len(row))]  # type: ignore[no-any-return]
 
 
 def bind(policy: torch.nn.Module, layout: WeightLayout, flat: Array) -> None:

@@ -383,20 +383,17 @@ class Coordinator:
         """What replay needs to make this rollout again: its identity, rows, and the policy version of each row."""
         held = self.ring.slots[slot]
         versions = held.arrays["policy_version"][: int(held.envelope["num_rows"])]
-        return {"id": list(identity), "steps": int(held.envelope["num_env_steps"]), "versions": version_runs(versions), "fate": "trained"}
+        entry = {"id": list(identity), "steps": int(held.envelope["num_env_steps"]), "fate": "trained"}
+        if held.envelope["paced"]:
+            return {**entry, "paced": True}
+        return {**entry, "versions": version_runs(versions[:, 0])}
 
 
-def version_runs(version_TB: Array) -> list[Any]:
-    """Policy versions as runs [[version, rows], ...]; a list of those per environment where they differ between environments."""
-
-    def runs(column: Array) -> list[list[int]]:
-        edges = np.flatnonzero(np.diff(column)) + 1
-        bounds = [0, *edges.tolist(), len(column)]
-        return [[int(column[a]), b - a] for a, b in pairwise(bounds)]
-
-    if (version_TB == version_TB[:, :1]).all():
-        return runs(version_TB[:, 0])
-    return [runs(version_TB[:, b]) for b in range(version_TB.shape[1])]
+def version_runs(version_T: Array) -> list[list[int]]:
+    """Policy versions of a rollout's rows as runs [[version, rows], ...]."""
+    edges = np.flatnonzero(np.diff(version_T)) + 1
+    bounds = [0, *edges.tolist(), len(version_T)]
+    return [[int(version_T[a]), b - a] for a, b in pairwise(bounds)]
 
 
 def _is_state(name: str) -> bool:

@@ -55,8 +55,12 @@ def replay(blueprint: Blueprint, log: dict[int, list[Entry]], num_updates: int, 
       log: by update, what it consumed in order; empty for a sync run.
       told: called after each update.
     Raises:
-      RunError: the log has a gap.
+      RunError: the log has a gap, or the environments acted as they were ready, which no log can repeat.
     """
+    if any(entry.get("paced") for entries in log.values() for entry in entries):
+        raise RunError(
+            "this run cannot be replayed: its environments wait, and each acted when it was ready (env.form threads, mode async)"
+        )
     plan = Plan.of(blueprint.config)
     policy = blueprint.policy()
     schema = blueprint.schema(policy)

@@ -20,7 +20,7 @@ import numpy as np
 
 from shoal.environments.group import PythonGroup
 from shoal.environments.instance import Instance
-from shoal.types import Array, Arrays, EnvironmentSpec
+from shoal.types import Array, Arrays, EnvironmentSpec, GroupState
 
 _Task = Callable[[], Any]
 
@@ -116,6 +116,16 @@ class PacedGroup(ThreadedGroup):
         super().__init__(create, spec, group, num_envs, run_seed, epoch)
         self._under_way: set[int] = set()
         self._finished: dict[int, _Done] = {}
+        self._taken = super().cursor()
+
+    def restore(self, state: GroupState) -> list[int]:
+        lost = super().restore(state)
+        self._taken = super().cursor()
+        return lost
+
+    def cursor(self) -> Array:
+        """Where each environment stood when its last step was taken; a step under way does not count yet."""
+        return self._taken.copy()
 
     def send(self, b: int, action: Array) -> None:
         """Begin environment b's step with one action as stored ([*shape])."""
@@ -152,6 +162,9 @@ class PacedGroup(ThreadedGroup):
                 raise instance.not_finite(name, array[b])
         for name, array in self._current.items():
             out[name][...] = array[b]
+        row = self._taken[b]
+        row["episode"], row["seed"] = instance.episode, instance.seed
+        row["num_steps"], row["episode_return"] = instance.num_steps, instance.episode_return
         if not done.result:
             return PacedStep(instance.reward, False, False, True, None)
         valid, instance.valid = instance.valid, True

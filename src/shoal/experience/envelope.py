@@ -55,6 +55,7 @@ ENVELOPE = np.dtype(
         ("actor", np.uint32),
         ("incarnation", np.uint32),
         ("source", np.uint8),
+        ("paced", np.bool_),  # each environment acted as soon as it was ready: they got differently far
         ("fate", np.uint8),
         ("num_rows", np.int32),  # rows begun so far; all rows when finished
         ("num_env_steps", np.int64),  # valid entries

@@ -46,6 +46,14 @@ class Slot:
         e = self.envelope
         return Identity(int(e["group"]), int(e["sequence"]), int(e["attempt"]))
 
+    def rows_used(self) -> Array:
+        """Rows of each environment, [B]: all of them, but for a paced group, whose environments got differently far."""
+        num_rows = int(self.envelope["num_rows"])
+        if not self.envelope["paced"]:
+            return np.full(self.schema.num_envs, num_rows)
+        valid = self.arrays["valid"][:num_rows]
+        return np.where(valid.any(0), num_rows - valid[::-1].argmax(0), 0)
+
     def checksum(self) -> int:
         """crc32 over the observations and rewards of the rows that were written."""
         num_rows = int(self.envelope["num_rows"])

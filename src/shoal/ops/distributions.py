@@ -70,10 +70,11 @@ class Categorical:
 def _padding(nvec: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the k-th component's logits lie in their concatenation: index [K * max n], and which entries exist: bool [K, max n]."""
     widest = max(nvec)
-    exists = torch.arange(widest) < torch.tensor(nvec)[:, None]
-    index = torch.zeros(len(nvec), widest, dtype=torch.int64)
-    index[exists] = torch.arange(sum(nvec))
-    return index.flatten().to(device), exists.to(device)
+    with torch.inference_mode(False):  # what is kept must serve training too, whoever asks first
+        exists = torch.arange(widest) < torch.tensor(nvec)[:, None]
+        index = torch.zeros(len(nvec), widest, dtype=torch.int64)
+        index[exists] = torch.arange(sum(nvec))
+        return index.flatten().to(device), exists.to(device)
 
 
 class MultiCategorical:

@@ -90,8 +90,8 @@ class WeightBoard:
 
     @property
     def version(self) -> int:
-        """The newest whole version, -1 before the first."""
-        return int(max(end for begun, end in self._header if begun == end)) if self._any_whole() else _NONE
+        """The newest whole version; -1 before the first, and where a look fell between two publications so that neither copy seems whole."""
+        return max((end for begun, end in self._header.tolist() if begun == end), default=_NONE)
 
     def read(self, out: Array) -> int:
         """Copy the newest whole version into `out` and return it. Never blocks; raises LookupError before the first one."""
@@ -106,9 +106,6 @@ class WeightBoard:
             self._order()
             if int(self._header[version % 2, 0]) == version:
                 return version
-
-    def _any_whole(self) -> bool:
-        return bool(((self._header[:, 0] == self._header[:, 1]) & (self._header[:, 1] != _NONE)).any())
 
     def _order(self) -> None:
         """A full memory barrier where the processor needs one: an uncontended lock of this process."""

@@ -1,0 +1,159 @@
+"""Rollouts of a group whose environments wait (a simulator behind a socket, a sleep): each acts as soon as it is ready.
+
+Every environment has its own row; those that are ready are answered together, with one inference over the whole group, so that the
+numbers do not depend on who was ready with whom. The rollout is closed once an environment has filled its rows, or when the caller
+says so. Steps that are under way then are not waited for: their rows are taken over as the first rows of the next rollout, with the
+action, the outputs and the version they were begun with.
+
+Legend: T rows, B environments of the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from shoal.actors.recording import record_end
+from shoal.errors import EnvironmentFault
+from shoal.experience.ring import Slot
+from shoal.types import Activity, ActivityRecorder, Array, Arrays, Behaviour
+
+READY_SECONDS = 0.05  # between two looks at the caller's wishes while nobody is ready
+
+
+@runtime_checkable
+class Paced(Protocol):
+    """What a paced group adds to an EnvironmentGroup, see environments.threads.PacedGroup."""
+
+    def observe(self, out: Arrays) -> None: ...
+    def cursor(self) -> Array: ...
+    def send(self, b: int, action: Array) -> None: ...
+    def ready(self, timeout_seconds: float) -> list[int]: ...
+    def take(self, b: int, out: Arrays) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A step that was begun in one rollout and ends in the next."""
+
+    observation: Arrays  # by field name, [*shape]
+    action: Array
+    outputs: Arrays
+    version: int
+
+
+def fill_paced(
+    slot: Slot,
+    group: Paced,
+    behaviour: Behaviour,
+    carried: dict[int, Carried],
+    between_rows: Callable[[int], bool] | None,
+    recorder: ActivityRecorder,
+) -> None:
+    """Fill the rows of a slot. `carried` is what the rollout before left under way, and holds at the end what this one leaves."""
+    a, num_envs, num_rows = slot.arrays, slot.schema.num_envs, slot.schema.num_rows
+    slot.envelope["paced"] = True
+    a["valid"][:] = False
+    row_B = np.zeros(num_envs, np.int64)
+    under_way = _begin(slot, group, carried)
+    outputs = _output_names(slot)
+    to_answer = [b for b in range(num_envs) if b not in under_way]
+    index, closing = int(slot.envelope["group"]), False
+    seeds = group.cursor()["seed"]
+    oldest = min([c.version for c in carried.values()], default=1 << 62)
+    carried.clear()
+    while True:
+        if to_answer and not closing:
+            recorder.enter(Activity.INFERRING, index, -1, int(row_B.max()))
+            version = _answer(slot, group, behaviour, to_answer, row_B, outputs)
+            oldest = min(oldest, version)
+            under_way.update(to_answer)
+            slot.envelope["num_rows"] = max(int(slot.envelope["num_rows"]), int(row_B[to_answer].max()) + 1)
+        recorder.enter(Activity.STEPPING, index, -1, int(row_B.max()))
+        ready = group.ready(0.0 if closing else READY_SECONDS)
+        for b in ready:
+            _take(slot, group, b, int(row_B[b]), seeds)
+            row_B[b] += 1
+            under_way.discard(b)
+        to_answer = ready
+        if closing or not (row_B < num_rows).all():
+            break
+        closing = bool(between_rows is not None and row_B.any() and between_rows(oldest))
+        if closing and not row_B.any():
+            closing = False
+    for b in under_way:
+        t = row_B[b]
+        carried[b] = Carried(
+            {n: a[n][t, b].copy() for n in slot.observation_names},
+            a["action"][t, b].copy(),
+            {n: a[n][t, b].copy() for n in outputs},
+            int(a["policy_version"][t, b]),
+        )
+    _blank(slot, row_B)
+
+
+def _output_names(slot: Slot) -> list[str]:
+    fixed = {"action", "reward", "terminated", "truncated", "valid", "policy_version"}
+    return [f.name for f in slot.schema.fields if f.axis == "T" and f.name not in fixed]
+
+
+def _begin(slot: Slot, group: Paced, carried: dict[int, Carried]) -> set[int]:
+    """Row 0: where every environment stands, and the steps that are under way."""
+    a = slot.arrays
+    group.observe(slot.rows[0])
+    for b, step in carried.items():
+        for name, value in step.observation.items():
+            a[name][0, b] = value
+        a["action"][0, b], a["policy_version"][0, b] = step.action, step.version
+        for name, value in step.outputs.items():
+            a[name][0, b] = value
+    if carried:
+        slot.envelope["num_rows"] = 1
+    return set(carried)
+
+
+def _answer(slot: Slot, group: Paced, behaviour: Behaviour, ready: list[int], row_B: Array, outputs: list[str]) -> int:
+    """One inference over the whole group, each environment at its own row; only those that are ready are told."""
+    a, every = slot.arrays, np.arange(slot.schema.num_envs)
+    observation = {n: a[n][row_B, every] for n in slot.observation_names}
+    acted = behaviour.act(observation, {}, np.minimum(row_B, slot.schema.num_rows - 1))
+    rows = row_B[ready]
+    a["action"][rows, ready] = acted.action_B[ready]
+    a["policy_version"][rows, ready] = acted.version
+    for name in outputs:
+        a[name][rows, ready] = acted.outputs[name][ready]
+    for b in ready:
+        group.send(b, a["action"][row_B[b], b])
+    return acted.version
+
+
+def _take(slot: Slot, group: Paced, b: int, t: int, seeds: Array) -> None:
+    a = slot.arrays
+    try:
+        step = group.take(b, {n: a[n][t + 1, b] for n in slot.observation_names})
+    except EnvironmentFault as fault:
+        fault.report.setdefault("row", t)
+        raise
+    a["reward"][t, b], a["terminated"][t, b], a["truncated"][t, b] = step.reward, step.terminated, step.truncated
+    a["valid"][t, b] = step.valid
+    if step.terminated or step.truncated:
+        record_end(slot, t, b, int(seeds[b]), step.final)
+        seeds[b] = group.cursor()["seed"][b]
+
+
+def _blank(slot: Slot, row_B: Array) -> None:
+    """Whatever lies beyond an environment's last row is finite and means nothing."""
+    a = slot.arrays
+    num_rows = max(1, int(row_B.max()))
+    slot.envelope["num_rows"] = num_rows
+    late = np.arange(num_rows)[:, None] >= row_B  # [num_rows, B]
+    for field in slot.schema.fields:
+        if field.axis == "T":
+            a[field.name][:num_rows][late] = 0
+        elif field.axis == "T+1":
+            a[field.name][1 : num_rows + 1][late] = 0
+    fastest = a["policy_version"][:num_rows]
+    fastest[late] = fastest[~late].max(initial=0)
