@@ -167,6 +167,9 @@ class ScriptedGroup:
     def cursor(self) -> Array:
         cursor = np.zeros(self.num_envs, CURSOR)
         for b in range(self.num_envs):
+            if self._over[b]:  # as a native form counts: the next episode has begun, though its reset is yet to come
+                cursor[b]["episode"], cursor[b]["seed"] = self.episode[b] + 1, seed_of(self._group, b, self.episode[b] + 1)
+                continue
             cursor[b]["episode"], cursor[b]["seed"] = self.episode[b], self.seed(b)
             cursor[b]["num_steps"], cursor[b]["episode_return"] = self.count[b], self.total[b]
         return cursor

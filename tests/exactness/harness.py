@@ -5,6 +5,7 @@ When a kill comes is drawn in units of progress (committed checkpoints), plus a 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -24,6 +25,7 @@ from shoal.files import CheckpointDirectory
 HERE = Path(__file__).resolve().parent
 TIMEOUT_SECONDS = 1800.0  # of one part of a run: generous, it only ends what hangs
 POLL_SECONDS = 0.004
+ROLES = ("shoal:actor", "shoal:learner")
 SAMPLING = ["--preset", "none", "--sampling.groups", "4", "--sampling.group-size", "4", "--sampling.rollout-length", "24"]
 SAVING = ["--checkpoint.every-updates", "2"]
 PPO = [*SAMPLING, "--algorithm", "ppo", "--algorithm.epochs", "2", "--algorithm.minibatch-size", "128", *SAVING]
@@ -92,6 +94,7 @@ class Killer:
     rng: random.Random
     patience: int = 3
     jitter_seconds: float = 0.3
+    together: bool = False  # all of them at once
     sent: list[tuple[int, str]] = field(default_factory=list)  # (newest checkpoint then, role)
     not_before: float = 0.0
     seen: set[int] = field(default_factory=set)
@@ -100,7 +103,7 @@ class Killer:
     def of(cls, prefix: str, kills: int, updates: int, seed: int) -> Killer:
         rng = random.Random(f"{prefix} {kills} {updates} {seed}")
         last = int(updates * 0.7)  # the end of the run is whole: what was lost last is made again
-        return cls(prefix, sorted(rng.randint(0, last) for _ in range(kills)), rng, patience=2 if "learner" in prefix else 3)
+        return cls(prefix, sorted(rng.randint(0, last) for _ in range(kills)), rng, patience=3 if "actor" in prefix else 2)
 
     def tick(self, root: int, run: Path) -> None:
         newest = newest_checkpoint(run)
@@ -108,14 +111,16 @@ class Killer:
             return
         if len(self.sent) >= self.patience and self.sent[-self.patience][0] >= newest:
             return
-        victims = [p for p in descendants(root) if p.name.startswith(self.prefix) and p.pid not in self.seen]
-        if not victims:
+        victims = [p for p in descendants(root) if p.name.startswith(self.prefix) and p.name.startswith(ROLES) and p.pid not in self.seen]
+        if not victims or (self.together and len({p.name for p in victims}) < 2):
             return
         victim = self.rng.choice(victims)
         time.sleep(self.rng.random() * self.jitter_seconds)
         self.seen.add(victim.pid)
         if alive(victim.pid):
-            os.kill(victim.pid, signal.SIGKILL)
+            for pid in [p.pid for p in victims] if self.together else [victim.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self.sent.append((newest, victim.name))
             self.moments.pop(0)
             self.not_before = time.monotonic() + self.rng.random() * self.jitter_seconds
@@ -244,7 +249,9 @@ def _kill_whole(process: subprocess.Popen[str], run: Path, moment: int, rng: ran
     """Wait for the moment while the run is under way, then kill. Returns the pids of all its processes."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while True:
-        assert process.poll() is None, f"ended before it was killed, with {process.returncode}: {run.with_suffix('.log').read_text()[-4000:]}"
+        assert process.poll() is None, (
+            f"ended before it was killed, with {process.returncode}: {run.with_suffix('.log').read_text()[-4000:]}"
+        )
         assert time.monotonic() < deadline, "no progress"
         below = descendants(process.pid)
         if newest_checkpoint(run) >= moment - 1 and any(p.name.startswith("shoal:learner") for p in below):
@@ -257,10 +264,8 @@ def _kill_whole(process: subprocess.Popen[str], run: Path, moment: int, rng: ran
         victims += [p.pid for p in below]
         rng.shuffle(victims)
     for pid in victims:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     process.wait()
     return [p.pid for p in below]
 

@@ -1,18 +1,22 @@
-"""A user's own algorithm, taken by its import path: APPO that writes down which stamps it trained, and with which lag."""
+"""A user's own algorithms, taken by their import path: APPO that writes down which stamps it trained, and PPO that dies while it is saved."""
 
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
-from shoal.algorithms.appo import APPO
-from shoal.algorithms.base import UpdateContext
-from shoal.config import APPOConfig
-from shoal.experience.batch import Batch
+from torch import Tensor
 
 from exactness.environments import STAMP, stamps_of
+from shoal.algorithms.appo import APPO
+from shoal.algorithms.base import UpdateContext
+from shoal.algorithms.ppo import PPO
+from shoal.config import APPOConfig, PPOConfig
+from shoal.experience.batch import Batch
 
+DEATHS = "SHOAL_TEST_DEATHS"  # environment variable: a directory, with a file for each death that is still to come: LEARNER-6, RUN-40
 RECORD = "SHOAL_TEST_RECORD"  # environment variable: the directory into which updates are written
 TRAINED = np.dtype([("stamp", STAMP), ("lag", np.int64)])
 
@@ -43,3 +47,32 @@ def trained_in(directory: Path) -> list[np.ndarray[tuple[int], np.dtype[np.void]
     files = sorted(file for file in directory.iterdir() if not file.name.startswith("."))
     assert [int(file.name) for file in files] == list(range(len(files)))
     return [np.fromfile(file, TRAINED) for file in files]
+
+
+class DyingConfig(PPOConfig):
+    name: str = "dying"  # type: ignore[assignment]
+
+
+class DyingPPO(PPO):
+    """PPO that is killed, or kills the whole run, in the middle of the checkpoints that the files in DEATHS name by their update."""
+
+    Config = DyingConfig
+    num_updates = 0
+
+    def update(self, batch: Batch, context: UpdateContext) -> dict[str, float]:
+        self.num_updates = context.update + 1
+        return super().update(batch, context)
+
+    def get_state(self) -> dict[str, Tensor]:
+        for who, pid in (("LEARNER", os.getpid()), ("RUN", _supervisor())):
+            order = Path(os.environ[DEATHS]) / f"{who}-{self.num_updates}"
+            if order.exists():
+                order.unlink()
+                os.kill(pid, signal.SIGKILL)
+                signal.pause()
+        return super().get_state()
+
+
+def _supervisor() -> int:
+    """The parent of the helper process that this learner was forked from."""
+    return int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[1])

@@ -8,10 +8,10 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
-import pytest
+
 from shoal.streams import episode_seed
 
-from .environments import STAMP, STAMPS, Stamps, stamps_stepped
+from .environments import STAMPS, Stamps, stamps_stepped
 from .harness import HERE, SAVING, Killer, Outcome, groups_of, shoal, train, train_through_kills
 from .recording import RECORD, trained_in
 
@@ -42,7 +42,7 @@ class Recorded:
         return {STAMPS: str(self.stamps), RECORD: str(self.record)}
 
     def arguments(self, *more: str, updates: int = UPDATES, actors: int = 2) -> list[str]:
-        ends = ["--stop.updates", str(updates), "--actors", str(actors), "--preset", "none", *more]
+        ends = ["--stop.updates", str(updates), "--actors", str(actors), "--preset", "none", "--mode", "async", *more]
         return [f"{HERE / 'environments.py'}:Stamps", *ALGORITHM, *ends]
 
     def replay(self, directory: Path) -> tuple[dict[str, object], Recorded]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from .harness import TASKS, Killer, Outcome, reference, train, train_through_kills
+from .harness import HERE, TASKS, TIMEOUT_SECONDS, Killer, Outcome, balanced, reference, shoal, start, train, train_through_kills
+from .recording import DEATHS
 
 UPDATES = {"cartpole": 40, "images": 24, "dict": 30}
 LONG = {"cartpole": 160, "images": 80, "dict": 120}
@@ -53,6 +55,40 @@ def test_weights_do_not_depend_on_kills_of_the_whole_run(task: str, tmp_path: Pa
     assert_same(outcome, task, UPDATES[task], shared)
 
 
+def dying(directory: Path, updates: int, *deaths: str) -> tuple[list[str], dict[str, str]]:
+    """Arguments and environment of a run on CartPole whose learner, or supervisor, dies inside those saves."""
+    for death in deaths:
+        (directory / death).parent.mkdir(exist_ok=True)
+        (directory / death).touch()
+    return [*arguments("cartpole", updates, 2), "--algorithm", f"{HERE / 'recording.py'}:DyingPPO"], {DEATHS: str(directory)}
+
+
+def test_weights_do_not_depend_on_a_learner_that_is_killed_inside_saves_the_last_one_included(tmp_path: Path, shared: Path) -> None:
+    updates = UPDATES["cartpole"]
+    args, env = dying(tmp_path / "deaths", updates, "LEARNER-6", f"LEARNER-{updates}")
+    outcome = train(args, tmp_path / "run", env=env)
+    assert outcome.noticed == 2
+    assert_same(outcome, "cartpole", updates, shared)
+
+
+def test_weights_do_not_depend_on_a_run_that_is_killed_inside_saves_the_last_one_included(tmp_path: Path, shared: Path) -> None:
+    updates, run = UPDATES["cartpole"], tmp_path / "run"
+    args, env = dying(tmp_path / "deaths", updates, "RUN-8", f"RUN-{updates}")
+    for command in (["train", *args, "--run-dir", str(run)], ["resume", str(run)]):
+        process = start(command, run.with_suffix(".log"), env)
+        assert process.wait(TIMEOUT_SECONDS) == -signal.SIGKILL
+    for _ in range(2):  # the second time nothing is left to be done
+        result = shoal("resume", str(run), log=run.with_suffix(".log"), env=env)
+        balanced(result)
+        assert_same(Outcome(result), "cartpole", updates, shared)
+
+
+def test_weights_do_not_depend_on_the_learner_and_actors_that_are_killed_at_once(tmp_path: Path, shared: Path) -> None:
+    killer = Killer.of("shoal:", 3, UPDATES["cartpole"], seed=4)
+    killer.together = True
+    assert_same(train(arguments("cartpole", UPDATES["cartpole"], 2), tmp_path / "run", killer), "cartpole", UPDATES["cartpole"], shared)
+
+
 def test_another_seed_gives_other_weights(tmp_path: Path, shared: Path) -> None:
     outcome = train([*arguments("cartpole", UPDATES["cartpole"], 0), "--seed", "1"], tmp_path / "run")
     assert outcome.sha != reference("cartpole", UPDATES["cartpole"], shared).sha
@@ -96,4 +132,12 @@ def test_soak_kills_of_everybody(task: str, tmp_path: Path, shared: Path, soaked
     killers = [Killer.of("shoal:actor", 8, LONG[task], seed=14), Killer.of("shoal:learner", 4, LONG[task], seed=15)]
     outcome = train(arguments(task, LONG[task], 4), tmp_path / "run", *killers)
     assert_same(outcome, task, LONG[task], shared)
-    soaked(what="kills of actors and the learner", task=task, mode="sync", runs=1, kills=outcome.noticed, equal=1, ledger=outcome.result["ledger"])
+    soaked(
+        what="kills of actors and the learner",
+        task=task,
+        mode="sync",
+        runs=1,
+        kills=outcome.noticed,
+        equal=1,
+        ledger=outcome.result["ledger"],
+    )

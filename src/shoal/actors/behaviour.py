@@ -37,7 +37,7 @@ class LocalPolicy:
         layout = WeightLayout.of((name, tuple(t.shape)) for name, t in named_tensors(policy).items())
         self._flat = np.zeros(layout.size, np.float32)
         bind(policy, layout, self._flat)
-        self._noise = np.empty(0)
+        self._noise: Array = np.empty(0, np.float32)
         # By policy and group size only, never by placement: the two agree to rounding, not to the bit.
         self._fast = fast_actor(policy, num_envs)
         self.version = -1
@@ -69,10 +69,10 @@ class LocalPolicy:
         return Acted(action.numpy(), {"log_prob": log_prob.numpy()}, state, self.version)
 
     def _noise_of(self, row: int | Array) -> Array:
-        noise = self._noise
         if not self._per_step:
-            return noise[0]  # type: ignore[no-any-return]
-        return noise[row] if isinstance(row, int) else noise[row, np.arange(len(row))]  # type: ignore[no-any-return]
+            row = 0
+        chosen: Array = self._noise[row] if isinstance(row, int) else self._noise[row, np.arange(len(row))]
+        return chosen
 
 
 def bind(policy: torch.nn.Module, layout: WeightLayout, flat: Array) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from shoal.config import RunConfig
 from shoal.engines.coordinator import Lease, Plan
-from shoal.engines.fleet import DEATHS_IN_A_ROW, MAX_ACTORS, Death, Fleet, Process, rebuild_error, tell, words
+from shoal.engines.fleet import DEATHS_IN_A_ROW, MAX_ACTORS, START_SECONDS, Death, Fleet, Process, rebuild_error, tell, words
 from shoal.engines.messages import Kind, Word, to_json
 from shoal.engines.session import Session
 from shoal.errors import EnvironmentFault, ProcessError
@@ -65,6 +65,7 @@ class LocalEngine:
         self._control: ControlServer | None = None
         self._paused = False
         self._reason: str | None = None
+        self._ending = False  # actors that end are not replaced
         self._weights_sha256 = ""
         self._environment_faults = 0
         self._zygote_deaths = 0
@@ -92,19 +93,21 @@ class LocalEngine:
         self._control = ControlServer(self._directory)
         self._start_learner()
         self._place()
+        if self._coordinator.version:
+            self._reason = self._coordinator.stop_reason(session.seconds)
         watched = 0.0
-        while self._reason is None:
+        while self._reason is None or not self._finished():
             if interrupted():
                 session.wanted_end = session.wanted_end or "interrupted"
             if session.wanted_end and not self._coordinator.training and self._save is None:
                 self._reason = session.wanted_end
-                break
+                continue
             self._dispatch()
             self._listen(WATCH_SECONDS)
             if time.monotonic() - watched >= WATCH_SECONDS:
                 watched = time.monotonic()
                 self._watch()
-        return self._finish()
+        return {"reason": self._reason, "weights_sha256": self._weights_sha256}
 
     def _listen(self, timeout_seconds: float) -> None:
         control = [] if self._control is None else self._control.sources()
@@ -113,8 +116,7 @@ class LocalEngine:
             if process.channel in ready:
                 self._hear(process)
         if self._fleet.zygote in ready:
-            for event in self._fleet.happened():
-                self._lost_zygote(event) if isinstance(event, Lost) else self._died(event)
+            self._bury(self._fleet.happened())
         if self._control is not None and any(source in ready for source in control):
             for request, reply in self._control.receive():
                 self._obey(request, reply)
@@ -234,11 +236,22 @@ class LocalEngine:
             self._session.observer.event("killed", role=process.name, index=process.index, reason=why)
         self._fleet.kill(process, why)
 
+    def _bury(self, happened: list[Death | Lost]) -> None:
+        """All that died together is heard for the last time and put away before anything follows from it."""
+        for event in happened:
+            if isinstance(event, Death):
+                self._hear(event.process)
+                event.process.ended()
+        for event in happened:
+            if isinstance(event, Lost):
+                self._lost_zygote(event)
+            elif not event.process.up:  # else it was started anew with all others
+                self._died(event)
+
     def _died(self, death: Death) -> None:
         process = death.process
-        self._hear(process)  # what it said before
-        process.ended()
-        if process.retired:
+        if process.name == "actor" and (process.retired or self._ending):
+            self._coordinator.lost(process.index)
             return
         process.deaths += 1
         process.not_before = time.monotonic() + (0.0 if process.deaths < 2 else 0.1 * 2 ** min(process.deaths - 2, 6))
@@ -287,6 +300,7 @@ class LocalEngine:
             self._wants_save += self._save.replies
             self._save = None
         self._session.return_to_checkpoint()
+        self._reason, self._ending = None, False
         self._start_learner()
         self._place()
 
@@ -356,18 +370,41 @@ class LocalEngine:
         reply({"ok": True, "actors": wanted})
 
     # ---- the end -------------------------------------------------------------------------------------------------
-    def _finish(self) -> dict[str, Any]:
-        """A last checkpoint, then a word to everybody that it is over."""
-        deadline = time.monotonic() + SAVE_SECONDS
-        self._coordinator.shut_down()
-        if self._fleet.learner.ready and self._save is None:
-            self._begin_save()
-        while self._save is not None and time.monotonic() < deadline and self._fleet.learner.up:
-            self._listen(WATCH_SECONDS)
-        if self._save is not None:
-            self._save.staging.discard()
-        for actor in self._fleet.actors:
-            tell(actor, Word(Kind.STOP).encode())
+    def _finished(self) -> bool:
+        """The actors end, so that nothing is stepped that the ledger does not see; then a last checkpoint, then the learner ends.
+
+        False: the learner was lost on the way. The run went back to its last checkpoint, and goes on.
+        """
+        self._end_actors()
+        if self._reason is not None:
+            self._coordinator.shut_down()
+            self._save_last()
+        if self._reason is None:
+            return False
         self._tell_learner({"do": "stop"})
         self._fleet.wait_for_ends(time.monotonic() + END_SECONDS)
-        return {"reason": self._reason, "weights_sha256": self._weights_sha256}
+        return True
+
+    def _end_actors(self) -> None:
+        self._ending = True
+        for actor in self._fleet.actors:
+            tell(actor, Word(Kind.STOP).encode())
+        deadline = time.monotonic() + END_SECONDS
+        while self._reason is not None and any(a.up for a in self._fleet.actors):
+            self._listen(WATCH_SECONDS)
+            if time.monotonic() > deadline:
+                for actor in self._fleet.actors:
+                    self._kill(actor, "did not end")
+
+    def _save_last(self) -> None:
+        """Wait for the learner (it may be loading still) and for its part of the checkpoint."""
+        deadline = time.monotonic() + START_SECONDS
+        while self._reason is not None and not self._fleet.learner.ready and time.monotonic() < deadline:
+            self._listen(WATCH_SECONDS)
+        if self._reason is not None and self._save is None:
+            self._begin_save()
+        deadline = time.monotonic() + SAVE_SECONDS
+        while self._reason is not None and self._save is not None:
+            self._listen(WATCH_SECONDS)
+            if time.monotonic() > deadline:
+                raise ProcessError(f"the learner did not save within {SAVE_SECONDS:g} s; `shoal resume` goes on from the checkpoint before")

@@ -38,6 +38,9 @@ class Observer(Protocol):
     def tick(self, activities: list[ActivityRecord]) -> None:
         """A few times a second, with what every role does now (learner first)."""
 
+    def flush(self) -> None:
+        """Keep for good what was told: a checkpoint is about to count."""
+
     def state(self) -> dict[str, Any]:
         """Where the run stands, JSON-able, for the control socket."""
 
@@ -101,6 +104,7 @@ class Session:
         return staging, arrays, facts
 
     def commit(self, staging: Staging, arrays: Arrays, facts: dict[str, Any]) -> Path:
+        self.observer.flush()  # the log of consumption is never behind a checkpoint
         path = staging.commit()
         self.checkpoints.sweep(self.config.checkpoint.keep)
         self.last_checkpoint = (arrays, facts, path)

@@ -43,7 +43,7 @@ class RewardNormaliser:
         batch.reward_TN = torch.from_numpy(np.clip(reward * np.float32(scale), -_CLIP, _CLIP).astype(np.float32))
 
     def get_state(self) -> Arrays:
-        return {"carry": self._carry, **{f"moments/{k}": v for k, v in self._moments.get_state().items()}}
+        return {"carry": self._carry.copy(), **{f"moments/{k}": v for k, v in self._moments.get_state().items()}}
 
     def set_state(self, state: Arrays) -> None:
         self._carry = np.array(state["carry"])

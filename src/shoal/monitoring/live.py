@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, Protocol, TextIO
 
 from shoal.monitoring.snapshot import ROLES, Snapshot
+from shoal.monitoring.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 DRAW_SECONDS = 0.25
 LINE_SECONDS = 5.0
+WIDEST = 110  # columns of the panel
+SPARE_COLUMNS = 6  # right of the panel: a terminal echoes ^C there, and would begin a new line without
+BAR_COLUMNS = 10
+STARTING = "starting: processes are made, and the environment is measured ..."
 _SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -77,8 +82,7 @@ class LineView:
             self._say()
 
     def message(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            print(text, file=self._stream, flush=True)
+        self._print(_stamped(text, self._last))
 
     def close(self) -> None:
         if self._last is not None:
@@ -89,18 +93,28 @@ class LineView:
         self._said = time.monotonic()
         if (text := line(self._last)) != self._line:
             self._line = text
-            self.message(text)
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            print(text, file=self._stream, flush=True)
 
 
 class LiveView:
-    """A panel that is drawn anew in place, with messages above it. Falls silent, and never fails, where the terminal goes away."""
+    """A panel that is drawn anew in place, with messages above it. Falls silent, and never fails, where the terminal goes away.
+
+    Until the first snapshot comes it says that the run is starting; `close` takes that away where none came.
+    """
 
     def __init__(self, stream: TextIO) -> None:
+        from rich.text import Text
+
         self._console = _console(stream)
         self._live: Live | None = None
         self._drawn = -math.inf
         self._last: Snapshot | None = None
         self._returns: deque[float] = deque(maxlen=240)
+        self._show(Text(STARTING, style="dim"))
 
     def __call__(self, snapshot: Snapshot) -> None:
         if math.isfinite(snapshot.mean_return) and (self._last is None or snapshot.update != self._last.update):
@@ -111,28 +125,65 @@ class LiveView:
 
     def message(self, text: str) -> None:
         with contextlib.suppress(OSError):
-            self._console.print(text, markup=False)
+            self._console.print(_stamped(text, self._last), markup=False)
 
     def close(self) -> None:
+        if self._live is None:
+            return
         if self._last is not None:
             self._draw()
-        if self._live is not None:
-            with contextlib.suppress(OSError):
-                self._live.stop()
-            self._live = None
+        with contextlib.suppress(OSError):
+            self._live.transient = self._last is None
+            self._live.stop()
+        self._live = None
 
     def _draw(self) -> None:
-        from rich.live import Live
-
         assert self._last is not None
         self._drawn = time.monotonic()
+        self._show(panel(self._last, list(self._returns), min(WIDEST, self._console.width - SPARE_COLUMNS)))
+
+    def _show(self, what: RenderableType) -> None:
+        from rich.live import Live
+
         try:
             if self._live is None:
                 self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
                 self._live.start()
-            self._live.update(panel(self._last, list(self._returns)), refresh=True)
+            self._live.update(what, refresh=True)
         except OSError:
             self._live = None
+
+
+class CountView:
+    """How far some counted work is: rewritten in place on a terminal, a line every LINE_SECONDS elsewhere."""
+
+    def __init__(self, what: str, total: int, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._what, self._total = what, total
+        self._in_place = self._stream.isatty() and _can_draw()
+        self._begun = self._said = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self._said < (DRAW_SECONDS if self._in_place else LINE_SECONDS):
+            return
+        self._said = now
+        left = (now - self._begun) * (self._total - done) / max(done, 1)
+        text = f"{self._what}: {done:,} of {self._total:,}, {clock(left)} to go"
+        self._write(f"\r\x1b[2K{text}" if self._in_place else f"{text}\n")
+
+    def close(self) -> None:
+        if self._in_place:
+            self._write("\r\x1b[2K")
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+            self._stream.flush()
+
+
+def _stamped(text: str, last: Snapshot | None) -> str:
+    return text if last is None else f"[{clock(last.seconds)}] {text}"
 
 
 def _console(stream: TextIO) -> Console:
@@ -149,52 +200,64 @@ def _console(stream: TextIO) -> Console:
 
 def line(snapshot: Snapshot) -> str:
     """The state of a run on one line."""
+    goal = f" of {snapshot.stop_return:g}" if snapshot.stop_return is not None else ""
     parts = [
-        f"update {snapshot.update}",
+        f"update {snapshot.update:,}",
         f"{snapshot.env_steps:,} steps",
         f"{snapshot.env_steps_per_second:,.0f} steps/s",
-        f"return {_spread(snapshot)}",
+        f"return {_spread(snapshot)}{goal}",
         f"{snapshot.episodes:,} episodes",
-        f"lag {snapshot.lag_mean:.2f}",
-        f"actors {_actor_words(snapshot)}",
     ]
-    shares = _shares(snapshot)
-    if shares:
-        parts.insert(-1, " ".join(f"{role} {share:.0%}" for role, share in shares.items()))
-    if snapshot.eta_seconds is not None:
-        parts.append(f"ETA {clock(snapshot.eta_seconds)}")
+    if snapshot.max_policy_lag:
+        parts.append(f"lag {snapshot.lag_mean:.2f}")
+    if shares := _shares(snapshot):
+        parts.append(" ".join(f"{role} {share:.0%}" for role, share in shares.items()))
+    if snapshot.phase != "done":
+        parts.append(f"actors {_actor_words(snapshot)}")
+        if snapshot.eta_seconds is not None:
+            parts.append(f"ETA {clock(snapshot.eta_seconds)}")
+    if snapshot.phase != "training":
+        parts.append(snapshot.phase)
     return f"[{clock(snapshot.seconds)}] " + " | ".join(parts)
 
 
-def panel(snapshot: Snapshot, returns: list[float]) -> RenderableType:
-    """The state of a run as a rich panel; `returns` is the history of the mean return, oldest first."""
+def panel(snapshot: Snapshot, returns: list[float], width: int | None = None) -> RenderableType:
+    """The state of a run as a rich panel; `returns` is the history of the mean return, oldest first; `width` in columns."""
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text
 
-    rows = Table.grid(padding=(0, 2))
-    rows.add_column(style="dim")
-    rows.add_column()
+    rows = Table.grid(padding=(0, 2), expand=True)
+    rows.add_column(style="dim", no_wrap=True)
+    rows.add_column(ratio=1)
     goal = f" of {snapshot.stop_return:g}" if snapshot.stop_return is not None else ""
     rows.add_row(
         "return", Text.assemble((_spread(snapshot), "bold"), f"{goal}   {snapshot.episodes:,} episodes   ", (sparkline(returns), "cyan"))
     )
     rows.add_row("steps", f"{snapshot.env_steps:,}   {snapshot.env_steps_per_second:,.0f} steps/s   update {snapshot.update:,}")
     rows.add_row("time", _time_bar(snapshot))
-    rows.add_row(
-        "lag", f"mean {snapshot.lag_mean:.2f}   p99 {snapshot.lag_p99:.0f}   max {snapshot.lag_max} (bound {snapshot.max_policy_lag})"
-    )
+    if snapshot.max_policy_lag:
+        lag = f"mean {snapshot.lag_mean:.2f}   p99 {snapshot.lag_p99:.0f}   max {snapshot.lag_max} of {snapshot.max_policy_lag} updates"
+        rows.add_row("lag", lag)
     rows.add_row("actors", _actor_dots(snapshot))
-    dropped = "".join(f"   {count:,} {reason}" for reason, count in snapshot.dropped.items() if count)
-    rows.add_row("rollouts", f"{snapshot.produced:,} produced   {snapshot.trained:,} trained   {snapshot.in_flight:,} in flight{dropped}")
-    eta = "until a stop condition" if snapshot.eta_seconds is None else f"at most {clock(snapshot.eta_seconds)} to go"
-    rows.add_row("ETA", f"{clock(snapshot.seconds)} gone, {eta}")
-    title = f"{snapshot.env} · {snapshot.algorithm} {snapshot.mode} · seed {snapshot.seed} · {snapshot.phase}"
-    return Panel(
-        rows, title=Text(title, style="bold"), subtitle=Text(snapshot.run, style="dim"), title_align="left", subtitle_align="right"
+    dropped = "".join(f"   {count:,} {reason.replace('_', ' ')}" for reason, count in snapshot.dropped.items() if count)
+    rows.add_row("ledger", f"{snapshot.produced:,} produced   {snapshot.trained:,} trained   {snapshot.in_flight:,} in flight{dropped}")
+    rows.add_row("clock", _clock_words(snapshot))
+    title = Text.assemble(
+        (f"{snapshot.env} · {snapshot.algorithm} {snapshot.mode} · seed {snapshot.seed} · ", "bold"),
+        (snapshot.phase, f"bold {_PHASE_COLOURS.get(snapshot.phase, 'yellow')}"),
     )
+    return Panel(rows, title=title, subtitle=Text(snapshot.run, style="dim"), title_align="left", subtitle_align="right", width=width)
 
 
+def _clock_words(snapshot: Snapshot) -> str:
+    gone = clock(snapshot.seconds)
+    if snapshot.phase == "done":
+        return f"{gone} in all"
+    return f"{gone} gone, " + ("until a stop condition" if snapshot.eta_seconds is None else f"at most {clock(snapshot.eta_seconds)} to go")
+
+
+_PHASE_COLOURS = {"training": "green", "done": "cyan"}
 _ROLE_COLOURS = dict(zip(ROLES, ("green", "blue", "bright_black", "magenta"), strict=True))
 _STATE_COLOURS = {"starting": "yellow", "running": "green", "stalled": "yellow", "dead": "red", "stopped": "bright_black"}
 
@@ -207,10 +270,14 @@ def _shares(snapshot: Snapshot) -> dict[str, float]:
 def _time_bar(snapshot: Snapshot) -> RenderableType:
     from rich.text import Text
 
-    text = Text()
-    shares = _shares(snapshot)
+    text, shares, drawn, total = Text(), _shares(snapshot), 0, 0.0
+    if not shares:
+        return Text("nothing yet", style="dim")
     for role, share in shares.items():
-        text.append("█" * round(share * 10), style=_ROLE_COLOURS[role])
+        total += share
+        columns = round(total * BAR_COLUMNS) - drawn
+        drawn += columns
+        text.append("█" * columns, style=_ROLE_COLOURS[role])
     for role, share in shares.items():
         text.append(f" {role} {share:.0%}", style=_ROLE_COLOURS[role])
     return text
@@ -220,20 +287,19 @@ def _actor_dots(snapshot: Snapshot) -> RenderableType:
     from rich.text import Text
 
     text = Text()
-    for actor in snapshot.actors[:32]:
+    for actor in snapshot.actors[:32] if snapshot.phase != "done" else ():
         text.append("● ", style=_STATE_COLOURS[actor.state])
     text.append(_actor_words(snapshot))
     return text
 
 
 def _actor_words(snapshot: Snapshot) -> str:
-    if not snapshot.actors:
-        return "in this process"
     counts: dict[str, int] = {}
     for actor in snapshot.actors:
-        counts[actor.state] = counts.get(actor.state, 0) + 1
-    restarts = f", {snapshot.restarts} restarts" if snapshot.restarts else ""
-    return ", ".join(f"{count} {state}" for state, count in counts.items()) + restarts
+        state = "ended" if snapshot.phase == "done" else actor.state
+        counts[state] = counts.get(state, 0) + 1
+    restarts = [counted(snapshot.restarts, "restart")] if snapshot.restarts else []
+    return ", ".join([f"{count} {state}" for state, count in counts.items()] or ["all roles in this process"]) + "".join(f", {r}" for r in restarts)
 
 
 def _spread(snapshot: Snapshot) -> str:

@@ -22,6 +22,7 @@ from shoal.monitoring.live import View
 from shoal.monitoring.snapshot import ActorHealth, Snapshot, eta_seconds, scalars
 from shoal.monitoring.store import EpisodeRow, RunStore
 from shoal.monitoring.tensorboard import TensorBoardWriter
+from shoal.monitoring.words import event_words
 from shoal.types import Activity, ActivityRecord
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 RECORD_SECONDS = 0.5  # between two rows of metrics
 RATE_SECONDS = 5.0  # window of env steps per second
+_UNSPOKEN = frozenset({"checkpoint"})
 _ROLE_OF = {
     Activity.STEPPING: "environment",
     Activity.RESTORING: "environment",
@@ -58,7 +60,7 @@ class Recorder:
         self._shares: dict[str, float] = {}
         self._metrics: dict[str, float] = {}
         self._activities: list[ActivityRecord] = []
-        self._broken = False
+        self._broken = self._paused = False
 
     def attach(self, session: Session) -> None:
         self._session = session
@@ -87,9 +89,10 @@ class Recorder:
         self._keep(lambda: self.store.event(kind, update, **facts))
         if kind == "rolled_back":
             self._keep(lambda: self.store.rewind(update))
-        if kind not in ("checkpoint",):
-            words = ", ".join(f"{k} {v}" for k, v in details.items() if k != "report" and v != "")
-            self._view.message(f"{kind.replace('_', ' ')}: {words}")
+        if kind in ("pause", "continue"):
+            self._paused = kind == "pause"
+        if kind not in _UNSPOKEN and not (kind == "died" and details.get("reason")):
+            self._view.message(event_words(kind, details))
 
     def tick(self, activities: list[ActivityRecord]) -> None:
         self._activities = activities
@@ -103,6 +106,9 @@ class Recorder:
         self._keep(self.store.tick)
         self._view(self.snapshot())
 
+    def flush(self) -> None:
+        self._keep(self.store.flush)
+
     def state(self) -> dict[str, Any]:
         return self.snapshot().to_json()
 
@@ -113,7 +119,12 @@ class Recorder:
             raise RunError("the recorder watches no session yet")
         return self._session.coordinator
 
-    def snapshot(self, phase: str = "training") -> Snapshot:
+    def _phase(self, session: Session) -> str:
+        if session.wanted_end is not None:
+            return "stopping"
+        return "paused" if self._paused else "starting" if session.started is None else "training"
+
+    def snapshot(self, phase: str | None = None) -> Snapshot:
         """Where the run stands now."""
         c, session, config = self._coordinator, self._session, self._config
         assert session is not None
@@ -127,7 +138,7 @@ class Recorder:
             mode=c.plan.mode,
             seed=config.seed,
             preset=config.preset or "none",
-            phase=phase,
+            phase=phase or self._phase(session),
             update=c.version,
             env_steps=c.env_steps,
             seconds=session.seconds,

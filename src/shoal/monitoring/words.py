@@ -1,0 +1,67 @@
+"""Events in words: what a person reads in the terminal, and in `shoal show`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_Facts = Mapping[str, Any]
+
+
+def counted(count: int, what: str) -> str:
+    """`1 restart`, `2 restarts`."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
+def event_words(kind: str, facts: _Facts) -> str:
+    """One event as a sentence; the facts by name where no sentence is known for its kind."""
+    say = _SENTENCES.get(kind)
+    try:
+        return say(facts) if say is not None else _by_name(kind, facts)
+    except KeyError:  # written by another version
+        return _by_name(kind, facts)
+
+
+def _by_name(kind: str, facts: _Facts) -> str:
+    words = ", ".join(f"{name} {value}" for name, value in facts.items() if name not in ("report", "time", "kind") and value != "")
+    return f"{kind.replace('_', ' ')}: {words}" if words else kind.replace("_", " ")
+
+
+def _role(facts: _Facts) -> str:
+    return f"actor {facts['index']}" if facts["role"] == "actor" else "the helper process" if facts["role"] == "zygote" else f"the {facts['role']}"
+
+
+def _died(facts: _Facts) -> str:
+    if facts.get("reason"):
+        return f"{_role(facts)} is gone ({facts['reason']}); another one starts"
+    return f"{_role(facts)} died, {facts['how']}; another one starts"
+
+
+def _rolled_back(facts: _Facts) -> str:
+    undone = counted(int(facts["updates_undone"]), "update")
+    return f"back to the checkpoint of update {facts['update']:,}: {undone} will be made again"
+
+
+def _not_restored(facts: _Facts) -> str:
+    lost = facts["environments"]
+    number = len(lost) if isinstance(lost, (list, tuple)) else int(lost)
+    return f"group {facts['group']}: {counted(number, 'environment')} could not be put back to where it stood, and began a new episode"
+
+
+def _fault(facts: _Facts) -> str:
+    return f"environment fault, mended by a restart: {str(facts['message']).splitlines()[0]}"
+
+
+_SENTENCES: dict[str, Callable[[_Facts], str]] = {
+    "died": _died,
+    "killed": lambda facts: f"{_role(facts)} {facts['reason']}: it is killed and made anew",
+    "actor_gone": lambda facts: f"actor {facts['index']} died too often ({facts['how']}); its groups move to the others",
+    "rolled_back": _rolled_back,
+    "not_restored": _not_restored,
+    "environment_fault": _fault,
+    "warning": lambda facts: f"warning: {facts['message']}",
+    "scaled": lambda facts: f"now {counted(int(facts['actors']), 'actor')}",
+    "pause": lambda facts: "paused: no more rollouts are ordered until `shoal control RUN continue`",
+    "continue": lambda facts: "going on",
+    "checkpoint": lambda facts: f"checkpoint of update {facts['update']:,}",
+}
