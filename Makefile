@@ -35,7 +35,7 @@ unit: lint
 	$(BIN)/pytest -m 'not soak' $(PYTEST_ARGS)
 
 soak: install
-	$(BIN)/pytest -m soak
+	$(BIN)/python benchmarks/soak.py
 
 bench-learning: install
 	$(BIN)/python benchmarks/learning.py

@@ -192,7 +192,12 @@ def _execute(
     progress: View | None,
 ) -> Run:
     view = progress if progress is not None else open_view()
-    with lock_run(directory), contextlib.closing(Recorder(config, directory, view, callbacks)) as recorder, _interrupts() as wants_end:
+    with contextlib.ExitStack() as stack:
+        if progress is None:
+            stack.callback(view.close)
+        stack.enter_context(lock_run(directory))
+        recorder = stack.enter_context(contextlib.closing(Recorder(config, directory, view, callbacks)))
+        wants_end = stack.enter_context(_interrupts())
         write_text_atomically(directory / "config.yaml", dump_config(config))
         if config.actors == 0:
             result = _run_inline(config, objects, directory, loaded, recorder, wants_end)
@@ -200,8 +205,6 @@ def _execute(
             result = _run_local(config, objects, directory, loaded, recorder, wants_end)
         write_text_atomically(directory / "result.json", json.dumps(result, indent=1))
         recorder.finish(result)
-    if progress is None:
-        view.close()
     return Run(directory, result, objects)
 
 

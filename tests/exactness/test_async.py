@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from shoal.streams import episode_seed
 
@@ -161,3 +162,40 @@ def test_a_run_that_was_killed_and_resumed_is_accounted_for_and_replayed(tmp_pat
     outcome = train_through_kills(recorded.arguments(*SMALL), recorded.run, 2, UPDATES, seed=23, env=recorded.env)
     assert_accounted_for(recorded, outcome, whole=False)
     assert_replayed(recorded, tmp_path / "again")
+
+
+# ---- soak ------------------------------------------------------------------------------------------------------------
+LONG = 240
+
+
+@pytest.mark.soak
+def test_soak_shares_and_lag_at_the_defaults(tmp_path: Path, soaked: Soaked) -> None:
+    recorded = Recorded.in_(tmp_path)
+    outcome = train(recorded.arguments(updates=200, actors=4), recorded.run, env=recorded.env)
+    assert_accounted_for(recorded, outcome)
+    assert_fair(outcome, recorded.run)
+    soaked(what="none, at the defaults", task="stamps", mode="async", kills=0, ledger=outcome.result["ledger"], lag=outcome.result["lag"])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("role", "kills"), [("actor", 24), ("learner", 8)])
+def test_soak_kills_in_async_runs(role: str, kills: int, tmp_path: Path, soaked: Soaked) -> None:
+    recorded = Recorded.in_(tmp_path)
+    killer = Killer.of(f"shoal:{role}", kills, LONG, seed=31)
+    outcome = train(recorded.arguments(*SMALL, updates=LONG, actors=4), recorded.run, killer, env=recorded.env)
+    assert_accounted_for(recorded, outcome)
+    assert_replayed(recorded, tmp_path / "again")
+    what = {"actor": "actors", "learner": "the learner"}[role]
+    soaked(what=what, task="stamps", mode="async", kills=outcome.noticed, ledger=outcome.result["ledger"], lag=outcome.result["lag"])
+
+
+@pytest.mark.soak
+def test_soak_kills_of_a_whole_async_run(tmp_path: Path, soaked: Soaked) -> None:
+    recorded = Recorded.in_(tmp_path)
+    outcome = train_through_kills(recorded.arguments(*SMALL, updates=LONG), recorded.run, 8, LONG, seed=32, env=recorded.env)
+    assert_accounted_for(recorded, outcome, whole=False)
+    assert_replayed(recorded, tmp_path / "again")
+    soaked(
+        what="whole runs", task="stamps", mode="async", kills=outcome.sent, saves_hit=outcome.saves_hit,
+        ledger=outcome.result["ledger"], lag=outcome.result["lag"],
+    )  # fmt: skip

@@ -27,7 +27,7 @@ from shoal.monitoring.live import SilentView
 
 CHOICES, COMPONENTS = 3, 2
 LENGTH = 5  # steps of an episode
-SIDE = 12  # pixels
+SIDE = 6  # pixels
 PASS = 0.95  # of the optimal return
 
 Array = np.ndarray[Any, Any]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from shoal.cli.output import find_run, only_json_on_stdout, plain, print_json, p
 from shoal.errors import ShoalError
 
 INTERRUPTED = 130
+COMMANDS = ("state", "save", "pause", "continue", "stop", "scale")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, at the end.")
 debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 view_option = click.option(
@@ -120,15 +122,8 @@ def check(ctx: click.Context, env: str, as_json: bool, debug: bool) -> None:
         return shoal.check(env, **settings)
 
     report = plain(_run(work, as_json))
-    findings = report.get("findings", [])
-    if as_json:
-        print_json(report)
-    else:
-        for finding in findings:
-            hint = f"\n         {finding['hint']}" if finding.get("hint") else ""
-            print(f"{finding['severity']:8} {finding['name']}: {finding['message']}{hint}")
-        print_tree({key: value for key, value in report.items() if key != "findings"})
-    if any(finding.get("severity") == "error" for finding in findings):
+    _answer(report, as_json, "print_check")
+    if any(finding.get("severity") == "error" for finding in report.get("findings", [])):
         sys.exit(3)
 
 
@@ -165,7 +160,7 @@ def show(run: str, as_json: bool, debug: bool) -> None:
 
         return show_run(find_run(run))
 
-    _answer(_run(work, as_json), as_json)
+    _answer(_run(work, as_json), as_json, "print_show")
 
 
 @cli.command()
@@ -180,14 +175,50 @@ def replay(run: str, as_json: bool, debug: bool) -> None:
 
     def work() -> Any:
         from shoal.api import replay as replay_run
+        from shoal.files import CheckpointDirectory
+        from shoal.monitoring.live import CountView
 
-        return replay_run(find_run(run))
+        directory = find_run(run)
+        total = CheckpointDirectory(directory / "checkpoints").newest().json("learner")["version"]
+        with closing(CountView("replay: update", int(total))) as told:
+            return replay_run(directory, progress=told)
 
     result = _run(work, as_json)
-    _answer(result, as_json)
+    _answer(result, as_json, "print_replay")
     if not result["equal"]:
         _say("shoal: the replay ends with other weights than the run", "lines")
         sys.exit(1)
+
+
+@cli.command()
+@run_argument
+@click.argument("command", metavar="state|save|pause|continue|stop|scale", type=click.Choice(COMMANDS))
+@click.argument("number", metavar="[N]", required=False, type=click.IntRange(min=1))
+@json_option
+@debug_option
+def control(run: str, command: str, number: int | None, as_json: bool, debug: bool) -> None:
+    """Ask a living run for its state, or tell it what to do.
+
+    \b
+    state      where it stands
+    save       write a checkpoint now; answers once it is whole
+    pause      order no more rollouts
+    continue   go on after a pause
+    stop       end after this update, with a checkpoint, as after Ctrl-C
+    scale N    go on with N actors
+    """
+    if (number is not None) != (command == "scale"):
+        raise click.UsageError(
+            "scale needs the number of actors: shoal control RUN scale 4" if number is None else f"{command} takes no number"
+        )
+
+    def work() -> Any:
+        from shoal.cli.control import tell_run
+
+        return tell_run(find_run(run), command, number)
+
+    answer = plain(_run(work, as_json))
+    _answer(answer, as_json, "print_control", command=command)
 
 
 # ------------------------------------------------------------------------------------------------------------ around the commands
@@ -223,18 +254,21 @@ def _with_view(kind: Any, work: Callable[[Any], Any]) -> Any:
         view.close()
 
 
-def _answer(result: Any, as_json: bool) -> None:
+def _answer(result: Any, as_json: bool, report: str = "", **how: Any) -> None:
+    """One JSON object; or, for a person, as the function of this name in cli.report says it."""
     if as_json:
         print_json(result)
+    elif report:
+        from shoal.cli import report as reports
+
+        getattr(reports, report)(plain(result), **how)
     else:
         print_tree(plain(result))
 
 
 def _finish_training(run: Any, as_json: bool) -> None:
-    _answer(run.result, as_json)
+    _answer(run.result, as_json, "print_training")
     if run.result["reason"] == "interrupted":
-        if not as_json:
-            _say(f"interrupted; `shoal resume {run.path}` goes on from its checkpoint", "lines")
         sys.exit(INTERRUPTED)
 
 

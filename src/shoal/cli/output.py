@@ -64,25 +64,23 @@ def print_tree(tree: Mapping[str, Any], indent: int = 0) -> None:
         elif isinstance(value, Sequence) and not isinstance(value, str) and value and all(isinstance(item, Mapping) for item in value):
             print(name)
             for item in value:
-                print(" " * (indent + 2) + "  ".join(f"{inner}={_word(word)}" for inner, word in item.items()))
+                print(" " * (indent + 2) + "  ".join(f"{inner}={word(text)}" for inner, text in item.items()))
         else:
-            print(f"{name.ljust(width + indent)}  {_word(value)}")
+            print(f"{name.ljust(width + indent)}  {word(value)}")
 
 
-def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], indent: int = 0) -> None:
     """Rows under a line of column names, numbers to the right."""
-    cells = [[_word(row.get(column)) for column in columns] for row in rows]
+    cells = [[word(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(column), *(len(line[i]) for line in cells)) if cells else len(column) for i, column in enumerate(columns)]
     right = [all(isinstance(row.get(column), (int, float, type(None))) for row in rows) for column in columns]
     for line in [list(columns), *cells]:
-        print(
-            "  ".join(
-                word.rjust(width) if to_right else word.ljust(width) for word, width, to_right in zip(line, widths, right, strict=True)
-            ).rstrip()
-        )
+        padded = (text.rjust(width) if to_right else text.ljust(width) for text, width, to_right in zip(line, widths, right, strict=True))
+        print(" " * indent + "  ".join(padded).rstrip())
 
 
-def _word(value: Any) -> str:
+def word(value: Any) -> str:
+    """A value as a person reads it: thousands apart, four digits of a fraction, `-` for nothing."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -92,9 +90,9 @@ def _word(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 10000 else str(value)
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_word, value)) or "-"
+        return ", ".join(map(word, value)) or "-"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_word(item)}" for key, item in value.items()) or "-"
+        return ", ".join(f"{key} {word(item)}" for key, item in value.items()) or "-"
     return str(value)
 
 

@@ -124,7 +124,7 @@ class Coordinator:
         self.ready: list[tuple[int, Identity]] = []  # finished, in order of arrival
         self.training: list[tuple[int, Identity]] = []  # with the learner
         self._episodes: list[Episode] = []
-        self.consumption: list[dict[str, Any]] = []  # of the update under way, for the log that replay follows
+        self.consumption: list[dict[str, Any]] = []  # since the last version, for the log that replay follows
         self.released: list[tuple[int, int]] = []
 
     def _new_group(self, index: int) -> _Group:
@@ -164,6 +164,8 @@ class Coordinator:
         """An environment broke its contract in this rollout: the group is made anew. The second time at the same step its episode
         is given up there. Returns the attempts lost."""
         group = self.groups[identity.group]
+        if identity not in group.leased.values():
+            return []  # an old attempt's word
         group.faults[identity.sequence, row, env] += 1
         return self._give_back(group, Fate.ENVIRONMENT_FAULT)
 
@@ -209,9 +211,13 @@ class Coordinator:
             group.hosted = True
             group.next_sequence += 1
             self.ledger.begin(identity)
-            give_up = tuple((row, env) for (sequence, row, env), n in group.faults.items() if n > 1 and sequence == identity.sequence)
-            leases.append(Lease(group.actor, slot, identity, restore, give_up))
+            leases.append(Lease(group.actor, slot, identity, restore, self._given_up(identity)))
         return leases
+
+    def _given_up(self, identity: Identity) -> tuple[tuple[int, int], ...]:
+        """(row, env) at which the fault of an environment came twice in this rollout."""
+        faults = self.groups[identity.group].faults
+        return tuple((row, env) for (sequence, row, env), times in faults.items() if times > 1 and sequence == identity.sequence)
 
     def _order(self) -> list[int]:
         """Groups that are behind come first; each as often as it has slots."""
@@ -242,8 +248,8 @@ class Coordinator:
             batch.sort(key=self.ready.index)
         self.ready = [entry for entry in self.ready if entry not in batch]
         self.training = batch
-        self.consumption = [self._log_entry(slot, identity) for slot, identity in batch]
-        self._episodes = [e for slot, _ in batch for e in self._episodes_in(slot)]
+        self.consumption += [self._log_entry(slot, identity) for slot, identity in batch]
+        self._episodes += [e for slot, _ in batch for e in self._episodes_in(slot)]
         for _, identity in batch:
             history = self.groups[identity.group].history
             history.forget_before(identity.sequence + 1)
@@ -277,16 +283,20 @@ class Coordinator:
                 entry["fate"] = fate.label
 
     def trained(self, metrics: dict[str, float]) -> list[Episode]:
-        """The learner made the next version out of its batch (nothing if all of it was dropped). Returns the episodes in it."""
+        """The learner made the next version out of its batch. Returns the episodes in it.
+
+        Where all of the batch was dropped there is no version; its episodes and its part of the log come with the next one.
+        """
+        if not self.training:
+            return []
         for _, identity in self.training:
             self.ledger.settle(identity, Fate.TRAINED)
-        if self.training:
-            self.version += 1
-            self.env_steps += int(metrics["num_env_steps"])
+        self.version += 1
+        self.env_steps += int(metrics["num_env_steps"])
         for name, count in metrics.items():
             if name.startswith("lag/"):
                 self.lag[int(name[4:])] += int(count)
-        self.training = []
+        self.training, self.consumption = [], []
         episodes, self._episodes = self._episodes, []
         self.returns.extend(e.episode_return for e in episodes)
         self.lengths.extend(e.num_steps for e in episodes)
@@ -336,6 +346,7 @@ class Coordinator:
             "version": self.version,
             "env_steps": self.env_steps,
             "num_episodes": self.num_episodes,
+            "consumption": list(self.consumption),
             "lag": {str(k): v for k, v in self.lag.items()},
             "ledger": self.ledger.get_state(),
             "groups": groups,
@@ -361,7 +372,8 @@ class Coordinator:
             group.next_sequence = saved["sequence"]
             group.attempt = max(saved["attempt"], attempts[index]) + 1
             group.actor = group.target = actors[index] if live else -1
-        self.ready, self.training, self.consumption, self._episodes = [], [], [], []
+        self.ready, self.training, self._episodes = [], [], []
+        self.consumption = list(facts.get("consumption", []))
         self.version, self.env_steps = facts["version"], facts["env_steps"]
         self.num_episodes = facts["num_episodes"]
         self.lag = Counter({int(k): v for k, v in facts["lag"].items()})
@@ -386,6 +398,8 @@ class Coordinator:
         entry = {"id": list(identity), "steps": int(held.envelope["num_env_steps"]), "fate": "trained"}
         if held.envelope["paced"]:
             return {**entry, "paced": True}
+        if given_up := self._given_up(identity):
+            entry["give_up"] = [list(place) for place in given_up]
         return {**entry, "versions": version_runs(versions[:, 0])}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from shoal.actors.actor import Actor
 from shoal.engines.roles import Blueprint
@@ -72,6 +73,15 @@ class InlineEngine:
         return {"reason": reason, "weights_sha256": self._learner.weights_sha256}
 
     def _fill(self) -> None:
+        """Everything that may be begun now, with one torch thread as in an actor's process: the numbers can depend on it."""
+        threads = self._blueprint.config.learner.threads
+        if threads != 1:
+            torch.set_num_threads(1)
+        self._fill_all()
+        if threads != 1:
+            torch.set_num_threads(threads)
+
+    def _fill_all(self) -> None:
         coordinator = self._session.coordinator
         for lease in coordinator.next_leases():
             if lease.restore is not None:

@@ -250,7 +250,9 @@ class LocalEngine:
 
     def _died(self, death: Death) -> None:
         process = death.process
-        if process.name == "actor" and (process.retired or self._ending):
+        if process.name == "actor" and self._ending:
+            return  # what it was making is in flight still, and ends as such
+        if process.retired:
             self._coordinator.lost(process.index)
             return
         process.deaths += 1

@@ -80,10 +80,10 @@ class Session:
     def finish_update(self, metrics: dict[str, float]) -> str | None:
         """Account for an update that the learner finished. Returns the reason to stop, if there is one."""
         c = self.coordinator
-        consumption = c.consumption
+        version, consumption = c.version, c.consumption
         episodes = c.trained(metrics)
         report = UpdateReport(c.version, c.env_steps, self.seconds, metrics, episodes, consumption)
-        if self.observer.updated(report):
+        if c.version > version and self.observer.updated(report):
             self.wanted_end = self.wanted_end or "interrupted"
         return c.stop_reason(self.seconds) or self.wanted_end
 

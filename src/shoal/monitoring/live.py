@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 DRAW_SECONDS = 0.25
 LINE_SECONDS = 5.0
 WIDEST = 110  # columns of the panel
-SPARE_COLUMNS = 6  # right of the panel: a terminal echoes ^C there, and would begin a new line without
-BAR_COLUMNS = 10
+SPARE_COLUMNS = 4  # right of the panel: a terminal echoes ^C there, and would begin a new line without
+LONGEST_BAR = 24
+_FRAME_COLUMNS = 13  # of the panel: border, padding, names
 STARTING = "starting: processes are made, and the environment is measured ..."
 _SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -235,7 +236,7 @@ def panel(snapshot: Snapshot, returns: list[float], width: int | None = None) ->
         "return", Text.assemble((_spread(snapshot), "bold"), f"{goal}   {snapshot.episodes:,} episodes   ", (sparkline(returns), "cyan"))
     )
     rows.add_row("steps", f"{snapshot.env_steps:,}   {snapshot.env_steps_per_second:,.0f} steps/s   update {snapshot.update:,}")
-    rows.add_row("time", _time_bar(snapshot))
+    rows.add_row("time", _time_bar(snapshot, (width or WIDEST) - _FRAME_COLUMNS))
     if snapshot.max_policy_lag:
         lag = f"mean {snapshot.lag_mean:.2f}   p99 {snapshot.lag_p99:.0f}   max {snapshot.lag_max} of {snapshot.max_policy_lag} updates"
         rows.add_row("lag", lag)
@@ -267,19 +268,21 @@ def _shares(snapshot: Snapshot) -> dict[str, float]:
     return {role: snapshot.time_by_role.get(role, 0.0) / total for role in ROLES} if total > 0 else {}
 
 
-def _time_bar(snapshot: Snapshot) -> RenderableType:
+def _time_bar(snapshot: Snapshot, num_columns: int) -> RenderableType:
     from rich.text import Text
 
     text, shares, drawn, total = Text(), _shares(snapshot), 0, 0.0
     if not shares:
         return Text("nothing yet", style="dim")
+    words = [f" {role} {share:.0%}" for role, share in shares.items()]
+    bar_columns = max(0, min(LONGEST_BAR, num_columns - sum(map(len, words))))
     for role, share in shares.items():
         total += share
-        columns = round(total * BAR_COLUMNS) - drawn
+        columns = round(total * bar_columns) - drawn
         drawn += columns
         text.append("█" * columns, style=_ROLE_COLOURS[role])
-    for role, share in shares.items():
-        text.append(f" {role} {share:.0%}", style=_ROLE_COLOURS[role])
+    for role, said in zip(shares, words, strict=True):
+        text.append(said, style=_ROLE_COLOURS[role])
     return text
 
 
@@ -299,7 +302,9 @@ def _actor_words(snapshot: Snapshot) -> str:
         state = "ended" if snapshot.phase == "done" else actor.state
         counts[state] = counts.get(state, 0) + 1
     restarts = [counted(snapshot.restarts, "restart")] if snapshot.restarts else []
-    return ", ".join([f"{count} {state}" for state, count in counts.items()] or ["all roles in this process"]) + "".join(f", {r}" for r in restarts)
+    return ", ".join([f"{count} {state}" for state, count in counts.items()] or ["all roles in this process"]) + "".join(
+        f", {r}" for r in restarts
+    )
 
 
 def _spread(snapshot: Snapshot) -> str:

@@ -61,6 +61,7 @@ class Recorder:
         self._metrics: dict[str, float] = {}
         self._activities: list[ActivityRecord] = []
         self._broken = self._paused = False
+        self._wanted_actors = config.actors or 0
 
     def attach(self, session: Session) -> None:
         self._session = session
@@ -91,6 +92,8 @@ class Recorder:
             self._keep(lambda: self.store.rewind(update))
         if kind in ("pause", "continue"):
             self._paused = kind == "pause"
+        if kind == "scaled":
+            self._wanted_actors = int(details["actors"])
         if kind not in _UNSPOKEN and not (kind == "died" and details.get("reason")):
             self._view.message(event_words(kind, details))
 
@@ -175,7 +178,7 @@ class Recorder:
         for index, record in enumerate(self._activities[1:]):
             groups = tuple(g for g, group in enumerate(self._coordinator.groups) if group.actor == index)
             if not groups:
-                state = "dead"
+                state = "dead" if index < self._wanted_actors else "stopped"
             elif record.activity is Activity.STARTING:
                 state = "starting"
             else:

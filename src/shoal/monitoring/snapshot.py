@@ -34,7 +34,7 @@ class Snapshot:
       mean_return, std_return, mean_length: of the last 100 training episodes that ended; `episodes` counts all.
       time_by_role: seconds of ROLES since the last snapshot, over all processes; the view shows shares.
       lag_*: policy lag in updates, per trained step, of the last updates; `max_policy_lag` is its bound.
-      dropped: rollouts by reason. `produced = trained + sum(dropped) + in_flight`.
+      produced, trained, in_flight, dropped (by reason): the ledger in env steps; `produced = trained + sum(dropped) + in_flight`.
       train: the algorithm's metrics of the last update, names without prefix (`approx_kl`).
       eta_seconds: until the nearest stop condition whose distance is known; None where none is.
     """
@@ -72,6 +72,15 @@ class Snapshot:
     def to_json(self) -> dict[str, Any]:
         """Plain values; numbers that are not finite become None, which JSON can hold."""
         return {key: _plain(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> Snapshot:
+        """The inverse of `to_json`; names that this version does not know are left out."""
+        known = {key: value for key, value in facts.items() if key in cls.__dataclass_fields__}
+        for name in ("mean_return", "std_return", "mean_length"):
+            known[name] = math.nan if known.get(name) is None else known[name]
+        actors = tuple(ActorHealth(**{**actor, "groups": tuple(actor["groups"])}) for actor in known.get("actors", ()))
+        return cls(**{**known, "actors": actors})
 
 
 def _plain(value: Any) -> Any:

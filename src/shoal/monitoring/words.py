@@ -28,7 +28,13 @@ def _by_name(kind: str, facts: _Facts) -> str:
 
 
 def _role(facts: _Facts) -> str:
-    return f"actor {facts['index']}" if facts["role"] == "actor" else "the helper process" if facts["role"] == "zygote" else f"the {facts['role']}"
+    return (
+        f"actor {facts['index']}"
+        if facts["role"] == "actor"
+        else "the helper process"
+        if facts["role"] == "zygote"
+        else f"the {facts['role']}"
+    )
 
 
 def _died(facts: _Facts) -> str:

@@ -1,0 +1,25 @@
+"""`shoal control`: one request to a living run, through the socket in its directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import RunError
+from shoal.files import run_holder
+from shoal.supervision.control import NAME, ask
+
+
+def tell_run(directory: Path, command: str, number: int | None = None) -> dict[str, Any]:
+    """The run's answer. Raises RunError where it is not alive, takes no requests, or refuses."""
+    holder = run_holder(directory)
+    if holder is None:
+        raise RunError(f"{directory.name} is not running, so there is nobody to tell; `shoal resume {directory}` goes on with it")
+    if not (directory / NAME).exists():
+        raise RunError(
+            f"{directory.name} (process {holder}) takes no requests: it is starting or ending, or runs all roles in its own process (actors: 0)"
+        )
+    request: dict[str, Any] = {"command": command}
+    if number is not None:
+        request["actors"] = number
+    return ask(directory, request)

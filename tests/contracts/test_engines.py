@@ -1,0 +1,99 @@
+"""One suite for every engine: with the same configuration, the same training, also when it is interrupted and resumed."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rollout_fakes import Drift
+
+import shoal
+from shoal.errors import EnvironmentFault
+from shoal.monitoring.live import SilentView
+
+ENGINES = {"inline": 0, "local, one actor": 1, "local, two actors": 2}
+SMALL = {
+    "sampling": {"groups": 3, "group_size": 2, "rollout_length": 8},
+    "policy": {"hidden_sizes": [8], "normalise_observations": True, "normalise_rewards": True},
+    "seed": 5,
+    "preset": "none",
+}
+PPO = {**SMALL, "algorithm": {"name": "ppo", "minibatch_size": 16, "epochs": 2}}
+APPO = {**SMALL, "algorithm": {"name": "appo", "minibatch_size": 16, "epochs": 2}, "mode": "async"}
+COMPARED = ("reason", "env_steps", "updates", "mean_return", "policy_version", "weights_sha256", "ledger", "lag", "restarts")
+
+
+def quiet() -> SilentView:
+    return SilentView(io.StringIO())
+
+
+def train(directory: Path, actors: int, settings: dict[str, Any] = PPO, **more: Any) -> Any:
+    return shoal.train(Drift, actors=actors, run_dir=str(directory), progress=quiet(), **{**settings, **more})
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The reference: all roles in this process, without interruption."""
+    return train(tmp_path_factory.mktemp("straight") / "run", 0, stop={"updates": 6})
+
+
+@pytest.fixture(params=ENGINES, scope="module")
+def actors(request: pytest.FixtureRequest) -> int:
+    return ENGINES[request.param]
+
+
+def test_the_same_configuration_gives_the_same_training(actors, straight, tmp_path):
+    seen: list[dict[str, Any]] = []
+    run = train(tmp_path / "run", actors, stop={"updates": 6}, callbacks=[seen.append])
+    assert {k: run.result[k] for k in COMPARED} == {k: straight.result[k] for k in COMPARED}
+    assert (run.result["reason"], run.result["env_steps"]) == ("updates", 6 * 3 * 2 * 8)
+    assert run.result["ledger"] == {"produced": 288, "trained": 288, "dropped": {}, "in_flight": 0}
+    assert run.result["lag"] == {"mean": 0.0, "p99": 0.0, "max": 0}
+    assert [facts["update"] for facts in seen] == [1, 2, 3, 4, 5, 6]
+    assert [facts["env_steps"] for facts in seen] == [48 * k for k in range(1, 7)]
+
+
+def test_a_training_that_was_interrupted_goes_on_as_if_it_had_not_been(actors, straight, tmp_path):
+    run = train(tmp_path / "run", actors, stop={"updates": 6}, callbacks=[lambda facts: facts["update"] < 2])
+    assert (run.result["reason"], run.result["updates"]) == ("interrupted", 2)
+    balance = run.result["ledger"]
+    assert balance["trained"] == 96
+    assert balance["produced"] == 96 + sum(balance["dropped"].values())
+    elsewhere = {0: 1, 1: 2, 2: 0}[actors]
+    resumed = shoal.resume(run.path, env=Drift, actors=elsewhere, progress=quiet())
+    compared = [k for k in COMPARED if k != "ledger"]
+    assert {k: resumed.result[k] for k in compared} == {k: straight.result[k] for k in compared}
+    balance = resumed.result["ledger"]
+    assert (balance["trained"], balance["in_flight"]) == (288, 0)
+    assert balance["produced"] == 288 + sum(balance["dropped"].values())
+
+
+@pytest.mark.parametrize("actors", [0, 2], ids=["inline", "local"])
+def test_an_async_training_balances_stays_within_its_lag_and_can_be_replayed(actors, tmp_path):
+    run = train(tmp_path / "run", actors, APPO, max_policy_lag=2, stop={"updates": 8})
+    result = run.result
+    ledger = result["ledger"]
+    assert (result["reason"], result["updates"], ledger["in_flight"]) == ("updates", 8, 0)
+    assert ledger["trained"] == result["env_steps"]
+    assert ledger["produced"] == ledger["trained"] + sum(ledger["dropped"].values())
+    assert 0 < result["lag"]["mean"] <= result["lag"]["max"] <= 2
+    replayed = shoal.replay(run.path, env=Drift)
+    assert replayed["equal"], replayed
+    assert (replayed["updates"], replayed["weights_sha256"]) == (8, result["weights_sha256"])
+
+
+class Breaking(Drift):
+    """Raises at its third step, with a message of its own."""
+
+    def step(self, action: Any) -> Any:
+        if self.count == 2:
+            raise RuntimeError("the spring broke")
+        return super().step(action)
+
+
+def test_an_environment_that_breaks_early_ends_the_run_with_its_own_words(actors, tmp_path):
+    with pytest.raises(EnvironmentFault, match="the spring broke") as caught:
+        shoal.train(Breaking, actors=actors, run_dir=str(tmp_path / "run"), progress=quiet(), **PPO, stop={"updates": 3})
+    assert "spring broke" in str(caught.value.report["traceback"])

@@ -1,0 +1,270 @@
+"""What `import shoal` offers: a user's own objects, callbacks, ends, resuming, and scripts as people write them."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import pytest
+from rollout_fakes import Drift
+
+import shoal
+from shoal.config import AlgorithmConfig
+from shoal.errors import ConfigError, RunError
+from shoal.monitoring.live import SilentView
+
+TINY: dict[str, Any] = {
+    "actors": 0,
+    "preset": "none",
+    "sampling": {"groups": 2, "group_size": 2, "rollout_length": 8},
+    "policy": {"hidden_sizes": [8]},
+}
+PPO = {"name": "ppo", "minibatch_size": 16, "epochs": 1}
+BATCH = 2 * 2 * 8
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def train(target: Any = Drift, **settings: Any) -> shoal.Run:
+    return shoal.train(target, progress=SilentView(io.StringIO()), **{**TINY, "algorithm": PPO, **settings})
+
+
+def resume(run: Any, **settings: Any) -> shoal.Run:
+    return shoal.resume(run, progress=SilentView(io.StringIO()), **settings)
+
+
+# ---- callbacks -------------------------------------------------------------------------------------------------------
+def test_each_callback_is_called_after_each_update_and_false_ends_the_run():
+    seen: list[dict[str, Any]] = []
+    also: list[int] = []
+
+    def until_three(facts: Any) -> Any:
+        seen.append(dict(facts))
+        return facts["update"] < 3 or False
+
+    run = train(callbacks=[until_three, lambda facts: also.append(facts["update"])], stop={"updates": 9})
+    assert [facts["update"] for facts in seen] == also == [1, 2, 3]
+    assert run.result["reason"] == "interrupted"
+    assert {"update", "env_steps", "seconds", "mean_return", "episodes", "value_loss", "approx_kl"} <= set(seen[0])
+    assert not any(name.startswith("lag/") for name in seen[0])
+    assert seen[-1]["env_steps"] == 3 * BATCH
+    ended = [episode for facts in seen for episode in facts["episodes"]]
+    assert ended
+    assert all(3 <= episode.num_steps <= 9 for episode in ended)
+
+
+@pytest.mark.parametrize("answer", [None, 0, True, ""])
+def test_any_other_answer_of_a_callback_lets_the_run_go_on(answer):
+    assert train(callbacks=[lambda facts: answer], stop={"updates": 2}).result["reason"] == "updates"
+
+
+# ---- ends ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("stop", "reason", "updates"),
+    [
+        ({"updates": 3}, "updates", 3),
+        ({"env_steps": BATCH * 2}, "env_steps", 2),
+        ({"env_steps": BATCH * 2 + 1}, "env_steps", 3),
+        ({"seconds": 1e-9}, "seconds", 1),
+        ({"return": -1e9}, "return", None),
+    ],
+)
+def test_a_run_ends_by_the_condition_that_is_met(stop, reason, updates):
+    run = train(stop=stop)
+    assert run.result["reason"] == reason
+    if updates is not None:
+        assert (run.result["updates"], run.result["env_steps"]) == (updates, updates * BATCH)
+    assert run.result["policy_version"] == run.result["updates"]
+
+
+# ---- the user's own --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("actors", [0, 1])
+def test_a_lambda_is_an_environment(actors):
+    limit = 17
+    run = train(lambda: gymnasium.make("CartPole-v1", max_episode_steps=limit), actors=actors, stop={"updates": 2})
+    assert run.result["updates"] == 2
+    assert run.policy().predict([0.0, 0.0, 0.0, 0.0], deterministic=True)[0] in (0, 1)
+    assert run.evaluate(episodes=3)["max"] <= limit
+
+
+class OwnConfig(AlgorithmConfig):
+    step: float = 0.5
+
+
+def own_algorithm() -> Any:
+    from shoal.algorithms.base import Algorithm
+
+    class Shift(Algorithm[OwnConfig]):
+        """Moves every parameter by a fixed step: what it did is seen in the weights."""
+
+        Config = OwnConfig
+        modes = ("sync",)
+
+        def update(self, batch: Any, context: Any) -> dict[str, float]:
+            import torch
+
+            with torch.no_grad():
+                for parameter in self.policy.parameters():
+                    parameter += self.config.step
+            return {"moved": self.config.step * (context.update + 1)}
+
+    return Shift
+
+
+@pytest.mark.parametrize("actors", [0, 1])
+def test_a_class_is_an_algorithm(actors):
+    seen: list[float] = []
+    run = train(algorithm={"name": own_algorithm(), "step": 0.25}, actors=actors, callbacks=[lambda f: seen.append(f["moved"])], stop={"updates": 3})
+    assert seen == [0.25, 0.5, 0.75]
+    again = train(algorithm={"name": own_algorithm(), "step": 0.25}, stop={"updates": 3})
+    assert run.result["weights_sha256"] == again.result["weights_sha256"]
+    other = train(algorithm={"name": own_algorithm(), "step": 0.5}, stop={"updates": 3})
+    assert run.result["weights_sha256"] != other.result["weights_sha256"]
+
+
+def test_a_callable_is_a_network():
+    def network(spec: Any, config: Any) -> Any:
+        from torch import nn
+
+        class Trunk(nn.Module):
+            num_features = 5
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.only_mine = nn.Linear(3, 5)
+
+            def forward(self, observation: Any) -> Any:
+                return self.only_mine(observation["observation"]).tanh()
+
+        return Trunk()
+
+    run = train(policy={"network": network}, stop={"updates": 1})
+    names = [name for name, _ in run.policy().module.named_parameters()] if hasattr(run.policy(), "module") else []
+    assert run.result["updates"] == 1
+    assert not names or any("only_mine" in name for name in names)
+
+
+def test_an_object_that_cannot_travel_is_named():
+    lock = threading.Lock()
+
+    def factory() -> Any:
+        assert lock
+        return Drift()
+
+    with pytest.raises(ConfigError, match=r"cannot be sent to other processes: .*lock.* pass a function that makes it, or an import path"):
+        train(factory, actors=1, stop={"updates": 1})
+
+
+# ---- loading and resuming --------------------------------------------------------------------------------------------
+def test_a_run_is_found_again_with_its_result_configuration_and_policy():
+    run = train(stop={"updates": 2}, run_dir="mine", seed=4)
+    again = shoal.load("mine")
+    assert dict(again.result) == dict(run.result) == json.loads(Path("mine/result.json").read_text())
+    assert again.path.resolve() == Path("mine").resolve()
+    assert (again.config.seed, again.config.sampling.groups, again.config.stop.updates) == (4, 2, 2)
+    action, _ = again.policy().predict([0.1, 0.0, 5.0], deterministic=True)
+    assert 0 <= int(action) < 5
+
+
+def test_what_is_no_run_is_refused():
+    for act in (shoal.load, shoal.resume, shoal.replay):
+        with pytest.raises(RunError):
+            act("nowhere")
+
+
+def test_a_resumed_run_may_end_otherwise_and_goes_on_where_it_was():
+    run = train(stop={"updates": 2}, run_dir="mine")
+    resumed = resume("mine", env=Drift, stop={"env_steps": 5 * BATCH})
+    assert (resumed.result["reason"], resumed.result["updates"]) == ("env_steps", 5)
+    assert resumed.config.stop.updates is None
+    assert resumed.result["weights_sha256"] == train(stop={"updates": 5}).result["weights_sha256"]
+    assert resumed.path == run.path.resolve() or resumed.path == run.path
+
+
+def test_a_run_that_met_its_end_ends_at_once_when_resumed():
+    run = train(stop={"updates": 2}, run_dir="mine")
+    resumed = resume("mine", env=Drift)
+    assert (resumed.result["reason"], resumed.result["updates"]) == ("updates", 2)
+    assert resumed.result["weights_sha256"] == run.result["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"seed": 9}, "seed was 0"),
+        ({"policy": {"hidden_sizes": [9]}}, "policy was"),
+        ({"sampling": {"groups": 3}}, "sampling was"),
+        ({"algorithm": {"learning_rate": 0.5}}, "algorithm was"),
+        ({"max_policy_lag": 9}, "max_policy_lag was"),
+    ],
+)
+def test_what_the_bits_depend_on_cannot_change_on_the_way(changes, key):
+    train(stop={"updates": 1}, run_dir="mine")
+    with pytest.raises(ConfigError, match=rf"^{key}.* and cannot become .*; start a new run for it$"):
+        resume("mine", env=Drift, **changes)
+    assert shoal.load("mine").result["updates"] == 1
+
+
+def test_where_roles_run_and_when_they_save_may_change():
+    train(stop={"updates": 1}, run_dir="mine")
+    resumed = resume("mine", env=Drift, actors=1, checkpoint={"keep": 5, "every_updates": 1}, stop={"updates": 3})
+    assert resumed.result["updates"] == 3
+    assert (resumed.config.actors, resumed.config.checkpoint.keep) == (1, 5)
+
+
+def test_a_run_that_is_alive_is_not_resumed():
+    refused: list[str] = []
+
+    def try_it(facts: Any) -> None:
+        try:
+            resume("mine", env=Drift)
+        except RunError as error:
+            refused.append(str(error))
+
+    train(stop={"updates": 1}, run_dir="mine", callbacks=[try_it])
+    assert len(refused) == 1
+
+
+def test_check_looks_at_an_environment():
+    report = shoal.check(Drift)
+    assert {finding.severity for finding in report.findings} <= {"note", "warning"}
+
+
+# ---- scripts as people write them ------------------------------------------------------------------------------------
+SCRIPT = """
+import torch
+import gymnasium, shoal
+torch.ones(64, 64) @ torch.ones(64, 64)
+limit = 20
+run = shoal.train(
+    lambda: gymnasium.make("CartPole-v1", max_episode_steps=limit), algorithm="ppo", stop={"updates": 2}, actors=2, preset="none",
+    **{"sampling.groups": 2, "sampling.group_size": 2, "sampling.rollout_length": 8, "policy.hidden_sizes": [8]},
+)
+action, state = run.policy().predict([0.0, 0.0, 0.0, 0.0], deterministic=True)
+print("made", run.result["updates"], int(action) in (0, 1), __name__)
+"""
+
+
+def test_two_lines_in_a_plain_script_after_the_users_own_torch_work_without_a_main_guard():
+    Path("script.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["made 2 True __main__"]  # once: nothing imports the script again
+
+
+@pytest.mark.parametrize("actors", [0, 1])
+def test_a_training_runs_in_a_thread(actors):
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(train(actors=actors, stop={"updates": 2}).result))
+    thread.start()
+    thread.join()
+    assert [result["updates"] for result in found] == [2]
