@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: install demo test lint unit soak bench-learning mutants clean
+.PHONY: install demo test lint unit soak bench-learning mutants docs clean
 
 install: $(STAMP)
 
@@ -29,7 +29,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict src
-	$(BIN)/lint-imports --no-timings --no-logo
+	$(BIN)/lint-imports --no-logo
 
 unit: lint
 	$(BIN)/pytest -m 'not soak' $(PYTEST_ARGS)
@@ -43,7 +43,10 @@ bench-learning: install
 mutants: install
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutants]'
 	$(BIN)/mutmut run
-	$(BIN)/mutmut results
+	$(BIN)/python benchmarks/mutants.py
+
+docs: install
+	$(BIN)/python -m shoal.cli.reference > docs/reference.md
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis mutants

@@ -2,8 +2,9 @@
 
     python benchmarks/soak.py                         all of it, one after the other
     python benchmarks/soak.py -n 2 tests/exactness    arguments of pytest
+    python benchmarks/soak.py --keep -k whole_runs    only these; the rows of all others stay as they were
 
-Exits with pytest's code. `results/soak.md` is written whatever it is; a test that failed has a row that says so.
+Exits with pytest's code. `results/soak.md` is written from `results/soak.jsonl` whatever it is; a test that failed has a row that says so.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -23,44 +23,59 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "soak.md"
+ROWS = RESULT.with_suffix(".jsonl")
 REQUIRED = {"actors": 100, "the learner": 20, "whole runs": 50}  # kills in sync mode, whose runs end with the same weights
 
 
 def main(arguments: list[str]) -> int:
-    begun = time.monotonic()
+    keep = "--keep" in arguments
+    arguments = [argument for argument in arguments if argument != "--keep"]
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "rows"
         command = [sys.executable, "-m", "pytest", "-m", "soak", *arguments]
         code = subprocess.run(command, cwd=ROOT, env={**os.environ, "SHOAL_SOAK_LOG": str(log)}, check=False).returncode
-        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    rows.sort(key=lambda row: (row.get("mode", ""), row.get("what", ""), row["test"]))
+        found = read(log)
+    here = {"at": f"{datetime.now(UTC):%Y-%m-%d %H:%M}", "machine": machine()}
+    rows = {row["test"]: row for row in read(ROWS)} if keep else {}
+    rows |= {row["test"]: {**row, **here} for row in found}
+    ordered = sorted(rows.values(), key=lambda row: (row.get("mode", ""), row.get("what", ""), row["test"]))
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text("\n".join(report(rows, code, arguments, time.monotonic() - begun)) + "\n")
+    ROWS.write_text("".join(json.dumps(row) + "\n" for row in ordered))
+    RESULT.write_text("\n".join(report(ordered)) + "\n")
     print(f"{RESULT.relative_to(ROOT)} is written")
     return code
 
 
-def report(rows: list[dict[str, Any]], code: int, arguments: list[str], seconds: float) -> Iterator[str]:
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def report(rows: list[dict[str, Any]]) -> Iterator[str]:
+    failed = [row["test"] for row in rows if not row["passed"]]
     yield "# Soak: kills at random moments, and what came of the runs"
     yield ""
     yield (
-        f"`python benchmarks/soak.py {' '.join(arguments)}`".replace(" `", "`")
-        + f", {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {seconds / 60:.0f} minutes."
+        f"`make soak` (benchmarks/soak.py), {' to '.join(sorted({min(r['at'] for r in rows), max(r['at'] for r in rows)}))} UTC, "
+        if rows
+        else ""
     )
-    yield f"Machine: {cpu()}, {len(os.sched_getaffinity(0))} cores, other work on it; torch {version('torch')}, Python {platform.python_version()}."
-    yield f"pytest ended with {code} ({'all passed' if code == 0 else 'see the rows that failed'})."
+    yield f"{sum(row['seconds'] for row in rows) / 60:.0f} minutes of tests, {len(rows)} tests, {len(failed)} failed{': ' if failed else ''}{', '.join(failed)}."
+    for text in sorted({row["machine"] for row in rows}):
+        yield f"Machine: {text}."
     yield ""
     yield "Every kill is a SIGKILL from outside; of roles only those are counted that the run itself noticed while it went on (events of its run.db)."
-    yield "**equal**: sync runs end with the `weights_sha256` of the same run with all roles in one process and no kill; async runs with that of their"
+    yield "**Equal**: sync runs end with the `weights_sha256` of the same run with all roles in one process and no kill; async runs with that of their"
     yield "`shoal replay`, whose updates also train the same stamps in the same order. The ledger balances in every row (produced = trained + dropped,"
     yield "nothing in flight at the end), in environment steps."
     yield ""
-    yield "| mode | killed | kills, all runs | runs | equal |"
+    yield "| mode | killed | kills | runs | equal |"
     yield "| --- | --- | ---: | ---: | ---: |"
-    for mode, what in dict.fromkeys((row["mode"], row["what"]) for row in rows if row["passed"]):
-        mine = [row for row in rows if row["passed"] and (row["mode"], row["what"]) == (mode, what)]
-        kills, wanted = sum(row["kills"] for row in mine), REQUIRED.get(what, 0) if mode == "sync" else 0
-        yield f"| {mode} | {what} | {kills}{f' (of {wanted} at least)' if wanted else ''} | {len(mine)} | {len(mine)} |"
+    passed = [row for row in rows if row["passed"]]
+    for mode, what in dict.fromkeys((row["mode"], row["what"]) for row in passed):
+        mine = [row for row in passed if (row["mode"], row["what"]) == (mode, what)]
+        wanted = REQUIRED.get(what, 0) if mode == "sync" else 0
+        least = f" (at least {wanted} wanted)" if wanted else ""
+        yield f"| {mode} | {what} | {sum(row['kills'] for row in mine)}{least} | {len(mine)} | {len(mine)} |"
     yield ""
     yield "| run | kills | of them inside a save | produced | trained | dropped | lag mean, max | s |"
     yield "| --- | ---: | ---: | ---: | ---: | --- | --- | ---: |"
@@ -80,6 +95,12 @@ def line(row: dict[str, Any]) -> Iterator[str]:
         f"| {name} | {row['kills']} | {row.get('saves_hit', '')} | {ledger['produced']:,} | {ledger['trained']:,} | {dropped} | {ages} "
         f"| {row['seconds']:.0f} |"
     )
+
+
+def machine() -> str:
+    """Said with every row: rows may come from several machines."""
+    cores = len(os.sched_getaffinity(0))
+    return f"{cpu()}, {cores} cores (load {os.getloadavg()[0]:.0f}), torch {version('torch')}, Python {platform.python_version()}"
 
 
 def cpu() -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import gymnasium
+
 import shoal
 
 short = {"stop": {"updates": 5}, "sampling": {"groups": 2, "group_size": 4, "rollout_length": 64}, "actors": 2}

@@ -4,9 +4,10 @@ Observations come by field name (`observation`, or `observation/KEY` for a Dict)
 value are put on top. It must hold float32 parameters only, and no random numbers or running statistics of its own.
 """
 
-import shoal
 import torch
 from torch import nn
+
+import shoal
 
 
 class ResidualTrunk(nn.Module):

@@ -12,9 +12,9 @@ from typing import Any
 
 import gymnasium
 import pytest
-from rollout_fakes import Drift
 
 import shoal
+from rollout_fakes import Drift
 from shoal.config import AlgorithmConfig
 from shoal.errors import ConfigError, RunError
 from shoal.monitoring.live import SilentView
@@ -123,7 +123,9 @@ def own_algorithm() -> Any:
 @pytest.mark.parametrize("actors", [0, 1])
 def test_a_class_is_an_algorithm(actors):
     seen: list[float] = []
-    run = train(algorithm={"name": own_algorithm(), "step": 0.25}, actors=actors, callbacks=[lambda f: seen.append(f["moved"])], stop={"updates": 3})
+    run = train(
+        algorithm={"name": own_algorithm(), "step": 0.25}, actors=actors, callbacks=[lambda f: seen.append(f["moved"])], stop={"updates": 3}
+    )
     assert seen == [0.25, 0.5, 0.75]
     again = train(algorithm={"name": own_algorithm(), "step": 0.25}, stop={"updates": 3})
     assert run.result["weights_sha256"] == again.result["weights_sha256"]
@@ -201,9 +203,9 @@ def test_a_run_that_met_its_end_ends_at_once_when_resumed():
     ("changes", "key"),
     [
         ({"seed": 9}, "seed was 0"),
-        ({"policy": {"hidden_sizes": [9]}}, "policy was"),
-        ({"sampling": {"groups": 3}}, "sampling was"),
-        ({"algorithm": {"learning_rate": 0.5}}, "algorithm was"),
+        ({"policy": {"hidden_sizes": [9]}}, "policy.hidden_sizes was"),
+        ({"sampling": {"groups": 3}}, "sampling.groups was"),
+        ({"algorithm": {"learning_rate": 0.5}}, "algorithm.learning_rate was"),
         ({"max_policy_lag": 9}, "max_policy_lag was"),
     ],
 )

@@ -19,7 +19,7 @@ from shoal.config import RunConfig
 from shoal.engines.coordinator import Coordinator, Plan
 from shoal.engines.local import LocalEngine
 from shoal.engines.session import Session
-from shoal.errors import ConfigError, RunError
+from shoal.errors import ConfigError, RunError, ShoalError
 from shoal.experience.ring import Ring, allocate
 from shoal.experience.schema import Schema, rollout_schema
 from shoal.files import CheckpointDirectory, Loaded, lock_run, write_text_atomically
@@ -118,11 +118,16 @@ def resume(
     return _execute(config, objects, directory, loaded, callbacks, progress)
 
 
-def load(path: str | Path) -> Run:
-    """A run that was made earlier. Raises RunError."""
+def load(path: str | Path, *, env: Callable[..., Any] | None = None, network: Callable[..., Any] | None = None) -> Run:
+    """A run that was made earlier. Raises RunError.
+
+    Args:
+      env, network: the environment's factory and the network, where the run was started with objects that have no import path.
+    """
     directory = find_run(path)
     result = directory / "result.json"
-    return Run(directory, json.loads(result.read_text()) if result.exists() else {}, {})
+    objects = {name: found for name, found in (("env", env), ("network", network)) if found is not None}
+    return Run(directory, json.loads(result.read_text()) if result.exists() else {}, objects)
 
 
 def evaluate(
@@ -130,6 +135,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Play `episodes` episodes with the newest policy of a run, with seeds that `seed` names.
 
+    Args:
+      run: a run, or its path; `shoal.load(path, env=factory)` where it was trained on an object that has no import path.
+      video: an mp4 of the first episode is written here.
+      deterministic: the most probable action of every step; else actions are drawn.
     Returns:
       episodes, mean_return, std_return, iqm, ci95 [low, high], min, max, mean_length.
     """
@@ -149,10 +158,18 @@ def check(target: str | Callable[..., Any], **settings: Any) -> Any:
 
 
 def replay(
-    path: str | Path, *, env: Callable[..., Any] | None = None, progress: Callable[[int], None] = lambda update: None
+    path: str | Path,
+    *,
+    env: Callable[..., Any] | None = None,
+    network: Callable[..., Any] | None = None,
+    algorithm: type[Any] | None = None,
+    progress: Callable[[int], None] = lambda update: None,
 ) -> dict[str, Any]:
     """Execute a run again in this process, up to its newest checkpoint.
 
+    Args:
+      env, network, algorithm: the user's own, where the run was started with objects that have no import path.
+      progress: called after each update with its number.
     Returns:
       run, updates, weights_sha256, expected_sha256, equal.
     Raises:
@@ -174,7 +191,7 @@ def replay(
     threads = torch.get_num_threads()
     torch.set_num_threads(config.learner.threads)
     try:
-        objects = UserObjects() if env is None else UserObjects(env=env)
+        objects = UserObjects(env=env, network=network, algorithm=algorithm)
         sha = execute(Blueprint(config, spec, objects, _run_id(directory)), log, int(expected["version"]), progress)
     finally:
         torch.set_num_threads(threads)
@@ -199,10 +216,13 @@ def _execute(
         recorder = stack.enter_context(contextlib.closing(Recorder(config, directory, view, callbacks)))
         wants_end = stack.enter_context(_interrupts())
         write_text_atomically(directory / "config.yaml", dump_config(config))
-        if config.actors == 0:
-            result = _run_inline(config, objects, directory, loaded, recorder, wants_end)
-        else:
-            result = _run_local(config, objects, directory, loaded, recorder, wants_end)
+        (directory / "result.json").unlink(missing_ok=True)  # of an earlier part
+        execute = _run_inline if config.actors == 0 else _run_local
+        try:
+            result = execute(config, objects, directory, loaded, recorder, wants_end)
+        except ShoalError as error:
+            recorder.event("failed", error=type(error).__name__, message=str(error))
+            raise
         write_text_atomically(directory / "result.json", json.dumps(result, indent=1))
         recorder.finish(result)
     return Run(directory, result, objects)
@@ -340,10 +360,18 @@ def _pickled(objects: dict[str, Any]) -> bytes | None:
 def _refuse_changes(before: RunConfig, now: RunConfig) -> None:
     """Only how a run ends, where its roles run and how it saves may change on the way."""
     free = {"stop", "actors", "checkpoint", "run_dir", "preset", "device"}
-    old, new = (c.model_dump(mode="json", by_alias=True) for c in (before, now))
-    for key in old:
-        if key not in free and old[key] != new[key]:
-            raise ConfigError(f"{key} was {old[key]} when the run began and cannot become {new[key]}; start a new run for it")
+    old, new = (_flat({k: v for k, v in c.model_dump(mode="json", by_alias=True).items() if k not in free}) for c in (before, now))
+    for key in old | new:
+        if old.get(key) != new.get(key):
+            raise ConfigError(f"{key} was {old.get(key)} when the run began and cannot become {new.get(key)}; start a new run for it")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
 
 
 def _known_facts(directory: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ Everything here reads; it works on living, finished, crashed and half-written ru
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -81,7 +82,7 @@ def find_run(path: str | Path) -> Path:
 def list_runs(directory: str | Path = "runs") -> list[dict[str, Any]]:
     """One row per run in `directory`, oldest first: run, env, algorithm, seed, status, env_steps, updates, seconds, mean_return.
 
-    status: running, why it ended (return, env_steps ...), stopped (it died; resume goes on), or damaged.
+    status: running, why it ended (return, env_steps ...), failed (an error ended it), stopped (it died; resume goes on), or damaged.
     Raises RunError where `directory` does not exist.
     """
     root = Path(directory)
@@ -108,7 +109,13 @@ def _status(path: Path) -> str:
     if run_holder(path) is not None:
         return "running"
     result = _result(path)
-    return str(result["reason"]) if result else "stopped"
+    if result:
+        return str(result["reason"])
+    with contextlib.suppress(ShoalError), RunReader(path / DATABASE) as reader:
+        last = next(reversed(reader.events()), None)
+        if last is not None and last["kind"] == "failed":
+            return "failed"
+    return "stopped"
 
 
 def _result(path: Path) -> dict[str, Any]:

@@ -240,7 +240,8 @@ class ActivityRecord:
     """One role at one moment. -1 where group, env or row say nothing. `age_seconds`: since it entered this activity.
 
     seconds: by activity, over all incarnations, the running stretch included.
-    whole: False where the role kept writing while it was read, or was killed in the middle: group and row may be of another moment.
+    whole: False where the role kept writing while it was read, or was killed in the middle: group and row may be of another moment,
+      and the age is 0. Whoever hangs in an environment is read whole.
     """
 
     activity: Activity

@@ -70,9 +70,9 @@ def test_with_json_standard_output_holds_one_object_whatever_else_prints(calls: 
 def test_an_interrupted_training_ends_with_130_and_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shoal, "train", lambda *_, **__: FakeRun(result={"reason": "interrupted"}))
+    monkeypatch.setattr(shoal, "train", lambda *_, **__: FakeRun(result={"run": "runs/x", "reason": "interrupted"}))
     assert ends_with("train", "CartPole-v1") == 130
-    assert "shoal resume runs/x" in capfd.readouterr().err
+    assert "shoal resume runs/x" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rollout_fakes import Drift
 
 import shoal
+from rollout_fakes import Drift
 from shoal.errors import EnvironmentFault
 from shoal.monitoring.live import SilentView
 

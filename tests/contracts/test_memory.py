@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from rollout_fakes import RUN_ID, scripted_schema, write_rollout
 
+from rollout_fakes import RUN_ID, scripted_schema, write_rollout
 from shoal.errors import SchemaError
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from rollout_fakes import add_episode, poisoned_ring, scripted_schema, scripted_spec, write_rollout
 
+from rollout_fakes import add_episode, poisoned_ring, scripted_schema, scripted_spec, write_rollout
 from shoal.config import RunConfig, StopConfig
 from shoal.engines.coordinator import Coordinator, Plan
 from shoal.experience.envelope import Fate, Identity
@@ -422,7 +422,11 @@ class Fleet(RuleBasedStateMachine):
     NUM_ACTORS = 3
 
     @initialize(
-        mode=st.sampled_from(["sync", "async"]), groups=st.integers(1, 4), batch=st.integers(1, 6), lag=st.integers(1, 4), prompt=st.booleans()
+        mode=st.sampled_from(["sync", "async"]),
+        groups=st.integers(1, 4),
+        batch=st.integers(1, 6),
+        lag=st.integers(1, 4),
+        prompt=st.booleans(),
     )
     def start(self, mode, groups, batch, lag, prompt):
         self.plan = plan_of(mode, groups, batch, lag)

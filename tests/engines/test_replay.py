@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rollout_fakes import Drift
 
+from rollout_fakes import Drift
 from shoal.config import RunConfig
 from shoal.engines.coordinator import Coordinator, Plan, version_runs
 from shoal.engines.mains import look
@@ -152,7 +152,8 @@ def test_weights_are_kept_for_as_long_as_they_are_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("versions", "runs"), [([5], [[5, 1]]), ([5, 5], [[5, 2]]), ([5, 6, 6, 5], [[5, 1], [6, 2], [5, 1]]), ([0, 1, 2], [[0, 1], [1, 1], [2, 1]])]
+    ("versions", "runs"),
+    [([5], [[5, 1]]), ([5, 5], [[5, 2]]), ([5, 6, 6, 5], [[5, 1], [6, 2], [5, 1]]), ([0, 1, 2], [[0, 1], [1, 1], [2, 1]])],
 )
 def test_versions_are_written_as_runs(versions, runs):
     assert version_runs(np.array(versions)) == runs

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from rollout_fakes import poisoned_ring, scripted_schema, scripted_spec, write_rollout
 
+from rollout_fakes import poisoned_ring, scripted_schema, scripted_spec, write_rollout
 from shoal.config import RunConfig
 from shoal.engines.coordinator import Coordinator, Plan
 from shoal.engines.session import Session
@@ -200,5 +200,10 @@ def test_a_roll_back_leads_to_the_last_checkpoint_as_often_as_it_takes(tmp_path,
         c = session.coordinator
         assert (c.version, c.env_steps) == (base, 16 * base)
         c.ledger.check()
-        assert c.ledger.balance() == {"produced": 16 * base + 32 * times, "trained": 16 * base, "dropped": {"rolled_back": 32 * times}, "in_flight": 0}
+        assert c.ledger.balance() == {
+            "produced": 16 * base + 32 * times,
+            "trained": 16 * base,
+            "dropped": {"rolled_back": 32 * times},
+            "in_flight": 0,
+        }
         assert json.dumps(session.last_checkpoint[1]) == facts

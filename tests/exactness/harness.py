@@ -93,7 +93,7 @@ class Killer:
     moments: list[int]
     rng: random.Random
     patience: int = 3
-    jitter_seconds: float = 0.3
+    jitter_seconds: float = 0.15
     together: bool = False  # all of them at once
     sent: list[tuple[int, str]] = field(default_factory=list)  # (newest checkpoint then, role)
     not_before: float = 0.0
@@ -102,7 +102,7 @@ class Killer:
     @classmethod
     def of(cls, prefix: str, kills: int, updates: int, seed: int) -> Killer:
         rng = random.Random(f"{prefix} {kills} {updates} {seed}")
-        last = int(updates * 0.7)  # the end of the run is whole: what was lost last is made again
+        last = int(updates * 0.6)  # the end of the run is whole: what was lost last is made again
         return cls(prefix, sorted(rng.randint(0, last) for _ in range(kills)), rng, patience=3 if "actor" in prefix else 2)
 
     def tick(self, root: int, run: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from rollout_fakes import (
     Drift,
     ScriptedBehaviour,
@@ -17,7 +18,6 @@ from rollout_fakes import (
     scripted_schema,
     write_rollout,
 )
-
 from shoal.actors.actor import Actor
 from shoal.config import EnvConfig
 from shoal.environments import make_group
@@ -128,6 +128,19 @@ def test_the_actions_of_running_episodes_are_kept_from_their_beginning():
         assert [a.tolist() for a in history.state_at(start).actions] == expected[start]
         assert history.state_at(start).cursor["episode"].tolist() == [start] * B
     np.testing.assert_array_equal(history.state_at(3).policy_state["policy_state/h"], slots[2].arrays["policy_state/h/end"])
+
+
+def test_of_a_paced_rollout_only_the_rows_that_an_environment_made_are_its_actions():
+    slots = scripted_slots(2)
+    slots[0].envelope["paced"] = True
+    slots[0].arrays["valid"][:] = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]])
+    add_episode(slots[0], 1, 0)
+    history = GroupHistory(B, (), "int64", STATE)
+    for slot in slots:
+        history.append(slot, keep_actions=True)
+    assert [a.tolist() for a in history.state_at(1).actions] == [[20 % 5], [1, 11 % 5], [2]]
+    after = [[(100 + 10 * t + b) % 5 for t in range(2)] for b in range(B)]
+    assert [a.tolist() for a in history.state_at(2).actions] == [[20 % 5, *after[0]], [1, 11 % 5, *after[1]], [2, *after[2]]]
 
 
 def test_without_actions_none_are_kept():

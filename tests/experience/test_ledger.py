@@ -117,6 +117,7 @@ def test_a_sequence_that_became_final_before_an_earlier_one_is_final_too():
         ledger.begin(Identity(0, 1, 1))
     ledger.settle(A0, Fate.TRAINED)
     assert ledger.get_state()["0"]["final"] == 2
+    assert not ledger._accounts[0].final_ahead  # a run of months keeps nothing of what lies below the mark
 
 
 def test_a_duplicate_is_refused_by_name():

@@ -6,8 +6,8 @@ import zlib
 
 import numpy as np
 import pytest
-from rollout_fakes import RUN_ID, poisoned_ring, scripted_schema, write_rollout
 
+from rollout_fakes import RUN_ID, poisoned_ring, scripted_schema, write_rollout
 from shoal.errors import SchemaError
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring, allocate
@@ -74,7 +74,9 @@ def test_a_slot_knows_whom_it_holds():
 @pytest.mark.parametrize("num_rows", [1, 2, 4])
 def test_the_checksum_goes_over_the_observations_then_the_rewards_of_written_rows(num_rows):
     slot = finished(num_rows)
-    expected = b"".join(slot.arrays[n][: num_rows + 1].tobytes() for n in slot.observation_names) + slot.arrays["reward"][:num_rows].tobytes()
+    expected = (
+        b"".join(slot.arrays[n][: num_rows + 1].tobytes() for n in slot.observation_names) + slot.arrays["reward"][:num_rows].tobytes()
+    )
     assert slot.checksum() == zlib.crc32(expected)
     slot.check(RUN_ID, ME)
     slot.check(RUN_ID)
@@ -86,7 +88,9 @@ def test_every_written_bit_of_observations_and_rewards_is_under_the_checksum():
         for t in range(rows):
             raw = slot.arrays[name][t].view(np.uint8).reshape(-1)
             raw[-1] ^= 1
-            with pytest.raises(SchemaError, match=r"^slot 0: observations or rewards changed after Identity\(group=2, sequence=5, attempt=1\)"):
+            with pytest.raises(
+                SchemaError, match=r"^slot 0: observations or rewards changed after Identity\(group=2, sequence=5, attempt=1\)"
+            ):
                 slot.check(RUN_ID, ME)
             raw[-1] ^= 1
     slot.check(RUN_ID, ME)
@@ -128,6 +132,19 @@ def test_check_refuses_a_number_of_rows_that_cannot_be(num_rows):
     slot.envelope["num_rows"] = num_rows
     with pytest.raises(SchemaError, match=rf"^slot 0: {num_rows} rows, expected 1 to 4$"):
         slot.check(RUN_ID, ME)
+
+
+def test_every_environment_used_all_rows_unless_the_group_is_paced():
+    slot = finished(3)
+    slot.arrays["valid"][1:, 0] = False
+    assert slot.rows_used().tolist() == [3, 3, 3]
+    slot.envelope["paced"] = True
+    slot.arrays["valid"][:] = False
+    slot.arrays["valid"][:3] = np.array([[1, 0, 1], [0, 0, 1], [1, 0, 0]])
+    slot.arrays["valid"][3] = True  # beyond the rows that were written
+    assert slot.rows_used().tolist() == [3, 0, 2]
+    slot.arrays["valid"][:3] = np.array([[1, 1, 0], [0, 1, 1], [0, 0, 0]])
+    assert slot.rows_used().tolist() == [1, 2, 2]
 
 
 @pytest.mark.parametrize("num_rows", [1, 4])

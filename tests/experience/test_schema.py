@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rollout_fakes import policy_fields, scripted_schema, scripted_spec
 
+from rollout_fakes import policy_fields, scripted_schema, scripted_spec
 from shoal.errors import SchemaError
 from shoal.experience.envelope import ENVELOPE
 from shoal.experience.schema import Schema, numpy_dtype, rollout_schema

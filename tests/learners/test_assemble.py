@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from rollout_fakes import NUM_ACTIONS, add_episode, observation_of, poisoned_ring, scripted_schema, write_rollout
 
+from rollout_fakes import NUM_ACTIONS, add_episode, observation_of, poisoned_ring, scripted_schema, write_rollout
 from shoal.experience.envelope import Identity
 from shoal.learners.assemble import assemble
 
@@ -49,7 +49,13 @@ def test_each_number_stands_in_its_column_and_below_the_last_row_stand_zeros(row
     assert not batch.truncated_TN.any()
     assert list(batch.policy_state) == ["policy_state/h"]
     assert list(batch.observation) == ["observation/camera", "observation/position"]
-    kinds = {"action": torch.int64, "log_prob_TN": torch.float32, "reward_TN": torch.float32, "valid_TN": torch.bool, "policy_lag_TN": torch.int64}
+    kinds = {
+        "action": torch.int64,
+        "log_prob_TN": torch.float32,
+        "reward_TN": torch.float32,
+        "valid_TN": torch.bool,
+        "policy_lag_TN": torch.int64,
+    }
     assert {name: getattr(batch, name).dtype for name in kinds} == kinds
 
 

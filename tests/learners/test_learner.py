@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from rollout_fakes import RUN_ID, poisoned_ring, policy_fields, scripted_spec, write_rollout
 
+from rollout_fakes import RUN_ID, poisoned_ring, policy_fields, scripted_spec, write_rollout
 from shoal.algorithms import build_algorithm
 from shoal.config import PPOConfig, RunConfig
 from shoal.errors import DivergedError, SchemaError
@@ -199,7 +199,7 @@ def test_rewards_are_normalised_before_and_observations_after_the_update():
     learner = world.learner
     orders = world.rollouts(0)
     raw = world.ring.slots[0].arrays["reward"].astype(np.float32).copy()
-    positions = [world.ring.slots[g].arrays["observation/position"][: rows].reshape(-1, 2) for g, rows in enumerate((4, 3))]
+    positions = [world.ring.slots[g].arrays["observation/position"][:rows].reshape(-1, 2) for g, rows in enumerate((4, 3))]
     everything = np.concatenate(positions).astype(np.float64)
     statistics = {n: t.clone() for n, t in named_tensors(world.policy).items() if n not in dict(world.policy.named_parameters())}
     learner.update(learner.consume(orders))

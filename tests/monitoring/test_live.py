@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import os
@@ -9,8 +10,22 @@ import pty
 import time
 
 import pytest
+from rich.console import Console
 
-from shoal.monitoring.live import LINE_SECONDS, LineView, LiveView, SilentView, clock, line, open_view, sparkline
+from shoal.monitoring.live import (
+    LINE_SECONDS,
+    SPARE_COLUMNS,
+    STARTING,
+    CountView,
+    LineView,
+    LiveView,
+    SilentView,
+    clock,
+    line,
+    open_view,
+    panel,
+    sparkline,
+)
 from shoal.monitoring.snapshot import ActorHealth, Snapshot
 
 
@@ -20,6 +35,7 @@ def a_snapshot(update: int = 1, mean_return: float = 12.5) -> Snapshot:
         "CartPole-v1",
         "ppo",
         "sync",
+        phase="training",
         update=update,
         env_steps=128_000,
         env_steps_per_second=11_234.0,
@@ -42,7 +58,15 @@ def a_snapshot(update: int = 1, mean_return: float = 12.5) -> Snapshot:
 
 def test_a_line_says_everything_that_matters() -> None:
     text = line(a_snapshot())
-    for part in ("[1:15]", "128,000 steps", "11,234 steps/s", "12.5 ± 3.0", "environment 50%", "1 running, 1 dead, 1 restarts", "ETA 0:30"):
+    for part in (
+        "[1:15]",
+        "128,000 steps",
+        "11,234 steps/s",
+        "12.5 ± 3.0",
+        "environment 50%",
+        "1 running, 1 dead, 1 restart |",
+        "ETA 0:30",
+    ):
         assert part in text
 
 
@@ -76,13 +100,58 @@ def test_the_panel_is_drawn_with_messages_above_it(monkeypatch: pytest.MonkeyPat
         "30.0 ± 3.0 of 475",
         "11,234 steps/s",
         "learning 25%",
-        "bound 4",
+        "of 4 updates",
         "10 produced",
-        "1 actor_died",
+        "1 actor died",
         "0:30 to go",
-        "a warning",
+        "[1:15] a warning",
     ):
         assert part in stream.getvalue()
+
+
+def drawn(snapshot: Snapshot, columns: int) -> list[str]:
+    """The panel's lines as a terminal of this width shows them."""
+    console = Console(file=io.StringIO(), width=columns, highlight=False)
+    console.print(panel(snapshot, [1.0, 2.0], columns - SPARE_COLUMNS))
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined,no-any-return]
+
+
+@pytest.mark.parametrize("columns", [80, 100, 200])
+def test_the_panel_leaves_room_for_an_echoed_interrupt_and_breaks_no_line_of_its_own(columns: int) -> None:
+    lines = drawn(a_snapshot(), columns)
+    assert len(lines) == 9
+    assert max(map(len, lines)) <= columns - SPARE_COLUMNS
+
+
+def test_a_run_without_lag_shows_none_and_one_that_is_done_no_living_actors() -> None:
+    text = "\n".join(drawn(dataclasses.replace(a_snapshot(), max_policy_lag=0, phase="done"), 100))
+    assert "lag" not in text
+    assert "2 ended, 1 restart" in text
+    assert "1:15 in all" in text
+
+
+def test_what_starts_is_said_until_the_first_snapshot_and_then_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, child = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    with os.fdopen(parent, "rb") as screen, os.fdopen(child, "w") as stream:
+        view = LiveView(stream)
+        view.close()
+        seen = os.read(screen.fileno(), 65536).decode()
+    assert seen.index(STARTING) < seen.rindex("\x1b[2K")  # erased
+    assert seen.rstrip().endswith("\x1b[?25h") or "\x1b[?25h" in seen  # the cursor is back
+
+
+def test_counted_work_is_told_now_and_then_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    view = CountView("replay: update", 40, stream)
+    for done in (10, 20):
+        now[0] += LINE_SECONDS
+        view(done)
+        view(done)
+    view.close()
+    assert stream.getvalue().splitlines() == ["replay: update: 10 of 40, 0:15 to go", "replay: update: 20 of 40, 0:10 to go"]
 
 
 def test_the_view_follows_the_stream() -> None:

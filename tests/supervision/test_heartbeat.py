@@ -127,9 +127,11 @@ def test_a_writer_killed_in_the_middle_does_not_hang_the_reader():
     board = ActivityBoard.create(1)
     board.heartbeat(0).enter(Activity.LEARNING)
     board._words[0] += 1  # begun, never finished
+    board._words[3] = 0  # since_ns: what is packed is zeros first
     (record,) = board.records()
     assert record.activity == Activity.LEARNING
     assert not record.whole
+    assert record.age_seconds == 0.0  # else it would have been at it since the machine was started
 
 
 def test_two_roles_never_share_a_cache_line():

@@ -68,7 +68,8 @@ def test_the_hash_tells_layouts_apart_and_does_not_depend_on_the_order_given():
 
 # ---- versions --------------------------------------------------------------------------------------------------------
 def test_memory_is_whole_pages_with_the_header_on_its_own():
-    assert [WeightBoard.size_bytes(size) for size in (0, 1, 512, 513, 1024)] == [4096, 8192, 8192, 12288, 12288]
+    sizes = {0: 4096, 1: 8192, 512: 8192, 513: 12288, 1024: 12288, 2**24: 4096 + 8 * 2**24}
+    assert {size: WeightBoard.size_bytes(size) for size in sizes} == sizes
     made, buffer = board(512)
     made.publish(0, flat(1.0, 512))
     made.publish(1, flat(2.0, 512))
@@ -215,10 +216,13 @@ class Moments:
     """A header that is another one at each look, until the last."""
 
     def __init__(self, looks: list[list[list[int]]], then: np.ndarray) -> None:
-        self._looks, self._then = looks, then
+        self._looks, self._then, self.looks_after = looks, then, 0
 
     def _now(self) -> np.ndarray:
-        return np.array(self._looks.pop(0)) if self._looks else self._then
+        if self._looks:
+            return np.array(self._looks.pop(0))
+        self.looks_after += 1
+        return self._then
 
     def __getitem__(self, key):
         return self._now()[key]
@@ -237,12 +241,35 @@ def test_a_writer_that_publishes_between_two_looks_at_the_header_confuses_nobody
         made.publish(version, flat(version))
     torn = [[[2, -1], [1, 1]], [[2, 2], [3, -1]]]
     for looks in (torn, [*torn, *torn]):
-        reader = WeightBoard.__new__(WeightBoard)
-        reader.__dict__.update(made.__dict__)
-        reader._header = Moments(list(looks), made._header)
         out = flat(-1)
-        assert reader.read(out) in (2, 3)
+        assert reader_of(made, looks).read(out) in (2, 3)
         assert len(set(out.tolist())) == 1
+
+
+def reader_of(made: WeightBoard, looks: list[list[list[int]]]) -> WeightBoard:
+    """A reader of this board to whom its header seems like `looks`, one after the other, before it shows itself as it is."""
+    reader = WeightBoard.__new__(WeightBoard)
+    reader.__dict__.update(made.__dict__)
+    reader._header = Moments(list(looks), made._header)
+    return reader
+
+
+def test_a_reader_that_comes_while_the_first_version_is_written_gets_it():
+    made, _ = board()
+    made.publish(0, flat(7))
+    out = flat(-1)
+    assert reader_of(made, [[[0, -1], [-1, -1]]] * 6).read(out) == 0
+    assert (out == 7).all()
+
+
+def test_a_copy_whose_header_is_just_being_taken_down_is_read_again():
+    """The writer has stored that it begins version 5, and not yet that 3 is whole no more: its first bytes may be there already."""
+    made, _ = board()
+    for version in (2, 3):
+        made.publish(version, flat(version))
+    reader = reader_of(made, [[[2, 2], [3, 3]], [[2, 2], [3, 3]], [[2, 2], [5, 3]]])
+    assert reader.read(flat(-1)) == 3
+    assert reader._header.looks_after == 3
 
 
 def _hammer(fd: int, size_bytes: int, go: object, done: object) -> None:

@@ -19,6 +19,7 @@ _REASONS = {
     "updates": "the updates of --stop.updates are made",
     "seconds": "the time of --stop.seconds is over",
     "interrupted": "interrupted; a checkpoint is kept",
+    "failed": "an error ended it, see below",
 }
 _MARKS = {"error": ("red", "✗"), "warning": ("yellow", "!"), "note": ("cyan", "·")}
 

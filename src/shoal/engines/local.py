@@ -327,7 +327,7 @@ class LocalEngine:
     def _watch_process(self, process: Process, record: ActivityRecord) -> None:
         if process_state(process.pid) == "T":
             self._kill(process, "was stopped")
-        elif process.name == "actor" and record.incarnation == process.incarnation:
+        elif process.name == "actor" and record.whole and record.incarnation == process.incarnation:
             limit = self._config.env.step_timeout_seconds
             stepping = record.activity is Activity.STEPPING and record.age_seconds > limit
             if stepping or (record.activity is Activity.RESTORING and record.age_seconds > RESTORE_TIMES * limit):

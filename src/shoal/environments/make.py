@@ -14,6 +14,7 @@ from shoal.environments.group import PythonGroup
 from shoal.environments.instance import offered_snapshot_bytes, unwrap
 from shoal.environments.spaces import MASK, describe
 from shoal.errors import ConfigError, ShoalError
+from shoal.imports import OPAQUE, load_object
 from shoal.types import EnvironmentGroup, EnvironmentSpec
 
 Factory = Callable[..., Any]
@@ -35,9 +36,7 @@ def environment_factory(
       ConfigError: unknown id (with the nearest names), missing extra (with the command that installs it), no such factory.
         Wrong `env.kwargs` raise it when the environment is made.
     """
-    if callable_ is None and is_path(env.id):
-        from shoal.imports import load_object
-
+    if callable_ is None and (is_path(env.id) or env.id.startswith(OPAQUE)):
         callable_ = load_object(env.id)
     if callable_ is not None:
         return _checked(env, _user_factory(env, callable_, render_mode))

@@ -63,7 +63,7 @@ def evaluate(
     factory = environment or policy.environment
     env_id = policy.env_config.id
     if factory is None and env_id.startswith(OPAQUE):
-        raise ConfigError(f"the policy was trained on {env_id}, a Python object; give it again: evaluate(..., environment=factory)")
+        raise ConfigError(f"the policy was trained on {env_id}, a Python object; give it again: shoal.load(path, env=factory).evaluate()")
     creates = [environment_factory(policy.env_config, factory, training=False)] * min(num_envs, episodes)
     with ExitStack() as stack:
         if video is not None:

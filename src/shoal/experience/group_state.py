@@ -116,7 +116,7 @@ def pack(state: GroupState) -> Arrays:
 
 def unpack(arrays: Arrays) -> GroupState:
     """The inverse of `pack`."""
-    cursor = np.ascontiguousarray(arrays["cursor"]).view(CURSOR).reshape(-1)
+    cursor = np.ascontiguousarray(arrays["cursor"]).view(CURSOR)[:, 0]
     envs = range(len(cursor))
     snapshots = [arrays[f"snapshot/{b}"].tobytes() if f"snapshot/{b}" in arrays else None for b in envs]
     states = {n.removeprefix("state/"): v for n, v in arrays.items() if n.startswith("state/")}

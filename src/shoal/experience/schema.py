@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -54,7 +55,7 @@ class Schema:
             if field.name in offsets:
                 raise SchemaError(f"field {field.name!r} is named twice")
             offsets[field.name] = at
-            size = int(np.prod(self.full_shape(field), dtype=np.int64)) * numpy_dtype(field.dtype).itemsize
+            size = math.prod(self.full_shape(field)) * numpy_dtype(field.dtype).itemsize
             at += -(-size // _ALIGNMENT) * _ALIGNMENT
         offsets[""] = -(-at // 4096) * 4096  # slots begin on pages, so that sparse fields cost no memory until they are used
         return offsets
@@ -76,7 +77,7 @@ class Schema:
         out: Arrays = {}
         for field in self.fields:
             dtype, shape = numpy_dtype(field.dtype), self.full_shape(field)
-            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            size = math.prod(shape) * dtype.itemsize
             begin = self.offsets[field.name]
             out[field.name] = slot[begin : begin + size].view(dtype).reshape(shape)
         return out

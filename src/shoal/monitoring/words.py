@@ -65,6 +65,7 @@ _SENTENCES: dict[str, Callable[[_Facts], str]] = {
     "rolled_back": _rolled_back,
     "not_restored": _not_restored,
     "environment_fault": _fault,
+    "failed": lambda facts: f"the run ended with {facts['error']}: {str(facts['message']).splitlines()[0]}",
     "warning": lambda facts: f"warning: {facts['message']}",
     "scaled": lambda facts: f"now {counted(int(facts['actors']), 'actor')}",
     "pause": lambda facts: "paused: no more rollouts are ordered until `shoal control RUN continue`",

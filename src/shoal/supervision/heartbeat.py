@@ -109,7 +109,7 @@ class ActivityBoard:
                 break  # else it is being written, or its writer was killed, stopped or preempted in the middle of that
         record = np.frombuffer(copied, RECORD)[0]
         activity = Activity(int(record["activity"]))
-        age_ns = max(0, time.monotonic_ns() - int(record["since_ns"])) if beat else 0
+        age_ns = max(0, time.monotonic_ns() - int(record["since_ns"])) if beat and whole else 0  # torn, `since_ns` may be 0
         totals_ns = [int(total) for total in record["total_ns"]]
         totals_ns[activity] += age_ns
         return ActivityRecord(

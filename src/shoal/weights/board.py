@@ -8,6 +8,7 @@ The version also travels in the message that tells of it, and that message order
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class WeightLayout:
     @property
     def size(self) -> int:
         """float32 numbers in all."""
-        return sum(int(np.prod(shape, dtype=np.int64)) for _, shape in self.entries)
+        return sum(math.prod(shape) for _, shape in self.entries)
 
     @property
     def hash(self) -> str:
@@ -48,7 +49,7 @@ class WeightLayout:
         out: Arrays = {}
         at = 0
         for name, shape in self.entries:
-            size = int(np.prod(shape, dtype=np.int64))
+            size = math.prod(shape)
             out[name] = flat[at : at + size].reshape(shape)
             at += size
         return out

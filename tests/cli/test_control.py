@@ -1,0 +1,114 @@
+"""`shoal control`, on a run that lives and on runs that do not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.cli import main
+from shoal.cli.control import tell_run
+from shoal.config import RunConfig
+from shoal.errors import RunError
+from shoal.files import lock_run
+from shoal.runs import create_run
+
+WAIT_SECONDS = 120.0
+
+
+def ends_with(*args: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(list(args))
+    return int(caught.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def alive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
+    """A run that goes on until somebody stops it."""
+    directory = tmp_path_factory.mktemp("work") / "run"
+    command = [sys.executable, "-m", "shoal.cli", "train", "CartPole-v1", "--algorithm", "appo", "--actors", "2", "--json"]
+    command += ["--stop.updates", "1000000", "--run-dir", str(directory)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + WAIT_SECONDS
+    while time.monotonic() < deadline and process.poll() is None and not (directory / "control.sock").exists():
+        time.sleep(0.05)
+    yield directory, process
+    process.kill()
+    process.communicate()
+
+
+def test_a_living_run_does_what_it_is_told(alive: tuple[Path, subprocess.Popen[str]], capfd: pytest.CaptureFixture[str]) -> None:
+    directory, process = alive
+    run = str(directory)
+
+    def answer(*args: str) -> dict[str, Any]:
+        assert ends_with("control", run, *args, "--json") == 0
+        found = json.loads(capfd.readouterr().out)
+        assert isinstance(found, dict)
+        return found
+
+    state = answer("state")["state"]
+    assert (state["env"], state["algorithm"], len(state["actors"])) == ("CartPole-v1", "appo", 2)
+    assert state["produced"] == state["trained"] + sum(state["dropped"].values()) + state["in_flight"]
+    saved = answer("save")["update"]
+    assert any(str(saved) in path.name for path in (directory / "checkpoints").iterdir())
+    while tell_run(directory, "state")["state"]["update"] < 3:
+        time.sleep(0.05)
+    assert answer("pause") == {"ok": True}
+    assert answer("state")["state"]["phase"] == "paused"
+    first = settled(directory)
+    time.sleep(1.0)
+    assert settled(directory) == first  # nothing is learned in a pause
+    assert answer("continue") == {"ok": True}
+    while tell_run(directory, "state")["state"]["update"] <= first:
+        time.sleep(0.05)
+    assert answer("scale", "1") == {"ok": True, "actors": 1}
+    assert ends_with("control", run, "scale", "99") == 1
+    assert "the number of groups" in capfd.readouterr().err
+    assert ends_with("control", run, "state") == 0
+    assert "CartPole" not in capfd.readouterr().out  # one line, as in a log
+    assert ends_with("control", run, "stop") == 0
+    assert "with a checkpoint" in capfd.readouterr().out
+    out, _ = process.communicate(timeout=WAIT_SECONDS)
+    assert (process.returncode, json.loads(out)["reason"]) == (130, "interrupted")
+    assert ends_with("control", run, "state") == 1
+    assert "is not running" in capfd.readouterr().err
+
+
+def settled(directory: Path) -> int:
+    """The update that a paused run stands at, once what was ordered before has been learned."""
+    seen: list[int] = []
+    while len(seen) < 20 or len(set(seen[-20:])) > 1:
+        seen.append(int(tell_run(directory, "state")["state"]["update"]))
+        time.sleep(0.1)
+    return seen[-1]
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        (["scale"], "scale needs the number of actors"),
+        (["save", "3"], "save takes no number"),
+        (["sleep"], "'sleep' is not one of"),
+        ([], "Missing"),
+    ],
+)
+def test_wrong_usage_ends_with_two(args: list[str], part: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert ends_with("control", "latest", *args) == 2
+    assert part in capfd.readouterr().err
+
+
+def test_a_run_in_one_process_takes_no_requests(tmp_path: Path) -> None:
+    path = create_run(RunConfig.model_validate({"env": {"id": "CartPole-v1"}, "actors": 0}), tmp_path)
+    with pytest.raises(RunError, match="is not running"):
+        tell_run(path, "save")
+    with lock_run(path), pytest.raises(RunError, match="takes no requests"):
+        tell_run(path, "save")

@@ -1,0 +1,87 @@
+"""What a person reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from shoal.cli.report import print_check, print_control, print_replay, print_show, print_training
+from shoal.config import RunConfig
+
+RESULT = {
+    "run": "runs/x", "reason": "return", "env_steps": 20480, "updates": 80, "seconds": 61.5, "env_steps_per_second": 333.0, "mean_return": 476.25,
+    "policy_version": 80, "weights_sha256": "ab" * 32, "ledger": {"produced": 20736, "trained": 20480, "dropped": {"actor_died": 256}, "in_flight": 0},
+    "lag": {"mean": 0.5, "p99": 2.0, "max": 3}, "restarts": 1,
+}  # fmt: skip
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().out
+
+
+def test_a_training_is_summed_up_with_its_balance(capsys: pytest.CaptureFixture[str]) -> None:
+    print_training(RESULT)
+    text = said(capsys)
+    for part in (
+        "reached --stop.return",
+        "476.2 (mean of the last 100",
+        "20,480 in 80 updates and 1:02, 333 steps/s",
+        "20,736 produced = 20,480 trained + 256 actor died + 0 in flight",
+        "mean 0.5, p99 2, max 3 updates",
+        "shoal evaluate runs/x",
+    ):
+        assert part in text
+    print_training({**RESULT, "reason": "interrupted"})
+    assert "shoal resume runs/x" in said(capsys)
+
+
+def test_a_run_is_shown_with_what_was_configured_and_what_went_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    config = RunConfig.model_validate({"env": {"id": "CartPole-v1", "kwargs": {"gravity": -3}}, "sampling": {"groups": 2}, "actors": 1})
+    shown: dict[str, Any] = {
+        "run": "runs/x", "status": "running", "process": 12345, "configuration": config.model_dump(mode="json", by_alias=True),
+        "results": {"env_steps": 512, "updates": 2, "seconds": 1.0, "mean_return": None},
+        "ledger": {"steps": RESULT["ledger"], "groups": {"0": {"produced": 10, "trained": 9, "in_flight": 1, "dropped": {}, "trained_share": 0.9}}},
+        "lag": None, "checkpoint": None, "warnings": ["run.db is torn"], "schema": [{"name": "reward", "dtype": "float64", "shape": [32, 2], "axis": "T"}],
+        "faults": {"counts": {"died": 1}, "newest": [{"time": 0.0, "kind": "died", "update": 1, "role": "actor", "index": 0, "how": "killed", "reason": ""}]},
+    }  # fmt: skip
+    print_show(shown)
+    text = said(capsys)
+    for part in (
+        "running (process 12345)",
+        "env.kwargs.gravity",
+        "none yet",
+        "run.db is torn",
+        "32x2",
+        "actor 0 died, killed",
+        "trained_share",
+    ):
+        assert part in text
+    assert "gae_lambda" not in text  # as by default
+    assert "sampling.groups" in text
+
+
+def test_findings_come_worst_first_each_with_what_to_do_once(capsys: pytest.CaptureFixture[str]) -> None:
+    findings = [
+        {"severity": "note", "name": "waits", "message": "it waits", "hint": ""},
+        {"severity": "error", "name": "dtype", "message": "wrong\n  expected: a\n  hint: cast it", "hint": "cast it"},
+        {"severity": "warning", "name": "range", "message": "too wide", "hint": "clip"},
+    ]
+    leaf = {"path": ["camera"], "kind": "box", "dtype": "uint8", "shape": [84, 84], "low": [0], "high": [255], "nvec": []}
+    action = {"path": [], "kind": "discrete", "dtype": "int64", "shape": [], "low": [], "high": [], "nvec": [3]}
+    spec = {"observation": [leaf], "action": action, "action_mask": "info", "exact_restore": False, "snapshot_bytes": 0}
+    print_check({"environment": "x", "findings": findings, "spec": spec, "measurements": {"memory_bytes": 2_500_000}})
+    text = said(capsys)
+    assert text.startswith("x: 1 error, 1 warning, 1 note\n")
+    assert text.index("dtype") < text.index("range") < text.index("waits")
+    assert text.count("cast it") == 1
+    for part in ("observation/camera", "box uint8 [84, 84], 0 to 255", "discrete, 3 choices, mask in the info", "not possible", "2.5 MB"):
+        assert part in text
+
+
+def test_answers_and_replays_are_said_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    print_control({"ok": True, "update": 7}, "save")
+    print_replay({"run": "runs/x", "updates": 3, "weights_sha256": "ab", "expected_sha256": "cd", "equal": False})
+    text = said(capsys)
+    assert "saved: checkpoint of update 7" in text
+    assert "OTHER weights: the run has cd" in text
