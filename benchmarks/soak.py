@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
         command = [sys.executable, "-m", "pytest", "-m", "soak", *arguments]
         code = subprocess.run(command, cwd=ROOT, env={**os.environ, "SHOAL_SOAK_LOG": str(log)}, check=False).returncode
         found = read(log)
-    here = {"at": f"{datetime.now(UTC):%Y-%m-%d %H:%M}", "machine": machine()}
+    here = {"at": f"{datetime.now(UTC):%Y-%m-%d %H:%M}", "machine": machine(), "load": round(os.getloadavg()[0])}
     rows = {row["test"]: row for row in read(ROWS)} if keep else {}
     rows |= {row["test"]: {**row, **here} for row in found}
     ordered = sorted(rows.values(), key=lambda row: (row.get("mode", ""), row.get("what", ""), row["test"]))
@@ -54,18 +54,15 @@ def report(rows: list[dict[str, Any]]) -> Iterator[str]:
     failed = [row["test"] for row in rows if not row["passed"]]
     yield "# Soak: kills at random moments, and what came of the runs"
     yield ""
-    yield (
-        f"`make soak` (benchmarks/soak.py), {' to '.join(sorted({min(r['at'] for r in rows), max(r['at'] for r in rows)}))} UTC, "
-        if rows
-        else ""
-    )
-    yield f"{sum(row['seconds'] for row in rows) / 60:.0f} minutes of tests, {len(rows)} tests, {len(failed)} failed{': ' if failed else ''}{', '.join(failed)}."
+    minutes = sum(row["seconds"] for row in rows) / 60
+    yield f"`make soak` (benchmarks/soak.py), ended {' and '.join(sorted({row['at'] for row in rows}))} UTC."
+    yield f"{len(rows)} tests, {minutes:.0f} minutes if one after the other, {len(failed)} failed{': ' if failed else ''}{', '.join(failed)}."
     for text in sorted({row["machine"] for row in rows}):
-        yield f"Machine: {text}."
+        yield f"Machine: {text}; its load at the end: {' and '.join(str(n) for n in sorted({row['load'] for row in rows}))}."
     yield ""
     yield "Every kill is a SIGKILL from outside; of roles only those are counted that the run itself noticed while it went on (events of its run.db)."
     yield "**Equal**: sync runs end with the `weights_sha256` of the same run with all roles in one process and no kill; async runs with that of their"
-    yield "`shoal replay`, whose updates also train the same stamps in the same order. The ledger balances in every row (produced = trained + dropped,"
+    yield "`shoal replay`, whose updates also train the same stamps in the same order (the row without kills is not replayed). The ledger balances in every row (produced = trained + dropped,"
     yield "nothing in flight at the end), in environment steps."
     yield ""
     yield "| mode | killed | kills | runs | equal |"
@@ -75,12 +72,14 @@ def report(rows: list[dict[str, Any]]) -> Iterator[str]:
         mine = [row for row in passed if (row["mode"], row["what"]) == (mode, what)]
         wanted = REQUIRED.get(what, 0) if mode == "sync" else 0
         least = f" (at least {wanted} wanted)" if wanted else ""
-        yield f"| {mode} | {what} | {sum(row['kills'] for row in mine)}{least} | {len(mine)} | {len(mine)} |"
+        yield f"| {mode} | {what} | {sum(row['kills'] for row in mine)}{least} | {len(mine)} | {len(mine) if 'none' not in what else ''} |"
     yield ""
     yield "| run | kills | of them inside a save | produced | trained | dropped | lag mean, max | s |"
     yield "| --- | ---: | ---: | ---: | ---: | --- | --- | ---: |"
     for row in rows:
         yield from line(row)
+    if notes := [f"- {row['test']}: {row['note']}" for row in rows if row.get("note")]:
+        yield from ["", "Notes:", *notes]
 
 
 def line(row: dict[str, Any]) -> Iterator[str]:
@@ -90,7 +89,7 @@ def line(row: dict[str, Any]) -> Iterator[str]:
     ledger, lag = row["ledger"], row.get("lag")
     dropped = ", ".join(f"{reason} {steps:,}" for reason, steps in ledger["dropped"].items()) or "0"
     ages = f"{lag['mean']:.2f}, {lag['max']}" if lag else "0, 0"
-    name = f"{row['task']} {row['mode']}, kills of {row['what']}"
+    name = f"{row['task']} {row['mode']}, killed: {row['what']}"
     yield (
         f"| {name} | {row['kills']} | {row.get('saves_hit', '')} | {ledger['produced']:,} | {ledger['trained']:,} | {dropped} | {ages} "
         f"| {row['seconds']:.0f} |"
@@ -100,7 +99,7 @@ def line(row: dict[str, Any]) -> Iterator[str]:
 def machine() -> str:
     """Said with every row: rows may come from several machines."""
     cores = len(os.sched_getaffinity(0))
-    return f"{cpu()}, {cores} cores (load {os.getloadavg()[0]:.0f}), torch {version('torch')}, Python {platform.python_version()}"
+    return f"{cpu()}, {cores} cores, torch {version('torch')}, Python {platform.python_version()}"
 
 
 def cpu() -> str:

@@ -221,7 +221,7 @@ def _execute(
         try:
             result = execute(config, objects, directory, loaded, recorder, wants_end)
         except ShoalError as error:
-            recorder.event("failed", error=type(error).__name__, message=str(error))
+            recorder.failed(error)
             raise
         write_text_atomically(directory / "result.json", json.dumps(result, indent=1))
         recorder.finish(result)

@@ -130,8 +130,12 @@ def test_one_off_policy_step_equals_the_paper_written_out(kind: str, corrected: 
         lambda_=0.9,
     )
     valid = batch.valid_TN
-    # at the first step pi / pi_0 is 1, so the clipped objective's gradient is the policy gradient
-    loss = -(log_prob * advantage)[valid].mean() + 0.5 * (values[:-1] - target)[valid].square().mean() - 0.03 * entropy[valid].mean()
+    policy_objective = log_prob * advantage
+    if kind == "appo":
+        ratio = (log_prob - batch.log_prob_TN).exp()
+        plain = advantage / log_rho.exp().clamp(max=1.2) if corrected else advantage  # r + gamma v_{t+1} - V, the ratio is the correction
+        policy_objective = torch.min(ratio * plain, ratio.clamp(0.8, 1.2) * plain)
+    loss = -policy_objective[valid].mean() + 0.5 * (values[:-1] - target)[valid].square().mean() - 0.03 * entropy[valid].mean()
     reference_step(theirs, torch.optim.Adam(theirs.parameters(), lr=1e-2, eps=1e-5), loss)
     for name, tensor in named_tensors(ours).items():
         torch.testing.assert_close(tensor, named_tensors(theirs)[name], rtol=1e-3, atol=2e-5)

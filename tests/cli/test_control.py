@@ -55,13 +55,13 @@ def test_a_living_run_does_what_it_is_told(alive: tuple[Path, subprocess.Popen[s
         assert isinstance(found, dict)
         return found
 
+    while tell_run(directory, "state")["state"]["update"] < 3:
+        time.sleep(0.05)
     state = answer("state")["state"]
     assert (state["env"], state["algorithm"], len(state["actors"])) == ("CartPole-v1", "appo", 2)
     assert state["produced"] == state["trained"] + sum(state["dropped"].values()) + state["in_flight"]
     saved = answer("save")["update"]
     assert any(str(saved) in path.name for path in (directory / "checkpoints").iterdir())
-    while tell_run(directory, "state")["state"]["update"] < 3:
-        time.sleep(0.05)
     assert answer("pause") == {"ok": True}
     assert answer("state")["state"]["phase"] == "paused"
     first = settled(directory)

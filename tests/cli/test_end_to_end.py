@@ -42,7 +42,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 def test_train_answers_with_exactly_the_promised_keys(trained: tuple[Path, dict[str, Any]]) -> None:
     _, result = trained
     assert set(result) == RESULT
-    assert (result["reason"], result["updates"], result["policy_version"], result["env_steps"]) == ("updates", 4, 4, 1024)
+    assert (result["reason"], result["updates"], result["policy_version"], result["env_steps"]) == ("updates", 4, 4, 4096)
     ledger = result["ledger"]
     assert set(ledger) == {"produced", "trained", "dropped", "in_flight"}
     assert ledger["produced"] == ledger["trained"] + sum(ledger["dropped"].values()) + ledger["in_flight"]

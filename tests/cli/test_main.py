@@ -54,7 +54,7 @@ def test_train_hands_on_its_settings_and_ends_with_zero(calls: list[Any]) -> Non
 
 def test_which_preset_was_taken_is_said(calls: list[Any], capfd: pytest.CaptureFixture[str]) -> None:
     ends_with("train", "CartPole-v1", "--actors", "1")
-    assert "CartPole-v1: ppo (sync), preset CartPole-v1, seed 0, 1 actor, 4 groups of 2" in capfd.readouterr().err
+    assert "CartPole-v1: ppo (sync), preset CartPole-v1, seed 0, 1 actor, " in capfd.readouterr().err
     ends_with("train", "Blackjack-v1", "--actors", "0")
     assert "no preset for it, seed 0, all in this process" in capfd.readouterr().err
 

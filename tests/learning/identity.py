@@ -157,7 +157,9 @@ class IdentityWorld(gymnasium.Env[Any, Any]):
 def learn(observation: str, action: str, algorithm: str, run_dir: Path, *, seed: int = 0) -> tuple[float, int]:
     """Train in this process. Returns the share of the optimal return that the learned policy gets, and the env steps that it took."""
     continuous, pixels = action.startswith("box"), observation in ("image", "nested")
-    own: dict[str, Any] = {"impala": {"minibatch_size": 128}}.get(algorithm, {"minibatch_size": 128, "epochs": 4})
+    own: dict[str, Any] = {"minibatch_size": 64} if algorithm == "impala" else {"minibatch_size": 128, "epochs": 4}
+    if not continuous:
+        own["entropy_coefficient"] = 0.01  # without it a choice that was good by chance becomes certain
     run = shoal.train(
         lambda: IdentityWorld(observation, action),
         algorithm={"name": algorithm, "learning_rate": 1e-3 if pixels else 3e-3, "gamma": 0.5, "normalise_advantage": True, **own},

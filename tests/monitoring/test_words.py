@@ -29,7 +29,11 @@ from shoal.monitoring.words import counted, event_words
         ("rolled_back", {"update": 1200, "updates_undone": 1}, "back to the checkpoint of update 1,200: 1 update will be made again"),
         ("not_restored", {"group": 2, "environments": [0, 3]}, "group 2: 2 environments could not be put back"),
         ("not_restored", {"group": 2, "environments": 1}, "group 2: 1 environment could not be put back"),
-        ("environment_fault", {"message": "x: step() raised\n  where: y"}, "environment fault, mended by a restart: x: step() raised"),
+        (
+            "environment_fault",
+            {"message": "x: step() raised\n  where: y", "report": {"group": 0, "step": 3}},
+            "environment fault: x: step() raised (group 0, step 3)",
+        ),
         ("failed", {"error": "DivergedError", "message": "diverged"}, "the run ended with DivergedError: diverged"),
         ("scaled", {"actors": 1}, "now 1 actor"),
         ("something_new", {"a": 1, "report": {}, "b": ""}, "something new: a 1"),

@@ -122,7 +122,7 @@ def _changed(configuration: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in _flat(configuration, ""):
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else str(value)
         if name != "algorithm.name" and value not in (None, {}, "") and text != defaults.get(name):
-            yield name, word(value)
+            yield name, text
 
 
 def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -6,9 +6,11 @@ Nothing is decided here; local.py decides. No torch.
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ class Process:
     retired: bool = False  # it is to end and not to come again
     deaths: int = 0  # since it last achieved something
     not_before: float = 0.0  # back-off of its next start
+    unsent: deque[tuple[bytes, list[int]]] = field(default_factory=deque)  # messages, with descriptors, that its channel had no room for
 
     @property
     def up(self) -> bool:
@@ -63,6 +66,9 @@ class Process:
             self.channel.close()
         self.channel, self.pid, self.ready, self.doomed = None, 0, False, ""
         self.incarnation += 1
+        while self.unsent:
+            for fd in self.unsent.popleft()[1]:
+                os.close(fd)
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,8 @@ class Fleet:
 
     def listen(self, timeout_seconds: float, also: Sequence[HasFileno] = ()) -> list[HasFileno]:
         """Wait for a word of any role, for the zygote, or for `also`; returns the channels that have something."""
+        for process in self.processes:
+            flush(process)
         channels: list[HasFileno] = [p.channel for p in self.processes if p.channel is not None]
         return wait([*channels, self.zygote, *also], timeout_seconds)
 
@@ -242,14 +250,35 @@ class Fleet:
         return "\n".join([f"Its log ({path}) ends with:", *lines]) if lines else f"Its log {path} is empty."
 
 
-def tell(process: Process, message: bytes, fds: Sequence[int] = ()) -> bool:
-    """Send a message. False: it does not read its channel. One that is gone is heard of from the zygote."""
+def tell(process: Process, message: bytes, fds: Sequence[int] = (), *, must_arrive: bool = True) -> None:
+    """Send a message, in order. Where the channel is full (its reader got no processor for a while), it is kept and sent by `flush`, or
+    dropped unless it must arrive. One that is gone is heard of from the zygote; one that is stopped or hangs, by its activity."""
     if process.channel is None:
-        return True
+        return
+    flush(process)
+    if process.unsent:
+        if must_arrive:
+            process.unsent.append((message, [os.dup(fd) for fd in fds]))
+        return
     try:
-        return process.channel.send_with_fds(message, fds) if fds else process.channel.send(message)
+        if not process.channel.send_with_fds(message, fds) and must_arrive:
+            process.unsent.append((message, [os.dup(fd) for fd in fds]))
     except EOFError:
-        return True
+        pass
+
+
+def flush(process: Process) -> None:
+    """Send what did not fit into the channel before."""
+    while process.channel is not None and process.unsent:
+        message, fds = process.unsent[0]
+        try:
+            if not process.channel.send_with_fds(message, fds):
+                return
+        except EOFError:
+            return
+        process.unsent.popleft()
+        for fd in fds:
+            os.close(fd)
 
 
 def words(process: Process) -> list[bytes]:

@@ -143,18 +143,15 @@ class LocalEngine:
 
     def _send_lease(self, actor: Process, lease: Lease) -> None:
         body = to_json({"give_up": lease.give_up}) if lease.give_up else b""
-        sent = True
         if lease.restore is not None:
             with os.fdopen(anonymous_file("shoal-group"), "wb") as file:
                 file.write(to_bytes(lease.restore))
                 file.flush()
-                sent = tell(actor, Word(Kind.RESTORE, 0, lease.identity).encode(), [file.fileno()])
-        if not (sent and tell(actor, Word(Kind.LEASE, lease.slot, lease.identity, self._coordinator.version, body).encode())):
-            self._kill(actor, "does not read its channel")
+                tell(actor, Word(Kind.RESTORE, 0, lease.identity).encode(), [file.fileno()])
+        tell(actor, Word(Kind.LEASE, lease.slot, lease.identity, self._coordinator.version, body).encode())
 
     def _tell_learner(self, order: dict[str, Any]) -> None:
-        if not tell(self._fleet.learner, to_json(order)):
-            self._kill(self._fleet.learner, "does not read its channel")
+        tell(self._fleet.learner, to_json(order))
 
     # ---- what roles say ------------------------------------------------------------------------------------------
     def _actor_said(self, actor: Process, word: Word) -> None:
@@ -207,7 +204,7 @@ class LocalEngine:
         if self._coordinator.plan.mode == "async":
             message = Word(Kind.PUBLISHED, value=version).encode()
             for actor in self._fleet.actors:
-                tell(actor, message)
+                tell(actor, message, must_arrive=False)
 
     def _begin_save(self) -> None:
         replies, self._wants_save = self._wants_save, []

@@ -104,7 +104,7 @@ class Recorder:
             for activity, seconds in record.seconds.items():
                 if activity in _ROLE_OF:
                     spent[_ROLE_OF[activity]] = spent.get(_ROLE_OF[activity], 0.0) + seconds
-        self._shares = {k: v - self._spent.get(k, 0.0) for k, v in spent.items()}
+        self._shares = {k: max(0.0, v - self._spent.get(k, 0.0)) for k, v in spent.items()}  # what a dead role was in is not counted
         self._spent = spent
         self._keep(self.store.tick)
         self._view(self.snapshot())
@@ -215,6 +215,12 @@ class Recorder:
         self._keep(self._write_scalars)
         self._keep(lambda: self.store.set_meta("result", dict(result)))
         self._view(self.snapshot("done"))
+
+    def failed(self, error: Exception) -> None:
+        """An error ends the run: the last numbers, and why."""
+        if self._session is not None:
+            self._keep(self._write_scalars)
+        self.event("failed", error=type(error).__name__, message=str(error))
 
     def close(self) -> None:
         self._keep(self.store.close)

@@ -55,7 +55,11 @@ def _not_restored(facts: _Facts) -> str:
 
 
 def _fault(facts: _Facts) -> str:
-    return f"environment fault, mended by a restart: {str(facts['message']).splitlines()[0]}"
+    report = facts.get("report") or {}
+    where = ", ".join(
+        f"{words} {report[name]}" for name, words in (("group", "group"), ("env", "environment"), ("step", "step")) if name in report
+    )
+    return f"environment fault: {str(facts['message']).splitlines()[0]}" + (f" ({where})" if where else "")
 
 
 _SENTENCES: dict[str, Callable[[_Facts], str]] = {
