@@ -125,7 +125,7 @@ def test_a_fault_of_the_environment_is_one(tmp_path: Path, field: str, fault: An
 
 def test_what_cannot_be_evaluated_says_what_to_do(tmp_path: Path) -> None:
     bundle(tmp_path, counting, env=EnvConfig(id="callable:<lambda>"))
-    with pytest.raises(ConfigError, match="shoal.load"):
+    with pytest.raises(ConfigError, match=r"shoal\.load"):
         evaluate(tmp_path, 3)
     with pytest.raises(ConfigError, match="at least 1 episode"):
         evaluate(tmp_path, 0)

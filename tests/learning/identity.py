@@ -61,7 +61,7 @@ OBSERVATIONS: dict[str, Shown] = {
     "box_unbounded": (lambda: spaces.Box(-np.inf, np.inf, (COMPONENTS, 1), np.float64), lambda target, _: (target - 1.0)[:, None]),
     "image": (lambda: spaces.Box(0, 255, (1, SIDE, SIDE), np.uint8), _image),
     "discrete": (lambda: spaces.Discrete(CHOICES**COMPONENTS, start=5), lambda target, _: 5 + int(target @ [CHOICES, 1])),
-    "multi_discrete": (lambda: spaces.MultiDiscrete([CHOICES] * COMPONENTS, start=[1, -1]), lambda target, _: target + [1, -1]),
+    "multi_discrete": (lambda: spaces.MultiDiscrete([CHOICES] * COMPONENTS, start=[1, -1]), lambda target, _: [*target, 1, -1]),
     "multi_binary": (lambda: spaces.MultiBinary(CHOICES * COMPONENTS), lambda target, _: np.eye(CHOICES, dtype=np.int8)[target].ravel()),
     "nested": (
         lambda: spaces.Dict(
