@@ -277,7 +277,8 @@ def _session(
     """Everything that stands between what was found out about the environment and the first order."""
     spec = EnvironmentSpec.from_json(facts["spec"])
     fields = [FieldSpec(f["name"], f["dtype"], tuple(f["shape"]), f["axis"]) for f in facts["fields"]]
-    config.env.form = facts["form"]
+    config.env.form = facts["form"]  # measured once: a resumed run keeps it
+    write_text_atomically(directory / "config.yaml", dump_config(config))
     plan = Plan.of(config)
     schema = rollout_schema(spec, fields, plan.rollout_length, plan.group_size)
     ring = make_ring(schema, plan, facts["weights"])
