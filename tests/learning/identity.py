@@ -165,7 +165,7 @@ def learn(observation: str, action: str, algorithm: str, run_dir: Path, *, seed:
         algorithm={"name": algorithm, "learning_rate": 1e-3 if pixels else 3e-3, "gamma": 0.5, **own},
         policy={"log_std_init": -1.5},
         sampling={"groups": 2, "group_size": 8, "rollout_length": 32},
-        stop={"return": (0.93 if continuous else 0.96) * LENGTH, "env_steps": 60_000},
+        stop={"return": (0.95 if continuous else 0.96) * LENGTH, "env_steps": 60_000},
         actors=0,
         seed=seed,
         run_dir=str(run_dir),

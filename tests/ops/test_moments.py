@@ -103,3 +103,16 @@ def test_a_wrong_shape_is_refused() -> None:
     for key in ("mean", "m2"):
         with pytest.raises(ShapeError, match=r"expected moments of shape \(2,\)"):
             moments.set_state({**good, key: np.zeros(3)})
+
+
+def test_values_of_any_dtype_are_merged_in_float64():
+    values = np.float32(1e4) + np.arange(1000, dtype=np.float32) / np.float32(7)
+    narrow, wide = Moments(), Moments()
+    narrow.merge(values)
+    wide.merge(values.astype(np.float64))
+    assert narrow.mean.tobytes() == wide.mean.tobytes()
+    assert narrow.m2.tobytes() == wide.m2.tobytes()
+    restored = Moments()
+    restored.set_state({"count": np.array(2), "mean": np.array(1, np.float32), "m2": np.array(3, np.int64)})
+    state = restored.get_state()
+    assert {n: v.dtype.name for n, v in state.items()} == {"count": "float64", "mean": "float64", "m2": "float64"}

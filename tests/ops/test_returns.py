@@ -104,3 +104,14 @@ def test_same_shapes_pass_and_the_message_names_each() -> None:
     check_same_shape(a=torch.zeros(2, 3), b=torch.zeros(2, 3))
     with pytest.raises(ShapeError, match=r"^expected tensors of one shape \[T, B\], got a \(2, 3\), b \(3, 2\)$"):
         check_same_shape(a=torch.zeros(2, 3), b=torch.zeros(3, 2))
+
+
+def test_returns_are_float64_whatever_comes_in():
+    reward_TB = np.full((3, 1), 0.1, np.float32)
+    returns, carry = discounted_returns(reward_TB, np.zeros((3, 1), np.bool_), np.zeros(1, np.int64), 1.0)
+    assert returns.dtype == carry.dtype == np.float64
+    assert carry.tolist() == [float(np.float32(0.1)) + float(np.float32(0.1)) + float(np.float32(0.1))]
+    first, _ = discounted_returns(np.ones((1, 1), np.int64), np.zeros((1, 1), np.bool_), np.zeros(1, np.float32), 0.1)
+    assert first.dtype == np.float64
+    _, kept = discounted_returns(np.zeros((0, 1)), np.zeros((0, 1), np.bool_), np.ones(1, np.float32), 0.1)
+    assert kept.dtype == np.float64

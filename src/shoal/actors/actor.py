@@ -78,6 +78,9 @@ class Actor:
                 cursor["reward_crc"][b] = 0
         return lost
 
+    def hosts(self, group: int) -> bool:
+        return group in self._hosted
+
     def release(self, group: int) -> None:
         """Stop hosting `group`: it lives elsewhere from now on."""
         if group in self._hosted:

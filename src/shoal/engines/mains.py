@@ -176,7 +176,7 @@ class _ActorProcess:
                 self._say(Word(Kind.RESTORED, 0, word.identity, len(lost)))
             elif word.kind is Kind.RELEASE:
                 self._actor.release(group)
-            elif word.kind is Kind.LEASE:
+            elif word.kind is Kind.LEASE and self._actor.hosts(group):  # else it crossed our FAULT, and is void
                 self._fill(word)
         except EnvironmentFault as fault:
             self._actor.release(group)
