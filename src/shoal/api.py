@@ -277,6 +277,7 @@ def _session(
     """Everything that stands between what was found out about the environment and the first order."""
     spec = EnvironmentSpec.from_json(facts["spec"])
     fields = [FieldSpec(f["name"], f["dtype"], tuple(f["shape"]), f["axis"]) for f in facts["fields"]]
+    config.mode = facts["mode"]
     config.env.form = facts["form"]  # measured once: a resumed run keeps it
     write_text_atomically(directory / "config.yaml", dump_config(config))
     plan = Plan.of(config)

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from shoal.config import RunConfig
+from shoal.config import CustomConfig, RunConfig
 from shoal.errors import ConfigError
 from shoal.imports import OPAQUE, load_object, nearest, object_path
 from shoal.keys import Tree, algorithm_model, check_keys, fields_by_key, section_of
@@ -317,9 +317,10 @@ def _validate_part(model: type[BaseModel], tree: Tree, prefix: str, faults: list
 def _complete(config: RunConfig) -> RunConfig:
     """Fill what follows from other keys, and refuse what cannot go together. Raises ConfigError."""
     algorithm, sampling = config.algorithm, config.sampling
-    if config.mode is None:
+    own = isinstance(algorithm, CustomConfig)  # whose modes its class says, once torch is there (engines.mains.look)
+    if config.mode is None and not own:
         config.mode = algorithm.modes[0]
-    if config.mode not in algorithm.modes:
+    if config.mode is not None and not own and config.mode not in algorithm.modes:
         raise ConfigError(
             f"mode: {algorithm.name} runs in {' or '.join(algorithm.modes)} mode, not {config.mode}; for async take --algorithm appo or impala"
         )

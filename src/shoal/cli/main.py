@@ -60,7 +60,7 @@ def train(ctx: click.Context, env_or_config: str, as_json: bool, view: str, debu
         chosen = f"preset {preset}" if preset != "none" else "no preset for it"
         sampling = config.sampling
         _say(
-            f"{config.env.id}: {config.algorithm.name} ({config.mode}), {chosen}, seed {config.seed}, {_count(config.actors)}, "
+            f"{config.env.id}: {config.algorithm.name} ({config.mode or 'its own mode'}), {chosen}, seed {config.seed}, {_count(config.actors)}, "
             f"{sampling.groups} groups of {sampling.group_size}",
             view,
         )

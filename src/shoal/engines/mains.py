@@ -16,12 +16,13 @@ from typing import Any
 
 from shoal.actors.actor import Actor
 from shoal.actors.behaviour import LocalPolicy
+from shoal.algorithms import load_algorithm
 from shoal.config import RunConfig
 from shoal.engines.messages import Kind, Word, to_json
 from shoal.engines.roles import Blueprint, UserObjects
 from shoal.engines.saving import load_learner, save_learner
 from shoal.environments.probe import choose_form, probe
-from shoal.errors import EnvironmentFault, ShoalError
+from shoal.errors import ConfigError, EnvironmentFault, ShoalError
 from shoal.experience.envelope import Identity
 from shoal.experience.group_state import from_bytes
 from shoal.experience.ring import Ring
@@ -80,9 +81,19 @@ def look(config: RunConfig, objects: UserObjects) -> dict[str, Any]:
         "fields": fields,
         "weights": blueprint.layout(policy).size,
         "form": form,
+        "mode": chosen_mode(config, objects),
         "measured": measured,
         "build": build_facts(),
     }
+
+
+def chosen_mode(config: RunConfig, objects: UserObjects) -> str:
+    """The mode asked for, or the algorithm's first. Raises ConfigError where the algorithm has no such mode."""
+    modes: tuple[str, ...] = (objects.algorithm or load_algorithm(config.algorithm.name)).modes
+    mode = config.mode or modes[0]
+    if mode not in modes:
+        raise ConfigError(f"mode: {config.algorithm.name} runs in {' or '.join(modes)} mode, not {mode}")
+    return mode
 
 
 def build_facts() -> dict[str, str]:
