@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.config import RunConfig
 from shoal.engines.coordinator import Coordinator, Plan
 from shoal.engines.local import LocalEngine
-from shoal.engines.session import Session
+from shoal.engines.session import ATTEMPTS_PER_PART, Session
 from shoal.errors import ConfigError, RunError, ShoalError
 from shoal.experience.ring import Ring, allocate
 from shoal.experience.schema import Schema, rollout_schema
@@ -87,7 +87,7 @@ def train(
     config, preset = resolve(target_path, settings)
     config.preset = preset
     directory = create_run(config)
-    return _execute(config, objects, directory, None, callbacks, progress)
+    return _execute(config, objects, directory, callbacks, progress)
 
 
 def resume(
@@ -113,9 +113,7 @@ def resume(
         tree["stop"] = {}
     config, _ = resolve(None, {**settings, "run_dir": str(directory), "preset": base.preset or "none"}, tree)
     _refuse_changes(base, config)
-    checkpoints = CheckpointDirectory(directory / "checkpoints")
-    loaded = checkpoints.newest() if checkpoints.paths() else None
-    return _execute(config, objects, directory, loaded, callbacks, progress)
+    return _execute(config, objects, directory, callbacks, progress)
 
 
 def load(path: str | Path, *, env: Callable[..., Any] | None = None, network: Callable[..., Any] | None = None) -> Run:
@@ -204,7 +202,6 @@ def _execute(
     config: RunConfig,
     objects: dict[str, Any],
     directory: Path,
-    loaded: Loaded | None,
     callbacks: Sequence[Callback],
     progress: View | None,
 ) -> Run:
@@ -213,6 +210,8 @@ def _execute(
         if progress is None:
             stack.callback(view.close)
         stack.enter_context(lock_run(directory))
+        checkpoints = CheckpointDirectory(directory / "checkpoints")
+        loaded = checkpoints.newest() if checkpoints.paths() else None
         recorder = stack.enter_context(contextlib.closing(Recorder(config, directory, view, callbacks)))
         wants_end = stack.enter_context(_interrupts())
         write_text_atomically(directory / "config.yaml", dump_config(config))
@@ -288,8 +287,13 @@ def _session(
     run_id = _run_id(directory)
     known = _known_facts(directory)
     build = facts["build"]
+    part = int(known.get("parts", 0))
+    session.coordinator.number_attempts_from(part * ATTEMPTS_PER_PART)
+    if part and loaded is None:
+        recorder.store.rewind(0)
     if loaded is not None:
         session.load(loaded)
+        session.coordinator.number_attempts_from(part * ATTEMPTS_PER_PART)
         recorder.store.rewind(session.coordinator.version)
         for warning in loaded.warnings:
             recorder.event("warning", message=warning)
@@ -300,7 +304,9 @@ def _session(
             "warning",
             message=f"{spec.name} cannot be put back to an earlier state: after a kill or a resume the run goes on, but not with the same bits",
         )
-    write_text_atomically(directory / FACTS, json.dumps({**known, "build": build, "measured": facts["measured"]}, indent=1))
+    write_text_atomically(
+        directory / FACTS, json.dumps({**known, "parts": part + 1, "build": build, "measured": facts["measured"]}, indent=1)
+    )
     for key, value in (("spec", spec.to_json()), ("schema", schema.describe()), ("schema_hash", schema.hash.hex()), ("build", build)):
         recorder.store.set_meta(key, value)
     return session, ring, run_id

@@ -3,7 +3,7 @@
     ShoalError                      exit code 1
     ├── ConfigError                 2   a wrong or impossible setting; also bad usage
     ├── EnvironmentFault            3   the environment raised, hung, died or returned something wrong
-    ├── DivergedError               4   learning produced non-finite numbers, twice
+    ├── DivergedError               4   learning produced non-finite numbers, update after update
     ├── RunError                    1   a run directory that cannot be read, or is in use
     │   └── CheckpointError         1   a checkpoint that is missing, torn or of another format
     ├── LedgerError                 1   a rollout unaccounted for: a gap, a duplicate, two final attempts
@@ -40,7 +40,7 @@ class EnvironmentFault(ShoalError):
 
 
 class DivergedError(ShoalError):
-    """Loss, gradient or parameters stopped being finite and stayed so after the roll-back."""
+    """No optimizer step of many updates in a row was finite."""
 
     exit_code = 4
 

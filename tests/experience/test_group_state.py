@@ -93,8 +93,22 @@ def test_every_unconsumed_start_is_rebuilt_bit_for_bit(factory):
 
 
 def scripted_slots(num: int, **schema):
+    """Rollouts of a group whose episodes go on from one to the next."""
     ring = poisoned_ring(scripted_schema(T, B, **schema), num)
-    return [write_rollout(slot, Identity(GROUP, k, 0), num_rows=[4, 2, 3, 1][k % 4], tag=k) for k, slot in enumerate(ring.slots)]
+    slots = [write_rollout(slot, Identity(GROUP, k, 0), num_rows=[4, 2, 3, 1][k % 4], tag=k) for k, slot in enumerate(ring.slots)]
+    for k, slot in enumerate(slots):
+        slot.arrays["cursor/start"]["num_steps"] = 10 * k
+    return slots
+
+
+def test_what_an_environment_that_could_not_be_put_back_did_before_is_forgotten():
+    slots = scripted_slots(2)
+    slots[1].arrays["cursor/start"]["num_steps"][1] = 0  # it was to go on with its episode, and began another
+    history = GroupHistory(B, (), "int64", STATE)
+    for slot in slots:
+        history.append(slot, keep_actions=True)
+    lengths = [len(actions) for actions in history.state_at(2).actions]
+    assert lengths == [4 + 2, 2, 4 + 2]
 
 
 def test_the_actions_of_running_episodes_are_kept_from_their_beginning():

@@ -183,8 +183,8 @@ def test_schedules_end_at_their_own_horizon_or_the_runs_end(schedule, stop, expe
 def test_ten_updates_in_a_row_without_a_finite_step_are_a_divergence():
     world = World(noting=True)
     learner = world.learner
-    barren = {"optimizer_steps": 4.0, "skipped_steps": 4.0}
-    one_step_left = {"optimizer_steps": 4.0, "skipped_steps": 3.0}
+    barren = {"optimizer_steps": 0.0, "skipped_steps": 4.0}  # the first counts finite ones only
+    one_step_left = {"optimizer_steps": 1.0, "skipped_steps": 3.0}
     world.algorithm.answers = [dict(barren) for _ in range(9)] + [one_step_left] + [dict(barren) for _ in range(9)]
     for _ in range(19):
         learner.update(learner.consume(world.rollouts(0)))

@@ -65,7 +65,11 @@ class Actor:
         self._recorder.enter(Activity.RESTORING, group)
         self.release(group)
         environments = self._make_group(group)
-        lost = environments.restore(state)
+        try:
+            lost = environments.restore(state)
+        except BaseException:
+            environments.close()
+            raise
         cursor = environments.cursor()
         for name in ("observation_crc", "reward_crc"):
             cursor[name] = state.cursor[name]

@@ -123,6 +123,7 @@ class Coordinator:
         self.groups = [self._new_group(g) for g in range(self.plan.num_groups)]
         self.ready: list[tuple[int, Identity]] = []  # finished, in order of arrival
         self.training: list[tuple[int, Identity]] = []  # with the learner
+        self.learner_busy = False  # from `next_batch` to `trained`, also where all of its batch was dropped
         self._episodes: list[Episode] = []
         self.consumption: list[dict[str, Any]] = []  # since the last version, for the log that replay follows
         self.released: list[tuple[int, int]] = []
@@ -226,13 +227,13 @@ class Coordinator:
 
     def _may_begin(self, group: _Group) -> bool:
         if self.plan.mode == "sync":
-            return group.next_sequence == self.version and not self.training
+            return group.next_sequence == self.version and not self.learner_busy
         outstanding = len(self.ready) + sum(len(g.leased) for g in self.groups)
         return outstanding < self.plan.batch_rollouts * min(self.plan.max_policy_lag, BATCHES_AHEAD)
 
     def next_batch(self) -> list[tuple[int, Identity]] | None:
         """The rollouts of the next update in training order, or None: not enough are there, or the learner is at work."""
-        if self.training or not self.ready:
+        if self.learner_busy or not self.ready:
             return None
         if self.plan.mode == "sync":
             if len(self.ready) < self.plan.num_groups:
@@ -244,10 +245,15 @@ class Coordinator:
                 return None
             oldest = sorted(self.ready, key=lambda entry: self._version_min(entry[0]))
             urgent = sum(self.version + 1 - self._version_min(s) > self.plan.max_policy_lag for s, _ in oldest)
-            batch = oldest[: max(self.plan.batch_rollouts, urgent)]
+            wanted = Counter(identity.group for _, identity in oldest[: max(self.plan.batch_rollouts, urgent)])
+            batch = []  # of each group its first ones, in order of arrival: a group is consumed in sequence
+            for slot, identity in sorted(self.ready, key=lambda entry: entry[1].sequence):
+                if wanted[identity.group] > 0:
+                    wanted[identity.group] -= 1
+                    batch.append((slot, identity))
             batch.sort(key=self.ready.index)
         self.ready = [entry for entry in self.ready if entry not in batch]
-        self.training = batch
+        self.training, self.learner_busy = batch, True
         self.consumption += [self._log_entry(slot, identity) for slot, identity in batch]
         self._episodes += [e for slot, _ in batch for e in self._episodes_in(slot)]
         for _, identity in batch:
@@ -287,6 +293,7 @@ class Coordinator:
 
         Where all of the batch was dropped there is no version; its episodes and its part of the log come with the next one.
         """
+        self.learner_busy = False
         if not self.training:
             return []
         for _, identity in self.training:
@@ -373,12 +380,18 @@ class Coordinator:
             group.attempt = max(saved["attempt"], attempts[index]) + 1
             group.actor = group.target = actors[index] if live else -1
         self.ready, self.training, self._episodes = [], [], []
+        self.learner_busy = False
         self.consumption = list(facts.get("consumption", []))
         self.version, self.env_steps = facts["version"], facts["env_steps"]
         self.num_episodes = facts["num_episodes"]
         self.lag = Counter({int(k): v for k, v in facts["lag"].items()})
         self.returns = deque(arrays["returns"].tolist(), maxlen=EPISODES_KEPT)
         self.lengths = deque(arrays["lengths"].tolist(), maxlen=EPISODES_KEPT)
+
+    def number_attempts_from(self, attempt: int) -> None:
+        """No attempt is numbered below this: a part of the run that was killed keeps the names of what it made and lost."""
+        for group in self.groups:
+            group.attempt = max(group.attempt, attempt)
 
     # ---- reading slots -------------------------------------------------------------------------------------------
     def _episodes_in(self, slot: int) -> list[Episode]:

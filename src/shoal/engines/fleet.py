@@ -114,6 +114,8 @@ class Fleet:
         if self._zygote is not None:
             self._zygote.close()
             self._zygote = None
+        for process in self.processes:
+            process.ended()
         for memory in (self._memory, self._activities):
             if memory is not None:
                 memory.close()
@@ -143,6 +145,7 @@ class Fleet:
         """Spec and sizes (mains.look); an environment that crashes or hangs there harms nobody."""
         ours, theirs = Channel.pair()
         self.zygote.fork("shoal.engines.mains:probe_main", "probe", 0, 0, theirs)
+        asked = time.monotonic()
         begun: float | None = None
         limit, name = self._config.env.step_timeout_seconds, self._config.env.id
         sources: list[HasFileno] = [ours, self.zygote]
@@ -165,6 +168,10 @@ class Fleet:
                         raise EnvironmentFault(
                             f"environment {name}: its process was lost while it was made and stepped: {event.describe()}"
                         )
+                if begun is None and time.monotonic() - asked > START_SECONDS:
+                    raise ProcessError(
+                        f"the helper process was not ready within {START_SECONDS:g} s; see {self._directory}/logs/zygote.log"
+                    )
                 if begun is not None and time.monotonic() - begun > limit + 1.0:
                     raise EnvironmentFault(
                         f"environment {name}: not made, reset and stepped within {limit:g} s; raise --env.step-timeout-seconds if it is only slow"

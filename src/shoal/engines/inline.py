@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
 from shoal.actors.actor import Actor
-from shoal.engines.roles import Blueprint
+from shoal.engines.roles import Blueprint, one_thread
 from shoal.engines.saving import load_learner, save_learner
 from shoal.engines.session import Session
 from shoal.experience.ring import Ring
@@ -74,12 +73,8 @@ class InlineEngine:
 
     def _fill(self) -> None:
         """Everything that may be begun now, with one torch thread as in an actor's process: the numbers can depend on it."""
-        threads = self._blueprint.config.learner.threads
-        if threads != 1:
-            torch.set_num_threads(1)
-        self._fill_all()
-        if threads != 1:
-            torch.set_num_threads(threads)
+        with one_thread(self._blueprint.config.learner.threads):
+            self._fill_all()
 
     def _fill_all(self) -> None:
         coordinator = self._session.coordinator

@@ -21,10 +21,10 @@ from typing import Any
 
 from shoal.config import RunConfig
 from shoal.engines.coordinator import Lease, Plan
-from shoal.engines.fleet import DEATHS_IN_A_ROW, MAX_ACTORS, START_SECONDS, Death, Fleet, Process, rebuild_error, tell, words
+from shoal.engines.fleet import DEATHS_IN_A_ROW, MAX_ACTORS, START_SECONDS, STOP_SECONDS, Death, Fleet, Process, rebuild_error, tell, words
 from shoal.engines.messages import Kind, Word, to_json
 from shoal.engines.session import Session
-from shoal.errors import EnvironmentFault, ProcessError
+from shoal.errors import CheckpointError, EnvironmentFault, ProcessError
 from shoal.experience.envelope import Fate, Identity
 from shoal.experience.group_state import to_bytes
 from shoal.experience.ring import Ring
@@ -69,6 +69,7 @@ class LocalEngine:
         self._weights_sha256 = ""
         self._environment_faults = 0
         self._zygote_deaths = 0
+        self._furthest = 0  # newest version that this process saw
 
     def open(self) -> None:
         """Start the helper process; its imports go on while this one does other things."""
@@ -99,7 +100,7 @@ class LocalEngine:
         while self._reason is None or not self._finished():
             if interrupted():
                 session.wanted_end = session.wanted_end or "interrupted"
-            if session.wanted_end and not self._coordinator.training and self._save is None:
+            if session.wanted_end and not self._coordinator.learner_busy and self._save is None:
                 self._reason = session.wanted_end
                 continue
             self._dispatch()
@@ -157,6 +158,7 @@ class LocalEngine:
     def _actor_said(self, actor: Process, word: Word) -> None:
         if word.kind is Kind.FILLED:
             actor.deaths = 0
+            self._coordinator.ring.slots[word.slot].envelope["received_ns"] = time.monotonic_ns()
             if self._coordinator.filled(word.slot, word.identity):
                 self._session.begun(int(self._coordinator.ring.slots[word.slot].envelope["begun_ns"]))
         elif word.kind is Kind.RESTORED and word.value:
@@ -185,17 +187,24 @@ class LocalEngine:
         elif kind == "consumed":
             self._coordinator.consumed({Identity(*identity): Fate(fate) for identity, fate in said["dropped"]})
         elif kind == "trained":
-            self._fleet.learner.deaths = 0
             self._reason = self._session.finish_update(said["metrics"])
+            if self._coordinator.version > self._furthest:  # made again after a roll-back, an update is no progress
+                self._furthest, self._fleet.learner.deaths = self._coordinator.version, 0
             self._publish(said["version"])
             if self._reason is None and (self._session.checkpoint_due() or self._wants_save):
                 self._begin_save()
         elif kind == "saved" and self._save is not None:
-            save, self._save = self._save, None
-            self._session.commit(save.staging, save.arrays, save.facts)
             self._weights_sha256 = said["weights_sha256"]
+            try:
+                self._session.commit(self._save.staging, self._save.arrays, self._save.facts)
+            except CheckpointError as error:
+                self._give_up_save(str(error))
+                return
+            save, self._save = self._save, None
             for reply in save.replies:
                 reply({"ok": True, "update": self._coordinator.version})
+        elif kind == "not_saved" and self._save is not None:
+            self._give_up_save(said["message"])
         elif kind == "failed":
             raise rebuild_error(said)
 
@@ -208,8 +217,23 @@ class LocalEngine:
 
     def _begin_save(self) -> None:
         replies, self._wants_save = self._wants_save, []
-        self._save = _Save(*self._session.begin_checkpoint(), replies)
+        try:
+            self._save = _Save(*self._session.begin_checkpoint(), replies)
+        except CheckpointError as error:
+            self._session.save_failed(str(error))
+            for reply in replies:
+                reply({"ok": False, "error": str(error)})
+            return
         self._tell_learner({"do": "save", "path": str(self._save.staging.path)})
+
+    def _give_up_save(self, message: str) -> None:
+        """The disk refuses: the run goes on, with an alarm; the checkpoints before are whole."""
+        assert self._save is not None
+        save, self._save = self._save, None
+        save.staging.discard()
+        self._session.save_failed(message)
+        for reply in save.replies:
+            reply({"ok": False, "error": message})
 
     # ---- life and death ------------------------------------------------------------------------------------------
     def _start_learner(self) -> None:
@@ -317,7 +341,7 @@ class LocalEngine:
             self._place()
         if self._save is not None and time.monotonic() - self._save.begun > SAVE_SECONDS:
             self._kill(self._fleet.learner, f"did not save within {SAVE_SECONDS:g} s")
-        if self._wants_save and self._save is None and not self._coordinator.training and self._fleet.learner.ready:
+        if self._wants_save and self._save is None and not self._coordinator.learner_busy and self._fleet.learner.ready:
             self._begin_save()
         self._session.observer.tick(records)
 
@@ -394,6 +418,8 @@ class LocalEngine:
             if time.monotonic() > deadline:
                 for actor in self._fleet.actors:
                     self._kill(actor, "did not end")
+            if time.monotonic() > deadline + STOP_SECONDS:
+                raise ProcessError("an actor could not be ended; see `ps` for a process in uninterruptible sleep")
 
     def _save_last(self) -> None:
         """Wait for the learner (it may be loading still) and for its part of the checkpoint."""
@@ -402,6 +428,8 @@ class LocalEngine:
             self._listen(WATCH_SECONDS)
         if self._reason is not None and self._save is None:
             self._begin_save()
+        if self._reason is not None and self._save is None:
+            raise CheckpointError("the last checkpoint could not be saved; `shoal resume` goes on from the one before")
         deadline = time.monotonic() + SAVE_SECONDS
         while self._reason is not None and self._save is not None:
             self._listen(WATCH_SECONDS)

@@ -49,7 +49,17 @@ def describe_error(error: BaseException) -> dict[str, Any]:
     """An error as the supervisor raises it again: class, message, report, traceback."""
     report = error.report if isinstance(error, EnvironmentFault) else {}
     trace = "".join(traceback.format_exception(error))
-    return {"error": type(error).__name__, "message": str(error), "report": report, "traceback": trace[-20_000:]}
+    return {
+        "error": type(error).__name__,
+        "message": _cut(str(error)),
+        "report": {k: _cut(v) for k, v in report.items()},
+        "traceback": _cut(trace),
+    }
+
+
+def _cut(value: Any) -> Any:
+    """Long texts lose their middle: an error fits into one message."""
+    return value if not isinstance(value, str) or len(value) <= 20_000 else f"{value[:10_000]}\n...\n{value[-10_000:]}"
 
 
 def _encoded(facts: dict[str, Any]) -> bytes:
@@ -268,8 +278,15 @@ class _LearnerProcess:
                 self._train([(slot, Identity(*identity)) for slot, identity in order["rollouts"]])
             else:
                 self._heart.enter(Activity.SAVING)
-                save_learner(self._learner, Path(order["path"]), self._blueprint)
-                self._say({"is": "saved", "weights_sha256": self._learner.weights_sha256})
+                self._save(Path(order["path"]))
+
+    def _save(self, path: Path) -> None:
+        try:
+            save_learner(self._learner, path, self._blueprint)
+        except OSError as error:
+            self._say({"is": "not_saved", "message": f"{error.strerror or error} ({error.filename or path})"})
+        else:
+            self._say({"is": "saved", "weights_sha256": self._learner.weights_sha256})
 
     def _train(self, orders: list[tuple[int, Identity]]) -> None:
         self._heart.enter(Activity.LEARNING)

@@ -17,13 +17,12 @@ from shoal.experience.envelope import Identity
 class Kind(IntEnum):
     # to an actor
     SETUP = 1  # JSON: what it needs to build itself
-    LEASE = 2  # slot, identity; value: the version that it is to be made with (sync), or -1
+    LEASE = 2  # slot, identity; value: the newest version, with which a sync rollout is made; JSON, where it has any: give_up
     RESTORE = 3  # group; a descriptor comes along, whose file holds the packed state
     RELEASE = 4  # group
     PUBLISHED = 5  # value: version
     STOP = 6
     # from an actor
-    READY = 16
     FILLED = 17  # slot, identity
     RESTORED = 18  # group; value: number of environments that had to begin a new episode
     FAULT = 19  # slot, identity; JSON: the report

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from shoal.engines.coordinator import Plan
-from shoal.engines.roles import Blueprint
+from shoal.engines.roles import Blueprint, one_thread
 from shoal.errors import RunError
 from shoal.experience.envelope import Identity
 from shoal.experience.group_state import GroupHistory
@@ -84,7 +84,8 @@ def replay(blueprint: Blueprint, log: dict[int, list[Entry]], num_updates: int, 
             rows = _versions_by_row(entry["versions"])
             weights.wanted = rows[0]
             behaviour.refresh()
-            actor.fill(slot, identity, _follow(rows, weights, behaviour.refresh), [tuple(g) for g in entry.get("give_up", ())])
+            with one_thread(blueprint.config.learner.threads):
+                actor.fill(slot, identity, _follow(rows, weights, behaviour.refresh), [tuple(g) for g in entry.get("give_up", ())])
             if entry["fate"] == "trained":
                 orders.append((slot, identity))
         if orders:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,16 @@ from shoal.networks.policy import Policy, build_policy, named_tensors
 from shoal.streams import Purpose, seed_sequence
 from shoal.types import ActivityRecorder, Behaviour, EnvironmentGroup, EnvironmentSpec
 from shoal.weights.board import WeightLayout
+
+
+@contextmanager
+def one_thread(threads: int) -> Iterator[None]:
+    """Act with one torch thread, as an actor's process does, where learner and actors share this one: the bits may depend on it."""
+    if threads != 1:
+        torch.set_num_threads(1)
+    yield
+    if threads != 1:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

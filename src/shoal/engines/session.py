@@ -13,6 +13,8 @@ from shoal.engines.coordinator import Coordinator, Episode
 from shoal.files import CheckpointDirectory, Loaded, Staging
 from shoal.types import ActivityRecord, Arrays, EnvironmentSpec
 
+ATTEMPTS_PER_PART = 1 << 20  # attempts of a group that one start of a run may number
+
 
 @dataclass
 class UpdateReport:
@@ -96,6 +98,7 @@ class Session:
 
     def begin_checkpoint(self) -> tuple[Staging, Arrays, dict[str, Any]]:
         """The supervisor's part of a checkpoint; the learner writes its own beside it, then `commit`."""
+        self.coordinator.ledger.check()
         arrays, facts = self.coordinator.get_state()
         facts = {**facts, "seconds": self.seconds, "restarts": self.restarts}
         staging = self.checkpoints.begin(self.coordinator.version)
@@ -111,6 +114,11 @@ class Session:
         self._saved_at, self._saved_version = self.clock(), self.coordinator.version
         self.observer.event("checkpoint", update=self.coordinator.version, path=path.name)
         return path
+
+    def save_failed(self, message: str) -> None:
+        """The disk refused a checkpoint: said, and tried again when the next one is due."""
+        self._saved_at, self._saved_version = self.clock(), self.coordinator.version
+        self.observer.event("checkpoint_failed", message=message)
 
     def load(self, loaded: Loaded) -> None:
         """Go on from a checkpoint (a resumed run)."""

@@ -25,6 +25,7 @@ class _Finished:
     sequence: int
     actions: Array | None  # [num_rows, B, ...]
     rows_used: Array  # [B]
+    fresh: Array  # [B], an episode began at its first row: what was kept of the one before is void (it could not be rebuilt)
     last_end: Array  # [B], row of the last episode end, -1 where none
     cursor: Array
     snapshots: list[bytes | None]
@@ -60,7 +61,11 @@ class GroupHistory:
             snapshots = [a["snapshot"][b, : sizes[b]].tobytes() if sizes[b] >= 0 else None for b in range(self.num_envs)]
         states = {n: a[f"{n}/end"].copy() for n in self._policy_state}
         actions = a["action"][:num_rows].copy() if keep_actions else None
-        self._finished.append(_Finished(sequence, actions, slot.rows_used(), last, a["cursor/end"].copy(), snapshots, states))
+        self._finished.append(
+            _Finished(
+                sequence, actions, slot.rows_used(), a["cursor/start"]["num_steps"] == 0, last, a["cursor/end"].copy(), snapshots, states
+            )
+        )
 
     def forget_before(self, sequence: int) -> None:
         """Rollouts before `sequence` are consumed: no one will ask for their starts again."""
@@ -78,7 +83,7 @@ class GroupHistory:
         for b, before in enumerate(chunks):
             end = int(done.last_end[b])
             rows = done.actions[end + 1 : done.rows_used[b], b]
-            out.append([rows] if end >= 0 else [*before, rows])
+            out.append([rows] if end >= 0 or done.fresh[b] else [*before, rows])
         return out
 
     def state_at(self, sequence: int) -> GroupState:

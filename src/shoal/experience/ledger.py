@@ -8,6 +8,7 @@ Steps count as produced when a rollout is finished, or when it is found unfinish
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ class Ledger:
     def __init__(self) -> None:
         self._accounts: dict[int, _Account] = defaultdict(_Account)
         self._in_flight: dict[Identity, int] = {}  # steps of the finished ones, 0 before
+        self.listener: Callable[[Identity, Fate, int], None] | None = None  # told of every attempt's end, with its steps
 
     # ---- what happens to a rollout -------------------------------------------------------------------------------
     def begin(self, identity: Identity) -> None:
@@ -64,6 +66,8 @@ class Ledger:
         account = self._accounts[identity.group]
         account.rollouts[fate] += 1
         account.steps[fate] += steps
+        if self.listener is not None:
+            self.listener(identity, fate, steps)
         if fate not in REMADE:
             account.final_ahead.add(identity.sequence)
             while account.final in account.final_ahead:

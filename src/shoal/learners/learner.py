@@ -117,8 +117,8 @@ class Learner:
         return UpdateContext(update=self.version, progress=progress, rng=rng)
 
     def _refuse_divergence(self, metrics: dict[str, float]) -> None:
-        steps, skipped = metrics.get("optimizer_steps", 1.0), metrics.get("skipped_steps", 0.0)
-        self._barren = self._barren + 1 if skipped and skipped >= steps else 0
+        steps, skipped = metrics.get("optimizer_steps", 0.0), metrics.get("skipped_steps", 0.0)  # finite ones, and the others
+        self._barren = self._barren + 1 if skipped and not steps else 0
         if self._barren >= _DIVERGED_UPDATES:
             raise DivergedError(
                 f"diverged: loss or gradient was not finite in {self._barren} updates in a row (update {self.version}); "

@@ -8,6 +8,7 @@ on failure  a disk that refuses is said once in the view; the run goes on withou
 from __future__ import annotations
 
 import math
+import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 
 from shoal.config import RunConfig
 from shoal.errors import RunError
+from shoal.experience.envelope import Fate, Identity
 from shoal.monitoring.live import View
 from shoal.monitoring.snapshot import ActorHealth, Snapshot, eta_seconds, scalars
 from shoal.monitoring.store import EpisodeRow, RunStore
@@ -65,6 +67,7 @@ class Recorder:
 
     def attach(self, session: Session) -> None:
         self._session = session
+        session.coordinator.ledger.listener = self._settled
 
     # ---- what the engine calls -----------------------------------------------------------------------------------
     def updated(self, report: UpdateReport) -> bool:
@@ -196,10 +199,10 @@ class Recorder:
         self.store.episodes(ended)
         if self._coordinator.plan.mode == "async":
             self.store.consumed(report.update, report.consumption)
-        for entry in report.consumption:
-            if entry["fate"] != "trained":
-                group, sequence, attempt = entry["id"]
-                self.store.dropped(group, sequence, attempt, entry["fate"], report.update, entry["steps"])
+
+    def _settled(self, identity: Identity, fate: Fate, num_env_steps: int) -> None:
+        if fate is not Fate.TRAINED:
+            self.store.dropped(identity.group, identity.sequence, identity.attempt, fate.label, self._coordinator.version, num_env_steps)
 
     def _write_scalars(self) -> None:
         snapshot = self.snapshot()
@@ -229,7 +232,7 @@ class Recorder:
     def _keep(self, write: Callable[[], None]) -> None:
         try:
             write()
-        except (RunError, OSError, ValueError) as error:
+        except (RunError, OSError, ValueError, sqlite3.Error) as error:
             if not self._broken:
                 self._broken = True
                 self._view.message(f"warning: numbers of this run are no longer kept: {error}")

@@ -26,6 +26,7 @@ from shoal.supervision.channel import HasFileno
 
 NAME = "control.sock"
 MAX_LINE_BYTES = 64 * 1024
+MAX_CLIENTS = 32
 Reply = Callable[[dict[str, Any]], None]
 
 
@@ -78,8 +79,8 @@ class ControlServer:
 
     def receive(self) -> list[tuple[dict[str, Any], Reply]]:
         """Requests that arrived, each with the function that answers it."""
-        with contextlib.suppress(BlockingIOError):
-            while True:
+        with contextlib.suppress(OSError):  # nobody else waits, or no descriptor is left for who does
+            while len(self._clients) < MAX_CLIENTS:
                 connection, _ = self._listener.accept()
                 connection.setblocking(False)
                 self._clients.append(_Client(connection))
