@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from shoal.config import BUILT_IN, APPOConfig, PPOConfig, RunConfig
 from shoal.errors import ConfigError
 from shoal.keys import all_keys
-from shoal.settings import Raw, dump_config, load_config, load_object, object_path, preset_names, resolve
+from shoal.settings import PRESETS, Raw, dump_config, load_config, load_object, object_path, preset_names, read_yaml, resolve
+
+TUNED = read_yaml(PRESETS / "CartPole-v1.yaml")["algorithms"]["ppo"]["algorithm"]["learning_rate"]
 
 
 def write(path: Path, text: str) -> str:
@@ -29,7 +31,7 @@ def test_the_preset_lies_above_the_defaults_the_file_above_it_and_the_hand_above
     assert isinstance(config.algorithm, PPOConfig)
     assert config.algorithm.gamma == 0.25
     assert config.algorithm.epochs == 7
-    assert config.algorithm.learning_rate == 1e-3  # the preset's
+    assert config.algorithm.learning_rate == TUNED  # the preset's
     assert config.algorithm.clip_range == 0.2  # the default
 
 
@@ -44,7 +46,7 @@ def test_the_preset_of_a_namespace_serves_all_of_it() -> None:
 
 def test_preset_none_takes_none_and_another_name_takes_that() -> None:
     assert resolve("CartPole-v1", {"preset": "none"})[0].algorithm.learning_rate == 2.5e-4
-    assert resolve("my_package:cart", {"preset": "CartPole-v1"})[0].algorithm.learning_rate == 1e-3
+    assert resolve("my_package:cart", {"preset": "CartPole-v1"})[0].algorithm.learning_rate == TUNED
     with pytest.raises(ConfigError, match="did you mean CartPole-v1"):
         resolve("CartPole-v1", {"preset": "CartPole-v0"})
 

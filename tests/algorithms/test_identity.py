@@ -1,4 +1,4 @@
-"""Every observation kind x action kind x algorithm learns to give the action that the observation names."""
+"""Losses and networks together learn to give the action that the observation names."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ ALGORITHMS: dict[str, AlgorithmConfig] = {
 }
 
 
-MATRIX = list(product(OBSERVATIONS, ACTIONS, ALGORITHMS))
-# `make test` runs every pair of kinds with one algorithm or another; the rest is for `make soak`.
-PAIRS = [c for i, c in enumerate(MATRIX) if (i // 3 + i // 12) % 3 == i % 3]
+# Without an engine, on-policy: quick to run while an algorithm is changed. tests/learning has the whole matrix, through the engine.
+SAMPLE = list(product(OBSERVATIONS, ACTIONS, ALGORITHMS))[::17]
 
 
 def learn(observation: str, action: str, algorithm: str, policy_config: PolicyConfig) -> float:
@@ -37,9 +36,7 @@ def learn(observation: str, action: str, algorithm: str, policy_config: PolicyCo
     return world.score(policy)
 
 
-@pytest.mark.parametrize(
-    ("observation", "action", "algorithm"), [pytest.param(*c, marks=() if c in PAIRS else pytest.mark.soak) for c in MATRIX]
-)
+@pytest.mark.parametrize(("observation", "action", "algorithm"), SAMPLE)
 def test_learns_the_action_that_the_observation_names(observation: str, action: str, algorithm: str) -> None:
     assert learn(observation, action, algorithm, PolicyConfig(log_std_init=-1.0)) >= 0.95
 
