@@ -157,16 +157,18 @@ class IdentityWorld(gymnasium.Env[Any, Any]):
 def learn(observation: str, action: str, algorithm: str, run_dir: Path, *, seed: int = 0) -> tuple[float, int]:
     """Train in this process. Returns the share of the optimal return that the learned policy gets, and the env steps that it took."""
     continuous, pixels = action.startswith("box"), observation in ("image", "nested")
-    impala = algorithm == "impala"  # nothing bounds its steps
-    own: dict[str, Any] = {"minibatch_size": 64} if impala else {"minibatch_size": 128, "epochs": 4}
-    if not continuous:
-        own["entropy_coefficient"] = 0.03 if impala else 0.01  # without it a choice that was good by chance becomes certain
+    if algorithm == "impala":  # nothing bounds its steps, so they are smaller
+        own: dict[str, Any] = {"minibatch_size": 64, "learning_rate": 5e-4 if pixels and continuous else 1e-3}
+        own |= {"normalise_advantage": True} if continuous else {"entropy_coefficient": 0.03}
+    else:
+        own = {"minibatch_size": 128, "epochs": 4, "learning_rate": 1e-3 if pixels else 3e-3}
+        own |= {} if continuous else {"entropy_coefficient": 0.01}  # without it a choice that was good by chance becomes certain
     run = shoal.train(
         lambda: IdentityWorld(observation, action),
-        algorithm={"name": algorithm, "learning_rate": 1e-3 if pixels or impala else 3e-3, "gamma": 0.5, **own},
-        policy={"log_std_init": -2.3},
+        algorithm={"name": algorithm, "gamma": 0.5, **own},
+        policy={"log_std_init": -1.5 if algorithm == "impala" else -2.3},
         sampling={"groups": 2, "group_size": 8, "rollout_length": 32},
-        stop={"return": (0.945 if continuous else 0.96) * LENGTH, "env_steps": 80_000},
+        stop={"return": (0.945 if continuous else 0.96) * LENGTH, "env_steps": 120_000},
         actors=0,
         seed=seed,
         run_dir=str(run_dir),
