@@ -16,7 +16,7 @@ from gymnasium import spaces
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring, Slot, allocate
 from shoal.experience.schema import Schema, rollout_schema
-from shoal.types import CURSOR, Acted, Array, Arrays, EnvironmentSpec, FieldSpec, GroupState, GroupStep, LeafSpec
+from shoal.types import CURSOR, Acted, Array, Arrays, Ended, EnvironmentSpec, FieldSpec, GroupState, GroupStep, LeafSpec
 
 RUN_ID = bytes(range(16))
 NUM_ACTIONS = 5
@@ -135,14 +135,14 @@ class ScriptedGroup:
         self.num_steps += 1
         reward, terminated = np.zeros(self.num_envs), np.zeros(self.num_envs, np.bool_)
         truncated, valid = np.zeros(self.num_envs, np.bool_), np.ones(self.num_envs, np.bool_)
-        ended: list[tuple[int, Arrays | None]] = []
+        ended: list[Ended] = []
         for b in range(self.num_envs):
             if self._over[b]:
                 self._begin(b)
                 valid[b] = False
                 continue
             if b in self._giving_up:
-                ended.append((b, observation_of(self.seed(b), self.count[b])))
+                ended.append(self._end_of(b, observation_of(self.seed(b), self.count[b])))
                 truncated[b], valid[b] = True, False
                 self._begin(b)
                 continue
@@ -151,7 +151,7 @@ class ScriptedGroup:
             self.total[b] += reward[b]
             if self.count[b] == length_of(self.seed(b)):
                 terminated[b], truncated[b] = not truncates(self.seed(b)), truncates(self.seed(b))
-                ended.append((b, None if self._next_step else observation_of(self.seed(b), self.count[b])))
+                ended.append(self._end_of(b, None if self._next_step else observation_of(self.seed(b), self.count[b])))
                 if self._next_step:
                     self._over[b] = True
                 else:
@@ -159,6 +159,9 @@ class ScriptedGroup:
         self._giving_up.clear()
         self.observe(out)
         return GroupStep(reward, terminated, truncated, valid, ended)
+
+    def _end_of(self, b: int, final: Arrays | None) -> Ended:
+        return Ended(b, final, self.seed(b), int(self.count[b]), float(self.total[b]))
 
     def _begin(self, b: int) -> None:
         self.episode[b] += 1

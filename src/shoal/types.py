@@ -143,6 +143,16 @@ EPISODE = np.dtype(
 )
 
 
+class Ended(NamedTuple):
+    """An episode that ended in a step: its environment, seed, and what it came to."""
+
+    env: int
+    final: Arrays | None  # true last observation by field name; None where row t+1 holds it already
+    seed: int
+    num_steps: int
+    episode_return: float
+
+
 class GroupStep(NamedTuple):
     """What one step of a group gives besides observations (which are written in place). Arrays belong to the group until its next step."""
 
@@ -150,7 +160,7 @@ class GroupStep(NamedTuple):
     terminated_B: Array  # bool [B]
     truncated_B: Array  # bool [B]
     valid_B: Array  # bool [B]; False on the reset row of a NEXT_STEP autoreset, which is no environment step
-    ended: Sequence[tuple[int, Arrays | None]]  # (b, true last observation by field name); None where row t+1 holds it already
+    ended: Sequence[Ended]
 
 
 @dataclass

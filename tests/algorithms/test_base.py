@@ -74,7 +74,8 @@ def test_evaluation_gives_log_probabilities_and_the_same_values(masked: bool, mo
     batch, model = random_batch(masked=masked), policy()
     for chunk in (2**24, 8):
         monkeypatch.setattr("shoal.algorithms.base.CHUNK_NUMBERS", chunk)
-        log_prob, value, next_value = evaluate_TN(model, batch)
+        log_prob, value, next_value, whole = evaluate_TN(model, batch)
+        assert whole is None
         for found, expected in zip((value, next_value), values_TN(model, batch), strict=True):
             torch.testing.assert_close(found, expected)
         for t in range(6):

@@ -36,26 +36,60 @@ def test_the_clipped_objective_by_hand() -> None:
     ratio = torch.tensor([1.0, 1.5, 1.5, 0.5, 0.5])
     advantage = torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0])
     log_prob = ratio.log().requires_grad_()
-    loss, approx_kl, clip_fraction = clipped_policy_loss(log_prob, torch.zeros(5), advantage, 0.25)
+    loss, d_log_prob, approx_kl, clip_fraction = clipped_policy_loss(log_prob, torch.zeros(5), advantage, 0.25)
     assert loss.item() == pytest.approx(-(1.0 + 1.25 - 1.5 + 0.5 - 0.75) / 5)
     assert clip_fraction.item() == pytest.approx(0.8)
     assert approx_kl.item() == pytest.approx((ratio - 1 - ratio.log()).mean().item())
-    assert not approx_kl.requires_grad
     loss.backward()
     # no gradient where the clip is what counts: beyond it, in the direction of the advantage
     torch.testing.assert_close(log_prob.grad, -torch.tensor([1.0, 0.0, -1.5, 0.5, 0.0]) / 5)
+    torch.testing.assert_close(d_log_prob, log_prob.grad)
 
 
 def test_value_loss_by_hand() -> None:
     value, old, target = torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0]), torch.tensor([4.0, 1.0])
-    assert value_loss(value, old, target, None).item() == 1.0
+    assert value_loss(value, old, target, None)[0].item() == 1.0
     # clipped to 1.5: (1.5 - 4)^2 is worse than (3 - 4)^2
-    assert value_loss(value, old, target, 0.5).item() == (6.25 + 1.0) / 2
-    assert value_loss(value, old, torch.tensor([1.0, 1.0]), 0.5).item() == (4.0 + 1.0) / 2
+    assert value_loss(value, old, target, 0.5)[0].item() == (6.25 + 1.0) / 2
+    assert value_loss(value, old, torch.tensor([1.0, 1.0]), 0.5)[0].item() == (4.0 + 1.0) / 2
+
+
+@pytest.mark.parametrize("clip_range_value", [None, 0.3])
+def test_derivatives_of_losses_equal_those_of_the_graph(clip_range_value: float | None) -> None:
+    rng = torch.Generator().manual_seed(3)
+    old, target, old_log_prob, advantage = (torch.randn(400, generator=rng) for _ in range(4))
+    value = (old + 0.5 * torch.randn(400, generator=rng)).requires_grad_()
+    log_prob = (old_log_prob + 0.5 * torch.randn(400, generator=rng)).requires_grad_()
+    loss, d_value = value_loss(value, old, target, clip_range_value)
+    torch.testing.assert_close(d_value, torch.autograd.grad(loss, value)[0])
+    actor = clipped_policy_loss(log_prob, old_log_prob, advantage, 0.2)
+    torch.testing.assert_close(actor.d_log_prob, torch.autograd.grad(actor.policy_gradient_loss, log_prob)[0])
+
+
+class Given:
+    """An evaluation whose parts are what the test says, with gradient."""
+
+    def __init__(self, log_prob: list[float], entropy: list[float], value: list[float]) -> None:
+        self.log_prob, self.entropy, self.value = (torch.tensor(x).requires_grad_() for x in (log_prob, entropy, value))
+
+    def gradients(self, *_: object) -> list[torch.Tensor]:
+        raise NotImplementedError
 
 
 def test_the_policy_gradient_by_hand() -> None:
-    assert impala_loss(torch.tensor([-1.0, -2.0]), torch.tensor([2.0, 3.0])).item() == 4.0
+    given, config = (
+        Given([-1.0, -2.0, -9.0], [0.5, 0.7, 9.0], [1.0, 3.0, 9.0]),
+        ImpalaConfig(value_coefficient=0.5, entropy_coefficient=0.1),
+    )
+    weight = torch.tensor([0.5, 0.5, 0.0])  # the last row is left out
+    loss = impala_loss(given, torch.tensor([2.0, 3.0, 9.0]), torch.tensor([0.0, 1.0, 0.0]), weight, config)
+    assert loss.policy_gradient_loss.item() == 4.0
+    assert loss.value_loss.item() == 2.5
+    assert loss.entropy_loss.item() == pytest.approx(-0.6)
+    total = loss.policy_gradient_loss + 0.5 * loss.value_loss + 0.1 * loss.entropy_loss
+    slopes = torch.autograd.grad(total, [given.log_prob, given.entropy, given.value])
+    for found, expected in zip((loss.d_log_prob, loss.d_entropy, loss.d_value), slopes, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def reference_step(model: Policy, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:

@@ -208,7 +208,7 @@ class Recorder:
 
         row = allocate(self.spec, self.group.num_envs)
         step = self.group.step(np.asarray(action_B), row)
-        ended = {b for b, _ in step.ended}
+        ended = {e.env for e in step.ended}
         for b in range(self.group.num_envs):
             if b in ended:
                 self.actions[b], self.crc[b], self.reward_crc[b] = [], extend_crc(0, self.spec, row, b), 0
@@ -240,8 +240,8 @@ def same_rows(one: Recorder, other: Recorder, from_row: int = 0, other_from: int
     for s, t in zip(one.steps[from_row:], other.steps[other_from:], strict=True):
         for x, y in zip(s[:4], t[:4], strict=True):
             np.testing.assert_array_equal(x, y)
-        assert [b for b, _ in s.ended] == [b for b, _ in t.ended]
-        for (_, x), (_, y) in zip(s.ended, t.ended, strict=True):
+        assert [e.env for e in s.ended] == [e.env for e in t.ended]
+        for (_, x, *_), (_, y, *_) in zip(s.ended, t.ended, strict=True):
             assert (x is None) == (y is None)
             for name in x or {}:
                 np.testing.assert_array_equal(x[name], y[name])

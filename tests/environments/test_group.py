@@ -38,7 +38,7 @@ def test_every_episode_is_reset_with_the_seed_of_its_own_stream():
     recorder = played(group_of(Walk), 40)
     for b in range(3):
         seeds = [recorder.rows[0]["observation"][b, 0]] + [
-            recorder.rows[t + 1]["observation"][b, 0] for t, s in enumerate(recorder.steps) if any(x == b for x, _ in s.ended)
+            recorder.rows[t + 1]["observation"][b, 0] for t, s in enumerate(recorder.steps) if any(x.env == b for x in s.ended)
         ]
         assert len(seeds) > 3
         assert seeds == [streams.episode_seed(7, 5, b, episode) for episode in range(len(seeds))]
@@ -62,10 +62,10 @@ def test_the_action_reaches_the_environment_with_its_start():
 def test_an_ended_episode_shows_its_true_last_observation_and_then_the_reset(truncate):
     recorder = played(group_of(lambda: Walk(truncate=truncate, length=4)), 4)
     last = recorder.steps[-1]
-    assert [b for b, _ in last.ended] == [0, 1, 2]
+    assert [e.env for e in last.ended] == [0, 1, 2]
     assert last.truncated_B.all() == truncate
     assert last.terminated_B.all() != truncate
-    for b, final in last.ended:
+    for b, final, *_ in last.ended:
         seed, steps, position = final["observation"]
         assert (seed, steps) == (streams.episode_seed(7, 5, b, 0), 4)
         assert position == last.reward_B[b]  # Walk's reward is where it stands
@@ -84,7 +84,7 @@ def test_max_episode_steps_truncates_and_also_where_the_episode_terminates_there
     recorder = played(group_of(lambda: Walk(length=50), max_episode_steps=6), 6)
     assert recorder.steps[5].truncated_B.all()
     assert not recorder.steps[5].terminated_B.any()
-    assert recorder.steps[5].ended[0][1]["observation"][1] == 6
+    assert recorder.steps[5].ended[0].final["observation"][1] == 6
     recorder = played(group_of(lambda: TimeLimit(Walk(length=6), 6)), 6)
     assert recorder.steps[5].truncated_B.all()
     assert recorder.steps[5].terminated_B.all()
@@ -207,12 +207,12 @@ def test_an_episode_that_is_given_up_ends_as_an_invalid_row_without_a_step():
     assert step.valid_B.tolist() == [True, False, True]
     assert step.truncated_B.tolist() == [False, True, False]
     assert step.reward_B[1] == 0
-    ((b, final),) = step.ended
+    ((b, final, *_),) = step.ended
     assert b == 1
     np.testing.assert_array_equal(final["observation"], recorder.rows[-2]["observation"][1])
     assert recorder.rows[-1]["observation"][1, 0] == streams.episode_seed(7, 5, 1, 1)
     later = [recorder.step(np.zeros(3, np.int64)) for _ in range(10)]
-    assert any(b == 1 for step in later for b, _ in step.ended)
+    assert any(e.env == 1 for step in later for e in step.ended)
     assert all(step.valid_B.all() for step in later)
 
 

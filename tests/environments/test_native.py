@@ -31,7 +31,7 @@ def transitions(recorder, b):
     out = []
     for t, step in enumerate(recorder.steps):
         if step.valid_B[b]:
-            finals = dict(step.ended)
+            finals = {e.env: e.final for e in step.ended}
             successor = finals[b]["observation"] if finals.get(b) is not None else recorder.rows[t + 1]["observation"][b]
             out.append((recorder.rows[t]["observation"][b].tolist(), successor.tolist(), bool(step.truncated_B[b])))
     return out
@@ -112,7 +112,7 @@ def test_giving_up_begins_every_environment_anew():
     recorder.group.give_up(1)
     step = recorder.step(np.zeros(3, np.int64))
     assert not step.valid_B.any()
-    assert [b for b, _ in step.ended] == [0, 1, 2]
+    assert [e.env for e in step.ended] == [0, 1, 2]
     assert recorder.step(np.zeros(3, np.int64)).valid_B.all()
 
 

@@ -141,10 +141,10 @@ def test_paced_environments_act_on_their_own_and_give_the_same_episodes():
         np.testing.assert_array_equal(out["observation"], python.rows[t + 1]["observation"][1])
         assert step.reward == python.steps[t].reward_B[1]
         assert (step.terminated, step.valid) == (python.steps[t].terminated_B[1], True)
-        final = dict(python.steps[t].ended).get(1)
-        assert (step.final is None) == (final is None)
+        final = {e.env: e.final for e in python.steps[t].ended}.get(1)
+        assert (step.ended is None) == (final is None)
         if final is not None:
-            np.testing.assert_array_equal(step.final["observation"], final["observation"])
+            np.testing.assert_array_equal(step.ended.final["observation"], final["observation"])
     assert group.ready(0.01) == []
     with pytest.raises(RuntimeError, match="take"):
         group.send(0, np.int64(1))

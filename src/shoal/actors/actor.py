@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from shoal.actors.paced import Carried, Paced, fill_paced
-from shoal.actors.recording import chain_checksums, complete_episodes, crc_rows, first_observation, open_envelope, record_end
+from shoal.actors.recording import chain_checksums, crc_rows, first_observation, open_envelope, record_ends
 from shoal.errors import EnvironmentFault
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring, Slot
-from shoal.types import Activity, ActivityRecorder, Array, Arrays, Behaviour, EnvironmentGroup, GroupState, NullRecorder
+from shoal.types import Activity, ActivityRecorder, Array, Arrays, Behaviour, Ended, EnvironmentGroup, GroupState, NullRecorder
 
 
 @dataclass
@@ -132,8 +132,8 @@ class Actor:
         action, reward, terminated, truncated = a["action"], a["reward"], a["terminated"], a["truncated"]
         valid, version, envelope, state = a["valid"], a["policy_version"], slot.envelope, hosted.state
         enter, index = self._recorder.enter, int(envelope["group"])
+        ends: list[tuple[int, Ended]] = []
         group.observe(rows[0])
-        seeds = group.cursor()["seed"]
         for t in range(slot.schema.num_rows):
             if t and between_rows is not None and between_rows(int(version[0, 0])):
                 break
@@ -150,18 +150,16 @@ class Actor:
             reward[t], terminated[t], truncated[t] = step.reward_B, step.terminated_B, step.truncated_B
             valid[t], version[t] = step.valid_B, acted.version
             if step.ended:
-                for b, final in step.ended:
-                    record_end(slot, t, b, int(seeds[b]), final)
-                seeds = group.cursor()["seed"]
+                ends += [(t, ended) for ended in step.ended]
             envelope["num_rows"] = t + 1
         hosted.state = state
+        record_ends(slot, ends)
 
     def _finish(self, slot: Slot, hosted: _Hosted) -> None:
         a, envelope = slot.arrays, slot.envelope
         num_rows = int(envelope["num_rows"])
         cursor = hosted.group.cursor()
         chain_checksums(slot, hosted.cursor, cursor)
-        complete_episodes(slot, hosted.cursor)
         a["cursor/end"][:] = cursor
         hosted.cursor = cursor
         for name, value in hosted.state.items():

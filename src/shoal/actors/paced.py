@@ -16,10 +16,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from shoal.actors.recording import record_end
+from shoal.actors.recording import record_ends
 from shoal.errors import EnvironmentFault
 from shoal.experience.ring import Slot
-from shoal.types import Activity, ActivityRecorder, Array, Arrays, Behaviour
+from shoal.types import Activity, ActivityRecorder, Array, Arrays, Behaviour, Ended
 
 READY_SECONDS = 0.05  # between two looks at the caller's wishes while nobody is ready
 
@@ -62,7 +62,7 @@ def fill_paced(
     outputs = _output_names(slot)
     to_answer = [b for b in range(num_envs) if b not in under_way]
     index, closing = int(slot.envelope["group"]), False
-    seeds = group.cursor()["seed"]
+    ends: list[tuple[int, Ended]] = []
     oldest = min([c.version for c in carried.values()], default=1 << 62)
     carried.clear()
     while True:
@@ -75,7 +75,7 @@ def fill_paced(
         recorder.enter(Activity.STEPPING, index, -1, int(row_B.max()))
         ready = group.ready(0.0 if closing else READY_SECONDS)
         for b in ready:
-            _take(slot, group, b, int(row_B[b]), seeds)
+            _take(slot, group, b, int(row_B[b]), ends)
             row_B[b] += 1
             under_way.discard(b)
         to_answer = ready
@@ -93,6 +93,7 @@ def fill_paced(
             int(a["policy_version"][t, b]),
         )
     _blank(slot, row_B)
+    record_ends(slot, ends)
 
 
 def _output_names(slot: Slot) -> list[str]:
@@ -130,7 +131,7 @@ def _answer(slot: Slot, group: Paced, behaviour: Behaviour, ready: list[int], ro
     return acted.version
 
 
-def _take(slot: Slot, group: Paced, b: int, t: int, seeds: Array) -> None:
+def _take(slot: Slot, group: Paced, b: int, t: int, ends: list[tuple[int, Ended]]) -> None:
     a = slot.arrays
     try:
         step = group.take(b, {n: a[n][t + 1, b] for n in slot.observation_names})
@@ -139,9 +140,8 @@ def _take(slot: Slot, group: Paced, b: int, t: int, seeds: Array) -> None:
         raise
     a["reward"][t, b], a["terminated"][t, b], a["truncated"][t, b] = step.reward, step.terminated, step.truncated
     a["valid"][t, b] = step.valid
-    if step.terminated or step.truncated:
-        record_end(slot, t, b, int(seeds[b]), step.final)
-        seeds[b] = group.cursor()["seed"][b]
+    if step.ended is not None:
+        ends.append((t, step.ended))
 
 
 def _blank(slot: Slot, row_B: Array) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from shoal.experience.envelope import Fate, Identity, Source
 from shoal.experience.ring import Slot
-from shoal.types import Array, Arrays, EnvironmentGroup
+from shoal.types import Array, Arrays, Ended, EnvironmentGroup
 
 
 def open_envelope(slot: Slot, identity: Identity, run_id: bytes, who: tuple[int, int], epoch: int) -> None:
@@ -31,31 +32,24 @@ def open_envelope(slot: Slot, identity: Identity, run_id: bytes, who: tuple[int,
     e["begun_ns"] = time.monotonic_ns()
 
 
-def record_end(slot: Slot, t: int, b: int, seed: int, final: Arrays | None) -> None:
-    """An episode ended at row t of environment b. `final`: its true last observation, None where row t + 1 holds it."""
+def record_ends(slot: Slot, ends: Sequence[tuple[int, Ended]]) -> None:
+    """Write down the episodes that ended inside, as (row, what it came to) in the order of their rows."""
     a, envelope = slot.arrays, slot.envelope
-    row: Any = a["episode"][int(envelope["num_episodes"])]
-    row["row"], row["env"], row["seed"] = t, b, seed
-    row["terminated"], row["truncated"], row["invalid"] = a["terminated"][t, b], a["truncated"][t, b], not a["valid"][t, b]
-    envelope["num_episodes"] += 1
-    if final is not None:
-        place = int(envelope["num_finals"])
-        a["final/row"][place], a["final/env"][place] = t, b
-        for name, value in final.items():
-            a[f"final/{name}"][place] = value
-        envelope["num_finals"] += 1
-
-
-def complete_episodes(slot: Slot, start: Array) -> None:
-    """Return and length of the episodes that ended, from the rewards in the slot and what the episode had before it."""
-    reward, valid = slot.arrays["reward"], slot.arrays["valid"]
-    begun = {b: (0, float(start["episode_return"][b]), int(start["num_steps"][b])) for b in range(len(start))}
-    for row in slot.arrays["episode"][: int(slot.envelope["num_episodes"])]:
-        t, b = int(row["row"]), int(row["env"])
-        first, before_return, before_steps = begun[b]
-        row["episode_return"] = before_return + float(np.cumsum(reward[first : t + 1, b])[-1])
-        row["num_steps"] = before_steps + int(valid[first : t + 1, b].sum())
-        begun[b] = (t + 1, 0.0, 0)
+    kept = [(t, ended.env, ended.final) for t, ended in ends if ended.final is not None]
+    envelope["num_episodes"], envelope["num_finals"] = len(ends), len(kept)
+    if ends:
+        rows = a["episode"][: len(ends)]
+        t, b = [t for t, _ in ends], [ended.env for _, ended in ends]
+        rows["row"], rows["env"] = t, b
+        rows["seed"], rows["num_steps"] = [ended.seed for _, ended in ends], [ended.num_steps for _, ended in ends]
+        rows["episode_return"] = [ended.episode_return for _, ended in ends]
+        rows["terminated"], rows["truncated"], rows["invalid"] = a["terminated"][t, b], a["truncated"][t, b], ~a["valid"][t, b]
+    if kept:
+        a["final/row"][: len(kept)], a["final/env"][: len(kept)] = [t for t, _, _ in kept], [b for _, b, _ in kept]
+        for name in kept[0][2]:
+            into = a[f"final/{name}"]
+            for place, (_, _, final) in enumerate(kept):
+                into[place] = final[name]
 
 
 def chain_checksums(slot: Slot, start: Array, end: Array) -> None:

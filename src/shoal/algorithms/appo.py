@@ -27,8 +27,8 @@ class APPO(Algorithm[APPOConfig]):
         corrected, metrics = vtrace_of_batch(self.policy, batch, self.config)
         advantage_TN = corrected.advantage_TN
         if self.config.vtrace:  # the ratio brings pi / mu itself
-            rho_TN = (corrected.log_prob_TN - batch.log_prob_TN).exp()
+            rho_TN = (corrected.now.log_prob_TN - batch.log_prob_TN).exp()
             advantage_TN = advantage_TN / rho_TN.clamp(_SMALLEST_RHO, self.config.clip_rho)
-        targets = Targets(batch.log_prob_TN, corrected.value_TN, advantage_TN, corrected.target_TN)
+        targets = Targets(batch.log_prob_TN, corrected.now.value_TN, advantage_TN, corrected.target_TN)
         epochs = clipped_epochs(self.policy, self.optimizer, self.config, batch, context, targets)
         return {**epochs, **metrics}

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from shoal.config import AlgorithmConfig
 from shoal.experience.batch import Batch
+from shoal.networks.evaluation import Evaluation
 from shoal.networks.policy import Policy
 
+GATHERED_BYTES = 2**22  # observations of one batch that are gathered in one go
 CHUNK_NUMBERS = 2**24  # observation numbers of one forward pass over a whole batch: bounds its memory
 
 
@@ -81,11 +83,12 @@ class Optimizer:
       epsilon: added to the root of the second moment.
       max_gradient_norm: the gradient is scaled down to this Euclidean norm.
     Attributes:
+      parameters: those that are trained, in the order of the flat vector.
       steps: taken; skipped: refused, because the gradient was not finite (parameters and moments stay as they were).
     """
 
     def __init__(self, policy: nn.Module, *, epsilon: float, max_gradient_norm: float, kind: Literal["adam", "rmsprop"] = "adam") -> None:
-        self._parameters = [p for p in policy.parameters() if p.requires_grad]
+        self.parameters = [p for p in policy.parameters() if p.requires_grad]
         self._epsilon, self._max_norm, self._kind = epsilon, max_gradient_norm, kind
         self._betas = (0.9, 0.999) if kind == "adam" else (0.0, 0.99)
         self._flatten()
@@ -95,18 +98,21 @@ class Optimizer:
         self.skipped = 0
 
     def _flatten(self) -> None:
-        self._flat = torch.cat([p.detach().reshape(-1) for p in self._parameters])
+        self._flat = torch.cat([p.detach().reshape(-1) for p in self.parameters])
         place = 0
         self._places: list[int] = []
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             parameter.data = self._flat[place : place + parameter.numel()].view(parameter.shape)
             self._places.append(parameter.data_ptr())
             place += parameter.numel()
 
     def step(self, loss: Tensor, learning_rate: float) -> float:
         """One step down the gradient of `loss` (a scalar); returns the gradient's norm before clipping, non-finite where the step was refused."""
-        gradients = torch.autograd.grad(loss, self._parameters, materialize_grads=True, allow_unused=True)
-        if [p.data_ptr() for p in self._parameters] != self._places:
+        return self.descend(torch.autograd.grad(loss, self.parameters, materialize_grads=True, allow_unused=True), learning_rate)
+
+    def descend(self, gradients: Sequence[Tensor], learning_rate: float) -> float:
+        """The same from the gradients of `parameters`, in their order and shapes."""
+        if [p.data_ptr() for p in self.parameters] != self._places:
             self._flatten()
         gradient = torch.cat([g.reshape(-1) for g in gradients])
         norm = float(gradient.norm())
@@ -186,22 +192,33 @@ def values_TN(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
     return value_T1N[:-1], _next_value_TN(policy, batch, value_T1N)
 
 
-@torch.no_grad()
-def evaluate_TN(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """log pi of the actions taken, V, and V of the true successor, all of the policy as it is now: float32 [T, N] each, without gradient."""
+class Evaluated(NamedTuple):
+    """What the policy as it is now says of a batch: float32 [T, N] each, without gradient."""
+
+    log_prob_TN: Tensor
+    value_TN: Tensor
+    next_value_TN: Tensor  # V of the true successor
+    whole: Evaluation | None  # of all (T+1) * N rows in their order, where it was made in one piece: its gradient costs no second pass
+
+
+def evaluate_TN(policy: Policy, batch: Batch, *, for_gradient: bool = False) -> Evaluated:
+    """log pi of the actions taken, and values; `for_gradient` keeps what a gradient of all rows needs."""
     rows = {name: value.flatten(0, 1) for name, value in batch.observation.items()}
     mask = None if batch.action_mask is None else batch.action_mask.flatten(0, 1)
     action = torch.cat([batch.action, torch.zeros_like(batch.action[:1])]).flatten(0, 1)
     T, N = batch.reward_TN.shape
-    log_probs, values = [], []
-    for part in _chunks(batch, (T + 1) * N):
-        observation = {name: value[part] for name, value in rows.items()}
-        distribution, value = policy.distribution_and_value(observation, None if mask is None else mask[part])
-        log_probs.append(distribution.log_prob(action[part]))
-        values.append(value)
-    value_T1N = torch.cat(values).view(T + 1, N)
-    log_prob_T1N = torch.cat(log_probs).view(T + 1, N)
-    return log_prob_T1N[:-1], value_T1N[:-1], _next_value_TN(policy, batch, value_T1N)
+    parts = _chunks(batch, (T + 1) * N)
+    evaluations = []
+    with torch.set_grad_enabled(for_gradient and len(parts) == 1):
+        for part in parts:
+            observation = {name: value[part] for name, value in rows.items()}
+            evaluations.append(policy.evaluate(observation, action[part], None if mask is None else mask[part]))
+    with torch.no_grad():
+        value_T1N = torch.cat([e.value for e in evaluations]).view(T + 1, N)
+        log_prob_T1N = torch.cat([e.log_prob for e in evaluations]).view(T + 1, N)
+        next_value_TN = _next_value_TN(policy, batch, value_T1N)
+    whole = evaluations[0] if for_gradient and len(parts) == 1 else None
+    return Evaluated(log_prob_T1N[:-1], value_T1N[:-1], next_value_TN, whole)
 
 
 @dataclass(frozen=True)
@@ -231,21 +248,30 @@ def minibatches(batch: Batch, size: int | None, rng: np.random.Generator, **colu
       columns_TN: float32 [T, N] each, such as advantages; `rows[name]` holds their rows.
     """
     T = len(batch.valid_TN)
-    columns = torch.stack([column.reshape(-1) for column in columns_TN.values()], 1) if columns_TN else None
+    columns = torch.stack([column.reshape(-1) for column in columns_TN.values()]) if columns_TN else None
     observation = {name: value[:T].flatten(0, 1) for name, value in batch.observation.items()}
     mask = None if batch.action_mask is None else batch.action_mask[:T].flatten(0, 1)
     action = batch.action.flatten(0, 1)
     valid = batch.valid_TN.reshape(-1).nonzero().squeeze(1)
     order = valid[torch.from_numpy(rng.permutation(len(valid))).to(valid.device)]
+    if not len(order):
+        return
     count = 1 if size is None else max(1, math.ceil(len(order) / size))
-    for index in order.tensor_split(count) if len(order) else ():
-        parts = () if columns is None else columns.index_select(0, index).unbind(1)
-        yield Minibatch(
-            {name: value.index_select(0, index) for name, value in observation.items()},
-            action.index_select(0, index),
-            None if mask is None else mask.index_select(0, index),
-            dict(zip(columns_TN, parts, strict=True)),
-        )
+    num_bytes = sum(value.nbytes for value in observation.values())
+    # Small rows are gathered once per epoch and then only cut; images one minibatch at a time.
+    for part in (order,) if num_bytes < GATHERED_BYTES else order.tensor_split(count):
+        cuts = count if len(part) == len(order) else 1
+        observations = {name: value.index_select(0, part).tensor_split(cuts) for name, value in observation.items()}
+        actions = action.index_select(0, part).tensor_split(cuts)
+        masks = None if mask is None else mask.index_select(0, part).tensor_split(cuts)
+        gathered = () if columns is None else columns.index_select(1, part).tensor_split(cuts, 1)
+        for i in range(cuts):
+            yield Minibatch(
+                {name: parts[i] for name, parts in observations.items()},
+                actions[i],
+                None if masks is None else masks[i],
+                dict(zip(columns_TN, gathered[i], strict=True)) if gathered else {},
+            )
 
 
 def schedule(value: float, kind: Literal["constant", "linear"], progress: float) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shoal.algorithms.base import (
     Algorithm,
+    Evaluated,
     Means,
     Optimizer,
     UpdateContext,
@@ -25,6 +26,7 @@ from shoal.algorithms.base import (
 )
 from shoal.config import ImpalaConfig, VTraceConfig
 from shoal.experience.batch import Batch
+from shoal.networks.evaluation import Evaluation
 from shoal.networks.policy import Policy
 from shoal.ops.vtrace import vtrace
 
@@ -32,24 +34,20 @@ from shoal.ops.vtrace import vtrace
 class Corrected(NamedTuple):
     """V-trace of a batch under the policy as it is now: float32 [T, N] each, without gradient."""
 
-    log_prob_TN: Tensor
-    value_TN: Tensor
+    now: Evaluated
     advantage_TN: Tensor
     target_TN: Tensor
 
 
-def impala_loss(log_prob: Tensor, advantage: Tensor) -> Tensor:
-    """-E[log pi(a|x) rho (r + gamma v' - V)] over [M]; `advantage` holds rho and carries no gradient (section 4.2)."""
-    return -(log_prob * advantage).mean()
-
-
-def vtrace_of_batch(policy: Policy, batch: Batch, config: VTraceConfig) -> tuple[Corrected, dict[str, float]]:
+def vtrace_of_batch(
+    policy: Policy, batch: Batch, config: VTraceConfig, *, for_gradient: bool = False
+) -> tuple[Corrected, dict[str, float]]:
     """Targets and advantages, and how far the policy is from the behaviours: approx_kl, rho_clipped (share of rows with rho above clip_rho)."""
-    log_prob_TN, value_TN, next_value_TN = evaluate_TN(policy, batch)
-    log_rho_TN = log_prob_TN - batch.log_prob_TN
+    now = evaluate_TN(policy, batch, for_gradient=for_gradient)
+    log_rho_TN = now.log_prob_TN - batch.log_prob_TN
     target_TN, advantage_TN = vtrace(
-        value_TN,
-        next_value_TN,
+        now.value_TN,
+        now.next_value_TN,
         batch.reward_TN,
         discount_TN(batch, config.gamma),
         cut_TN(batch),
@@ -63,9 +61,36 @@ def vtrace_of_batch(policy: Policy, batch: Batch, config: VTraceConfig) -> tuple
     metrics = {
         "behaviour_kl": float((rho - 1.0 - log_rho).mean()),
         "rho_clipped": float((rho > config.clip_rho).float().mean()),
-        "explained_variance": explained_variance(value_TN[batch.valid_TN], target_TN[batch.valid_TN]),
+        "explained_variance": explained_variance(now.value_TN[batch.valid_TN], target_TN[batch.valid_TN]),
     }
-    return Corrected(log_prob_TN, value_TN, advantage_TN, target_TN), metrics
+    return Corrected(now, advantage_TN, target_TN), metrics
+
+
+class Loss(NamedTuple):
+    """Weighted sums over rows, and the derivative with respect to each row's log-probability, entropy and value [M]."""
+
+    policy_gradient_loss: Tensor
+    value_loss: Tensor
+    entropy_loss: Tensor
+    d_log_prob: Tensor
+    d_entropy: Tensor
+    d_value: Tensor
+
+
+def impala_loss(evaluation: Evaluation, advantage: Tensor, target: Tensor, weight: Tensor, config: ImpalaConfig) -> Loss:
+    """-log pi(a|x) rho (r + gamma v' - V), (V - v)^2 and -H (section 4.2), each row by its weight; weights [M] sum to 1, 0 leaves a row out.
+
+    `advantage` holds rho. The derivatives are those of the sum of the three, by their coefficients.
+    """
+    error, weighted = evaluation.value - target, weight * advantage
+    return Loss(
+        policy_gradient_loss=-torch.dot(evaluation.log_prob, weighted),
+        value_loss=torch.dot(error * error, weight),
+        entropy_loss=-torch.dot(evaluation.entropy, weight),
+        d_log_prob=-weighted,
+        d_entropy=weight * -config.entropy_coefficient,
+        d_value=(error * weight).mul_(2.0 * config.value_coefficient),
+    )
 
 
 class IMPALA(Algorithm[ImpalaConfig]):
@@ -79,21 +104,20 @@ class IMPALA(Algorithm[ImpalaConfig]):
         self.optimizer = Optimizer(policy, epsilon=config.adam_epsilon, max_gradient_norm=config.max_gradient_norm, kind=config.optimizer)
 
     def update(self, batch: Batch, context: UpdateContext) -> dict[str, float]:
-        config = self.config
-        corrected, metrics = vtrace_of_batch(self.policy, batch, config)
+        config, steps, skipped = self.config, self.optimizer.steps, self.optimizer.skipped
+        one_step = config.minibatch_size is None or config.minibatch_size >= batch.valid_TN.numel()
+        corrected, metrics = vtrace_of_batch(self.policy, batch, config, for_gradient=one_step)
         learning_rate = schedule(config.learning_rate, config.learning_rate_schedule, context.progress)
-        means, steps, skipped = Means(), self.optimizer.steps, self.optimizer.skipped
-        columns = {"advantage": corrected.advantage_TN, "target": corrected.target_TN}
-        for rows in minibatches(batch, config.minibatch_size, context.rng, **columns):
-            distribution, value = self.policy.distribution_and_value(rows.observation, rows.action_mask)
-            advantage = normalised(rows["advantage"]) if config.normalise_advantage else rows["advantage"]
-            policy_gradient_loss = impala_loss(distribution.log_prob(rows.action), advantage)
-            value_loss = (value - rows["target"]).square().mean()
-            entropy_loss = -distribution.entropy().mean()
-            loss = policy_gradient_loss + config.value_coefficient * value_loss + config.entropy_coefficient * entropy_loss
-            grad_norm = self.optimizer.step(loss, learning_rate)
-            means.add({"policy_gradient_loss": policy_gradient_loss, "value_loss": value_loss, "entropy_loss": entropy_loss})
-            means.add({"loss": loss, "grad_norm": grad_norm})
+        means = Means()
+        if one_step and corrected.now.whole is not None:
+            self._step_on_all(corrected.now.whole, batch, corrected, learning_rate, means)
+        else:
+            columns = {"advantage": corrected.advantage_TN, "target": corrected.target_TN}
+            for rows in minibatches(batch, config.minibatch_size, context.rng, **columns):
+                evaluation = self.policy.evaluate(rows.observation, rows.action, rows.action_mask)
+                advantage = normalised(rows["advantage"]) if config.normalise_advantage else rows["advantage"]
+                weight = torch.full_like(advantage, 1.0 / len(rows))
+                self._step(evaluation, advantage, rows["target"], weight, learning_rate, means)
         return {
             **means.result(),
             **metrics,
@@ -102,3 +126,24 @@ class IMPALA(Algorithm[ImpalaConfig]):
             "optimizer_steps": float(self.optimizer.steps - steps),
             "skipped_steps": float(self.optimizer.skipped - skipped),
         }
+
+    def _step_on_all(self, whole: Evaluation, batch: Batch, corrected: Corrected, learning_rate: float, means: Means) -> None:
+        """The evaluation that V-trace was made from serves the gradient too. Its last N rows only bootstrap."""
+        valid_TN = batch.valid_TN
+        T, N = valid_TN.shape
+        advantage = corrected.advantage_TN[valid_TN]
+        rows = corrected.advantage_TN.new_zeros(3, T + 1, N)
+        rows[0, :T][valid_TN] = normalised(advantage) if self.config.normalise_advantage else advantage
+        rows[1, :T][valid_TN] = corrected.target_TN[valid_TN]
+        rows[2, :T] = valid_TN / max(1, len(advantage))
+        advantage, target, weight = rows.flatten(1)
+        self._step(whole, advantage, target, weight, learning_rate, means)
+
+    def _step(self, evaluation: Evaluation, advantage: Tensor, target: Tensor, weight: Tensor, learning_rate: float, means: Means) -> None:
+        parts = impala_loss(evaluation, advantage, target, weight, self.config)
+        loss = parts.policy_gradient_loss + self.config.value_coefficient * parts.value_loss
+        loss = loss + self.config.entropy_coefficient * parts.entropy_loss
+        gradients = evaluation.gradients(self.optimizer.parameters, parts.d_log_prob, parts.d_entropy, parts.d_value)
+        grad_norm = self.optimizer.descend(gradients, learning_rate)
+        means.add({"policy_gradient_loss": parts.policy_gradient_loss, "value_loss": parts.value_loss, "entropy_loss": parts.entropy_loss})
+        means.add({"loss": loss, "grad_norm": grad_norm})

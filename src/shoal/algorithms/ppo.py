@@ -27,9 +27,10 @@ from shoal.ops.gae import gae
 
 
 class PolicyLoss(NamedTuple):
-    """The clipped objective, and how far the policy has moved: scalars, the last two without gradient."""
+    """The clipped objective, its derivative with respect to each row's log-probability [M], and how far the policy has moved."""
 
     policy_gradient_loss: Tensor
+    d_log_prob: Tensor
     approx_kl: Tensor
     clip_fraction: Tensor
 
@@ -42,20 +43,26 @@ def clipped_policy_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tenso
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
-    loss = -torch.min(ratio * advantage, clipped * advantage).mean()
-    with torch.no_grad():
-        approx_kl = (ratio - 1.0 - log_ratio).mean()
-        clip_fraction = (ratio != clipped).float().mean()
-    return PolicyLoss(loss, approx_kl, clip_fraction)
+    surrogate, bound = ratio * advantage, clipped * advantage
+    loss = -torch.min(surrogate, bound).mean()
+    d_log_prob = torch.where(surrogate <= bound, surrogate, 0.0).mul_(-1.0 / len(ratio))
+    approx_kl = (ratio - 1.0).sub_(log_ratio).mean()
+    clip_fraction = (ratio != clipped).float().mean()
+    return PolicyLoss(loss, d_log_prob, approx_kl, clip_fraction)
 
 
-def value_loss(value: Tensor, old_value: Tensor, target: Tensor, clip_range_value: float | None) -> Tensor:
-    """Mean squared error over [M]; with a clip range, the worse of it and that of old_value + clip(value - old_value)."""
-    error = (value - target).square()
-    if clip_range_value is not None:
-        near = old_value + (value - old_value).clamp(-clip_range_value, clip_range_value)
-        error = torch.max(error, (near - target).square())
-    return error.mean()
+def value_loss(value: Tensor, old_value: Tensor, target: Tensor, clip_range_value: float | None) -> tuple[Tensor, Tensor]:
+    """Mean squared error over [M], and its derivative with respect to each value [M].
+
+    With a clip range, each row's error is the worse of its own and that of old_value + clip(value - old_value).
+    """
+    error = value - target
+    if clip_range_value is None:
+        return error.square().mean(), error.mul(2.0 / len(error))
+    moved = value - old_value
+    near = old_value + moved.clamp(-clip_range_value, clip_range_value) - target
+    worse = near.square() > error.square()  # then the clip holds: moving the value changes nothing
+    return torch.max(error.square(), near.square()).mean(), error.masked_fill(worse, 0.0).mul_(2.0 / len(error))
 
 
 class Targets(NamedTuple):
@@ -84,17 +91,22 @@ def clipped_epochs(
     while epochs < config.epochs and not stop:
         epochs += 1
         for rows in minibatches(batch, config.minibatch_size, context.rng, **columns):
-            distribution, value = policy.distribution_and_value(rows.observation, rows.action_mask)
+            evaluation = policy.evaluate(rows.observation, rows.action, rows.action_mask)
             advantage = normalised(rows["advantage"]) if config.normalise_advantage else rows["advantage"]
-            policy_loss = clipped_policy_loss(distribution.log_prob(rows.action), rows["old_log_prob"], advantage, clip_range)
-            critic_loss = value_loss(value, rows["old_value"], rows["target"], clip_range_value)
-            entropy_loss = -distribution.entropy().mean()
-            means.add({**policy_loss._asdict(), "value_loss": critic_loss, "entropy_loss": entropy_loss})
-            if config.target_kl is not None and float(policy_loss.approx_kl) > 1.5 * config.target_kl:
+            actor = clipped_policy_loss(evaluation.log_prob, rows["old_log_prob"], advantage, clip_range)
+            critic_loss, d_value = value_loss(evaluation.value, rows["old_value"], rows["target"], clip_range_value)
+            entropy_loss = -evaluation.entropy.mean()
+            loss = actor.policy_gradient_loss + config.value_coefficient * critic_loss + config.entropy_coefficient * entropy_loss
+            means.add(
+                {"policy_gradient_loss": actor.policy_gradient_loss, "approx_kl": actor.approx_kl, "clip_fraction": actor.clip_fraction}
+            )
+            means.add({"value_loss": critic_loss, "entropy_loss": entropy_loss})
+            if config.target_kl is not None and float(actor.approx_kl) > 1.5 * config.target_kl:
                 stop = True
                 break
-            loss = policy_loss.policy_gradient_loss + config.value_coefficient * critic_loss + config.entropy_coefficient * entropy_loss
-            means.add({"loss": loss, "grad_norm": optimizer.step(loss, learning_rate)})
+            d_entropy = torch.full_like(evaluation.entropy, -config.entropy_coefficient / len(rows))
+            gradients = evaluation.gradients(optimizer.parameters, actor.d_log_prob, d_entropy, d_value.mul_(config.value_coefficient))
+            means.add({"loss": loss, "grad_norm": optimizer.descend(gradients, learning_rate)})
     valid_TN = batch.valid_TN
     return {
         **means.result(),

@@ -144,7 +144,8 @@ class _Player:
         trace = [(extend_crc(0, self.spec, self.current, 0), 0.0, False)]
         while len(trace) <= num_steps and not trace[-1][2] and time.perf_counter() < end:
             ended = self.act(rng)
-            crc = _crc(self.instance.final) if ended else extend_crc(0, self.spec, self.current, 0)
+            last = self.instance.ended
+            crc = _crc(last.final or {}) if ended and last else extend_crc(0, self.spec, self.current, 0)
             trace.append((crc, self.instance.reward, ended))
         return trace
 

@@ -15,7 +15,7 @@ import numpy as np
 from shoal import streams
 from shoal.environments.instance import Instance
 from shoal.environments.spaces import action_map, allocate
-from shoal.types import CURSOR, Array, Arrays, EnvironmentSpec, GroupState, GroupStep
+from shoal.types import CURSOR, Array, Arrays, Ended, EnvironmentSpec, GroupState, GroupStep
 
 
 class PythonGroup:
@@ -61,13 +61,14 @@ class PythonGroup:
             out[name][...] = array
         if self._flagged:
             self._terminated_B[:], self._truncated_B[:], self._valid_B[:], self._flagged = False, False, True, False
-        finals: list[tuple[int, Arrays | None]] = []
+        ends: list[Ended] = []
         for b in ended:
             instance, self._flagged = instances[b], True
             self._terminated_B[b], self._truncated_B[b], self._valid_B[b] = instance.terminated, instance.truncated, instance.valid
             instance.valid = True
-            finals.append((b, instance.final))
-        return GroupStep(self._reward_B, self._terminated_B, self._truncated_B, self._valid_B, finals)
+            assert instance.ended is not None
+            ends.append(instance.ended)
+        return GroupStep(self._reward_B, self._terminated_B, self._truncated_B, self._valid_B, ends)
 
     def cursor(self) -> Array:
         """CURSOR [B] without the checksums."""

@@ -22,7 +22,7 @@ import numpy as np
 from shoal.environments.faults import RAISED, FaultKind, environment_fault
 from shoal.environments.spaces import MASK, SpaceMismatch, extend_crc, mask_writer, observation_writer
 from shoal.errors import ConfigError, EnvironmentFault
-from shoal.types import Array, Arrays, EnvironmentSpec
+from shoal.types import Array, Arrays, Ended, EnvironmentSpec
 
 _SNAPSHOT_HEADER = struct.Struct("<I")  # crc32 of the observation at the snapshot, compared after restoring
 
@@ -63,7 +63,7 @@ def offered_snapshot_bytes(env: Any) -> int:
 
 
 class Instance:
-    """Environment b of a group. Observations go into row b of `current`; `final` holds the last ended episode's true last one.
+    """Environment b of a group. Observations go into row b of `current`; `ended` says what the last ended episode came to.
 
     After an EnvironmentFault the instance is not usable until `restore`, which makes a new environment.
     """
@@ -92,7 +92,7 @@ class Instance:
         self.reward = 0.0
         self.terminated = self.truncated = False
         self.valid = True
-        self.final: Arrays = {}
+        self.ended: Ended | None = None
 
     def open(self) -> None:
         """Make the environment; what it raises is a fault."""
@@ -116,7 +116,7 @@ class Instance:
     # Stepping.
 
     def advance(self, action: Any) -> bool:
-        """One step. Where the episode ends, keeps `final`, begins the next episode, and returns True.
+        """One step. Where the episode ends, keeps `ended`, begins the next episode, and returns True.
 
         Raises:
           EnvironmentFault: the environment raised, or returned something else than its spaces promise.
@@ -126,7 +126,7 @@ class Instance:
         terminated, truncated = self._apply(action)
         if terminated or truncated:
             self.terminated, self.truncated = terminated, truncated
-            self._keep_final()
+            self._keep_end(check=True)
             self._begin(self.episode + 1)
             return True
         return False
@@ -170,16 +170,17 @@ class Instance:
             return bool(value)
         raise self._fault("flag", f"{name} is no bool", name, "True or False", f"{type(value).__name__} {value!r:.60}")
 
-    def _keep_final(self) -> None:
-        self.final = {name: row.copy() for name, row in self._rows.items() if name != MASK}
-        for name, array in self.final.items():
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
+    def _keep_end(self, check: bool) -> None:
+        final = {name: row.copy() for name, row in self._rows.items() if name != MASK}
+        for name, array in final.items():
+            if check and array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise self.not_finite(name, array)
+        self.ended = Ended(self._index, final, self.seed, self.num_steps, self.episode_return)
 
     def _end_given_up(self) -> bool:
         self._given_up = False
         self.reward, self.valid, self.terminated, self.truncated = 0.0, False, False, True
-        self.final = {name: row.copy() for name, row in self._rows.items() if name != MASK}
+        self._keep_end(check=False)
         self._begin(self.episode + 1)
         return True
 

@@ -28,7 +28,7 @@ from shoal.environments.faults import RAISED, FaultKind, environment_fault
 from shoal.environments.generators import STATE_BYTES, pack_generator, unpack_generator
 from shoal.environments.spaces import MASK, SpaceMismatch, action_map, allocate, describe, flatten_batch
 from shoal.errors import ConfigError, EnvironmentFault
-from shoal.types import CURSOR, Array, Arrays, EnvironmentSpec, GroupState, GroupStep
+from shoal.types import CURSOR, Array, Arrays, Ended, EnvironmentSpec, GroupState, GroupStep
 
 
 def native_factory(env: EnvConfig, callable_: Callable[..., Any] | None = None) -> Callable[[int], Any]:
@@ -161,7 +161,7 @@ class NativeGroup:
 
     def _end_given_up(self, out: Arrays) -> GroupStep:
         self._given_up = False
-        ended = [(b, self._row(b)) for b in range(self.num_envs)]
+        ended = [self._end_of(b, self._row(b)) for b in range(self.num_envs)]
         self._cursor["episode"] += 1
         self._take("reset()", *self._begin_all())
         self._pending_B[:] = False
@@ -189,15 +189,15 @@ class NativeGroup:
         valid_B = ~self._pending_B
         ended_B = (terminated_B | truncated_B) & valid_B
         self._count(reward_B, valid_B)
-        ended: list[tuple[int, Arrays | None]] = []
+        ended: list[Ended] = []
         if self._mode is AutoresetMode.SAME_STEP:
-            ended = [(b, self._final_of(info, b)) for b in map(int, np.flatnonzero(ended_B))]
+            ended = [self._end_of(b, self._final_of(info, b)) for b in map(int, np.flatnonzero(ended_B))]
         self._take("step()", observation, info)
         if self._mode is AutoresetMode.NEXT_STEP:
-            ended = [(int(b), None) for b in np.flatnonzero(ended_B)]
+            ended = [self._end_of(b, None) for b in map(int, np.flatnonzero(ended_B))]
             self._pending_B = ended_B
         elif self._mode is AutoresetMode.DISABLED and ended_B.any():
-            ended = [(b, self._row(b)) for b in map(int, np.flatnonzero(ended_B))]
+            ended = [self._end_of(b, self._row(b)) for b in map(int, np.flatnonzero(ended_B))]
             observation, info = self._guard("reset()", lambda: self._vector.reset(options={"reset_mask": ended_B.copy()}))
             self._take_some(observation, info, ended_B)
         self._cursor["episode"][ended_B] += 1
@@ -205,6 +205,10 @@ class NativeGroup:
         self._cursor["episode_return"][ended_B] = 0.0
         self.observe(out)
         return GroupStep(reward_B, terminated_B & valid_B, truncated_B & valid_B, valid_B, ended)
+
+    def _end_of(self, b: int, final: Arrays | None) -> Ended:
+        cursor = self._cursor[b]
+        return Ended(b, final, int(cursor["seed"]), int(cursor["num_steps"]), float(cursor["episode_return"]))
 
     def cursor(self) -> Array:
         """CURSOR [B] without the checksums; `seed` is the one that all environments share."""

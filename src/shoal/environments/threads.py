@@ -20,7 +20,7 @@ import numpy as np
 
 from shoal.environments.group import PythonGroup
 from shoal.environments.instance import Instance
-from shoal.types import Array, Arrays, EnvironmentSpec, GroupState
+from shoal.types import Array, Arrays, Ended, EnvironmentSpec, GroupState
 
 _Task = Callable[[], Any]
 
@@ -100,7 +100,7 @@ class PacedStep(NamedTuple):
     terminated: bool
     truncated: bool
     valid: bool
-    final: Arrays | None  # the true last observation, where the episode ended
+    ended: Ended | None  # what the episode came to, where it ended
 
 
 class PacedGroup(ThreadedGroup):
@@ -168,7 +168,7 @@ class PacedGroup(ThreadedGroup):
         if not done.result:
             return PacedStep(instance.reward, False, False, True, None)
         valid, instance.valid = instance.valid, True
-        return PacedStep(instance.reward, instance.terminated, instance.truncated, valid, instance.final)
+        return PacedStep(instance.reward, instance.terminated, instance.truncated, valid, instance.ended)
 
 
 def _advancing(instance: Instance, action: Any) -> _Task:

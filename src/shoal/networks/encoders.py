@@ -96,11 +96,11 @@ class Encoder(nn.Module):
         cnn_alone = len(self._images) == 1 and not self._vectors
         self.mlp = MLP(size, [] if cnn_alone else hidden_sizes, activation, orthogonal_init)
         self.num_features = self.mlp.num_features
-        self._single = self._vectors[0] if len(self._vectors) == 1 and not self._images else None
+        self.single_vector = self._vectors[0] if len(self._vectors) == 1 and not self._images else None  # the only input, if there is one
 
     def forward(self, observation: Mapping[str, Tensor]) -> Tensor:
-        if self._single is not None:
-            return self.mlp.forward(observation[self._single])
+        if self.single_vector is not None:
+            return self.mlp.forward(observation[self.single_vector])
         parts = [observation[name] for name in self._vectors]
         parts += [cnn(observation[name]) for name, cnn in zip(self._images, self.cnns, strict=True)]
         return self.mlp.forward(parts[0] if len(parts) == 1 else torch.cat(parts, 1))

@@ -16,6 +16,7 @@ from shoal.config import PolicyConfig
 from shoal.errors import ConfigError
 from shoal.imports import load_object
 from shoal.networks.encoders import Encoder, orthogonal
+from shoal.networks.evaluation import Evaluation, GraphEvaluation, SmallEvaluation, small_network
 from shoal.networks.heads import ActionHead, NoiseSpec
 from shoal.networks.inputs import Inputs
 from shoal.ops.distributions import Distribution
@@ -44,6 +45,7 @@ class Policy(nn.Module):
         self.inputs, self.actor, self.critic = inputs, actor, critic
         self.action_head, self.value_head = action_head, value_head
         self.noise: NoiseSpec = action_head.noise
+        self._small = small_network(actor, critic, action_head, value_head) if type(self) is Policy else None
 
     def fields(self) -> list[FieldSpec]:
         """What acting emits into a rollout besides observations: the action as stored, its log-probability, recurrent state (none yet)."""
@@ -68,6 +70,14 @@ class Policy(nn.Module):
         features = self.actor(prepared)
         value_features = features if self.critic is None else self.critic(prepared)
         return self.action_head.forward(features, action_mask), self._value(value_features)
+
+    def evaluate(self, observation: Mapping[str, Tensor], action: Tensor, action_mask: Tensor | None = None) -> Evaluation:
+        """The learner's hot path: log-probability of `action` as stored ([N, ...]), entropy and value, [N] each, and their gradient."""
+        if self._small is not None and not action.is_cuda:
+            (prepared,) = self.inputs.forward(observation).values()
+            return SmallEvaluation(self._small, prepared, action, action_mask)
+        distribution, value = self.distribution_and_value(observation, action_mask)
+        return GraphEvaluation(distribution, action, value)
 
     def act(self, observation: Mapping[str, Tensor], noise: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The actors' hot path, to be called under `torch.inference_mode()`: actions as stored [N, ...] and their log-probabilities [N].

@@ -1,0 +1,157 @@
+"""What a training step asks of a policy about actions that were taken, and the gradient of whatever was made of the answers.
+
+An algorithm computes its loss from `log_prob`, `entropy` and `value` [N] and says how the loss changes with each of them; `gradients` carries that
+on to the parameters. Two ways give the same numbers up to rounding. `GraphEvaluation` leaves it to torch. `SmallEvaluation` has it written out:
+with two MLPs of 64 units, torch spends more of a training step on some sixty graph nodes than on arithmetic. It knows only what is common and
+simple: one vector through MLPs with tanh or relu, one discrete or an independent Gaussian action, on the CPU.
+
+Legend: N rows, D features, A choices or action dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from shoal.networks.encoders import MLP, Encoder
+from shoal.networks.heads import ActionHead
+from shoal.ops.distributions import HALF_LOG_2PI, MASKED_LOGIT, Distribution
+
+_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh_, "relu": torch.relu_}
+_tanh_backward, _relu_backward = torch.ops.aten.tanh_backward, torch.ops.aten.threshold_backward
+_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "tanh": _tanh_backward,
+    "relu": lambda gradient, output: _relu_backward(gradient, output, 0),
+}
+
+
+class Evaluation(Protocol):
+    """Attributes: float32 [N] each, to be read as constants."""
+
+    log_prob: Tensor
+    entropy: Tensor
+    value: Tensor
+
+    def gradients(self, parameters: Sequence[Tensor], d_log_prob: Tensor, d_entropy: Tensor, d_value: Tensor) -> Sequence[Tensor]:
+        """The loss's gradient with respect to `parameters`, in their order and shapes, from its derivatives with respect to the three: [N] each.
+
+        Once only; not after the parameters have changed, nor where the evaluation was made without gradient.
+        """
+
+
+class GraphEvaluation:
+    """Whatever the policy is made of, by torch's graph."""
+
+    def __init__(self, distribution: Distribution, action: Tensor, value: Tensor) -> None:
+        self._outputs = (distribution.log_prob(action), distribution.entropy(), value)
+        self.log_prob, self.entropy, self.value = (output.detach() for output in self._outputs)
+
+    def gradients(self, parameters: Sequence[Tensor], d_log_prob: Tensor, d_entropy: Tensor, d_value: Tensor) -> Sequence[Tensor]:
+        outputs, slopes = self._outputs, (d_log_prob, d_entropy, d_value)
+        return torch.autograd.grad(outputs, parameters, slopes, allow_unused=True, materialize_grads=True)
+
+
+class SmallNetwork:
+    """The parts of a policy that `SmallEvaluation` computes with; see `small_network`."""
+
+    def __init__(self, actor: MLP, critic: MLP | None, head: ActionHead, value_head: nn.Linear) -> None:
+        self.actor, self.critic, self.head, self.value_head = actor, critic, head, value_head
+        self.discrete = head.kind == "discrete"
+        self.activate, self.backward = _ACTIVATE[actor.activation], _BACKWARD[actor.activation]
+
+    def hidden(self, mlp: MLP, value: Tensor) -> list[Tensor]:
+        """[N, D]: the input, and every hidden layer's output."""
+        outputs = [value]
+        for layer in mlp.linears:
+            value = self.activate(torch.addmm(layer.bias, value, layer.weight.t()))
+            outputs.append(value)
+        return outputs
+
+
+def small_network(actor: nn.Module, critic: nn.Module | None, head: ActionHead, value_head: nn.Linear) -> SmallNetwork | None:
+    """None where the parts are none of those that are known here."""
+    if head.kind not in ("discrete", "box") or not isinstance(actor, Encoder) or not (critic is None or isinstance(critic, Encoder)):
+        return None
+    if actor.single_vector is None or actor.mlp.activation not in _ACTIVATE:
+        return None
+    return SmallNetwork(actor.mlp, None if critic is None else critic.mlp, head, value_head)
+
+
+class SmallEvaluation:
+    """The same by hand.
+
+    Args:
+      value: the prepared observation, float32 [N, D]. action: as stored, int64 [N] or float32 [N, *shape]. mask: bool [N, A] or None.
+    """
+
+    @torch.no_grad()
+    def __init__(self, network: SmallNetwork, value: Tensor, action: Tensor, mask: Tensor | None) -> None:
+        self._network, self._mask = network, mask
+        self._actor = network.hidden(network.actor, value)
+        self._critic = self._actor if network.critic is None else network.hidden(network.critic, value)
+        self.value = torch.addmm(network.value_head.bias, self._critic[-1], network.value_head.weight.t()).squeeze(1)
+        linear = network.head.linear
+        output = torch.addmm(linear.bias, self._actor[-1], linear.weight.t())
+        if network.discrete:
+            self._choose(output, action)
+        else:
+            self._deviate(output, action)
+
+    def _choose(self, logits: Tensor, action: Tensor) -> None:
+        if self._mask is not None:
+            logits = torch.where(self._mask, logits, MASKED_LOGIT)
+        self._action = action.unsqueeze(1)
+        self._log_probs = torch.log_softmax(logits, 1)
+        self._probs = self._log_probs.exp()
+        self.log_prob = self._log_probs.gather(1, self._action).squeeze(1)
+        self.entropy = (self._probs * self._log_probs).sum(1).neg_()
+
+    def _deviate(self, mean: Tensor, action: Tensor) -> None:
+        log_std = self._network.head.log_std
+        self._inverse_std = torch.exp(-log_std)
+        self._deviation = action.reshape(mean.shape).sub(mean).mul_(self._inverse_std)
+        total, constant = log_std.sum(), mean.shape[1] * HALF_LOG_2PI
+        self.log_prob = self._deviation.square().sum(1).mul_(-0.5).sub_(total + constant)
+        self.entropy = (total + (constant + 0.5 * mean.shape[1])).expand(len(mean))
+
+    @torch.no_grad()
+    def gradients(self, parameters: Sequence[Tensor], d_log_prob: Tensor, d_entropy: Tensor, d_value: Tensor) -> Sequence[Tensor]:
+        network = self._network
+        found: dict[Tensor, Tensor] = {}
+        d_output = (
+            self._choice_gradient(d_log_prob, d_entropy) if network.discrete else self._deviation_gradient(d_log_prob, d_entropy, found)
+        )
+        d_actor = _linear(network.head.linear, d_output, self._actor[-1], found)
+        d_critic = _linear(network.value_head, d_value.unsqueeze(1), self._critic[-1], found)
+        if network.critic is None:
+            d_actor = d_actor + d_critic
+        else:
+            self._down(network.critic, d_critic, self._critic, found)
+        self._down(network.actor, d_actor, self._actor, found)
+        return [found[p] if p in found else torch.zeros_like(p) for p in parameters]
+
+    def _choice_gradient(self, d_log_prob: Tensor, d_entropy: Tensor) -> Tensor:
+        """With respect to the logits z: d log p(a) / dz = 1[a] - p, and dH / dz = -p (log p + H)."""
+        factor = (self._log_probs + self.entropy.unsqueeze(1)).mul_(d_entropy.unsqueeze(1)).add_(d_log_prob.unsqueeze(1))
+        d_logits = factor.mul_(self._probs).neg_().scatter_add_(1, self._action, d_log_prob.unsqueeze(1))
+        return d_logits if self._mask is None else d_logits.masked_fill_(~self._mask, 0.0)
+
+    def _deviation_gradient(self, d_log_prob: Tensor, d_entropy: Tensor, found: dict[Tensor, Tensor]) -> Tensor:
+        """With respect to the mean: d log p / dm = (a - m) / s^2; and to log s: ((a - m) / s)^2 - 1, and 1 for the entropy."""
+        slope = d_log_prob.unsqueeze(1)
+        found[self._network.head.log_std] = self._deviation.square().sub_(1.0).mul_(slope).sum(0).add_(d_entropy.sum())
+        return (self._deviation * slope).mul_(self._inverse_std)
+
+    def _down(self, mlp: MLP, gradient: Tensor, outputs: list[Tensor], found: dict[Tensor, Tensor]) -> None:
+        for place in reversed(range(len(mlp.linears))):
+            gradient = self._network.backward(gradient, outputs[place + 1])
+            gradient = _linear(mlp.linears[place], gradient, outputs[place], found, needed=place > 0)
+
+
+def _linear(layer: nn.Linear, gradient: Tensor, value: Tensor, found: dict[Tensor, Tensor], *, needed: bool = True) -> Tensor:
+    """A layer's own gradients into `found`; returns the gradient with respect to its input."""
+    found[layer.weight], found[layer.bias] = torch.mm(gradient.t(), value), gradient.sum(0)
+    return torch.mm(gradient, layer.weight) if needed else gradient
