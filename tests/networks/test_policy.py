@@ -223,6 +223,9 @@ def test_encoders_follow_the_configuration() -> None:
     assert "actor.cnns.0.out.weight" in named_tensors(build_policy(spec(float_image), PolicyConfig(encoder="nature_cnn")))
     with pytest.raises(ConfigError, match=r"policy.encoder: nature_cnn needs .* got observation box \(4,\)"):
         build_policy(spec(), PolicyConfig(encoder="nature_cnn"))
+    compact = named_tensors(build_policy(spec(IMAGE), PolicyConfig(encoder="compact_cnn")))
+    assert compact["actor.cnns.0.convolutions.0.weight"].shape == (16, 3, 8, 8)
+    assert "actor.cnns.0.convolutions.2.weight" not in compact
 
 
 def test_no_hidden_layers_is_a_linear_policy() -> None:

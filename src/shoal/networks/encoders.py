@@ -48,19 +48,23 @@ class MLP(nn.Module):
         return value
 
 
-NATURE = ((32, 8, 4, 0), (64, 4, 2, 0), (64, 3, 1, 0))  # channels, kernel, stride, padding
-SMALL = ((32, 3, 1, 1), (64, 3, 2, 1))
-NATURE_SIDE = 36  # the Nature CNN needs at least this many pixels
+Convolutions = tuple[tuple[int, int, int, int], ...]  # channels, kernel, stride, padding
+NATURE: Convolutions = ((32, 8, 4, 0), (64, 4, 2, 0), (64, 3, 1, 0))
+COMPACT: Convolutions = ((16, 8, 4, 0), (32, 4, 2, 0))
+SMALL: Convolutions = ((32, 3, 1, 1), (64, 3, 2, 1))
+SMALLEST_SIDE = 36  # pixels that the first two need at least
 
 
 class ImageEncoder(nn.Module):
-    """[N, C, H, W] -> [N, 512]: the Nature CNN (Mnih et al. 2015, doi:10.1038/nature14236), or two small layers for images below 36 pixels."""
+    """[N, C, H, W] -> [N, 512 or 256]: the Nature CNN (Mnih et al. 2015, doi:10.1038/nature14236) or, where `compact`, the one before it (Mnih et al.
+    2013, arXiv:1312.5602), which costs a third and serves machines without a GPU. Images below 36 pixels go through two small layers."""
 
-    def __init__(self, shape: tuple[int, ...], orthogonal_init: bool, num_features: int = 512) -> None:
+    def __init__(self, shape: tuple[int, ...], orthogonal_init: bool, *, compact: bool = False) -> None:
         super().__init__()
         channels, *side = shape
+        num_features = 256 if compact else 512
         layers: list[nn.Conv2d] = []
-        for width, kernel, stride, padding in NATURE if min(side) >= NATURE_SIDE else SMALL:
+        for width, kernel, stride, padding in SMALL if min(side) < SMALLEST_SIDE else COMPACT if compact else NATURE:
             layers.append(nn.Conv2d(channels, width, kernel, stride, padding))
             channels, side = width, [(s + 2 * padding - kernel) // stride + 1 for s in side]
         self.out = nn.Linear(channels * math.prod(side), num_features)
@@ -84,13 +88,22 @@ class Encoder(nn.Module):
 
     Args:
       shapes: of one prepared element, by field name; three dimensions are an image.
+      compact: the smaller CNN, see ImageEncoder.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], hidden_sizes: Sequence[int], activation: str, orthogonal_init: bool) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        hidden_sizes: Sequence[int],
+        activation: str,
+        orthogonal_init: bool,
+        *,
+        compact: bool = False,
+    ) -> None:
         super().__init__()
         self._vectors = [name for name, shape in shapes.items() if len(shape) == 1]
         self._images = [name for name, shape in shapes.items() if len(shape) == 3]
-        cnns = [ImageEncoder(shapes[name], orthogonal_init) for name in self._images]
+        cnns = [ImageEncoder(shapes[name], orthogonal_init, compact=compact) for name in self._images]
         self.cnns = nn.ModuleList(cnns)
         size = sum(shapes[name][0] for name in self._vectors) + sum(cnn.num_features for cnn in cnns)
         cnn_alone = len(self._images) == 1 and not self._vectors

@@ -132,7 +132,7 @@ def _image_fields(spec: EnvironmentSpec, config: PolicyConfig) -> frozenset[str]
     """Fields that go through the CNN."""
     if config.encoder == "mlp":
         return frozenset()
-    forced = config.encoder == "nature_cnn"
+    forced = config.encoder != "auto"
     images = {
         leaf.name("observation")
         for leaf in spec.observation
@@ -141,7 +141,7 @@ def _image_fields(spec: EnvironmentSpec, config: PolicyConfig) -> frozenset[str]
     if forced and not images:
         shapes = ", ".join(f"{leaf.name('observation')} {leaf.kind} {leaf.shape}" for leaf in spec.observation)
         raise ConfigError(
-            f"policy.encoder: nature_cnn needs a box of two or three dimensions in the observation, got {shapes}; use auto or mlp"
+            f"policy.encoder: {config.encoder} needs a box of two or three dimensions in the observation, got {shapes}; use auto or mlp"
         )
     return frozenset(images)
 
@@ -158,7 +158,9 @@ def _default_policy(spec: EnvironmentSpec, config: PolicyConfig) -> Policy:
     share = bool(images) if config.share_encoder is None else config.share_encoder
 
     def encoder() -> Encoder:
-        return Encoder(inputs.shapes, config.hidden_sizes, config.activation, config.orthogonal_init)
+        return Encoder(
+            inputs.shapes, config.hidden_sizes, config.activation, config.orthogonal_init, compact=config.encoder == "compact_cnn"
+        )
 
     actor = encoder()
     critic = None if share else encoder()
