@@ -33,7 +33,7 @@ from statistics import NormalDist, fmean
 from typing import Any
 
 from shoal.monitoring.store import RunReader
-from shoal.settings import available_cores, dump_config, resolve
+from shoal.settings import available_cores, resolve
 
 RESULTS = Path(__file__).parent / "results"
 EPISODES = 100
@@ -175,11 +175,12 @@ def curve_of(run: Path) -> list[dict[str, float]]:
 
 
 def settings_of(row: Row, seed: int) -> str:
-    """A digest of everything that a user's command resolves to, so that figures of other settings are not mistaken for these."""
+    """A digest of what a user's command resolves to, defaults apart, so that figures of other settings are not mistaken for these."""
     overrides = {"algorithm": row.algorithm, "seed": seed, "actors": 1}  # actors: by the machine's cores, which are said elsewhere
     overrides |= {key.removeprefix("--").replace("-", "_"): value for key, value in zip(row.options[::2], row.options[1::2], strict=True)}
     config, _ = resolve(row.environment, overrides)
-    return hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
+    chosen = config.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def machine() -> dict[str, Any]:

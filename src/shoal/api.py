@@ -244,7 +244,15 @@ def _run_inline(
         blueprint = Blueprint(session.config, session.spec, handed, run_id)
         engine = InlineEngine(blueprint, session, ring)
         wants_end.armed = True
-        return _result(session, engine.run(wants_end), directory)
+        result = _result(session, engine.run(wants_end), directory)
+        wants_end.armed = False
+        if _evaluates(config, result):
+            from shoal.evaluation import evaluate as play
+            from shoal.evaluation import load_policy
+
+            policy = load_policy(directory, network=objects.get("network"), environment=objects.get("env"))
+            result["evaluation"] = play(policy, episodes=config.evaluation.episodes, seed=config.evaluation.seed)
+        return result
     finally:
         torch.set_num_threads(threads)
 
@@ -257,7 +265,16 @@ def _run_local(
         engine.open()
         session, _, _ = _session(config, engine.look(), directory, loaded, recorder, engine.allocate)
         wants_end.armed = True
-        return _result(session, engine.run(session, wants_end), directory)
+        result = _result(session, engine.run(session, wants_end), directory)
+        wants_end.armed = False
+        path = session.last_checkpoint[2]
+        if path is not None and _evaluates(config, result):
+            result["evaluation"] = engine.evaluate(path)
+        return result
+
+
+def _evaluates(config: RunConfig, result: Mapping[str, Any]) -> bool:
+    return config.evaluation.episodes > 0 and result["reason"] != "interrupted"
 
 
 def allocate_here(schema: Schema, plan: Plan, weights: int) -> Ring:
@@ -367,7 +384,7 @@ def _pickled(objects: dict[str, Any]) -> bytes | None:
 
 def _refuse_changes(before: RunConfig, now: RunConfig) -> None:
     """Only how a run ends, where its roles run and how it saves may change on the way."""
-    free = {"stop", "actors", "checkpoint", "run_dir", "preset", "device"}
+    free = {"stop", "actors", "checkpoint", "evaluation", "run_dir", "preset", "device"}
     old, new = (_flat({k: v for k, v in c.model_dump(mode="json", by_alias=True).items() if k not in free}) for c in (before, now))
     for key in old | new:
         if old.get(key) != new.get(key):

@@ -155,6 +155,13 @@ class LearnerConfig(Section):
     threads: Positive = Field(1, description="torch threads; part of what the bits of a run depend on")
 
 
+class EvaluationConfig(Section):
+    episodes: Annotated[int, Field(ge=0)] = Field(
+        0, description="episodes that the final policy plays when a stop condition has ended the run, as `shoal evaluate` does; 0: none"
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="names the seeds of those episodes")
+
+
 class CheckpointConfig(Section):
     every_seconds: PositiveFloat | None = Field(30.0, description="wall time between checkpoints")
     every_updates: Positive | None = Field(None, description="updates between checkpoints, besides those by time")
@@ -171,6 +178,7 @@ class RunConfig(Section):
     stop: StopConfig = Field(default_factory=StopConfig)
     learner: LearnerConfig = Field(default_factory=LearnerConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="names every random stream of the run")
     actors: Annotated[int, Field(ge=0, le=1024)] | None = Field(
         None, description="processes that host environments; 0 runs all in this process (default: one per core)"

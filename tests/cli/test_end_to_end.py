@@ -71,10 +71,12 @@ def test_a_run_can_be_listed_shown_evaluated_and_resumed(trained: tuple[Path, di
     assert played["episodes"] == 5
     assert played["min"] <= played["mean_return"] <= played["max"]
     assert math.isclose(played["mean_return"], played["mean_length"])  # CartPole pays one per step
-    resumed = answer("resume", "short", "--stop.updates", "6", cwd=cwd)
+    resumed = answer("resume", "short", "--stop.updates", "6", "--evaluation.episodes", "5", "--evaluation.seed", "1", cwd=cwd)
     assert (resumed["updates"], resumed["reason"]) == (6, "updates")
-    straight = answer("train", "CartPole-v1", "--actors", "0", "--stop.updates", "6", "--seed", "3", cwd=cwd)
+    assert resumed["evaluation"] == answer("evaluate", "short", "--episodes", "5", "--seed", "1", cwd=cwd)
+    straight = answer("train", "CartPole-v1", "--actors", "0", "--stop.updates", "6", "--seed", "3", "--evaluation.episodes", "5", cwd=cwd)
     assert straight["weights_sha256"] == resumed["weights_sha256"]
+    assert straight["evaluation"]["episodes"] == 5
 
 
 def test_a_factory_in_a_file_gets_its_arguments_and_its_printing_stays_out_of_the_answer(tmp_path: Path) -> None:

@@ -32,6 +32,11 @@ def print_training(result: Mapping[str, Any]) -> None:
         ("ended", _REASONS.get(reason, reason)),
         ("return", f"{word(result.get('mean_return'))} (mean of the last 100 training episodes)"),
     ]
+    evaluation = result.get("evaluation")
+    if isinstance(evaluation, Mapping):
+        low, high = evaluation["ci95"]
+        found = f"{word(evaluation['mean_return'])} (95 %: {word(low)} to {word(high)}) over {evaluation['episodes']} episodes of the final policy"
+        rows.append(("evaluated", found))
     rows.append(("steps", _steps(result)))
     rows += _accounts(result.get("ledger"), result.get("lag"))
     if result.get("restarts"):

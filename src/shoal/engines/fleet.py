@@ -179,6 +179,32 @@ class Fleet:
         finally:
             ours.close()
 
+    def evaluate(self, path: Path) -> dict[str, Any]:
+        """Have the policy of a checkpoint play `evaluation.episodes` episodes in a process of its own (mains.evaluator_main)."""
+        ours, theirs = Channel.pair()
+        self.zygote.fork("shoal.engines.mains:evaluator_main", "evaluator", 0, 0, theirs)
+        sources: list[HasFileno] = [ours, self.zygote]
+        try:
+            ours.send(to_json({"path": str(path), **self._config.evaluation.model_dump()}))
+            while True:
+                wait(sources, POLL_SECONDS)
+                events = self.zygote.receive()
+                message = _receive(ours)
+                if message is not None:
+                    facts: dict[str, Any] = json.loads(message)
+                    if "error" in facts:
+                        raise rebuild_error(facts)
+                    return facts
+                for event in events:
+                    if isinstance(event, Lost):
+                        raise ProcessError(event.reason)
+                    if isinstance(event, Exited) and event.role.name == "evaluator":
+                        raise ProcessError(
+                            f"the evaluation was lost: {event.describe()}; the run is whole, `shoal evaluate` plays it again"
+                        )
+        finally:
+            ours.close()
+
     # ---- roles -----------------------------------------------------------------------------------------------------
     def start(self, process: Process, setup: dict[str, Any], encode: Callable[[bytes], bytes] = lambda body: body) -> None:
         """Fork a role and send it its set-up; `encode` wraps the JSON as that role expects its first message."""

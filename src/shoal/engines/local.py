@@ -84,6 +84,10 @@ class LocalEngine:
         """Spec and sizes, found by a process of its own."""
         return self._fleet.look()
 
+    def evaluate(self, path: Path) -> dict[str, Any]:
+        """What the policy of a checkpoint is worth, as `shoal evaluate` says it."""
+        return self._fleet.evaluate(path)
+
     def allocate(self, schema: Schema, plan: Plan, weights: int) -> Ring:
         return self._fleet.allocate(schema, plan, weights)
 

@@ -114,6 +114,25 @@ def build_facts() -> dict[str, str]:
     return {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "numpy": numpy.__version__}
 
 
+# ---- evaluator -------------------------------------------------------------------------------------------------------
+def evaluator_main(context: ChildContext) -> int:
+    """Play episodes with the policy of a checkpoint, and say how they went."""
+    from shoal.evaluation import evaluate, load_policy
+
+    try:
+        while (message := context.channel.receive()) is None:
+            wait([context.channel], _IDLE_SECONDS)
+        order, objects = json.loads(message), _objects(context)
+        policy = load_policy(Path(order["path"]), network=objects.network, environment=objects.env)
+        answer = evaluate(policy, episodes=order["episodes"], seed=order["seed"])
+    except EOFError:
+        return 0
+    except Exception as error:
+        answer = describe_error(error)
+    context.channel.send(_encoded(answer))
+    return 0
+
+
 # ---- the memory that roles share -------------------------------------------------------------------------------------
 def _attach(context: ChildContext, setup: dict[str, Any]) -> tuple[Blueprint, Ring, WeightBoard, Heartbeat]:
     config = RunConfig.model_validate(setup["config"])
