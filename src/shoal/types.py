@@ -237,6 +237,7 @@ class Activity(IntEnum):
     LEARNING = 5
     SAVING = 6
     RESTORING = 7
+    PUBLISHING = 8
 
 
 class ActivityRecorder(Protocol):
@@ -250,6 +251,7 @@ class ActivityRecord:
     """One role at one moment. -1 where group, env or row say nothing. `age_seconds`: since it entered this activity.
 
     seconds: by activity, over all incarnations, the running stretch included.
+    pid: of its process; 0 before it has begun.
     whole: False where the role kept writing while it was read, or was killed in the middle: group and row may be of another moment,
       and the age is 0. Whoever hangs in an environment is read whole.
     """
@@ -263,6 +265,7 @@ class ActivityRecord:
     num_beats: int
     seconds: dict[Activity, float]
     whole: bool = True
+    pid: int = 0
 
 
 class NullRecorder:

@@ -1,4 +1,4 @@
-"""The command line: `shoal train|resume|evaluate|check|runs|show|replay|control`. It stays light until a command needs more."""
+"""The command line: `shoal train|resume|evaluate|check|runs|show|replay|control|bench`. It stays light until a command needs more."""
 
 from shoal.cli.main import main
 

@@ -16,14 +16,14 @@ from typing import Any, NoReturn
 
 import click
 
-from shoal.cli.options import SETTINGS, ConfigCommand
-from shoal.cli.output import find_run, only_json_on_stdout, plain, print_json, print_table, print_tree
+from shoal.cli.bench import bench
+from shoal.cli.common import debug_option, give_answer, given_settings, json_option, say, work_on
+from shoal.cli.options import ConfigCommand
+from shoal.cli.output import find_run, plain, print_json, print_table
 from shoal.errors import ShoalError
 
 INTERRUPTED = 130
 COMMANDS = ("state", "save", "pause", "continue", "stop", "scale")
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, at the end.")
-debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 view_option = click.option(
     "--view", type=click.Choice(["auto", "live", "lines", "silent"]), default="auto", help="What is shown on standard error."
 )
@@ -39,6 +39,9 @@ def cli() -> None:
     """
 
 
+cli.add_command(bench)
+
+
 @cli.command(cls=ConfigCommand, configuration_help=True)
 @click.argument("env_or_config", metavar="ENV_OR_CONFIG")
 @json_option
@@ -51,7 +54,7 @@ def train(ctx: click.Context, env_or_config: str, as_json: bool, view: str, debu
     ENV_OR_CONFIG is a Gymnasium id (CartPole-v1), package.module:factory, file.py:factory, an Atari id (ALE/Pong-v5), a YAML file,
     or the directory of a run whose configuration is taken. Known environments have tuned presets. Ctrl-C stops and keeps a checkpoint.
     """
-    settings = _settings(ctx)
+    settings = given_settings(ctx)
 
     def work() -> Any:
         from shoal.settings import resolve
@@ -59,7 +62,7 @@ def train(ctx: click.Context, env_or_config: str, as_json: bool, view: str, debu
         config, preset = resolve(env_or_config, settings)
         chosen = f"preset {preset}" if preset != "none" else "no preset for it"
         sampling = config.sampling
-        _say(
+        say(
             f"{config.env.id}: {config.algorithm.name} ({config.mode or 'its own mode'}), {chosen}, seed {config.seed}, {_count(config.actors)}, "
             f"{sampling.groups} groups of {sampling.group_size}",
             view,
@@ -68,7 +71,7 @@ def train(ctx: click.Context, env_or_config: str, as_json: bool, view: str, debu
 
         return _with_view(view, lambda progress: shoal.train(env_or_config, progress=progress, **settings))
 
-    _finish_training(_run(work, as_json), as_json)
+    _finish_training(work_on(work, as_json), as_json)
 
 
 @cli.command(cls=ConfigCommand)
@@ -79,14 +82,14 @@ def train(ctx: click.Context, env_or_config: str, as_json: bool, view: str, debu
 @click.pass_context
 def resume(ctx: click.Context, run: str, as_json: bool, view: str, debug: bool) -> None:
     """Go on with a run from its newest whole checkpoint, exactly."""
-    settings = _settings(ctx)
+    settings = given_settings(ctx)
 
     def work() -> Any:
         import shoal
 
         return _with_view(view, lambda progress: shoal.resume(find_run(run), progress=progress, **settings))
 
-    _finish_training(_run(work, as_json), as_json)
+    _finish_training(work_on(work, as_json), as_json)
 
 
 @cli.command()
@@ -104,7 +107,7 @@ def evaluate(run: str, episodes: int, seed: int, video: Path | None, as_json: bo
 
         return shoal.evaluate(find_run(run), episodes=episodes, seed=seed, video=video)
 
-    _answer(_run(work, as_json), as_json)
+    give_answer(work_on(work, as_json), as_json)
 
 
 @cli.command(cls=ConfigCommand)
@@ -114,15 +117,15 @@ def evaluate(run: str, episodes: int, seed: int, video: Path | None, as_json: bo
 @click.pass_context
 def check(ctx: click.Context, env: str, as_json: bool, debug: bool) -> None:
     """Check an environment: its interface, spaces, determinism, speed. Ends with 3 where something is wrong."""
-    settings = _settings(ctx)
+    settings = given_settings(ctx)
 
     def work() -> Any:
         import shoal
 
         return shoal.check(env, **settings)
 
-    report = plain(_run(work, as_json))
-    _answer(report, as_json, "print_check")
+    report = plain(work_on(work, as_json))
+    give_answer(report, as_json, "print_check")
     if any(finding.get("severity") == "error" for finding in report.get("findings", [])):
         sys.exit(3)
 
@@ -139,13 +142,13 @@ def runs(directory: Path, as_json: bool, debug: bool) -> None:
 
         return list_runs(directory)
 
-    rows = plain(_run(work, as_json))
+    rows = plain(work_on(work, as_json))
     if as_json:
         print_json({"runs": rows})
     elif rows:
         print_table(rows, list(dict.fromkeys(column for row in rows for column in row)))
     else:
-        _say(f"no runs in {directory}/", "lines")
+        say(f"no runs in {directory}/", "lines")
 
 
 @cli.command()
@@ -160,7 +163,7 @@ def show(run: str, as_json: bool, debug: bool) -> None:
 
         return show_run(find_run(run))
 
-    _answer(_run(work, as_json), as_json, "print_show")
+    give_answer(work_on(work, as_json), as_json, "print_show")
 
 
 @cli.command()
@@ -183,10 +186,10 @@ def replay(run: str, as_json: bool, debug: bool) -> None:
         with closing(CountView("replay: update", int(total))) as told:
             return replay_run(directory, progress=told)
 
-    result = _run(work, as_json)
-    _answer(result, as_json, "print_replay")
+    result = work_on(work, as_json)
+    give_answer(result, as_json, "print_replay")
     if not result["equal"]:
-        _say("shoal: the replay ends with other weights than the run", "lines")
+        say("shoal: the replay ends with other weights than the run", "lines")
         sys.exit(1)
 
 
@@ -217,31 +220,15 @@ def control(run: str, command: str, number: int | None, as_json: bool, debug: bo
 
         return tell_run(find_run(run), command, number)
 
-    answer = plain(_run(work, as_json))
-    _answer(answer, as_json, "print_control", command=command)
+    answer = plain(work_on(work, as_json))
+    give_answer(answer, as_json, "print_control", command=command)
 
 
 # ------------------------------------------------------------------------------------------------------------ around the commands
 
 
-def _settings(ctx: click.Context) -> dict[str, Any]:
-    from shoal.settings import Raw
-
-    return {name: Raw(value) for name, value in ctx.meta[SETTINGS].items()}
-
-
 def _count(actors: int | None) -> str:
     return "all in this process" if not actors else "1 actor" if actors == 1 else f"{actors} actors"
-
-
-def _say(text: str, view: str) -> None:
-    if view != "silent":
-        print(text, file=sys.stderr, flush=True)
-
-
-def _run(work: Callable[[], Any], as_json: bool) -> Any:
-    with only_json_on_stdout(as_json):
-        return work()
 
 
 def _with_view(kind: Any, work: Callable[[Any], Any]) -> Any:
@@ -254,20 +241,8 @@ def _with_view(kind: Any, work: Callable[[Any], Any]) -> Any:
         view.close()
 
 
-def _answer(result: Any, as_json: bool, report: str = "", **how: Any) -> None:
-    """One JSON object; or, for a person, as the function of this name in cli.report says it."""
-    if as_json:
-        print_json(result)
-    elif report:
-        from shoal.cli import report as reports
-
-        getattr(reports, report)(plain(result), **how)
-    else:
-        print_tree(plain(result))
-
-
 def _finish_training(run: Any, as_json: bool) -> None:
-    _answer(run.result, as_json, "print_training")
+    give_answer(run.result, as_json, "print_training")
     if run.result["reason"] == "interrupted":
         sys.exit(INTERRUPTED)
 

@@ -103,10 +103,12 @@ def _commands() -> Iterator[str]:
         for name in cli.list_commands(parent):
             command = cli.get_command(parent, name)
             assert command is not None
-            with click.Context(command, info_name=f"shoal {name}") as context:
-                yield f"### {command.get_usage(context).removeprefix('Usage: ')}\n"
-            yield _help(command.help or "")
-            yield _option_table(command)
+            parts = command.commands.items() if isinstance(command, click.Group) else [("", command)]
+            for part, found in parts:
+                with click.Context(found, info_name=f"shoal {name} {part}".rstrip()) as context:
+                    yield f"### {found.get_usage(context).removeprefix('Usage: ')}\n"
+                yield _help(found.help or "")
+                yield _option_table(found)
 
 
 def _help(text: str) -> str:

@@ -33,7 +33,7 @@ class InlineEngine:
         self._board.reset()
         self._behaviour = blueprint.behaviour(self._board)
         self._actor: Actor = blueprint.actor(ring, self._behaviour, recorder=recorder)
-        self._learner: Learner = blueprint.learner(ring, self._board, session.coordinator.plan.max_policy_lag)
+        self._learner: Learner = blueprint.learner(ring, self._board, session.coordinator.plan.max_policy_lag, recorder)
 
     @property
     def learner(self) -> Learner:

@@ -281,7 +281,7 @@ class _LearnerProcess:
         self._blueprint, ring, board, self._heart = _attach(context, setup)
         torch.set_num_threads(self._blueprint.config.learner.threads)
         board.reset()
-        self._learner: Learner = self._blueprint.learner(ring, board, setup["max_policy_lag"])
+        self._learner: Learner = self._blueprint.learner(ring, board, setup["max_policy_lag"], self._heart)
         if setup["checkpoint"] is not None:
             load_learner(self._learner, Path(setup["checkpoint"]))
         self._learner.publish()

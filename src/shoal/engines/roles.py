@@ -20,7 +20,7 @@ from shoal.experience.schema import Schema, rollout_schema
 from shoal.learners.learner import Learner, WeightPublisher
 from shoal.networks.policy import Policy, build_policy, named_tensors
 from shoal.streams import Purpose, seed_sequence
-from shoal.types import ActivityRecorder, Behaviour, EnvironmentGroup, EnvironmentSpec
+from shoal.types import Activity, ActivityRecorder, Array, Behaviour, EnvironmentGroup, EnvironmentSpec
 from shoal.weights.board import WeightLayout
 
 
@@ -41,6 +41,22 @@ class UserObjects:
     env: Callable[..., Any] | None = None
     network: Callable[..., Any] | None = None
     algorithm: type[Any] | None = None
+
+
+@dataclass(frozen=True)
+class _TimedPublisher:
+    """A board whose publications show as an activity of their own between two stretches of learning."""
+
+    board: WeightPublisher
+    recorder: ActivityRecorder
+
+    def begin(self, version: int) -> Array:
+        self.recorder.enter(Activity.PUBLISHING)
+        return self.board.begin(version)
+
+    def commit(self, version: int) -> None:
+        self.board.commit(version)
+        self.recorder.enter(Activity.LEARNING)
 
 
 @dataclass(frozen=True)
@@ -96,11 +112,12 @@ class Blueprint:
             ring, behaviour, self.group, run_id=self.run_id, actor=actor, incarnation=incarnation, epoch=self.epoch, recorder=recorder
         )
 
-    def learner(self, ring: Ring, board: WeightPublisher, max_policy_lag: int) -> Learner:
+    def learner(self, ring: Ring, board: WeightPublisher, max_policy_lag: int, recorder: ActivityRecorder | None = None) -> Learner:
         policy = self.policy().to(self.device())
         algorithm = build_algorithm(policy, self.config.algorithm, self.objects.algorithm)
+        publisher = board if recorder is None else _TimedPublisher(board, recorder)
         return Learner(
-            self.config, self.spec, policy, algorithm, ring, board, run_id=self.run_id, max_policy_lag=max_policy_lag, epoch=self.epoch
+            self.config, self.spec, policy, algorithm, ring, publisher, run_id=self.run_id, max_policy_lag=max_policy_lag, epoch=self.epoch
         )
 
     def device(self) -> torch.device:

@@ -21,7 +21,7 @@ from shoal.config import RunConfig
 from shoal.errors import RunError
 from shoal.experience.envelope import Fate, Identity
 from shoal.monitoring.live import View
-from shoal.monitoring.snapshot import ActorHealth, Snapshot, eta_seconds, scalars
+from shoal.monitoring.snapshot import ActorHealth, RoleTime, Snapshot, eta_seconds, scalars
 from shoal.monitoring.store import EpisodeRow, RunStore
 from shoal.monitoring.tensorboard import TensorBoardWriter
 from shoal.monitoring.words import event_words
@@ -42,6 +42,7 @@ _ROLE_OF = {
     Activity.WAITING_FOR_BATCH: "waiting",
     Activity.LEARNING: "learning",
     Activity.SAVING: "learning",
+    Activity.PUBLISHING: "learning",
 }
 
 Callback = Callable[[Mapping[str, Any]], Any]
@@ -154,6 +155,7 @@ class Recorder:
             std_return=float(np.std(returns)) if returns else math.nan,
             mean_length=float(np.mean(c.lengths)) if c.lengths else math.nan,
             time_by_role=self._shares,
+            roles=self._roles(),
             lag_mean=mean,
             lag_p99=p99,
             lag_max=largest,
@@ -174,6 +176,13 @@ class Recorder:
             return 0.0
         (t0, n0), (t1, n1) = self._rate[0], self._rate[-1]
         return max(0, n1 - n0) / (t1 - t0) if t1 > t0 else 0.0
+
+    def _roles(self) -> tuple[RoleTime, ...]:
+        names = ["learner" if self._config.actors else "all roles", *(f"actor {n}" for n in range(len(self._activities)))]
+        return tuple(
+            RoleTime(name, record.pid, {activity.name.lower(): seconds for activity, seconds in record.seconds.items() if seconds > 0})
+            for name, record in zip(names, self._activities, strict=False)
+        )
 
     def _health(self) -> tuple[ActorHealth, ...]:
         limit = self._config.env.step_timeout_seconds

@@ -26,6 +26,15 @@ class ActorHealth:
 
 
 @dataclass(frozen=True)
+class RoleTime:
+    """What a role has done since the run began: seconds of wall time by activity (names of `types.Activity`), over all its incarnations."""
+
+    role: str
+    pid: int
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """Where a run stands. Everything has a value for nothing yet: NaN where a mean of none would be needed.
 
@@ -33,6 +42,7 @@ class Snapshot:
       env_steps: valid environment steps trained; `env_steps_per_second` is over the last seconds, not the whole run.
       mean_return, std_return, mean_length: of the last 100 training episodes that ended; `episodes` counts all.
       time_by_role: seconds of ROLES since the last snapshot, over all processes; the view shows shares.
+      roles: each role's time so far, learner first (`actors: 0`: all roles in one).
       lag_*: policy lag in updates, per trained step, of the last updates; `max_policy_lag` is its bound.
       produced, trained, in_flight, dropped (by reason): the ledger in env steps; `produced = trained + sum(dropped) + in_flight`.
       train: the algorithm's metrics of the last update, names without prefix (`approx_kl`).
@@ -55,6 +65,7 @@ class Snapshot:
     std_return: float = math.nan
     mean_length: float = math.nan
     time_by_role: Mapping[str, float] = field(default_factory=dict)
+    roles: tuple[RoleTime, ...] = ()
     lag_mean: float = 0.0
     lag_p99: float = 0.0
     lag_max: int = 0
@@ -80,7 +91,8 @@ class Snapshot:
         for name in ("mean_return", "std_return", "mean_length"):
             known[name] = math.nan if known.get(name) is None else known[name]
         actors = tuple(ActorHealth(**{**actor, "groups": tuple(actor["groups"])}) for actor in known.get("actors", ()))
-        return cls(**{**known, "actors": actors})
+        roles = tuple(RoleTime(**role) for role in known.get("roles", ()))
+        return cls(**{**known, "actors": actors, "roles": roles})
 
 
 def _plain(value: Any) -> Any:

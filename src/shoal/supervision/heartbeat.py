@@ -6,6 +6,7 @@ so that a hang, a stop and a wait for something are seen from outside without it
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 
@@ -18,7 +19,7 @@ __all__ = ["Activity", "ActivityBoard", "ActivityRecord", "Heartbeat"]
 
 NUM_ACTIVITIES = len(Activity)
 
-# `begun` is written before the other fields and `beat` after them; a reader goes the other way round and compares.
+# 128 bytes: two roles never write one cache line. `begun` is written before the other fields and `beat` after them; a reader goes the other way round and compares.
 RECORD = np.dtype(
     [
         ("begun", np.int64),
@@ -30,7 +31,7 @@ RECORD = np.dtype(
         ("beat", np.int64),  # calls of `enter`, over all incarnations
         ("total_ns", np.int64, (NUM_ACTIVITIES,)),  # finished stretches, by activity, over all incarnations
         ("incarnation", np.int64),
-        ("padding", np.int64, (2,)),  # to 128 bytes: two roles never write one cache line
+        ("pid", np.int64),
     ]
 )
 _FIELDS = struct.Struct("@iiiiq")  # activity to since_ns; pack_into writes zeros first, hence the two counters outside of it
@@ -46,7 +47,7 @@ class Heartbeat:
     def __init__(self, record: memoryview, incarnation: int) -> None:
         """record: the 128 bytes of this role (kept)."""
         before = np.frombuffer(record, RECORD)[0]
-        before["incarnation"] = incarnation
+        before["incarnation"], before["pid"] = incarnation, os.getpid()
         self._record = record
         self._words = record.cast("q")
         self._pack = _FIELDS.pack_into
@@ -122,6 +123,7 @@ class ActivityBoard:
             num_beats=beat,
             seconds={each: totals_ns[each] / 1e9 for each in Activity},
             whole=whole,
+            pid=int(record["pid"]),
         )
 
     def close(self) -> None:

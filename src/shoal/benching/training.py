@@ -1,0 +1,191 @@
+"""`shoal bench train`: a training measured against the ceiling that its parts' costs give, and where the rest of its time went.
+
+The training runs as `shoal train` does. It is watched by a callback (environment steps after each update) and by the boards of activities that every
+role keeps anyway (sampled a few times a second, cumulative), so that it does nothing which it would not do unwatched. The start is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shoal.benching.gap import explain
+from shoal.errors import ConfigError
+from shoal.monitoring.live import SilentView
+from shoal.monitoring.snapshot import RoleTime, Snapshot
+
+DEFAULT_SECONDS = 15.0
+_WARM_UP_SHARE = 0.2
+_ACTIVITIES = {  # as the answer names them; `starting` is left out of it
+    "stepping": "stepping",
+    "inferring": "inferring",
+    "restoring": "restoring",
+    "waiting_for_lease": "waiting",
+    "waiting_for_batch": "waiting",
+    "learning": "learning",
+    "publishing": "publishing",
+    "saving": "saving",
+}
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Seconds that a process spent on a processor, and ready but waiting for one (Linux: /proc/PID/schedstat)."""
+
+    cpu: float
+    queued: float
+
+    @classmethod
+    def of(cls, pid: int) -> Processor | None:
+        try:
+            cpu, queued, _ = Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii").split()
+        except (OSError, ValueError):
+            return None
+        return cls(int(cpu) / 1e9, int(queued) / 1e9)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """The roles at one moment; the supervisor is this process."""
+
+    at: float
+    roles: tuple[RoleTime, ...]
+    processors: dict[str, tuple[int, Processor | None]]
+
+    @classmethod
+    def now(cls, roles: tuple[RoleTime, ...]) -> _Look:
+        pids = {role.role: role.pid for role in roles} | {"supervisor": os.getpid()}
+        return cls(time.monotonic(), roles, {name: (pid, Processor.of(pid)) for name, pid in pids.items()})
+
+
+@dataclass
+class Watch:
+    """What is seen of the run: (time, env steps) after each update, and the roles at the first and the last tick after the warm-up."""
+
+    warm_up_seconds: float
+    points: list[tuple[float, int]] = field(default_factory=list)
+    first: _Look | None = None
+    last: _Look | None = None
+
+    def updated(self, numbers: Mapping[str, Any]) -> None:
+        self.points.append((time.monotonic(), int(numbers["env_steps"])))
+
+    def ticked(self, snapshot: Snapshot) -> None:
+        if snapshot.phase != "training" or not self.points or time.monotonic() - self.points[0][0] < self.warm_up_seconds:
+            return
+        look = _Look.now(snapshot.roles)
+        self.first, self.last = self.first or look, look
+
+    def env_steps_per_second(self) -> float:
+        """Between the first update after the warm-up and the last one."""
+        begin = self.points[0][0] + self.warm_up_seconds if self.points else 0.0
+        steady = [point for point in self.points if point[0] >= begin]
+        if len(steady) < 2:
+            raise ConfigError("the training was too short to be measured: give more of --stop.seconds, --stop.updates or --stop.env-steps")
+        (t0, n0), (t1, n1) = steady[0], steady[-1]
+        return (n1 - n0) / (t1 - t0)
+
+
+class _WatchingView(SilentView):
+    def __init__(self, watch: Watch) -> None:
+        super().__init__(sys.stderr)
+        self._watch = watch
+
+    def __call__(self, snapshot: Snapshot) -> None:
+        self._watch.ticked(snapshot)
+
+
+def bench_train(
+    target: str, settings: Mapping[str, Any], *, seconds: float = 10.0, told: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Train with these settings, then measure the costs of its parts for `seconds`.
+
+    Without a stop condition it trains for 15 seconds; without `run_dir` the run is removed.
+    Returns:
+      env_steps_per_second, ceiling, fraction, time_by_role (percent of wall time), processor (percent of the cores), missing (percent of the
+      ceiling, by cause), words, lag, result, and all of `bench_costs`. See docs/performance.md.
+    Raises:
+      ConfigError: it was too short. Otherwise as `shoal.train`.
+    """
+    from shoal.api import train
+    from shoal.benching.costs import bench_costs
+
+    settings = dict(settings)
+    if not any(key.partition(".")[0] == "stop" for key in settings):
+        settings["stop.seconds"] = DEFAULT_SECONDS
+    length = float(settings.get("stop.seconds", 0.0))
+    watch = Watch(_WARM_UP_SHARE * length)
+    told(f"training{f' for {length:g} s' if length else ''}")
+    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as scratch:
+        where = {"run_dir": str(Path(scratch) / "run")} if "run_dir" not in settings else {}
+        run = train(target, callbacks=[watch.updated], progress=_WatchingView(watch), **settings, **where)
+    speed = watch.env_steps_per_second()
+    costs = bench_costs(target, settings, seconds=seconds, told=told)
+    ceiling = costs["ceilings"]["of_mode"]
+    found = {
+        "env_steps_per_second": speed,
+        "ceiling": ceiling,
+        "fraction": speed / ceiling,
+        "time_by_role": time_by_role(watch),
+        "processor": processor(watch, costs["cores"]),
+    }
+    result = {name: run.result[name] for name in ("env_steps", "updates", "seconds", "reason", "mean_return", "lag", "restarts")}
+    return {**found, **explain(found, costs), "result": result, **costs}
+
+
+def time_by_role(watch: Watch) -> dict[str, dict[str, float]]:
+    """Percent of wall time by role and activity after the warm-up; all actors together. Empty where the run was shorter than two ticks."""
+    if watch.first is None or watch.last is None or watch.last.at <= watch.first.at:
+        return {}
+    before = {role.role: role.seconds for role in watch.first.roles}
+    spent: dict[str, dict[str, float]] = {}
+    for role in watch.last.roles:
+        of = spent.setdefault(role.role.partition(" ")[0] + "s" if role.role.startswith("actor") else role.role, {})
+        for activity, seconds in role.seconds.items():
+            if activity in _ACTIVITIES:
+                name = _ACTIVITIES[activity]
+                of[name] = of.get(name, 0.0) + max(0.0, seconds - before.get(role.role, {}).get(activity, 0.0))
+    shares = {}
+    for name, of in spent.items():
+        total = sum(of.values())
+        shares[name] = {activity: 100.0 * seconds / total for activity, seconds in of.items() if seconds > 0} if total > 0 else {}
+    working = _cpu(watch.first, watch.last, "supervisor")
+    if working is not None and "learner" in shares:
+        share = 100.0 * working.cpu / (watch.last.at - watch.first.at)
+        shares["supervisor"] = {"working": share, "waiting": max(0.0, 100.0 - share)}
+    return shares
+
+
+def processor(watch: Watch, cores: int) -> dict[str, float]:
+    """Percent of all cores' time after the warm-up: by role, `idle` (or used by other programs), and `queued`: time in which a role was
+    ready and had to wait for a processor. Empty where the system does not tell, or a role was restarted meanwhile."""
+    if watch.first is None or watch.last is None or watch.last.at <= watch.first.at:
+        return {}
+    shares: dict[str, float] = {}
+    queued = 0.0
+    whole = cores * (watch.last.at - watch.first.at)
+    own = {watch.last.processors[name][0] for name in watch.last.processors}
+    for name in watch.last.processors:
+        if name == "supervisor" and len(own) < len(watch.last.processors):
+            continue  # `actors: 0`: all roles are this process
+        spent = _cpu(watch.first, watch.last, name)
+        if spent is None:
+            return {}
+        role = "actors" if name.startswith("actor") else name
+        shares[role] = shares.get(role, 0.0) + 100.0 * spent.cpu / whole
+        queued += 100.0 * spent.queued / whole
+    return {**shares, "idle": max(0.0, 100.0 - sum(shares.values())), "queued": queued}
+
+
+def _cpu(first: _Look, last: _Look, name: str) -> Processor | None:
+    """What a role spent between two looks; None where it is not the same process."""
+    (pid0, spent0), (pid1, spent1) = first.processors.get(name, (0, None)), last.processors[name]
+    if pid0 != pid1 or spent0 is None or spent1 is None:
+        return None
+    return Processor(spent1.cpu - spent0.cpu, spent1.queued - spent0.queued)

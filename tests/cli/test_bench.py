@@ -1,0 +1,101 @@
+"""`shoal bench` from the command line: what its answers hold, and that their figures fit together. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SMALL = ["--preset", "none", "--sampling.groups", "2", "--sampling.group-size", "2", "--sampling.rollout-length", "16", "--actors", "1"]
+PARTS = {
+    "settings", "date", "machine", "cores", "costs", "mixed", "transport", "learning", "environment", "ceilings", "references",
+}  # fmt: skip
+
+
+def shoal(*args: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    command = [sys.executable, "-m", "shoal.cli", *args]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def answer(*args: str, cwd: Path) -> dict[str, Any]:
+    found = json.loads(shoal(*args, "--json", cwd=cwd).stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def ceilings_follow(found: dict[str, Any]) -> None:
+    costs, cores = found["costs"], found["cores"]
+    assert all(cost > 0 for cost in costs.values())
+    assert costs["x"] == pytest.approx(sum(found["transport"].values()))
+    acting = costs["e"] + costs["i"] + costs["x"]
+    assert found["ceilings"]["async"] == pytest.approx(cores * 1e6 / (acting + costs["l"]))
+    assert found["ceilings"]["sync"] == pytest.approx(1e6 / (acting / cores + costs["l"] / found["learning"]["cores"]))
+    assert 1 <= found["learning"]["cores"] <= cores
+
+
+@pytest.mark.parametrize(
+    ("options", "form", "mode"),
+    [(["--algorithm", "ppo"], "python", "sync"), (["--algorithm", "impala", "--env.form", "native"], "native", "async")],
+)
+def test_costs_and_the_ceilings_that_follow(options: list[str], form: str, mode: str, tmp_path: Path) -> None:
+    found = answer("bench", "costs", "CartPole-v1", *SMALL, *options, "--seconds", "0", cwd=tmp_path)
+    assert set(found) == PARTS
+    assert (found["settings"]["form"], found["settings"]["mode"], found["settings"]["batch_env_steps"]) == (form, mode, 64)
+    ceilings_follow(found)
+    assert found["ceilings"]["waiting"] is None
+    assert found["ceilings"]["of_mode"] == found["ceilings"][mode]
+    for beside in (found["references"][name] for name in ("environment", "inference", "learning")):
+        assert beside["times"] == pytest.approx(beside["shoal_us"] / beside["bare_us"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_environments_that_wait_bound_what_can_be_reached(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\nimport gymnasium\n"
+        "class Slow(gymnasium.Wrapper):\n"
+        "    def step(self, action):\n        time.sleep(0.002)\n        return self.env.step(action)\n"
+        "def make():\n    return Slow(gymnasium.make('CartPole-v1'))\n"
+    )
+    options = ["--env.form", "threads", "--algorithm", "appo", "--algorithm.minibatch-size", "64"]
+    found = answer("bench", "costs", "slow.py:make", *SMALL, *options, "--seconds", "0", cwd=tmp_path)
+    ceilings_follow(found)
+    assert found["environment"]["wall_us"] >= 2000
+    assert found["ceilings"]["waiting"] == pytest.approx(4 * 1e6 / found["environment"]["wall_us"])
+    assert found["ceilings"]["of_mode"] == min(found["ceilings"]["async"], found["ceilings"]["waiting"])
+
+
+def test_a_training_against_its_ceiling(tmp_path: Path) -> None:
+    found = answer("bench", "train", "CartPole-v1", *SMALL, "--stop.seconds", "2", "--seconds", "0", cwd=tmp_path)
+    ceilings_follow(found)
+    assert set(found) == PARTS | {
+        "env_steps_per_second", "ceiling", "fraction", "time_by_role", "processor", "missing", "words", "result",
+    }  # fmt: skip
+    assert found["ceiling"] == found["ceilings"]["of_mode"]
+    assert found["fraction"] == pytest.approx(found["env_steps_per_second"] / found["ceiling"])
+    assert set(found["time_by_role"]) == {"actors", "learner", "supervisor"}
+    for shares in found["time_by_role"].values():
+        assert sum(shares.values()) == pytest.approx(100.0, abs=1.0)
+    assert {"stepping", "inferring", "waiting"} <= set(found["time_by_role"]["actors"])
+    assert {"learning", "waiting", "publishing"} <= set(found["time_by_role"]["learner"])
+    assert found["result"]["reason"] == "seconds"
+    assert list(tmp_path.iterdir()) == []  # the run is gone
+
+
+def test_a_training_can_be_kept_and_told_in_words(tmp_path: Path) -> None:
+    done = shoal("bench", "train", "CartPole-v1", *SMALL, "--stop.updates", "60", "--seconds", "0", "--run-dir", "kept", cwd=tmp_path)
+    assert "% of the ceiling" in done.stdout
+    assert "microseconds of one core per environment step" in done.stdout
+    assert (tmp_path / "kept" / "result.json").exists()
+
+
+def test_a_training_that_is_too_short_is_refused(tmp_path: Path) -> None:
+    done = shoal("bench", "train", "CartPole-v1", *SMALL, "--stop.updates", "1", "--seconds", "0", cwd=tmp_path, code=2)
+    assert "too short to be measured" in done.stderr
