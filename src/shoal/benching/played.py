@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from shoal.experience.ring import Slot
-from shoal.types import Acted, Array, Arrays, EnvironmentSpec, GroupState, GroupStep
+from shoal.types import Acted, Array, Arrays, Ended, EnvironmentSpec, GroupState, GroupStep
 
 
 class PlayedGroup:
@@ -25,10 +25,11 @@ class PlayedGroup:
             }
             for f in range(int(envelope["num_finals"]))
         }
-        ended: dict[int, list[tuple[int, Arrays | None]]] = {}
+        ended: dict[int, list[Ended]] = {}
         for row in a["episode"][: int(envelope["num_episodes"])]:
-            place = (int(row["row"]), int(row["env"]))
-            ended.setdefault(place[0], []).append((place[1], finals.get(place)))
+            t, b = int(row["row"]), int(row["env"])
+            end = Ended(b, finals.get((t, b)), int(row["seed"]), int(row["num_steps"]), float(row["episode_return"]))
+            ended.setdefault(t, []).append(end)
         reward, terminated, truncated, valid = (a[name].copy() for name in ("reward", "terminated", "truncated", "valid"))
         rows = range(int(envelope["num_rows"]))
         self._steps = [GroupStep(reward[t], terminated[t], truncated[t], valid[t], ended.get(t, [])) for t in rows]
