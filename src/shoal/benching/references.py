@@ -31,7 +31,7 @@ from shoal.engines.roles import Blueprint
 from shoal.environments.make import close_quietly, environment_factory, is_atari, is_path, registered
 from shoal.environments.native import native_factory
 from shoal.environments.spaces import allocate, random_action
-from shoal.networks.encoders import NATURE
+from shoal.networks.encoders import COMPACT, NATURE
 from shoal.types import CURSOR, EnvironmentSpec, GroupState
 
 _CHUNK_STEPS = 2_000
@@ -176,8 +176,8 @@ class BareNetwork:
         image = leaf.is_image and policy.encoder != "mlp"
         self.leaf, self.discrete = leaf, spec.action.kind == "discrete"
         self.num_actions = spec.action.nvec[0] if self.discrete else spec.action.size
-        self.trunk = _nature_cnn(leaf.shape) if image else nn.Identity()
-        sizes = [512] if image else [leaf.size, *policy.hidden_sizes]
+        self.trunk = _cnn(leaf.shape, policy.encoder == "compact_cnn") if image else nn.Identity()
+        sizes = [256 if policy.encoder == "compact_cnn" else 512] if image else [leaf.size, *policy.hidden_sizes]
         self.actor = _mlp(sizes, policy.activation, self.num_actions)
         self.critic = _mlp(sizes, policy.activation, 1)
         self.log_std = nn.Parameter(torch.zeros(self.num_actions))
@@ -202,17 +202,17 @@ def _mlp(sizes: list[int], activation: str, out: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(sizes[-1], out))
 
 
-def _nature_cnn(shape: tuple[int, ...]) -> nn.Sequential:
+def _cnn(shape: tuple[int, ...], compact: bool) -> nn.Sequential:
     if len(shape) != 3 or shape[1] < 36 or shape[2] < 36:
         raise ValueError("no bare loop is written for images that are not [channels, height, width] of 36 pixels and more")
     layers: list[nn.Module] = []
     channels = shape[0]
-    for width, kernel, stride, padding in NATURE:
+    for width, kernel, stride, padding in COMPACT if compact else NATURE:
         layers += [nn.Conv2d(channels, width, kernel, stride, padding), nn.ReLU()]
         channels = width
     flat = nn.Sequential(*layers, nn.Flatten())
     size = flat(torch.zeros(1, *shape)).shape[1]
-    return nn.Sequential(*flat, nn.Linear(size, 512), nn.ReLU())
+    return nn.Sequential(*flat, nn.Linear(size, 256 if compact else 512), nn.ReLU())
 
 
 def bare_forward(network: BareNetwork, num_envs: int, seconds: float) -> float:
