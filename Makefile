@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: install demo test lint unit soak bench-learning mutants docs clean
+.PHONY: install demo test lint unit soak bench-learning bench-peers mutants docs clean
 
 install: $(STAMP)
 
@@ -39,6 +39,10 @@ soak: install
 
 bench-learning: install
 	$(BIN)/python benchmarks/learning.py
+
+# Other libraries beside shoal, in turn. PEERS_ENV=DIR: their virtual environment (made where missing); PEERS_SCRIPTS=DIR: their scripts.
+bench-peers: install
+	$(BIN)/python benchmarks/peers.py
 
 mutants: install
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutants]'

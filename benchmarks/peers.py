@@ -1,0 +1,297 @@
+"""What `make bench-peers` measures: shoal and other libraries in turn on this machine (shoal, peer, shoal, peer ...), and the median of the ratios.
+
+Absolute figures drift from hour to hour and from machine to machine, ratios of neighbouring runs hardly. Every pair is appended to
+`results/peers.jsonl` at once; `results/peers.md` is written from the newest measurement of each comparison. No figure is entered by hand.
+
+    python benchmarks/peers.py                              all comparisons, three pairs each
+    python benchmarks/peers.py --only 'CartPole-v1 ppo*'    some
+    python benchmarks/peers.py --list | --table             what there is | only the table
+
+The peers' scripts are looked for in ../shared/peers beside the checkout (--scripts, PEERS_SCRIPTS). Their environment, apart from the project's own,
+is made once in .peers (--environment, PEERS_ENV) where it is missing. Measure on an idle machine.
+
+Matched protocol: 8 environments x 128 steps, minibatch 256, 4 epochs, separate 2x64 tanh actor and critic, Adam 2.5e-4, gradient norm 0.5, CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from shoal.benching.measuring import machine
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+START_SECONDS = 240.0  # a peer may take so long besides the seconds that are measured
+PACKAGES = ("gymnasium", "box2d", "ale-py", "opencv-python-headless", "pygame", "stable-baselines3", "ray[rllib]", "tensorboard")
+
+MATCHED = (
+    "--preset none --sampling.groups 2 --sampling.group-size 4 --sampling.rollout-length 128 --algorithm.learning-rate 2.5e-4 "
+    "--algorithm.max-gradient-norm 0.5 --policy.hidden-sizes 64,64 --policy.activation tanh --device cpu"
+)
+EPOCHS = "--algorithm.epochs 4 --algorithm.minibatch-size 256"
+THROUGHPUT = "--preset none --policy.hidden-sizes 64,64 --policy.activation tanh --device cpu"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One line of the table.
+
+    Attributes:
+      options: of `shoal train`. peer: script and arguments, SECONDS for the seconds; the speed is what it prints after `sps=`.
+      times: the ratio that is wanted. floor: env steps per second that are wanted of shoal.
+    """
+
+    environment: str
+    algorithm: str
+    options: str
+    peer: str
+    times: float | None = None
+    floor: int | None = None
+
+    @property
+    def name(self) -> str:
+        track = "throughput " if self.options.startswith(THROUGHPUT) else ""
+        form = " native" if "--env.form native" in self.options else ""
+        return f"{self.environment} {track}{self.algorithm}{form} / {self.peer_name}"
+
+    @property
+    def peer_name(self) -> str:
+        script, algorithm, *_ = self.peer.split()
+        return "sb3 ppo" if script.startswith("sb3") else f"rllib {algorithm}"
+
+
+SB3 = "sb3_matched.py {} SECONDS dummy 1"
+COMPARISONS = (
+    Comparison("CartPole-v1", "ppo", f"{MATCHED} {EPOCHS}", SB3.format("CartPole-v1"), times=3),
+    Comparison("CartPole-v1", "appo", f"{MATCHED} {EPOCHS}", SB3.format("CartPole-v1"), times=4),
+    Comparison("CartPole-v1", "ppo", f"{MATCHED} {EPOCHS}", "rllib_matched.py ppo CartPole-v1 SECONDS 2", times=8),
+    Comparison("CartPole-v1", "appo", f"{MATCHED} {EPOCHS}", "rllib_matched.py ppo CartPole-v1 SECONDS 2", times=8),
+    Comparison("CartPole-v1", "appo", f"{MATCHED} {EPOCHS}", "rllib_matched.py appo CartPole-v1 SECONDS 2"),
+    Comparison("CartPole-v1", "impala", MATCHED, "rllib_matched.py impala CartPole-v1 SECONDS 2"),
+    Comparison("LunarLander-v3", "ppo", f"{MATCHED} {EPOCHS}", SB3.format("LunarLander-v3"), times=3),
+    Comparison(
+        "CartPole-v1",
+        "impala",
+        f"{THROUGHPUT} --sampling.groups 4 --sampling.group-size 64 --sampling.rollout-length 32",
+        "rllib_matched.py impala CartPole-v1 SECONDS 2",
+        floor=50_000,
+    ),
+    Comparison(
+        "CartPole-v1",
+        "impala",
+        f"{THROUGHPUT} --env.form native --sampling.groups 4 --sampling.group-size 256 --sampling.rollout-length 32",
+        "rllib_matched.py impala CartPole-v1 SECONDS 2",
+        floor=150_000,
+    ),
+)
+
+
+class PeerError(Exception):
+    """Something that is needed is missing, or a command failed; the message says what to do."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    wanted = [c for c in COMPARISONS if fnmatch(c.name, options.only)]
+    if options.list:
+        print("\n".join(c.name for c in wanted))
+        return 0
+    rows_file = options.results / "peers.jsonl"
+    try:
+        if not options.table:
+            if not wanted:
+                raise PeerError(f"no comparison is named {options.only}; there are {', '.join(c.name for c in COMPARISONS)}")
+            scripts = find_scripts(options.scripts)
+            python = find_environment(options.environment)
+            for comparison in wanted:
+                measure(comparison, options.pairs, options.seconds, scripts, python, rows_file)
+                write_table(rows_file)
+    except PeerError as error:
+        print(f"bench-peers: {error}", file=sys.stderr)
+        return 2
+    print(write_table(rows_file))
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    scripts, environment = os.environ.get("PEERS_SCRIPTS", ROOT.parent / "shared" / "peers"), os.environ.get("PEERS_ENV", ROOT / ".peers")
+    parser.add_argument("--scripts", type=Path, default=Path(scripts), help="directory of the peers' scripts (default: %(default)s)")
+    parser.add_argument(
+        "--environment", type=Path, default=Path(environment), help="virtual environment of the peers (default: %(default)s)"
+    )
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="comparisons whose name fits; * and ? as in file names")
+    parser.add_argument("--pairs", type=int, default=3, help="runs of each side (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each run (default: %(default)s)")
+    parser.add_argument("--list", action="store_true", help="name the comparisons")
+    parser.add_argument("--table", action="store_true", help="only write the table from what was measured")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of peers.jsonl and peers.md")
+    return parser.parse_args(arguments)
+
+
+# ---- what is needed --------------------------------------------------------------------------------------------------
+def find_scripts(directory: Path) -> Path:
+    missing = {c.peer.split()[0] for c in COMPARISONS if not (directory / c.peer.split()[0]).is_file()}
+    if missing:
+        raise PeerError(
+            f"the peers' scripts {', '.join(sorted(missing))} are not in {directory}; say where they are: --scripts DIR or PEERS_SCRIPTS=DIR"
+        )
+    return directory.resolve()
+
+
+def find_environment(directory: Path) -> Path:
+    """The peers' Python; makes their virtual environment where there is none."""
+    python = directory / "bin" / "python"
+    if not python.exists():
+        print(f"making the peers' environment in {directory} (some minutes, some gigabytes) ...", file=sys.stderr, flush=True)
+        torch = next(text for text in (ROOT / "constraints.txt").read_text().splitlines() if text.startswith("torch=="))
+        for command in (
+            [sys.executable, "-m", "venv", str(directory)],
+            [str(python), "-m", "pip", "install", "-q", torch],  # alone and first: it keeps a CPU build that lies in pip's find-links
+            [str(python), "-m", "pip", "install", "-q", *PACKAGES],
+        ):
+            if subprocess.run(command, check=False).returncode != 0:
+                raise PeerError(f"the peers' environment cannot be made: `{' '.join(command)}` failed; remove {directory} and try again")
+    check = [str(python), "-c", "import stable_baselines3, ray; print(stable_baselines3.__version__, ray.__version__)"]
+    if subprocess.run(check, capture_output=True, check=False).returncode != 0:
+        raise PeerError(f"{directory} has no Stable-Baselines3 and Ray; remove it, or name another one: --environment DIR or PEERS_ENV=DIR")
+    return python.absolute()
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+def measure(comparison: Comparison, pairs: int, seconds: float, scripts: Path, python: Path, rows_file: Path) -> None:
+    """Shoal and the peer in turn; every pair is a row."""
+    measurement = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}"
+    versions = peer_versions(python)
+    for pair in range(pairs):
+        load = os.getloadavg()[0]
+        own, command = shoal_speed(comparison, seconds)
+        peer = peer_speed(comparison, seconds, scripts, python)
+        row = {
+            "comparison": comparison.name, "measurement": measurement, "pair": pair, "seconds": seconds, "shoal": own, "peer": peer,
+            "ratio": own / peer, "times": comparison.times, "floor": comparison.floor, "command": command, "peer_command": comparison.peer,
+            "versions": versions, "machine": machine(), "load": round(load, 2),
+        }  # fmt: skip
+        rows_file.parent.mkdir(parents=True, exist_ok=True)
+        with rows_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{comparison.name}: {own:,.0f} / {peer:,.0f} = {own / peer:.2f}", file=sys.stderr, flush=True)
+
+
+def shoal_speed(comparison: Comparison, seconds: float) -> tuple[float, str]:
+    """Environment steps per second since the first one, as `shoal train` says it."""
+    words = [
+        "train",
+        comparison.environment,
+        "--algorithm",
+        comparison.algorithm,
+        *comparison.options.split(),
+        "--stop.seconds",
+        f"{seconds:g}",
+    ]
+    with tempfile.TemporaryDirectory(prefix="shoal-peers-") as scratch:
+        command = [sys.executable, "-m", "shoal.cli", *words, "--run-dir", f"{scratch}/run", "--view", "silent", "--json"]
+        result = json.loads(run(command, seconds, Path(scratch)))
+    return float(result["env_steps_per_second"]), f"shoal {' '.join(words)}"
+
+
+def peer_speed(comparison: Comparison, seconds: float, scripts: Path, python: Path) -> float:
+    script, *words = comparison.peer.replace("SECONDS", f"{seconds:g}").split()
+    with tempfile.TemporaryDirectory(prefix="shoal-peers-") as scratch:
+        said = run([str(python), str(scripts / script), *words], seconds, Path(scratch))
+    found = re.findall(r"sps=(\d+)", said)
+    if not found:
+        raise PeerError(f"{script} printed no speed (sps=...):\n{said[-2000:]}")
+    return float(found[-1])
+
+
+def run(command: Sequence[str], seconds: float, directory: Path) -> str:
+    """Standard output of a command that runs with one thread per process, in a session of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    started = subprocess.Popen(
+        command, cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        said, complained = started.communicate(timeout=seconds + START_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)
+        started.communicate()
+        raise PeerError(f"`{' '.join(command)}` did not end within {seconds + START_SECONDS:g} s") from None
+    if started.returncode != 0:
+        raise PeerError(f"`{' '.join(command)}` ended with code {started.returncode}:\n{complained[-2000:]}")
+    return said
+
+
+def peer_versions(python: Path) -> dict[str, str]:
+    names = ["stable-baselines3", "ray", "torch", "gymnasium"]
+    code = f"import json; from importlib.metadata import version; print(json.dumps({{n: version(n) for n in {names}}}))"
+    said = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout
+    versions: dict[str, str] = json.loads(said)
+    return versions
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+def write_table(rows_file: Path) -> str:
+    texts = rows_file.read_text(encoding="utf-8").splitlines() if rows_file.exists() else []
+    text = "\n".join(table([json.loads(line) for line in texts])) + "\n"
+    rows_file.parent.mkdir(parents=True, exist_ok=True)
+    rows_file.with_suffix(".md").write_text(text, encoding="utf-8")
+    return text
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The newest measurement of every comparison."""
+    yield "# Beside other libraries"
+    yield ""
+    yield "`make bench-peers` (benchmarks/peers.py): shoal and the peer run in turn on the same machine; medians over pairs, in environment steps per"
+    yield "second with learning included. Matched protocol: 8 environments x 128 steps, minibatch 256, 4 epochs, separate 2x64 tanh actor and critic,"
+    yield "Adam 2.5e-4, gradient norm 0.5, CPU. IMPALA has one epoch; on the throughput track groups and batch are chosen freely. The commands are in peers.jsonl."
+    yield ""
+    yield "| shoal / peer | shoal | peer | median of ratios | lowest, highest | wanted | pairs of | date | load |"
+    yield "| --- | ---: | ---: | ---: | --- | --- | --- | --- | --- |"
+    newest = {row["comparison"]: row["measurement"] for row in rows}
+    found = {name: [r for r in rows if (r["comparison"], r["measurement"]) == (name, at)] for name, at in newest.items()}
+    order = [c.name for c in COMPARISONS]
+    for name in sorted(found, key=lambda n: order.index(n) if n in order else len(order)):
+        yield line(name, found[name])
+    machines = {json.dumps(row["machine"], sort_keys=True): row["machine"] for of in found.values() for row in of}
+    versions = {json.dumps(row["versions"], sort_keys=True): row["versions"] for of in found.values() for row in of}
+    yield ""
+    for one in machines.values():
+        yield f"Machine: {one['cpu']}, {one['cores']} cores, torch {one['torch']}, Python {one['python']}."
+    for one in versions.values():
+        yield f"Peers: {', '.join(f'{name} {number}' for name, number in one.items())}."
+
+
+def line(name: str, rows: list[dict[str, Any]]) -> str:
+    ratios, own = [row["ratio"] for row in rows], statistics.median(row["shoal"] for row in rows)
+    ratio, first = statistics.median(ratios), rows[0]
+    wanted = ""
+    if first["times"] is not None:
+        wanted = f">= {first['times']:g}x: {'yes' if ratio >= first['times'] else '**no**'}"
+    if first["floor"] is not None:
+        wanted = f">= {first['floor']:,} steps/s: {'yes' if own >= first['floor'] else '**no**'}"
+    peer = statistics.median(row["peer"] for row in rows)
+    loads = ", ".join(f"{row['load']:g}" for row in rows)
+    return (
+        f"| {name} | {own:,.0f} | {peer:,.0f} | {ratio:.2f} | {min(ratios):.2f}, {max(ratios):.2f} | {wanted} "
+        f"| {len(rows)} x {first['seconds']:g} s | {first['measurement'][:10]} | {loads} |"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
