@@ -101,7 +101,11 @@ COMPARISONS = (
 
 
 class PeerError(Exception):
-    """Something that is needed is missing, or a command failed; the message says what to do."""
+    """Something that is needed is missing; the message says what to do."""
+
+
+class CommandError(Exception):
+    """A command of shoal or of a peer failed; its comparison is left out."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(c.name for c in wanted))
         return 0
     rows_file = options.results / "peers.jsonl"
+    failed = False
     try:
         if not options.table:
             if not wanted:
@@ -118,13 +123,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             scripts = find_scripts(options.scripts)
             python = find_environment(options.environment)
             for comparison in wanted:
-                measure(comparison, options.pairs, options.seconds, scripts, python, rows_file)
+                try:
+                    measure(comparison, options.pairs, options.seconds, scripts, python, rows_file)
+                except CommandError as error:
+                    failed = True
+                    print(f"{comparison.name}: {error}", file=sys.stderr, flush=True)
                 write_table(rows_file)
     except PeerError as error:
         print(f"bench-peers: {error}", file=sys.stderr)
         return 2
     print(write_table(rows_file))
-    return 0
+    return 1 if failed else 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -215,7 +224,7 @@ def peer_speed(comparison: Comparison, seconds: float, scripts: Path, python: Pa
         said = run([str(python), str(scripts / script), *words], seconds, Path(scratch))
     found = re.findall(r"sps=(\d+)", said)
     if not found:
-        raise PeerError(f"{script} printed no speed (sps=...):\n{said[-2000:]}")
+        raise CommandError(f"{script} printed no speed (sps=...):\n{said[-2000:]}")
     return float(found[-1])
 
 
@@ -230,9 +239,9 @@ def run(command: Sequence[str], seconds: float, directory: Path) -> str:
     except subprocess.TimeoutExpired:
         os.killpg(started.pid, signal.SIGKILL)
         started.communicate()
-        raise PeerError(f"`{' '.join(command)}` did not end within {seconds + START_SECONDS:g} s") from None
+        raise CommandError(f"`{' '.join(command)}` did not end within {seconds + START_SECONDS:g} s") from None
     if started.returncode != 0:
-        raise PeerError(f"`{' '.join(command)}` ended with code {started.returncode}:\n{complained[-2000:]}")
+        raise CommandError(f"`{' '.join(command)}` ended with code {started.returncode}:\n{complained[-2000:]}")
     return said
 
 

@@ -24,6 +24,7 @@ from shoal.experience.ring import Ring, allocate
 from shoal.experience.schema import Schema, rollout_schema
 from shoal.files import CheckpointDirectory, Loaded, lock_run, write_text_atomically
 from shoal.monitoring.live import SilentView, View, open_view
+from shoal.monitoring.profile import TRACES, begin_profile, finish_profile
 from shoal.monitoring.recorder import Callback, Recorder, lag_summary
 from shoal.runs import create_run, find_run
 from shoal.settings import dump_config, load_config, resolve
@@ -68,6 +69,7 @@ def train(
     *,
     callbacks: Sequence[Callback] = (),
     progress: View | None = None,
+    profile: bool = False,
     **settings: Any,
 ) -> Run:
     """Train on an environment until a stop condition is met.
@@ -78,6 +80,7 @@ def train(
       callbacks: each is called after every update with a mapping (update, env_steps, seconds, mean_return, episodes, the algorithm's
         metrics), in this process; one that returns False ends the run.
       progress: a view (shoal.monitoring.live); a line or panel on standard error by default.
+      profile: write `profile.json` into the run's directory: what every process did when, for Perfetto.
       settings: keys of the configuration, nested or dotted: algorithm="ppo", stop={"return": 475}, **{"sampling.groups": 8}. The environment,
         policy["network"] and algorithm may be objects: they travel to the roles by value.
     Raises:
@@ -87,7 +90,7 @@ def train(
     config, preset = resolve(target_path, settings)
     config.preset = preset
     directory = create_run(config)
-    return _execute(config, objects, directory, callbacks, progress)
+    return _execute(config, objects, directory, callbacks, progress, profile)
 
 
 def resume(
@@ -96,6 +99,7 @@ def resume(
     env: Callable[..., Any] | None = None,
     callbacks: Sequence[Callback] = (),
     progress: View | None = None,
+    profile: bool = False,
     **settings: Any,
 ) -> Run:
     """Go on with a run from its newest whole checkpoint. `settings` may change how it ends and how many actors it has.
@@ -113,7 +117,7 @@ def resume(
         tree["stop"] = {}
     config, _ = resolve(None, {**settings, "run_dir": str(directory), "preset": base.preset or "none"}, tree)
     _refuse_changes(base, config)
-    return _execute(config, objects, directory, callbacks, progress)
+    return _execute(config, objects, directory, callbacks, progress, profile)
 
 
 def load(path: str | Path, *, env: Callable[..., Any] | None = None, network: Callable[..., Any] | None = None) -> Run:
@@ -204,6 +208,7 @@ def _execute(
     directory: Path,
     callbacks: Sequence[Callback],
     progress: View | None,
+    profile: bool,
 ) -> Run:
     view = progress if progress is not None else open_view()
     with contextlib.ExitStack() as stack:
@@ -216,9 +221,13 @@ def _execute(
         wants_end = stack.enter_context(_interrupts())
         write_text_atomically(directory / "config.yaml", dump_config(config))
         (directory / "result.json").unlink(missing_ok=True)  # of an earlier part
+        traces = ""
+        if profile:
+            traces = str(begin_profile(directory).absolute())
+            stack.callback(_finish_profile, directory, recorder)
         execute = _run_inline if config.actors == 0 else _run_local
         try:
-            result = execute(config, objects, directory, loaded, recorder, wants_end)
+            result = execute(config, objects, directory, loaded, recorder, wants_end, traces)
         except ShoalError as error:
             recorder.failed(error)
             raise
@@ -227,8 +236,17 @@ def _execute(
     return Run(directory, result, objects)
 
 
+def _finish_profile(directory: Path, recorder: Recorder) -> None:
+    try:
+        finish_profile(directory)
+    except OSError as error:
+        recorder.event(
+            "warning", message=f"profile.json could not be written ({error.strerror or error}); the traces are in {directory / TRACES}"
+        )
+
+
 def _run_inline(
-    config: RunConfig, objects: dict[str, Any], directory: Path, loaded: Loaded | None, recorder: Recorder, wants_end: _Wants
+    config: RunConfig, objects: dict[str, Any], directory: Path, loaded: Loaded | None, recorder: Recorder, wants_end: _Wants, traces: str
 ) -> dict[str, Any]:
     import torch
 
@@ -242,7 +260,7 @@ def _run_inline(
         handed = UserObjects(**objects)
         session, ring, run_id = _session(config, look(config, handed), directory, loaded, recorder, allocate_here)
         blueprint = Blueprint(session.config, session.spec, handed, run_id)
-        engine = InlineEngine(blueprint, session, ring)
+        engine = InlineEngine(blueprint, session, ring, traces)
         wants_end.armed = True
         result = _result(session, engine.run(wants_end), directory)
         wants_end.armed = False
@@ -258,10 +276,10 @@ def _run_inline(
 
 
 def _run_local(
-    config: RunConfig, objects: dict[str, Any], directory: Path, loaded: Loaded | None, recorder: Recorder, wants_end: _Wants
+    config: RunConfig, objects: dict[str, Any], directory: Path, loaded: Loaded | None, recorder: Recorder, wants_end: _Wants, traces: str
 ) -> dict[str, Any]:
     run_id = _run_id(directory)
-    with contextlib.closing(LocalEngine(config, _pickled(objects), directory, run_id)) as engine:
+    with contextlib.closing(LocalEngine(config, _pickled(objects), directory, run_id, traces=traces)) as engine:
         engine.open()
         session, _, _ = _session(config, engine.look(), directory, loaded, recorder, engine.allocate)
         wants_end.armed = True

@@ -49,7 +49,7 @@ def test_train_hands_on_its_settings_and_ends_with_zero(calls: list[Any]) -> Non
     ((target, settings),) = calls
     assert target == "CartPole-v1"
     settings.pop("progress").close()
-    assert settings == {"seed": "3", "stop.env_steps": "1e6", "env.kwargs.g": "-3"}
+    assert settings == {"seed": "3", "stop.env_steps": "1e6", "env.kwargs.g": "-3", "profile": False}
 
 
 def test_which_preset_was_taken_is_said(calls: list[Any], capfd: pytest.CaptureFixture[str]) -> None:

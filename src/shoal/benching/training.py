@@ -123,8 +123,8 @@ def bench_train(
     watch = Watch(_WARM_UP_SHARE * length)
     told(f"training{f' for {length:g} s' if length else ''}")
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as scratch:
-        where = {"run_dir": str(Path(scratch) / "run")} if "run_dir" not in settings else {}
-        run = train(target, callbacks=[watch.updated], progress=_WatchingView(watch), **settings, **where)
+        where = {"run_dir": str(Path(scratch) / "run"), "evaluation.episodes": 0, **settings}
+        run = train(target, callbacks=[watch.updated], progress=_WatchingView(watch), **where)
     speed = watch.env_steps_per_second()
     costs = bench_costs(target, settings, seconds=seconds, told=told)
     ceiling = costs["ceilings"]["of_mode"]

@@ -27,6 +27,9 @@ COMMANDS = ("state", "save", "pause", "continue", "stop", "scale")
 view_option = click.option(
     "--view", type=click.Choice(["auto", "live", "lines", "silent"]), default="auto", help="What is shown on standard error."
 )
+profile_option = click.option(
+    "--profile", is_flag=True, help="Write profile.json into the run's directory: what every process did when, for ui.perfetto.dev."
+)
 run_argument = click.argument("run", metavar="RUN")
 
 
@@ -46,9 +49,10 @@ cli.add_command(bench)
 @click.argument("env_or_config", metavar="ENV_OR_CONFIG")
 @json_option
 @view_option
+@profile_option
 @debug_option
 @click.pass_context
-def train(ctx: click.Context, env_or_config: str, as_json: bool, view: str, debug: bool) -> None:
+def train(ctx: click.Context, env_or_config: str, as_json: bool, view: str, profile: bool, debug: bool) -> None:
     """Train on an environment until a stop condition is met.
 
     ENV_OR_CONFIG is a Gymnasium id (CartPole-v1), package.module:factory, file.py:factory, an Atari id (ALE/Pong-v5), a YAML file,
@@ -69,7 +73,7 @@ def train(ctx: click.Context, env_or_config: str, as_json: bool, view: str, debu
         )
         import shoal
 
-        return _with_view(view, lambda progress: shoal.train(env_or_config, progress=progress, **settings))
+        return _with_view(view, lambda progress: shoal.train(env_or_config, progress=progress, profile=profile, **settings))
 
     _finish_training(work_on(work, as_json), as_json)
 
@@ -78,16 +82,17 @@ def train(ctx: click.Context, env_or_config: str, as_json: bool, view: str, debu
 @run_argument
 @json_option
 @view_option
+@profile_option
 @debug_option
 @click.pass_context
-def resume(ctx: click.Context, run: str, as_json: bool, view: str, debug: bool) -> None:
+def resume(ctx: click.Context, run: str, as_json: bool, view: str, profile: bool, debug: bool) -> None:
     """Go on with a run from its newest whole checkpoint, exactly."""
     settings = given_settings(ctx)
 
     def work() -> Any:
         import shoal
 
-        return _with_view(view, lambda progress: shoal.resume(find_run(run), progress=progress, **settings))
+        return _with_view(view, lambda progress: shoal.resume(find_run(run), progress=progress, profile=profile, **settings))
 
     _finish_training(work_on(work, as_json), as_json)
 

@@ -83,9 +83,9 @@ class Death:
 class Fleet:
     """One learner, any number of actors, the zygote they come from and the memory they share."""
 
-    def __init__(self, config: RunConfig, pickled: bytes | None, directory: Path, run_id: bytes, epoch: int) -> None:
+    def __init__(self, config: RunConfig, pickled: bytes | None, directory: Path, run_id: bytes, epoch: int, traces: str = "") -> None:
         self._config, self._pickled, self._directory = config, pickled, directory
-        self._common: dict[str, Any] = {"run_id": run_id.hex(), "epoch": epoch, "num_roles": 1 + MAX_ACTORS}
+        self._common: dict[str, Any] = {"run_id": run_id.hex(), "epoch": epoch, "num_roles": 1 + MAX_ACTORS, "traces": traces}
         self._zygote: Zygote | None = None
         self._memory: SharedMemory | None = None
         self._activities: ActivityBoard | None = None

@@ -15,6 +15,7 @@ from shoal.engines.session import Session
 from shoal.experience.ring import Ring
 from shoal.learners.learner import Learner
 from shoal.supervision.heartbeat import ActivityBoard
+from shoal.supervision.trace import Span, open_trace
 from shoal.types import Activity
 from shoal.weights.board import WeightBoard
 
@@ -22,10 +23,11 @@ from shoal.weights.board import WeightBoard
 class InlineEngine:
     """Runs a session to its end. `interrupted()` is asked between updates."""
 
-    def __init__(self, blueprint: Blueprint, session: Session, ring: Ring) -> None:
+    def __init__(self, blueprint: Blueprint, session: Session, ring: Ring, traces: str = "") -> None:
         self._session, self._blueprint = session, blueprint
         self._activities = ActivityBoard.create(1)
-        recorder = self._activities.heartbeat(0)
+        self._trace = open_trace(traces, "all")
+        recorder = self._trace.recorder(self._activities.heartbeat(0))
         self._enter = recorder.enter
         policy = blueprint.policy()
         size = blueprint.layout(policy).size
@@ -56,9 +58,13 @@ class InlineEngine:
             if batch is None:
                 raise RuntimeError("no rollout may be begun and no update made: the coordinator is stuck")
             self._enter(Activity.LEARNING)
+            self._trace.begin(Span.CONSUME)
             consumed = self._learner.consume(batch)
+            self._trace.end(len(batch))
             coordinator.consumed(consumed.dropped)
+            self._trace.begin(Span.UPDATE)
             metrics = self._learner.update(consumed) if consumed.batch is not None else {}
+            self._trace.end(self._learner.version)
             self._behaviour.refresh()
             reason = session.finish_update(metrics) or ("interrupted" if interrupted() else None)
             if reason is None and session.checkpoint_due():
@@ -83,13 +89,17 @@ class InlineEngine:
                 lost = self._actor.restore(lease.identity.group, lease.restore)
                 if lost:
                     self._session.observer.event("not_restored", group=lease.identity.group, environments=lost)
+            self._trace.begin(Span.ROLLOUT)
             slot = self._actor.fill(lease.slot, lease.identity)
+            self._trace.end(lease.identity.group, lease.identity.sequence)
             self._session.begun(int(slot.envelope["begun_ns"]))
             coordinator.filled(lease.slot, lease.identity)
 
     def _save(self) -> None:
+        self._trace.begin(Span.CHECKPOINT)
         self._enter(Activity.SAVING)
         staging, arrays, facts = self._session.begin_checkpoint()
         with staging:
             save_learner(self._learner, staging.path, self._blueprint)
             self._session.commit(staging, arrays, facts)
+        self._trace.end()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ from shoal.experience.group_state import to_bytes
 from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema
 from shoal.files import Staging
+from shoal.supervision.channel import HasFileno
 from shoal.supervision.control import ControlServer, Reply
 from shoal.supervision.memory import anonymous_file
 from shoal.supervision.processes import process_state
+from shoal.supervision.trace import Span, open_trace
 from shoal.supervision.zygote import Lost
 from shoal.types import Activity, ActivityRecord, Arrays
 
@@ -57,9 +59,10 @@ class _Save:
 class LocalEngine:
     """`open`, `look` (spec and sizes), `allocate`, `run`; `close` leaves nothing behind."""
 
-    def __init__(self, config: RunConfig, pickled: bytes | None, directory: Path, run_id: bytes, epoch: int = 0) -> None:
+    def __init__(self, config: RunConfig, pickled: bytes | None, directory: Path, run_id: bytes, epoch: int = 0, traces: str = "") -> None:
         self._config, self._directory = config, directory
-        self._fleet = Fleet(config, pickled, directory, run_id, epoch)
+        self._fleet = Fleet(config, pickled, directory, run_id, epoch, traces)
+        self._trace = open_trace(traces, "supervisor")
         self._save: _Save | None = None
         self._wants_save: list[Reply] = []
         self._control: ControlServer | None = None
@@ -107,16 +110,28 @@ class LocalEngine:
             if session.wanted_end and not self._coordinator.learner_busy and self._save is None:
                 self._reason = session.wanted_end
                 continue
+            self._trace.begin(Span.DISPATCH)
             self._dispatch()
+            self._trace.end()
             self._listen(WATCH_SECONDS)
             if time.monotonic() - watched >= WATCH_SECONDS:
                 watched = time.monotonic()
+                self._trace.begin(Span.WATCH)
                 self._watch()
+                self._trace.end()
         return {"reason": self._reason, "weights_sha256": self._weights_sha256}
 
     def _listen(self, timeout_seconds: float) -> None:
         control = [] if self._control is None else self._control.sources()
         ready = self._fleet.listen(timeout_seconds, control)
+        self._trace.begin(Span.HEAR)
+        try:
+            self._take_in(ready, control)
+        finally:
+            self._trace.end()
+
+    def _take_in(self, ready: list[HasFileno], control: Sequence[HasFileno]) -> None:
+        """Everything that those have to say who are ready."""
         for process in self._fleet.processes:
             if process.channel in ready:
                 self._hear(process)
@@ -199,11 +214,14 @@ class LocalEngine:
                 self._begin_save()
         elif kind == "saved" and self._save is not None:
             self._weights_sha256 = said["weights_sha256"]
+            self._trace.begin(Span.CHECKPOINT)
             try:
                 self._session.commit(self._save.staging, self._save.arrays, self._save.facts)
             except CheckpointError as error:
                 self._give_up_save(str(error))
                 return
+            finally:
+                self._trace.end()
             save, self._save = self._save, None
             for reply in save.replies:
                 reply({"ok": True, "update": self._coordinator.version})
@@ -221,6 +239,7 @@ class LocalEngine:
 
     def _begin_save(self) -> None:
         replies, self._wants_save = self._wants_save, []
+        self._trace.begin(Span.CHECKPOINT)
         try:
             self._save = _Save(*self._session.begin_checkpoint(), replies)
         except CheckpointError as error:
@@ -228,6 +247,8 @@ class LocalEngine:
             for reply in replies:
                 reply({"ok": False, "error": str(error)})
             return
+        finally:
+            self._trace.end()
         self._tell_learner({"do": "save", "path": str(self._save.staging.path)})
 
     def _give_up_save(self, message: str) -> None:

@@ -28,10 +28,11 @@ from shoal.experience.group_state import from_bytes
 from shoal.experience.ring import Ring
 from shoal.learners.learner import Learner
 from shoal.supervision.channel import Channel, wait
-from shoal.supervision.heartbeat import ActivityBoard, Heartbeat
+from shoal.supervision.heartbeat import ActivityBoard
 from shoal.supervision.memory import SharedMemory
+from shoal.supervision.trace import Span, Tracer, open_trace
 from shoal.supervision.zygote_main import ChildContext
-from shoal.types import Activity, EnvironmentSpec
+from shoal.types import Activity, ActivityRecorder, EnvironmentSpec
 from shoal.weights.board import WeightBoard
 
 _IDLE_SECONDS = 1.0
@@ -134,7 +135,7 @@ def evaluator_main(context: ChildContext) -> int:
 
 
 # ---- the memory that roles share -------------------------------------------------------------------------------------
-def _attach(context: ChildContext, setup: dict[str, Any]) -> tuple[Blueprint, Ring, WeightBoard, Heartbeat]:
+def _attach(context: ChildContext, setup: dict[str, Any]) -> tuple[Blueprint, Ring, WeightBoard, ActivityRecorder, Tracer]:
     config = RunConfig.model_validate(setup["config"])
     spec = EnvironmentSpec.from_json(setup["spec"])
     blueprint = Blueprint(config, spec, _objects(context), bytes.fromhex(setup["run_id"]), setup["epoch"])
@@ -145,7 +146,10 @@ def _attach(context: ChildContext, setup: dict[str, Any]) -> tuple[Blueprint, Ri
     board = WeightBoard(blueprint.layout(policy).size, memory.buffer[setup["ring_bytes"] :])
     activities = ActivityBoard.attach(context.memory_fds[1], setup["num_roles"])
     index = 0 if context.name == "learner" else 1 + context.index
-    return blueprint, ring, board, activities.heartbeat(index, context.incarnation)
+    trace = open_trace(setup["traces"], context.name, context.index, context.incarnation)
+    heart = trace.recorder(activities.heartbeat(index, context.incarnation))
+    heart.enter(Activity.STARTING)
+    return blueprint, ring, board, heart, trace
 
 
 # ---- actor -----------------------------------------------------------------------------------------------------------
@@ -161,7 +165,7 @@ class _ActorProcess:
     def __init__(self, context: ChildContext) -> None:
         self._channel: Channel = context.channel
         setup = self._first_word().json
-        self._blueprint, ring, board, self._heart = _attach(context, setup)
+        self._blueprint, ring, board, self._heart, self._trace = _attach(context, setup)
         self._behaviour: LocalPolicy = self._blueprint.behaviour(board)
         self._actor: Actor = self._blueprint.actor(ring, self._behaviour, context.index, context.incarnation, self._heart)
         self._close_after: int = setup["close_after_lag"]
@@ -225,17 +229,25 @@ class _ActorProcess:
 
     def _fill(self, word: Word) -> None:
         if max(self._newest, word.value) > self._behaviour.version:
-            self._behaviour.refresh()
+            self._refresh()
         if self._sync and self._behaviour.version != word.value:
             raise RuntimeError(f"the board holds version {self._behaviour.version}, the lease says {word.value}")
         give_up = [tuple(place) for place in word.json["give_up"]] if word.body else []
-        self._actor.fill(word.slot, word.identity, None if self._sync else self._between_rows, give_up)
+        self._trace.begin(Span.ROLLOUT)
+        try:
+            self._actor.fill(word.slot, word.identity, None if self._sync else self._between_rows, give_up)
+        finally:
+            self._trace.end(word.identity.group, word.identity.sequence)
         self._say(Word(Kind.FILLED, word.slot, word.identity))
+
+    def _refresh(self) -> None:
+        self._trace.begin(Span.REFRESH)
+        self._trace.end(self._behaviour.refresh())
 
     def _between_rows(self, first_version: int) -> bool:
         self._listen()
         if self._newest > self._behaviour.version:
-            self._behaviour.refresh()
+            self._refresh()
         return self._behaviour.version - first_version >= self._close_after
 
     def _say(self, word: Word) -> None:
@@ -278,7 +290,7 @@ class _LearnerProcess:
 
         self._channel: Channel = context.channel
         setup = self._next()
-        self._blueprint, ring, board, self._heart = _attach(context, setup)
+        self._blueprint, ring, board, self._heart, self._trace = _attach(context, setup)
         torch.set_num_threads(self._blueprint.config.learner.threads)
         board.reset()
         self._learner: Learner = self._blueprint.learner(ring, board, setup["max_policy_lag"], self._heart)
@@ -310,11 +322,15 @@ class _LearnerProcess:
     def _train(self, orders: list[tuple[int, Identity]]) -> None:
         self._heart.enter(Activity.LEARNING)
         begun = time.monotonic()
+        self._trace.begin(Span.CONSUME)
         consumed = self._learner.consume(orders)
+        self._trace.end(len(orders))
         self._say({"is": "consumed", "dropped": [[list(i), int(fate)] for i, fate in consumed.dropped.items()]})
         metrics: dict[str, float] = {}
         if consumed.batch is not None:
+            self._trace.begin(Span.UPDATE)
             metrics = self._learner.update(consumed)
+            self._trace.end(self._learner.version)
             metrics["update_seconds"] = time.monotonic() - begun
         self._say({"is": "trained", "version": self._learner.version, "metrics": metrics})
 
