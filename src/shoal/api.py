@@ -19,7 +19,8 @@ from shoal.config import RunConfig
 from shoal.engines.coordinator import Coordinator, Plan
 from shoal.engines.local import LocalEngine
 from shoal.engines.session import ATTEMPTS_PER_PART, Session
-from shoal.errors import ConfigError, RunError, ShoalError
+from shoal.engines.snippets import with_snippet
+from shoal.errors import ConfigError, EnvironmentFault, RunError, ShoalError
 from shoal.experience.ring import Ring, allocate
 from shoal.experience.schema import Schema, rollout_schema
 from shoal.files import CheckpointDirectory, Loaded, lock_run, write_text_atomically
@@ -30,6 +31,7 @@ from shoal.settings import dump_config, load_config, resolve
 from shoal.types import EnvironmentSpec, FieldSpec
 
 if TYPE_CHECKING:
+    from shoal.environments.findings import CheckReport
     from shoal.evaluation import LoadedPolicy
 
 FACTS = "run.json"  # what else a run's bits depend on
@@ -146,13 +148,19 @@ def evaluate(
     return play(policy, episodes=episodes, seed=seed, video=video, deterministic=deterministic)
 
 
-def check(target: str | Callable[..., Any], **settings: Any) -> Any:
-    """Look at an environment before training: interface, spaces, determinism, cost. Returns a CheckReport (findings with hints)."""
-    from shoal.environments.checks import check_environment
+def check(target: str | Callable[..., Any], **settings: Any) -> CheckReport:
+    """Look at an environment before training: interface, spaces, determinism, cost. Returns a report (findings with hints).
+
+    It is played in a process of its own: one that hangs (env.step_timeout_seconds) or crashes is a finding like others.
+
+    Raises:
+      ConfigError: the environment cannot be found, or an extra is not installed.
+    """
+    from shoal.engines.checking import check as check_in_child
 
     objects, target_path, settings = _split_objects(target, settings)
     config, _ = resolve(target_path, settings)
-    return check_environment(config.env, objects.get("env"))
+    return check_in_child(config, _pickled(objects))
 
 
 def replay(
@@ -234,13 +242,19 @@ def _run_inline(
 
     from shoal.engines.inline import InlineEngine
     from shoal.engines.mains import look
+    from shoal.engines.question import Played
     from shoal.engines.roles import Blueprint, UserObjects
 
     threads = torch.get_num_threads()
     torch.set_num_threads(config.learner.threads)
     try:
         handed = UserObjects(**objects)
-        session, ring, run_id = _session(config, look(config, handed), directory, loaded, recorder, allocate_here)
+        played = Played()
+        try:
+            facts = look(config, handed, played)
+        except EnvironmentFault as fault:
+            raise with_snippet(fault, config, directory, {0: played.episodes}) from fault
+        session, ring, run_id = _session(config, facts, directory, loaded, recorder, allocate_here)
         blueprint = Blueprint(session.config, session.spec, handed, run_id)
         engine = InlineEngine(blueprint, session, ring)
         wants_end.armed = True

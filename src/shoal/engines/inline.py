@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 
 from shoal.actors.actor import Actor
+from shoal.engines.coordinator import Lease
+from shoal.engines.environment_faults import EnvironmentFaults
 from shoal.engines.roles import Blueprint, one_thread
 from shoal.engines.saving import load_learner, save_learner
 from shoal.engines.session import Session
+from shoal.errors import EnvironmentFault
 from shoal.experience.ring import Ring
 from shoal.learners.learner import Learner
 from shoal.supervision.heartbeat import ActivityBoard
@@ -24,6 +27,7 @@ class InlineEngine:
 
     def __init__(self, blueprint: Blueprint, session: Session, ring: Ring) -> None:
         self._session, self._blueprint = session, blueprint
+        self._faults = EnvironmentFaults(session)
         self._activities = ActivityBoard.create(1)
         recorder = self._activities.heartbeat(0)
         self._enter = recorder.enter
@@ -74,18 +78,34 @@ class InlineEngine:
     def _fill(self) -> None:
         """Everything that may be begun now, with one torch thread as in an actor's process: the numbers can depend on it."""
         with one_thread(self._blueprint.config.learner.threads):
-            self._fill_all()
+            while not self._fill_all():
+                pass
 
-    def _fill_all(self) -> None:
-        coordinator = self._session.coordinator
-        for lease in coordinator.next_leases():
-            if lease.restore is not None:
-                lost = self._actor.restore(lease.identity.group, lease.restore)
-                if lost:
-                    self._session.observer.event("not_restored", group=lease.identity.group, environments=lost)
-            slot = self._actor.fill(lease.slot, lease.identity)
-            self._session.begun(int(slot.envelope["begun_ns"]))
-            coordinator.filled(lease.slot, lease.identity)
+    def _fill_all(self) -> bool:
+        """False where an environment broke its contract: its group is to be made anew."""
+        whole = True
+        for lease in self._session.coordinator.next_leases():
+            if lease.restore is None and not self._actor.hosts(lease.identity.group):
+                continue  # the rollout before it was not finished, and this lease is void
+            try:
+                self._make(lease)
+            except EnvironmentFault as fault:
+                self._faults.happened(fault, lease.identity)
+                place = [int(str(fault.report.get(name) or 0)) for name in ("row", "env")]
+                self._session.coordinator.faulted(lease.identity, *place)
+                self._actor.release(lease.identity.group)
+                whole = False
+        return whole
+
+    def _make(self, lease: Lease) -> None:
+        group = lease.identity.group
+        if lease.restore is not None:
+            lost = self._actor.restore(group, lease.restore)
+            if lost:
+                self._session.observer.event("not_restored", group=group, environments=lost)
+        slot = self._actor.fill(lease.slot, lease.identity, give_up=lease.give_up)
+        self._session.begun(int(slot.envelope["begun_ns"]))
+        self._session.coordinator.filled(lease.slot, lease.identity)
 
     def _save(self) -> None:
         self._enter(Activity.SAVING)
