@@ -131,7 +131,12 @@ def load(path: str | Path, *, env: Callable[..., Any] | None = None, network: Ca
 
 
 def evaluate(
-    run: Run | str | Path, episodes: int = 100, seed: int = 0, video: str | Path | None = None, deterministic: bool = True
+    run: Run | str | Path,
+    episodes: int = 100,
+    seed: int = 0,
+    video: str | Path | None = None,
+    deterministic: bool = True,
+    max_episode_steps: int | None = None,
 ) -> dict[str, Any]:
     """Play `episodes` episodes with the newest policy of a run, with seeds that `seed` names.
 
@@ -139,13 +144,14 @@ def evaluate(
       run: a run, or its path; `shoal.load(path, env=factory)` where it was trained on an object that has no import path.
       video: an mp4 of the first episode is written here.
       deterministic: the most probable action of every step; else actions are drawn.
+      max_episode_steps: episodes are cut here. Without it, one of more than 200,000 steps is an EnvironmentFault.
     Returns:
       episodes, mean_return, std_return, iqm, ci95 [low, high], min, max, mean_length.
     """
     from shoal.evaluation import evaluate as play
 
     policy = run.policy() if isinstance(run, Run) else load(run).policy()
-    return play(policy, episodes=episodes, seed=seed, video=video, deterministic=deterministic)
+    return play(policy, episodes=episodes, seed=seed, video=video, deterministic=deterministic, max_episode_steps=max_episode_steps)
 
 
 def check(target: str | Callable[..., Any], **settings: Any) -> CheckReport:
@@ -240,6 +246,7 @@ def _run_inline(
 ) -> dict[str, Any]:
     import torch
 
+    from shoal.engines.alarm import CallClock, limited
     from shoal.engines.inline import InlineEngine
     from shoal.engines.mains import look
     from shoal.engines.question import Played
@@ -249,9 +256,15 @@ def _run_inline(
     torch.set_num_threads(config.learner.threads)
     try:
         handed = UserObjects(**objects)
-        played = Played()
+        played, clock = Played(), CallClock()
+
+        def tell(call: str, /, **what: Any) -> None:
+            played(call, **what)
+            clock(call)
+
         try:
-            facts = look(config, handed, played)
+            with limited(clock.age_seconds, config.env.step_timeout_seconds):
+                facts = look(config, handed, tell)
         except EnvironmentFault as fault:
             raise with_snippet(fault, config, directory, {0: played.episodes}) from fault
         session, ring, run_id = _session(config, facts, directory, loaded, recorder, allocate_here)
@@ -330,6 +343,12 @@ def _session(
             recorder.event("warning", message=warning)
         if known.get("build", build) != build:
             recorder.event("warning", message=f"this run was begun with {known['build']} and goes on with {build}: its bits may differ")
+    if not facts["measured"].get("repeats", True):
+        recorder.event(
+            "warning",
+            message=f"{spec.name} gave another observation for the same seed: after a kill or a resume the run goes on, but not with the same bits; "
+            "call super().reset(seed=seed) and draw only from self.np_random",
+        )
     if not spec.exact_restore:
         recorder.event(
             "warning",

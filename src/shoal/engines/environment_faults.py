@@ -5,16 +5,22 @@ A fault in the first seconds of a run is a bug and ends it. A later one is mende
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+import numpy as np
 
 from shoal.engines.session import Session
 from shoal.engines.snippets import with_snippet
 from shoal.errors import EnvironmentFault
 from shoal.experience.envelope import Identity
+from shoal.experience.ring import Slot
 from shoal.streams import episode_seed
-from shoal.types import Array
+from shoal.types import Array, EnvironmentSpec
 
 EARLY_SECONDS = 10.0  # since the first environment step
+
+LONG_EPISODE = 100_000  # steps, after which it is said that an episode does not end
 
 Episode = tuple[int | bytes | None, list[Any]]  # seed or snapshot, and the actions since, as the environment takes them
 
@@ -25,6 +31,8 @@ class EnvironmentFaults:
     def __init__(self, session: Session, epoch: int = 0) -> None:
         self._session, self._epoch = session, epoch
         self.count = 0
+        self._bounds = _bounds(session.spec)
+        self._long_episode: float = LONG_EPISODE
 
     def happened(self, fault: EnvironmentFault, identity: Identity | None = None, seconds_ago: float = 0.0) -> None:
         """Count and tell a fault.
@@ -77,6 +85,31 @@ class EnvironmentFaults:
             "seed": first[0], "step": first[1], "last_action": first[2], "field": "", "traceback": stack, **how,
         }  # fmt: skip
         return EnvironmentFault("\n".join(lines), report)
+
+    # ---- what is no fault, but is said once --------------------------------------------------------------------------
+    def look_at(self, slot: Slot) -> None:
+        """Look at one row of a finished rollout: a value outside of its Box is trained on as it is, an endless episode has no return."""
+        for name, (low, high) in list(self._bounds.items()):
+            values_B = slot.arrays[name][0]
+            out = (values_B < low) | (values_B > high)
+            if out.any():
+                del self._bounds[name]
+                b, *place = (int(i[0]) for i in np.nonzero(out))
+                at = f"{name}{place}" if place else name
+                self._warn(
+                    f"{at} was {values_B[(b, *place)]:g} in group {int(slot.envelope['group'])}, environment {b}, and its space says "
+                    f"{low[tuple(place)]:g} to {high[tuple(place)]:g}; it is trained on as it is: widen the bounds of observation_space, or clip"
+                )
+        longest = int(slot.arrays["cursor/end"]["num_steps"].max())
+        if longest > self._long_episode:
+            self._long_episode = math.inf
+            self._warn(
+                f"an episode has gone on for {longest:,} steps; without ends there are no returns, and putting the environment back takes "
+                "longer and longer: end it, or set env.max_episode_steps"
+            )
+
+    def _warn(self, message: str) -> None:
+        self._session.observer.event("warning", message=message)
 
     # ---- which episodes were being played --------------------------------------------------------------------------
     def _in_full(self, fault: EnvironmentFault, identity: Identity | None) -> EnvironmentFault:
@@ -137,6 +170,18 @@ class EnvironmentFaults:
         if cursor is not None and cursor["num_steps"]:
             return int(cursor["seed"])
         return episode_seed(self._session.config.seed, group, b, episode, self._epoch)
+
+
+def _bounds(spec: EnvironmentSpec) -> dict[str, tuple[Array, Array]]:
+    """Bounds of every Box of the observation that its dtype does not hold already, by field name: [*shape] each."""
+    found = {}
+    for leaf in spec.observation:
+        limits = np.iinfo(leaf.dtype) if np.dtype(leaf.dtype).kind in "iu" else None
+        loose = limits is not None and min(leaf.low, default=0) <= limits.min and max(leaf.high, default=0) >= limits.max
+        if leaf.kind == "box" and leaf.size and not loose and np.isfinite([*leaf.low, *leaf.high]).any():
+            low, high = (np.broadcast_to(np.array(bound), leaf.size).reshape(leaf.shape) for bound in (leaf.low, leaf.high))
+            found[leaf.name("observation")] = low, high
+    return found
 
 
 def _up_to(episodes: list[Episode], seed: int, step: int, last_action: Any) -> list[Episode]:

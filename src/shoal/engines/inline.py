@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from shoal.actors.actor import Actor
+from shoal.engines.alarm import limited
 from shoal.engines.coordinator import Lease
 from shoal.engines.environment_faults import EnvironmentFaults
 from shoal.engines.roles import Blueprint, one_thread
@@ -44,6 +45,16 @@ class InlineEngine:
         return self._learner
 
     def run(self, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        """As `_run`, with a limit on the environments' calls."""
+        with limited(self._environment_seconds, self._session.config.env.step_timeout_seconds):
+            return self._run(interrupted)
+
+    def _environment_seconds(self) -> float:
+        """How long an environment has been in its present call."""
+        record = self._activities.records()[0]
+        return record.age_seconds if record.activity in (Activity.STEPPING, Activity.RESTORING) else 0.0
+
+    def _run(self, interrupted: Callable[[], bool]) -> dict[str, Any]:
         """Train until a stop condition. Returns {reason, weights_sha256}; the last checkpoint is saved."""
         session, coordinator = self._session, self._session.coordinator
         path = session.last_checkpoint[2]
@@ -106,6 +117,7 @@ class InlineEngine:
         slot = self._actor.fill(lease.slot, lease.identity, give_up=lease.give_up)
         self._session.begun(int(slot.envelope["begun_ns"]))
         self._session.coordinator.filled(lease.slot, lease.identity)
+        self._faults.look_at(slot)
 
     def _save(self) -> None:
         self._enter(Activity.SAVING)

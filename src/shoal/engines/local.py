@@ -167,6 +167,7 @@ class LocalEngine:
             self._coordinator.ring.slots[word.slot].envelope["received_ns"] = time.monotonic_ns()
             if self._coordinator.filled(word.slot, word.identity):
                 self._session.begun(int(self._coordinator.ring.slots[word.slot].envelope["begun_ns"]))
+                self._faults.look_at(self._coordinator.ring.slots[word.slot])
         elif word.kind is Kind.RESTORED and word.value:
             self._session.observer.event("not_restored", group=word.identity.group, environments=word.value)
         elif word.kind is Kind.FAULT:
