@@ -19,7 +19,8 @@ from shoal.config import RunConfig
 from shoal.engines.coordinator import Coordinator, Plan
 from shoal.engines.local import LocalEngine
 from shoal.engines.session import ATTEMPTS_PER_PART, Session
-from shoal.errors import ConfigError, RunError, ShoalError
+from shoal.engines.snippets import with_snippet
+from shoal.errors import ConfigError, EnvironmentFault, RunError, ShoalError
 from shoal.experience.ring import Ring, allocate
 from shoal.experience.schema import Schema, rollout_schema
 from shoal.files import CheckpointDirectory, Loaded, lock_run, write_text_atomically
@@ -31,6 +32,7 @@ from shoal.settings import dump_config, load_config, resolve
 from shoal.types import EnvironmentSpec, FieldSpec
 
 if TYPE_CHECKING:
+    from shoal.environments.findings import CheckReport
     from shoal.evaluation import LoadedPolicy
 
 FACTS = "run.json"  # what else a run's bits depend on
@@ -133,7 +135,12 @@ def load(path: str | Path, *, env: Callable[..., Any] | None = None, network: Ca
 
 
 def evaluate(
-    run: Run | str | Path, episodes: int = 100, seed: int = 0, video: str | Path | None = None, deterministic: bool = True
+    run: Run | str | Path,
+    episodes: int = 100,
+    seed: int = 0,
+    video: str | Path | None = None,
+    deterministic: bool = True,
+    max_episode_steps: int | None = None,
 ) -> dict[str, Any]:
     """Play `episodes` episodes with the newest policy of a run, with seeds that `seed` names.
 
@@ -141,22 +148,29 @@ def evaluate(
       run: a run, or its path; `shoal.load(path, env=factory)` where it was trained on an object that has no import path.
       video: an mp4 of the first episode is written here.
       deterministic: the most probable action of every step; else actions are drawn.
+      max_episode_steps: episodes are cut here. Without it, one of more than 200,000 steps is an EnvironmentFault.
     Returns:
       episodes, mean_return, std_return, iqm, ci95 [low, high], min, max, mean_length.
     """
     from shoal.evaluation import evaluate as play
 
     policy = run.policy() if isinstance(run, Run) else load(run).policy()
-    return play(policy, episodes=episodes, seed=seed, video=video, deterministic=deterministic)
+    return play(policy, episodes=episodes, seed=seed, video=video, deterministic=deterministic, max_episode_steps=max_episode_steps)
 
 
-def check(target: str | Callable[..., Any], **settings: Any) -> Any:
-    """Look at an environment before training: interface, spaces, determinism, cost. Returns a CheckReport (findings with hints)."""
-    from shoal.environments.checks import check_environment
+def check(target: str | Callable[..., Any], **settings: Any) -> CheckReport:
+    """Look at an environment before training: interface, spaces, determinism, cost. Returns a report (findings with hints).
+
+    It is played in a process of its own: one that hangs (env.step_timeout_seconds) or crashes is a finding like others.
+
+    Raises:
+      ConfigError: the environment cannot be found, or an extra is not installed.
+    """
+    from shoal.engines.checking import check as check_in_child
 
     objects, target_path, settings = _split_objects(target, settings)
     config, _ = resolve(target_path, settings)
-    return check_environment(config.env, objects.get("env"))
+    return check_in_child(config, _pickled(objects))
 
 
 def replay(
@@ -250,15 +264,28 @@ def _run_inline(
 ) -> dict[str, Any]:
     import torch
 
+    from shoal.engines.alarm import CallClock, limited
     from shoal.engines.inline import InlineEngine
     from shoal.engines.mains import look
+    from shoal.engines.question import Played
     from shoal.engines.roles import Blueprint, UserObjects
 
     threads = torch.get_num_threads()
     torch.set_num_threads(config.learner.threads)
     try:
         handed = UserObjects(**objects)
-        session, ring, run_id = _session(config, look(config, handed), directory, loaded, recorder, allocate_here)
+        played, clock = Played(), CallClock()
+
+        def tell(call: str, /, **what: Any) -> None:
+            played(call, **what)
+            clock(call)
+
+        try:
+            with limited(clock.age_seconds, config.env.step_timeout_seconds):
+                facts = look(config, handed, tell)
+        except EnvironmentFault as fault:
+            raise with_snippet(fault, config, directory, {0: played.episodes}) from fault
+        session, ring, run_id = _session(config, facts, directory, loaded, recorder, allocate_here)
         blueprint = Blueprint(session.config, session.spec, handed, run_id)
         engine = InlineEngine(blueprint, session, ring, traces)
         wants_end.armed = True
@@ -334,6 +361,12 @@ def _session(
             recorder.event("warning", message=warning)
         if known.get("build", build) != build:
             recorder.event("warning", message=f"this run was begun with {known['build']} and goes on with {build}: its bits may differ")
+    if not facts["measured"].get("repeats", True):
+        recorder.event(
+            "warning",
+            message=f"{spec.name} gave another observation for the same seed: after a kill or a resume the run goes on, but not with the same bits; "
+            "call super().reset(seed=seed) and draw only from self.np_random",
+        )
     if not spec.exact_restore:
         recorder.event(
             "warning",

@@ -59,17 +59,15 @@ class Actor:
         self._who = (actor, incarnation)
         self._epoch = epoch
         self._hosted: dict[int, _Hosted] = {}
+        self._broken: dict[int, EnvironmentGroup] = {}  # could not be restored, to be closed by `release`
 
     def restore(self, group: int, state: GroupState) -> list[int]:
         """Host `group`, standing at `state`. Returns the environments that could not be rebuilt and began a new episode."""
         self._recorder.enter(Activity.RESTORING, group)
         self.release(group)
-        environments = self._make_group(group)
-        try:
-            lost = environments.restore(state)
-        except BaseException:
-            environments.close()
-            raise
+        environments = self._broken[group] = self._make_group(group)
+        lost = environments.restore(state)
+        del self._broken[group]
         cursor = environments.cursor()
         for name in ("observation_crc", "reward_crc"):
             cursor[name] = state.cursor[name]
@@ -87,11 +85,13 @@ class Actor:
 
     def release(self, group: int) -> None:
         """Stop hosting `group`: it lives elsewhere from now on."""
+        if group in self._broken:
+            self._broken.pop(group).close()
         if group in self._hosted:
             self._hosted.pop(group).group.close()
 
     def close(self) -> None:
-        for group in list(self._hosted):
+        for group in [*self._broken, *self._hosted]:
             self.release(group)
 
     def fill(
@@ -117,12 +117,12 @@ class Actor:
                 fill_paced(slot, hosted.group, self._behaviour, hosted.carried, between_rows, self._recorder)
             else:
                 self._step_rows(slot, hosted, between_rows, give_up)
+            self._finish(slot, hosted)
         except EnvironmentFault as fault:
             fault.report.setdefault("group", identity.group)
             fault.report.setdefault("sequence", identity.sequence)
             fault.report.setdefault("row", int(slot.envelope["num_rows"]))
             raise
-        self._finish(slot, hosted)
         return slot
 
     def _step_rows(

@@ -102,15 +102,21 @@ def resume(ctx: click.Context, run: str, as_json: bool, view: str, profile: bool
 @click.option("--episodes", type=click.IntRange(min=1), default=100, show_default=True, help="Episodes to play.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Names the episodes' seeds.")
 @click.option("--video", type=click.Path(dir_okay=False, path_type=Path), help="Record the first episode to FILE.mp4.", metavar="FILE.mp4")
+@click.option(
+    "--max-episode-steps",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Cut episodes after N steps. Without it, one of more than 200,000 is a fault.",
+)
 @json_option
 @debug_option
-def evaluate(run: str, episodes: int, seed: int, video: Path | None, as_json: bool, debug: bool) -> None:
+def evaluate(run: str, episodes: int, seed: int, video: Path | None, max_episode_steps: int | None, as_json: bool, debug: bool) -> None:
     """Play a run's newest policy, and give the returns with an interval."""
 
     def work() -> Any:
         import shoal
 
-        return shoal.evaluate(find_run(run), episodes=episodes, seed=seed, video=video)
+        return shoal.evaluate(find_run(run), episodes=episodes, seed=seed, video=video, max_episode_steps=max_episode_steps)
 
     give_answer(work_on(work, as_json), as_json)
 

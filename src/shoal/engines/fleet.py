@@ -18,12 +18,14 @@ from shoal import errors
 from shoal.config import RunConfig
 from shoal.engines.coordinator import Plan
 from shoal.engines.messages import to_json
+from shoal.engines.question import Question
+from shoal.engines.snippets import with_snippet
 from shoal.errors import EnvironmentFault, ProcessError, ShoalError
 from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema
 from shoal.supervision.channel import Channel, HasFileno, wait
 from shoal.supervision.heartbeat import ActivityBoard
-from shoal.supervision.memory import SharedMemory
+from shoal.supervision.memory import SharedMemory, anonymous_file
 from shoal.supervision.zygote import Event, Exited, Forked, Lost, Ready, Zygote, wait_until_ready
 from shoal.types import ActivityRecord
 from shoal.weights.board import WeightBoard
@@ -143,41 +145,15 @@ class Fleet:
     # ---- one look at the environment, in a process of its own ------------------------------------------------------
     def look(self) -> dict[str, Any]:
         """Spec and sizes (mains.look); an environment that crashes or hangs there harms nobody."""
-        ours, theirs = Channel.pair()
-        self.zygote.fork("shoal.engines.mains:probe_main", "probe", 0, 0, theirs)
-        asked = time.monotonic()
-        begun: float | None = None
-        limit, name = self._config.env.step_timeout_seconds, self._config.env.id
-        sources: list[HasFileno] = [ours, self.zygote]
+        wait_until_ready(self.zygote, START_SECONDS)
+        question = Question(self.zygote, self._config.env.id, self._config.env.step_timeout_seconds, self._directory / "logs")
         try:
-            while True:
-                wait(sources, POLL_SECONDS)
-                events = self.zygote.receive()
-                message = _receive(ours)
-                if message is not None:
-                    facts: dict[str, Any] = json.loads(message)
-                    if "error" in facts:
-                        raise rebuild_error(facts)
-                    return facts
-                for event in events:
-                    if isinstance(event, Lost):
-                        raise ProcessError(event.reason)
-                    if isinstance(event, Forked):
-                        begun = time.monotonic()
-                    if isinstance(event, Exited):
-                        raise EnvironmentFault(
-                            f"environment {name}: its process was lost while it was made and stepped: {event.describe()}"
-                        )
-                if begun is None and time.monotonic() - asked > START_SECONDS:
-                    raise ProcessError(
-                        f"the helper process was not ready within {START_SECONDS:g} s; see {self._directory}/logs/zygote.log"
-                    )
-                if begun is not None and time.monotonic() - begun > limit + 1.0:
-                    raise EnvironmentFault(
-                        f"environment {name}: not made, reset and stepped within {limit:g} s; raise --env.step-timeout-seconds if it is only slow"
-                    )
-        finally:
-            ours.close()
+            facts = question.ask("shoal.engines.mains:probe_main", "probe")
+            if "error" in facts:
+                raise rebuild_error(facts)
+            return facts
+        except EnvironmentFault as fault:
+            raise with_snippet(fault, self._config, self._directory, {0: question.played.episodes}) from None
 
     def evaluate(self, path: Path) -> dict[str, Any]:
         """Have the policy of a checkpoint play `evaluation.episodes` episodes in a process of its own (mains.evaluator_main)."""
@@ -215,7 +191,10 @@ class Fleet:
         process.channel, process.ready, process.doomed, process.pid = ours, False, "", 0
         target = f"shoal.engines.mains:{process.name}_main"
         self.zygote.fork(target, process.name, process.index, process.incarnation, theirs, (self._memory.fd, self._activities.fd))
-        ours.send(encode(to_json({"config": config, **self._common, **setup})))
+        with os.fdopen(anonymous_file("shoal-setup"), "wb") as file:  # the bounds of a large space are more than a message holds
+            file.write(to_json({"config": config, **self._common, **setup}))
+            file.flush()
+            ours.send_with_fds(encode(b"{}"), [file.fileno()])
 
     def kill(self, process: Process, why: str) -> None:
         """SIGKILL; its death is told by `happened`."""
@@ -276,9 +255,12 @@ class Fleet:
                 event.process.ended()
         return None
 
+    def log_path(self, process: Process) -> Path:
+        return self._directory / "logs" / f"{process.name}-{process.index}.log"
+
     def log_tail(self, process: Process, num_lines: int = 15) -> str:
         """The end of a role's log, for a message."""
-        path = self._directory / "logs" / f"{process.name}-{process.index}.log"
+        path = self.log_path(process)
         lines = path.read_text(errors="replace").splitlines()[-num_lines:] if path.exists() else []
         return "\n".join([f"Its log ({path}) ends with:", *lines]) if lines else f"Its log {path} is empty."
 

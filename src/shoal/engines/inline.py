@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 
 from shoal.actors.actor import Actor
+from shoal.engines.alarm import limited
+from shoal.engines.coordinator import Lease
+from shoal.engines.environment_faults import EnvironmentFaults
 from shoal.engines.roles import Blueprint, one_thread
 from shoal.engines.saving import load_learner, save_learner
 from shoal.engines.session import Session
+from shoal.errors import EnvironmentFault
 from shoal.experience.ring import Ring
 from shoal.learners.learner import Learner
 from shoal.supervision.heartbeat import ActivityBoard
@@ -25,6 +29,7 @@ class InlineEngine:
 
     def __init__(self, blueprint: Blueprint, session: Session, ring: Ring, traces: str = "") -> None:
         self._session, self._blueprint = session, blueprint
+        self._faults = EnvironmentFaults(session)
         self._activities = ActivityBoard.create(1)
         self._trace = open_trace(traces, "all")
         recorder = self._trace.recorder(self._activities.heartbeat(0))
@@ -42,6 +47,16 @@ class InlineEngine:
         return self._learner
 
     def run(self, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        """As `_run`, with a limit on the environments' calls."""
+        with limited(self._environment_seconds, self._session.config.env.step_timeout_seconds):
+            return self._run(interrupted)
+
+    def _environment_seconds(self) -> float:
+        """How long an environment has been in its present call."""
+        record = self._activities.records()[0]
+        return record.age_seconds if record.activity in (Activity.STEPPING, Activity.RESTORING) else 0.0
+
+    def _run(self, interrupted: Callable[[], bool]) -> dict[str, Any]:
         """Train until a stop condition. Returns {reason, weights_sha256}; the last checkpoint is saved."""
         session, coordinator = self._session, self._session.coordinator
         path = session.last_checkpoint[2]
@@ -80,20 +95,37 @@ class InlineEngine:
     def _fill(self) -> None:
         """Everything that may be begun now, with one torch thread as in an actor's process: the numbers can depend on it."""
         with one_thread(self._blueprint.config.learner.threads):
-            self._fill_all()
+            while not self._fill_all():
+                pass
 
-    def _fill_all(self) -> None:
-        coordinator = self._session.coordinator
-        for lease in coordinator.next_leases():
-            if lease.restore is not None:
-                lost = self._actor.restore(lease.identity.group, lease.restore)
-                if lost:
-                    self._session.observer.event("not_restored", group=lease.identity.group, environments=lost)
-            self._trace.begin(Span.ROLLOUT)
-            slot = self._actor.fill(lease.slot, lease.identity)
-            self._trace.end(lease.identity.group, lease.identity.sequence)
-            self._session.begun(int(slot.envelope["begun_ns"]))
-            coordinator.filled(lease.slot, lease.identity)
+    def _fill_all(self) -> bool:
+        """False where an environment broke its contract: its group is to be made anew."""
+        whole = True
+        for lease in self._session.coordinator.next_leases():
+            if lease.restore is None and not self._actor.hosts(lease.identity.group):
+                continue  # the rollout before it was not finished, and this lease is void
+            try:
+                self._make(lease)
+            except EnvironmentFault as fault:
+                self._faults.happened(fault, lease.identity)
+                place = [int(str(fault.report.get(name) or 0)) for name in ("row", "env")]
+                self._session.coordinator.faulted(lease.identity, *place)
+                self._actor.release(lease.identity.group)
+                whole = False
+        return whole
+
+    def _make(self, lease: Lease) -> None:
+        group = lease.identity.group
+        if lease.restore is not None:
+            lost = self._actor.restore(group, lease.restore)
+            if lost:
+                self._session.observer.event("not_restored", group=group, environments=lost)
+        self._trace.begin(Span.ROLLOUT)
+        slot = self._actor.fill(lease.slot, lease.identity, give_up=lease.give_up)
+        self._trace.end(group, lease.identity.sequence)
+        self._session.begun(int(slot.envelope["begun_ns"]))
+        self._session.coordinator.filled(lease.slot, lease.identity)
+        self._faults.look_at(slot)
 
     def _save(self) -> None:
         self._trace.begin(Span.CHECKPOINT)

@@ -21,8 +21,10 @@ from typing import Any
 
 from shoal.config import RunConfig
 from shoal.engines.coordinator import Lease, Plan
+from shoal.engines.environment_faults import EnvironmentFaults
 from shoal.engines.fleet import DEATHS_IN_A_ROW, MAX_ACTORS, START_SECONDS, STOP_SECONDS, Death, Fleet, Process, rebuild_error, tell, words
 from shoal.engines.messages import Kind, Word, to_json
+from shoal.engines.question import stack_of
 from shoal.engines.session import Session
 from shoal.errors import CheckpointError, EnvironmentFault, ProcessError
 from shoal.experience.envelope import Fate, Identity
@@ -41,8 +43,8 @@ from shoal.types import Activity, ActivityRecord, Arrays
 SAVE_SECONDS = 60.0
 END_SECONDS = 2.0
 WATCH_SECONDS = 0.25
-EARLY_SECONDS = 10.0  # an environment fault in this time is a bug, and ends the run
-RESTORE_TIMES = 10  # re-stepping an episode may take this many times as long as one step
+RESTORE_TIMES = 10  # putting a group back may take this many times as long as one step, where it does not tell of each call
+CRASHES = ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL", "SIGSYS", "SIGTRAP")
 
 
 @dataclass
@@ -70,7 +72,6 @@ class LocalEngine:
         self._reason: str | None = None
         self._ending = False  # actors that end are not replaced
         self._weights_sha256 = ""
-        self._environment_faults = 0
         self._zygote_deaths = 0
         self._furthest = 0  # newest version that this process saw
 
@@ -98,6 +99,7 @@ class LocalEngine:
     def run(self, session: Session, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         """Train until a stop condition. Returns {reason, weights_sha256}; the last checkpoint is saved."""
         self._session, self._coordinator = session, session.coordinator
+        self._faults = EnvironmentFaults(session)
         self._control = ControlServer(self._directory)
         self._start_learner()
         self._place()
@@ -180,23 +182,15 @@ class LocalEngine:
             self._coordinator.ring.slots[word.slot].envelope["received_ns"] = time.monotonic_ns()
             if self._coordinator.filled(word.slot, word.identity):
                 self._session.begun(int(self._coordinator.ring.slots[word.slot].envelope["begun_ns"]))
+                self._faults.look_at(self._coordinator.ring.slots[word.slot])
         elif word.kind is Kind.RESTORED and word.value:
             self._session.observer.event("not_restored", group=word.identity.group, environments=word.value)
         elif word.kind is Kind.FAULT:
             error, report = rebuild_error(word.json), word.json["report"]
             if not isinstance(error, EnvironmentFault):
                 raise error
-            self._environment_fault(error)
+            self._faults.happened(error, word.identity)
             self._coordinator.faulted(word.identity, int(report.get("row", 0)), int(report.get("env", 0) or 0))
-
-    def _environment_fault(self, error: EnvironmentFault) -> None:
-        """The first in the first seconds of a run is a bug and ends it; a later one is mended, within the budget."""
-        self._environment_faults += 1
-        self._session.restarts += 1
-        self._session.observer.event("environment_fault", message=str(error), report=error.report)
-        early = self._session.seconds < EARLY_SECONDS
-        if early or self._environment_faults > self._config.env.restart_budget:
-            raise error
 
     def _learner_said(self, said: dict[str, Any]) -> None:
         kind = said["is"]
@@ -311,7 +305,26 @@ class LocalEngine:
                 raise ProcessError(f"the learner died {DEATHS_IN_A_ROW} times without an update in between, the last {death.how}.\n{tail}")
             self._return_to_checkpoint()
         else:
+            self._blame_environment(death)
             self._actor_died(process, death.how)
+
+    def _blame_environment(self, death: Death) -> None:
+        """An actor that ended by itself while it was in its environment: that is the environment's doing."""
+        record = self._fleet.activities()[1 + death.process.index]
+        in_it = record.activity in (Activity.STEPPING, Activity.RESTORING)
+        if death.why or not in_it or not (death.how.startswith("exit") or death.how.endswith(CRASHES)):
+            return
+        call = "step()" if record.activity is Activity.STEPPING else "making it, reset() or a step while it was put back"
+        hint = "nothing in an environment may end its process (os._exit, a crash in native code)"
+        fault = self._faults.lost(
+            "died",
+            f"its process ended in {call}: {death.how}",
+            record.group,
+            record.row,
+            {"hint": hint},
+            self._fleet.log_tail(death.process),
+        )
+        self._faults.happened(fault, self._faults.place_of(record.group))
 
     def _actor_died(self, actor: Process, how: str) -> None:
         lost = self._coordinator.lost(actor.index)
@@ -376,14 +389,20 @@ class LocalEngine:
         elif process.name == "actor" and record.whole and record.incarnation == process.incarnation:
             limit = self._config.env.step_timeout_seconds
             stepping = record.activity is Activity.STEPPING and record.age_seconds > limit
-            if stepping or (record.activity is Activity.RESTORING and record.age_seconds > RESTORE_TIMES * limit):
-                what = f"in one step (row {record.row})" if stepping else "being restored"
-                message = (
-                    f"environment {self._config.env.id}: group {record.group} has been {what} for {record.age_seconds:.1f} s, "
-                    f"allowed are {limit:g} s (--env.step-timeout-seconds)"
-                )
-                self._environment_fault(EnvironmentFault(message, {"group": record.group, "row": record.row, "kind": "hang"}))
-                self._kill(process, "hangs in its environment")
+            calls = 1 if record.env >= 0 else RESTORE_TIMES
+            if stepping or (record.activity is Activity.RESTORING and record.age_seconds > calls * limit):
+                self._hangs(process, record, limit if stepping else calls * limit)
+
+    def _hangs(self, actor: Process, record: ActivityRecord, limit: float) -> None:
+        what = "step()" if record.activity is Activity.STEPPING else "making it, reset() or a step while it was put back"
+        fault = self._faults.lost(
+            "hang", f"{what} has not returned for {record.age_seconds:.1f} s", record.group, record.row,
+            {"expected": f"at most {limit:g} s", "actual": f"{record.age_seconds:.1f} s",
+             "hint": "raise --env.step-timeout-seconds if it is only slow; else give every wait inside a limit of its own"},
+            stack_of(actor.pid, self._fleet.log_path(actor)),
+        )  # fmt: skip
+        self._faults.happened(fault, self._faults.place_of(record.group), record.age_seconds)
+        self._kill(actor, "hangs in its environment")
 
     # ---- control -------------------------------------------------------------------------------------------------
     def _obey(self, request: dict[str, Any], reply: Reply) -> None:

@@ -19,15 +19,17 @@ from shoal.actors.behaviour import LocalPolicy
 from shoal.algorithms import load_algorithm
 from shoal.config import RunConfig
 from shoal.engines.messages import Kind, Word, to_json
+from shoal.engines.question import Answerer
 from shoal.engines.roles import Blueprint, UserObjects
 from shoal.engines.saving import load_learner, save_learner
-from shoal.environments.probe import choose_form, probe
+from shoal.environments.faults import cut
+from shoal.environments.probe import Tell, choose_form, probe, quiet
 from shoal.errors import ConfigError, EnvironmentFault, ShoalError
 from shoal.experience.envelope import Identity
 from shoal.experience.group_state import from_bytes
 from shoal.experience.ring import Ring
 from shoal.learners.learner import Learner
-from shoal.supervision.channel import Channel, wait
+from shoal.supervision.channel import MAX_MESSAGE_BYTES, Channel, wait
 from shoal.supervision.heartbeat import ActivityBoard
 from shoal.supervision.memory import SharedMemory
 from shoal.supervision.trace import Span, Tracer, open_trace
@@ -36,6 +38,7 @@ from shoal.types import Activity, ActivityRecorder, EnvironmentSpec
 from shoal.weights.board import WeightBoard
 
 _IDLE_SECONDS = 1.0
+_LONGEST_TEXT = 8_000  # of an error in a message: escaped, a character takes up to six bytes, and a message holds 160 KiB
 
 
 class _Stopped(Exception):
@@ -52,36 +55,37 @@ def describe_error(error: BaseException) -> dict[str, Any]:
     trace = "".join(traceback.format_exception(error))
     return {
         "error": type(error).__name__,
-        "message": _cut(str(error)),
-        "report": {k: _cut(v) for k, v in report.items()},
-        "traceback": _cut(trace),
+        "message": cut(str(error), _LONGEST_TEXT),
+        "report": {k: cut(v, _LONGEST_TEXT) if isinstance(v, str) else v for k, v in report.items()},
+        "traceback": cut(trace, _LONGEST_TEXT),
     }
 
 
-def _cut(value: Any) -> Any:
-    """Long texts lose their middle: an error fits into one message."""
-    return value if not isinstance(value, str) or len(value) <= 20_000 else f"{value[:10_000]}\n...\n{value[-10_000:]}"
-
-
 def _encoded(facts: dict[str, Any]) -> bytes:
-    return json.dumps(facts, default=str).encode()
+    """An error that fits into one message, whatever its report holds."""
+    whole = json.dumps(facts, default=str).encode()
+    if len(whole) <= MAX_MESSAGE_BYTES // 2:
+        return whole
+    return json.dumps({k: v for k, v in facts.items() if k != "report"} | {"report": {}}).encode()
 
 
 # ---- probe -----------------------------------------------------------------------------------------------------------
 def probe_main(context: ChildContext) -> int:
     """Make the environment and the policy once, and say what they look like."""
+    answerer = Answerer(context.channel)
     try:
         config = RunConfig.model_validate(context.payload["config"])
-        answer = look(config, _objects(context))
+        answer = look(config, _objects(context), answerer.tell)
     except Exception as error:
         answer = describe_error(error)
-    context.channel.send(_encoded(answer))
+    answerer.answer(answer)
     return 0
 
 
-def look(config: RunConfig, objects: UserObjects) -> dict[str, Any]:
+def look(config: RunConfig, objects: UserObjects, tell: Tell = quiet) -> dict[str, Any]:
     """Spec, form, and the sizes that memory is allocated from, as JSON."""
-    found = probe(config.env, objects.env)
+    found = probe(config.env, objects.env, tell=tell)
+    tell("")
     blueprint = Blueprint(config, found.spec, objects, bytes(16))
     policy = blueprint.policy()
     fields = [vars(f) | {"shape": list(f.shape)} for f in policy.fields()]
@@ -134,6 +138,15 @@ def evaluator_main(context: ChildContext) -> int:
     return 0
 
 
+def _receive_setup(channel: Channel) -> dict[str, Any]:
+    """The first message of every role; what it says lies in a file that comes along. Raises EOFError: the supervisor is gone."""
+    while True:
+        wait([channel], _IDLE_SECONDS)
+        received = channel.receive_with_fds()
+        if received is not None:
+            return json.loads(_read_and_close(received[1][0]))  # type: ignore[no-any-return]
+
+
 # ---- the memory that roles share -------------------------------------------------------------------------------------
 def _attach(context: ChildContext, setup: dict[str, Any]) -> tuple[Blueprint, Ring, WeightBoard, ActivityRecorder, Tracer]:
     config = RunConfig.model_validate(setup["config"])
@@ -164,7 +177,7 @@ class _ActorProcess:
 
     def __init__(self, context: ChildContext) -> None:
         self._channel: Channel = context.channel
-        setup = self._first_word().json
+        setup = _receive_setup(context.channel)
         self._blueprint, ring, board, self._heart, self._trace = _attach(context, setup)
         self._behaviour: LocalPolicy = self._blueprint.behaviour(board)
         self._actor: Actor = self._blueprint.actor(ring, self._behaviour, context.index, context.incarnation, self._heart)
@@ -181,13 +194,6 @@ class _ActorProcess:
                     self._do(*self._work.popleft())
         except _Stopped:
             self._actor.close()
-
-    def _first_word(self) -> Word:
-        while True:
-            wait([self._channel], _IDLE_SECONDS)
-            message = self._channel.receive()
-            if message is not None:
-                return Word.decode(message)
 
     def _listen(self, wait_for_work: bool = False) -> None:
         """Take in every word that is there; with `wait_for_work`, wait until there is something to do."""
@@ -223,9 +229,9 @@ class _ActorProcess:
             elif word.kind is Kind.LEASE and self._actor.hosts(group):  # else it crossed our FAULT, and is void
                 self._fill(word)
         except EnvironmentFault as fault:
-            self._actor.release(group)
-            self._work = deque(entry for entry in self._work if entry[0].identity.group != group)
             self._say(Word(Kind.FAULT, word.slot, word.identity, 0, _encoded(describe_error(fault))))
+            self._work = deque(entry for entry in self._work if entry[0].identity.group != group)
+            self._actor.release(group)  # said first: closing what is broken may hang
 
     def _fill(self, word: Word) -> None:
         if max(self._newest, word.value) > self._behaviour.version:
@@ -289,7 +295,7 @@ class _LearnerProcess:
         import torch
 
         self._channel: Channel = context.channel
-        setup = self._next()
+        setup = _receive_setup(context.channel)
         self._blueprint, ring, board, self._heart, self._trace = _attach(context, setup)
         torch.set_num_threads(self._blueprint.config.learner.threads)
         board.reset()

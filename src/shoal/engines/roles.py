@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from shoal.experience.schema import Schema, rollout_schema
 from shoal.learners.learner import Learner, WeightPublisher
 from shoal.networks.policy import Policy, build_policy, named_tensors
 from shoal.streams import Purpose, seed_sequence
-from shoal.types import Activity, ActivityRecorder, Array, Behaviour, EnvironmentGroup, EnvironmentSpec
+from shoal.types import Activity, ActivityRecorder, Array, Behaviour, EnvironmentGroup, EnvironmentSpec, NullRecorder
 from shoal.weights.board import WeightLayout
 
 
@@ -81,8 +82,9 @@ class Blueprint:
     def layout(self, policy: Policy) -> WeightLayout:
         return WeightLayout.of((n, tuple(t.shape)) for n, t in named_tensors(policy).items())
 
-    def group(self, index: int) -> EnvironmentGroup:
-        c = self.config
+    def group(self, index: int, recorder: ActivityRecorder | None = None) -> EnvironmentGroup:
+        """recorder: is told of each call that puts the group back."""
+        c, recorder = self.config, recorder or NullRecorder()
         return make_group(
             c.env,
             group=index,
@@ -92,6 +94,7 @@ class Blueprint:
             mode=c.mode or "sync",
             epoch=self.epoch,
             spec=self.spec,
+            progress=lambda b: recorder.enter(Activity.RESTORING, index, b),
         )
 
     def behaviour(self, source: WeightSource) -> LocalPolicy:
@@ -109,7 +112,14 @@ class Blueprint:
         recorder: ActivityRecorder | None = None,
     ) -> Actor:
         return Actor(
-            ring, behaviour, self.group, run_id=self.run_id, actor=actor, incarnation=incarnation, epoch=self.epoch, recorder=recorder
+            ring,
+            behaviour,
+            partial(self.group, recorder=recorder),
+            run_id=self.run_id,
+            actor=actor,
+            incarnation=incarnation,
+            epoch=self.epoch,
+            recorder=recorder,
         )
 
     def learner(self, ring: Ring, board: WeightPublisher, max_policy_lag: int, recorder: ActivityRecorder | None = None) -> Learner:

@@ -3,107 +3,103 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import gymnasium
 import numpy as np
 
 from shoal.config import EnvConfig
-from shoal.environments.faults import RAISED
-from shoal.environments.instance import Instance
+from shoal.environments.faults import RAISED, cut, plain
+from shoal.environments.findings import CheckReport, Finding
+from shoal.environments.instance import unwrap
 from shoal.environments.make import Factory, close_quietly, describe_instance, open_environment
-from shoal.environments.probe import measure
-from shoal.environments.spaces import MASK, allocate, extend_crc, random_action, to_environment_action
+from shoal.environments.playing import Player, check_play
+from shoal.environments.probe import MAKING, Tell, Told, limited, measure, quiet
+from shoal.environments.spaces import MASK, allocate, random_action, to_environment_action
 from shoal.errors import ConfigError, EnvironmentFault
-from shoal.types import CURSOR, Array, Arrays, EnvironmentSpec
+from shoal.types import CURSOR, Array, EnvironmentSpec
 
-Severity = Literal["error", "warning", "note"]
-_UNSCALED = 100.0  # a float observation beyond this makes a network's first layer saturate
+__all__ = ["CheckReport", "Finding", "check_environment"]
+
 _UNEQUAL = 20.0  # p99 of a step's time over its mean
 _EXTRA_INSTANCES = 4  # made to see what one costs in memory
+_ACTIONS_TRIED = 16  # to see whether a step that raised does so for some actions only
+_MEMORY_SHARE = 0.8  # of the memory that is free, which environments may take without a warning
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing found. An error makes `shoal check` end with code 3; a warning costs exactness or speed; a note informs."""
-
-    severity: Severity
-    name: str
-    message: str
-    hint: str = ""
-
-
-@dataclass
-class CheckReport:
-    """Findings in the order of the checks, and what was measured (microseconds, bytes, steps)."""
-
-    environment: str
-    findings: list[Finding] = field(default_factory=list)
-    measurements: dict[str, float] = field(default_factory=dict)
-    spec: EnvironmentSpec | None = None
-
-    @property
-    def ok(self) -> bool:
-        return all(finding.severity != "error" for finding in self.findings)
-
-    def add(self, severity: Severity, name: str, message: str, hint: str = "") -> None:
-        self.findings.append(Finding(severity, name, message, hint))
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "environment": self.environment,
-            "ok": self.ok,
-            "findings": [asdict(finding) for finding in self.findings],
-            "measurements": self.measurements,
-            "spec": self.spec.to_json() if self.spec else None,
-        }
-
-
-def check_environment(env: EnvConfig, factory: Factory | None = None, *, num_steps: int = 2000, seconds: float = 5.0) -> CheckReport:
-    """Play an environment with random actions and say what is wrong with it.
+def check_environment(
+    env: EnvConfig,
+    factory: Factory | None = None,
+    *,
+    num_steps: int = 2000,
+    seconds: float = 5.0,
+    num_envs: int = 1,
+    tell: Tell = quiet,
+    found: Callable[[CheckReport], None] = lambda report: None,
+) -> CheckReport:
+    """Play an environment with random actions and say what is wrong with it. In this process: one that hangs or crashes takes it along
+    (`shoal.check` and `shoal check` do this in a process of its own, engines/checking.py).
 
     Args:
       num_steps, seconds: each of the checks that step the environment ends at whichever comes first.
+      num_envs: how many environments a run would have, for their memory.
+      tell: is told what the environment is asked for, before it is.
+      found: is given the report after each check.
     Raises:
       ConfigError: the environment cannot be found, or an extra is not installed.
     """
     report = CheckReport(env.id)
 
     def create() -> Any:
+        tell(MAKING)
+        bare, limit = unwrap(open_environment(env, factory, training=False))
+        return limited(Told(bare, tell), limit)
+
+    def open_plain() -> Any:
+        tell(MAKING)
         return open_environment(env, factory, training=False)
 
-    spec = report.spec = _describe(report, create)
+    spec = report.spec = _describe(report, open_plain, tell)
+    found(report)
     if spec is None:
         return report
     try:
-        _check_play(report, create, spec, num_steps, seconds)
-        _check_same_seed(report, create, spec, num_steps, seconds)
-        _check_buffers(report, create, spec)
-        _check_cost(report, create, spec, num_steps, seconds)
+        check_play(report, create, spec, num_steps, seconds)
+        for check in (_check_same_seed, _check_snapshots, _check_buffers, _check_cost):
+            found(report)
+            check(report, create, spec, num_steps, seconds)
+        _check_memory(report, num_envs)
     except EnvironmentFault as fault:
-        _add_fault(report, fault, "step")
+        add_fault(report, fault, "step")
+        if fault.report.get("kind") == "raised" and str(fault.report.get("what", "")).startswith("step()"):
+            found(report)
+            _check_actions(report, create, spec)
     return report
 
 
-def _describe(report: CheckReport, create: Callable[[], Any]) -> EnvironmentSpec | None:
+def _describe(report: CheckReport, create: Callable[[], Any], tell: Tell) -> EnvironmentSpec | None:
     """The spec, or None with the reason among the findings."""
     where, made = "construction", None
     try:
         made = create()
         where = "reset"
+        tell("reset()", seed=0)
         return describe_instance(report.environment, made)
     except EnvironmentFault as fault:
-        _add_fault(report, fault, where)
+        add_fault(report, fault, where)
     except (ConfigError, AttributeError) as error:
         if made is None:
             raise
-        report.add("error", "spaces", str(error), "set observation_space and action_space in __init__")
+        if isinstance(made, gymnasium.Env):
+            report.add("error", "spaces", str(error), "set observation_space and action_space in __init__, to spaces that shoal takes")
+        else:
+            report.add("error", "interface", str(error), "let the factory return a gymnasium.Env (old Gym environments: see shimmy)")
     finally:
         if made is not None:
+            tell("close()")
             close_quietly(made)
     return None
 
@@ -111,137 +107,20 @@ def _describe(report: CheckReport, create: Callable[[], Any]) -> EnvironmentSpec
 _NAMES = {
     "raised": "raised", "api": "interface", "reward": "reward", "flag": "flags", "structure": "observation_structure", "shape": "observation_shape",
     "dtype": "observation_dtype", "range": "observation_range", "mask": "action_mask", "not_finite": "observation_not_finite",
+    "snapshot": "snapshot", "hang": "hangs", "died": "process_died",
 }  # fmt: skip
 
 
-def _add_fault(report: CheckReport, fault: EnvironmentFault, where: str) -> None:
+def add_fault(report: CheckReport, fault: EnvironmentFault, where: str) -> None:
+    """A fault as a finding; `where` it came, for one that has no name of its own."""
     kind = str(fault.report.get("kind", ""))
     name = where if kind == "raised" and where != "step" else _NAMES.get(kind, where)
     report.add("error", name, str(fault), str(fault.report.get("hint", "")))
 
 
-class _Player:
-    """One environment under random actions that depend on a seed; every observation is a row of `current`."""
-
-    def __init__(self, create: Callable[[], Any], spec: EnvironmentSpec) -> None:
-        self.spec, self.current = spec, allocate(spec, 1)
-        self.instance = Instance(create, spec, self.current, 0, 0, lambda episode: 1000 + episode)
-
-    def begin(self, episode: int) -> None:
-        cursor = np.zeros((), CURSOR)
-        cursor["episode"] = episode
-        self.instance.restore(cursor, [], None)
-
-    def act(self, rng: np.random.Generator) -> bool:
-        mask = self.current.get(MASK)
-        stored = random_action(self.spec.action, rng, None if mask is None else mask[0])
-        return self.instance.advance(to_environment_action(self.spec.action, stored[None])[0])
-
-    def trace(self, episode: int, num_steps: int, seconds: float) -> list[tuple[int, float, bool]]:
-        """(checksum of the observation, reward, ended) of each step of one episode, the reset first."""
-        self.begin(episode)
-        rng, end = np.random.default_rng(episode), time.perf_counter() + seconds
-        trace = [(extend_crc(0, self.spec, self.current, 0), 0.0, False)]
-        while len(trace) <= num_steps and not trace[-1][2] and time.perf_counter() < end:
-            ended = self.act(rng)
-            last = self.instance.ended
-            crc = _crc(last.final or {}) if ended and last else extend_crc(0, self.spec, self.current, 0)
-            trace.append((crc, self.instance.reward, ended))
-        return trace
-
-
-def _crc(arrays: Arrays) -> int:
-    crc = 0
-    for array in arrays.values():
-        crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
-    return crc
-
-
-def _check_play(report: CheckReport, create: Callable[[], Any], spec: EnvironmentSpec, num_steps: int, seconds: float) -> None:
-    """Interface, spaces, finite numbers (raised by the instance), ranges, scales, and how episodes end."""
-    player, rng, end = _Player(create, spec), np.random.default_rng(0), time.perf_counter() + seconds
-    extremes = _Extremes(spec)
-    lengths: list[tuple[int, bool, bool]] = []
-    steps = 0
-    try:
-        player.begin(0)
-        while steps < num_steps and time.perf_counter() < end:
-            before = player.instance.num_steps
-            ended = player.act(rng)
-            steps += 1
-            extremes.see(player.current)
-            if ended:
-                lengths.append((before + 1, player.instance.terminated, player.instance.truncated))
-    finally:
-        player.instance.close()
-    report.measurements["steps_played"] = steps
-    report.measurements["episodes_ended"] = len(lengths)
-    extremes.report(report)
-    _check_ends(report, lengths, steps)
-    if spec.action.kind == "box" and not spec.action.bounded:
-        report.add("note", "action_bounds", "the action space is unbounded; the policy's numbers reach the environment as they are")
-
-
-class _Extremes:
-    """Smallest and greatest value of every box of the observation."""
-
-    def __init__(self, spec: EnvironmentSpec) -> None:
-        self._leaves = [leaf for leaf in spec.observation if leaf.kind == "box" and leaf.dtype != "bool" and leaf.size]
-        self._low: dict[str, Array] = {}
-        self._high: dict[str, Array] = {}
-
-    def see(self, current: Arrays) -> None:
-        for leaf in self._leaves:
-            name, value = leaf.name("observation"), current[leaf.name("observation")][0].astype(np.float64)
-            self._low[name] = np.minimum(self._low.get(name, value), value)
-            self._high[name] = np.maximum(self._high.get(name, value), value)
-
-    def report(self, report: CheckReport) -> None:
-        for leaf in self._leaves:
-            name = leaf.name("observation")
-            if name not in self._low:
-                continue
-            low, high = self._low[name].ravel(), self._high[name].ravel()
-            out = np.flatnonzero((low < np.array(leaf.low)) | (high > np.array(leaf.high)))
-            if len(out):
-                i = int(out[0])
-                bound = leaf.low[i % len(leaf.low)], leaf.high[i % len(leaf.high)]
-                report.add(
-                    "warning", "observation_range", f"{name}: values from {low[i]:g} to {high[i]:g} at flat index {i}, outside of {bound}",
-                    "widen the bounds of observation_space, or clip",
-                )  # fmt: skip
-            greatest = float(max(np.abs(low).max(), np.abs(high).max()))
-            if leaf.dtype.startswith("float") and greatest > _UNSCALED:
-                report.add(
-                    "warning",
-                    "unscaled_observation",
-                    f"{name}: values up to {greatest:g}",
-                    "set policy.normalise_observations to true, or scale",
-                )
-
-
-def _check_ends(report: CheckReport, ends: list[tuple[int, bool, bool]], steps: int) -> None:
-    if not ends:
-        hint = "end it, or set env.max_episode_steps"
-        report.add("warning", "episode_never_ends", f"no episode ended within {steps} steps of random actions", hint)
-    if len(ends) < 3:
-        return
-    lengths = {length for length, _, _ in ends}
-    if all(terminated and not truncated for _, terminated, truncated in ends) and len(lengths) == 1 and lengths != {1}:
-        report.add(
-            "warning", "terminated_by_time", f"every episode terminated after exactly {ends[0][0]} steps, as a time limit would",
-            "a time limit must return truncated=True, so that values are bootstrapped beyond it",
-        )  # fmt: skip
-    if all(truncated and not terminated for _, terminated, truncated in ends) and len(lengths) > 1:
-        report.add(
-            "warning", "truncated_without_time_limit", f"every episode was truncated, after {min(lengths)} to {max(lengths)} steps",
-            "terminated and truncated may be swapped: terminated says that the task ended, and the future is worth nothing",
-        )  # fmt: skip
-
-
 def _check_same_seed(report: CheckReport, create: Callable[[], Any], spec: EnvironmentSpec, num_steps: int, seconds: float) -> None:
     """The same seed and actions in a new instance, and in one that was used."""
-    first, second = _Player(create, spec), _Player(create, spec)
+    first, second = Player(create, spec), Player(create, spec)
     try:
         traces = {episode: first.trace(episode, num_steps // 4, seconds / 8) for episode in (0, 1, 2)}
         fresh = _difference(traces[0], second.trace(0, num_steps // 4, seconds))
@@ -269,7 +148,61 @@ def _difference(one: list[tuple[int, float, bool]], other: list[tuple[int, float
     return None
 
 
-def _check_buffers(report: CheckReport, create: Callable[[], Any], spec: EnvironmentSpec) -> None:
+def _check_actions(report: CheckReport, create: Callable[[], Any], spec: EnvironmentSpec) -> None:
+    """After a step that raised: whether it does for some actions of the action space only, each tried as the first of an episode."""
+    rng = np.random.default_rng(0)
+    refused, taken = [], []
+    for _ in range(_ACTIONS_TRIED):
+        made = create()
+        try:
+            made.reset(seed=1)
+            action = to_environment_action(spec.action, random_action(spec.action, rng)[None])[0]
+            made.step(action)
+            taken.append(plain(action))
+        except RAISED as error:
+            refused.append((plain(action), f"{type(error).__name__}: {error}"))
+        finally:
+            close_quietly(made)
+    if refused and taken and spec.action_mask == "none":
+        action, raised = refused[0]
+        report.add(
+            "error", "action_refused",
+            cut(f"step() raised {raised} for the action {action}, and took {taken[0]}; both are of its action space", 1_000),
+            "action_space must hold only what step() takes; give an action_mask where that changes from step to step",
+        )  # fmt: skip
+
+
+def _check_snapshots(report: CheckReport, create: Callable[[], Any], spec: EnvironmentSpec, num_steps: int, seconds: float) -> None:
+    """Whether what follows a snapshot is the same in another instance that was restored from it."""
+    if not spec.snapshot_bytes:
+        return
+    one, other = Player(create, spec), Player(create, spec)
+    try:
+        one.begin(0)
+        rng, end = np.random.default_rng(0), time.perf_counter() + seconds / 4
+        for _ in range(min(10, num_steps)):
+            one.act(rng)
+        taken, cursor = one.instance.snapshot(), np.zeros((), CURSOR)
+        for name in ("episode", "seed", "num_steps", "episode_return"):
+            cursor[name] = getattr(one.instance, name)
+        same = other.instance.restore(cursor, [], taken)
+        mine, its = np.random.default_rng(1), np.random.default_rng(1)
+        for _ in range(num_steps // 4):
+            same = same and one.act(mine) == other.act(its) and one.instance.reward == other.instance.reward
+            same = same and all(np.array_equal(one.current[name], other.current[name]) for name in one.current)
+            if not same or time.perf_counter() > end:
+                break
+    finally:
+        one.instance.close()
+        other.instance.close()
+    if not same:
+        report.add(
+            "error", "snapshot", "another instance that was restored from a snapshot went on differently",
+            "snapshot() must hold everything that the future depends on, random state included",
+        )  # fmt: skip
+
+
+def _check_buffers(report: CheckReport, create: Callable[[], Any], spec: EnvironmentSpec, num_steps: int, seconds: float) -> None:
     """Whether an observation that was returned changes with the next step, or with another instance's."""
     one, other = create(), create()
     try:
@@ -333,6 +266,24 @@ def _check_cost(report: CheckReport, create: Callable[[], Any], spec: Environmen
     if found.step_wall_us and found.step_p99_us > _UNEQUAL * found.step_wall_us:
         message = f"one step in a hundred takes {found.step_p99_us:.0f} us or more, the mean is {found.step_wall_us:.0f} us"
         report.add("note", "unequal_step_times", message, "a group waits for its slowest; mode async lets groups go on alone")
+
+
+def _check_memory(report: CheckReport, num_envs: int) -> None:
+    """Whether the environments of a run fit into the memory that is free now."""
+    needed, free = report.measurements.get("memory_bytes", 0.0) * num_envs, _available_bytes()
+    if free and needed > _MEMORY_SHARE * free:
+        report.add(
+            "warning", "memory", f"{num_envs} environments take about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            "lower sampling.groups or sampling.group_size",
+        )  # fmt: skip
+
+
+def _available_bytes() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
 
 
 def _resident_bytes() -> int:

@@ -13,16 +13,44 @@ from shoal.errors import EnvironmentFault
 RAISED = (Exception, SystemExit)
 
 
+_LONGEST_TEXT = 6_000  # characters of one text in a report: a report fits into one message between processes
+_MOST_NUMBERS = 200  # of an action in a report
+
+
 def plain(value: Any) -> Any:
-    """A value as JSON can hold it."""
+    """A value as JSON can hold it; arrays of many numbers in short."""
     if isinstance(value, (np.ndarray, np.generic)):
-        return value.tolist()
+        return value.tolist() if np.size(value) <= _MOST_NUMBERS else cut(repr(value))
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
-    return repr(value)
+    return cut(repr(value))
 
 
-FaultKind = Literal["raised", "api", "reward", "flag", "structure", "shape", "dtype", "range", "mask", "not_finite"]
+def cut(text: str, longest: int = _LONGEST_TEXT) -> str:
+    """A text that loses its middle where it is long."""
+    return text if len(text) <= longest else f"{text[: longest // 2]}\n...\n{text[-longest // 2 :]}"
+
+
+FaultKind = Literal[
+    "raised", "hang", "died", "api", "reward", "flag", "structure", "shape", "dtype", "range", "mask", "not_finite", "snapshot"
+]  # fmt: skip
+
+
+# What to do, where whoever found the fault knows nothing better.
+_HINTS: dict[str, str] = {
+    "raised": "the traceback shows where; mend it there, or end the episode instead of raising",
+    "hang": "raise --env.step-timeout-seconds if it is only slow; else give every wait inside a limit of its own",
+    "died": "nothing in an environment may end its process (os._exit, a crash in native code, memory that runs out)",
+    "api": "reset() returns (observation, info), step() returns (observation, reward, terminated, truncated, info)",
+    "reward": "return one finite number; look for a division by zero or an overflow",
+    "flag": "return bool(...)",
+    "structure": "observation and observation_space must have the same keys and parts",
+    "shape": "observation and observation_space must agree",
+    "range": "the value is outside of its space",
+    "mask": "info['action_mask'] or observation['action_mask'] needs one entry for each choice, and one that is allowed",
+    "not_finite": "look for a division by zero or an overflow; clip, or end the episode there",
+    "snapshot": "snapshot() returns bytes, at most snapshot_bytes of them, and restore_snapshot(bytes) returns (observation, info)",
+}
 
 
 def environment_fault(
@@ -40,8 +68,13 @@ def environment_fault(
     actual: str = "",
     hint: str = "",
     error: BaseException | None = None,
+    stack: str = "",
 ) -> EnvironmentFault:
-    """The exception for one fault of one environment: its kind, and in words; `what` is the first line, such as `step() raised ValueError`."""
+    """The exception for one fault of one environment: its kind, and in words; `what` is the first line, such as `step() raised ValueError`.
+
+    error: what it raised; or stack: where a process hung or died, as faulthandler wrote it.
+    """
+    what, actual, hint = cut(what, 1_000), cut(actual, 1_000), hint or _HINTS.get(kind, "")
     lines = [f"{environment}: {what}", f"  where: group {group}, environment {env}, step {step} of its episode, seed {seed}"]
     if field:
         lines.append(f"  field: {field}")
@@ -51,7 +84,7 @@ def environment_fault(
         lines.append(f"  last action: {plain(last_action)!r:.200}")
     if hint:
         lines.append(f"  hint: {hint}")
-    trace = "".join(traceback.format_exception(error)) if error is not None else ""
+    trace = stack or (cut("".join(traceback.format_exception(error))) if error is not None else "")
     if trace:
         lines += ["  traceback:", *("    " + line for line in trace.rstrip().splitlines())]
     report: dict[str, object] = {

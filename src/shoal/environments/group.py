@@ -8,6 +8,7 @@ on failure  raises EnvironmentFault that names group and environment; the group 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ class PythonGroup:
         self._terminated_B = np.zeros(num_envs, np.bool_)
         self._truncated_B = np.zeros(num_envs, np.bool_)
         self._valid_B = np.ones(num_envs, np.bool_)
+        self.progress: Callable[[int], None] = lambda b: None  # told of each call of environment b while the group is restored
         self._flagged = False  # whether the three above hold anything but their defaults
 
     def restore(self, state: GroupState) -> list[int]:
@@ -92,7 +94,7 @@ class PythonGroup:
             instance.close()
 
     def _restore_all(self, arguments: list[tuple[Array, list[Any], bytes | None]]) -> list[bool]:
-        return [instance.restore(*given) for instance, given in zip(self._instances, arguments, strict=True)]
+        return [self._instances[b].restore(*given, partial(self.progress, b)) for b, given in enumerate(arguments)]
 
     def _advance_all(self, actions: list[Any]) -> list[int]:
         """Step every environment with its action; the indices of those whose episode ended."""

@@ -85,7 +85,7 @@ class Instance:
         self._env: Any = None
         self._step: Callable[[Any], Any] = _not_open
         self._limit: float = float("inf")
-        self._given_up = False
+        self._given_up = self._failed = False
         self._last_action: Any = None
         self.episode, self.seed, self.num_steps = 0, 0, 0
         self.episode_return = 0.0
@@ -108,7 +108,7 @@ class Instance:
         self._limit = float("inf") if limit is None else float(limit)
 
     def close(self) -> None:
-        env, self._env = self._env, None
+        env, self._env, self._failed = self._env, None, False
         if env is not None:
             with suppress(*RAISED):  # it is given up anyway, and what matters of it is recorded
                 env.close()
@@ -123,7 +123,7 @@ class Instance:
         """
         if self._given_up:
             return self._end_given_up()
-        terminated, truncated = self._apply(action)
+        terminated, truncated = self.apply(action)
         if terminated or truncated:
             self.terminated, self.truncated = terminated, truncated
             self._keep_end(check=True)
@@ -131,7 +131,7 @@ class Instance:
             return True
         return False
 
-    def _apply(self, action: Any) -> tuple[bool, bool]:
+    def apply(self, action: Any) -> tuple[bool, bool]:
         self._last_action = action
         try:
             result = self._step(action)
@@ -153,13 +153,17 @@ class Instance:
                 self._write_mask(info[MASK] if MASK in info else np.ones(self._spec.mask_size, np.bool_))
         except SpaceMismatch as mismatch:
             raise self._mismatch("step()", mismatch) from None
+        except Exception as error:
+            raise self._unreadable("step()", error) from error
         if terminated is False and truncated is False and self.num_steps < self._limit:
             return False, False
         return self._flag("terminated", terminated), self._flag("truncated", truncated) or self.num_steps >= self._limit
 
     def _scalar(self, reward: Any) -> float:
         if isinstance(reward, (int, float, np.integer, np.floating, np.bool_)):
-            return float(reward)
+            with suppress(OverflowError):  # an int beyond all floats
+                return float(reward)
+            return float("inf")
         if isinstance(reward, np.ndarray) and reward.shape == () and reward.dtype.kind in "fiub":
             return float(reward)
         actual = f"{type(reward).__name__} {reward!r:.60}"
@@ -206,35 +210,41 @@ class Instance:
                 self._write_mask(info[MASK] if MASK in info else np.ones(self._spec.mask_size, np.bool_))
         except SpaceMismatch as mismatch:
             raise self._mismatch(where, mismatch) from None
+        except Exception as error:
+            raise self._unreadable(where, error) from error
 
     # Standing somewhere again.
 
-    def restore(self, cursor: Array, actions: list[Any], snapshot: bytes | None) -> bool:
+    def restore(self, cursor: Array, actions: list[Any], snapshot: bytes | None, progress: Callable[[], None] = lambda: None) -> bool:
         """Stand where `cursor` (one CURSOR record) says, by `snapshot` or by re-stepping `actions` (as the environment takes them).
 
+        progress: called before each call of the environment, so that whoever watches knows how long that one takes.
         Returns False where what came was not what was recorded: then the next episode has begun.
         """
-        if self._env is None:
+        progress()
+        if self._env is None or self._failed:
             self.open()
         self._given_up = False
+        progress()
         if snapshot is not None:
             same = self._restore_snapshot(snapshot)
             self.episode, self.seed = int(cursor["episode"]), int(cursor["seed"])
             self.num_steps, self.episode_return = int(cursor["num_steps"]), float(cursor["episode_return"])
         else:
-            same = self._restep(cursor, actions)
+            same = self._restep(cursor, actions, progress)
         if not same:
             self._begin(int(cursor["episode"]) + 1)
         return same
 
-    def _restep(self, cursor: Array, actions: list[Any]) -> bool:
+    def _restep(self, cursor: Array, actions: list[Any], progress: Callable[[], None]) -> bool:
         num_steps = int(cursor["num_steps"])
         self._begin(int(cursor["episode"]), int(cursor["seed"]) if num_steps else None)
         if len(actions) != num_steps:
             return False
         crc, reward_crc = extend_crc(0, self._spec, self._current, self._index), 0
         for action in actions:
-            ended = self._apply(action)
+            progress()
+            ended = self.apply(action)
             if any(ended):
                 return False
             crc = extend_crc(crc, self._spec, self._current, self._index)
@@ -244,18 +254,31 @@ class Instance:
         return bool(crc == cursor["observation_crc"] and reward_crc == cursor["reward_crc"])
 
     def snapshot(self) -> bytes | None:
-        """The environment's snapshot after a header of our own, or None where it offers none."""
+        """The environment's snapshot after a header of our own, or None where it offers none.
+
+        Raises:
+          EnvironmentFault: it raised, gave no bytes, or more than `snapshot_bytes` of them.
+        """
         if not self._spec.snapshot_bytes:
             return None
+        try:
+            taken = self._bare.snapshot()
+        except RAISED as error:
+            raise self._fault("snapshot", f"snapshot() raised {type(error).__name__}: {error}", error=error) from error
+        longest = self._spec.snapshot_bytes - _SNAPSHOT_HEADER.size
+        if not isinstance(taken, (bytes, bytearray, memoryview)) or len(taken) > longest:
+            actual = f"{len(taken)} bytes" if isinstance(taken, (bytes, bytearray, memoryview)) else f"{type(taken).__name__} {taken!r:.60}"
+            hint = "return bytes, and set snapshot_bytes to an upper bound of their number"
+            raise self._fault("snapshot", "snapshot() broke its promise", "snapshot", f"at most {longest} bytes", actual, hint)
         crc = extend_crc(0, self._spec, self._current, self._index)
-        return _SNAPSHOT_HEADER.pack(crc) + bytes(self._bare.snapshot())
+        return _SNAPSHOT_HEADER.pack(crc) + bytes(taken)
 
     def _restore_snapshot(self, snapshot: bytes) -> bool:
         (crc,) = _SNAPSHOT_HEADER.unpack_from(snapshot)
         try:
             observation, info = self._bare.restore_snapshot(snapshot[_SNAPSHOT_HEADER.size :])
         except RAISED as error:
-            raise self._fault("raised", f"restore_snapshot() raised {type(error).__name__}: {error}", error=error) from error
+            raise self._fault("snapshot", f"restore_snapshot() raised {type(error).__name__}: {error}", error=error) from error
         self._take("restore_snapshot()", observation, info)
         return bool(extend_crc(0, self._spec, self._current, self._index) == crc)
 
@@ -267,11 +290,21 @@ class Instance:
         actual = f"{array.ravel()[bad[0]]} at flat index {bad[0]} ({len(bad)} of {array.size})"
         return self._fault("not_finite", "the observation is not finite", field, "finite numbers", actual)
 
+    def check_finite(self) -> None:
+        """Raise the fault of a NaN or Inf in this environment's observation (a group looks at all of its environments at once)."""
+        for name, row in self._rows.items():
+            if row.dtype.kind == "f" and not np.isfinite(row).all():
+                raise self.not_finite(name, row)
+
     def _mismatch(self, where: str, mismatch: SpaceMismatch) -> EnvironmentFault:
         return self._fault(
             mismatch.kind, f"{where} returned an observation that is not in its space",
             mismatch.field, mismatch.expected, mismatch.actual, hint=mismatch.hint,
         )  # fmt: skip
+
+    def _unreadable(self, where: str, error: Exception) -> EnvironmentFault:
+        what = f"what {where} returned cannot be read: {type(error).__name__}: {error}"
+        return self._fault("structure", what, "observation, info", "what the spaces promise, and a dict", error=error)
 
     def _fault(
         self,
@@ -283,7 +316,7 @@ class Instance:
         hint: str = "",
         error: BaseException | None = None,
     ) -> EnvironmentFault:
-        self.close()
+        self._failed = True  # closed by whoever hears of it: that may take long, or raise, or hang
         return environment_fault(
             kind, what, environment=self._spec.name, group=self._group, env=self._index, step=self.num_steps, seed=self.seed,
             last_action=self._last_action, field=field, expected=expected, actual=actual, hint=hint, error=error,

@@ -239,6 +239,7 @@ def make_group(
     *,
     epoch: int = 0,
     spec: EnvironmentSpec | None = None,
+    progress: Callable[[int], None] = lambda b: None,
 ) -> EnvironmentGroup:
     """One environment group in the form that `env.form` names; `auto` is the python form (see `probe.choose_form`, which measures).
 
@@ -247,6 +248,7 @@ def make_group(
       mode: async gives threads their paced form.
       epoch: raised by a roll-back after divergence; part of every episode's seed.
       spec: as `probe` found it; without it one more environment is made to find out.
+      progress: told, while the group is restored, before each call of environment b (python form only).
     """
     if env.form == "native":
         from shoal.environments.native import make_native_group
@@ -259,4 +261,6 @@ def make_group(
 
         form = PacedGroup if mode == "async" else ThreadedGroup
         return form(create, spec, group, num_envs, run_seed, epoch)
-    return PythonGroup(create, spec, group, num_envs, run_seed, epoch)
+    made = PythonGroup(create, spec, group, num_envs, run_seed, epoch)
+    made.progress = progress
+    return made

@@ -26,6 +26,7 @@ from shoal.streams import Purpose, stream
 from shoal.types import CURSOR, Array, Arrays
 
 MAX_ENVS = 8  # side by side; also the rows of every forward pass
+ENDLESS_STEPS = 200_000  # no whole Atari game is longer than 27,000
 _RESAMPLES = 10_000
 _BOOTSTRAP = 1  # the `group` of the stream that resamples; episodes have group 0
 
@@ -39,6 +40,7 @@ def evaluate(
     video: str | Path | None = None,
     environment: Callable[..., Any] | None = None,
     num_envs: int = MAX_ENVS,
+    max_episode_steps: int | None = None,
 ) -> dict[str, Any]:
     """Play whole episodes and say how they went. Atari is played to the end of the game, with the game's own score.
 
@@ -47,6 +49,7 @@ def evaluate(
       video: an mp4 of the first episode is written here.
       environment: the user's own factory, where the policy was trained on one that no import path leads to.
       num_envs: environments side by side, at most MAX_ENVS; speed only.
+      max_episode_steps: episodes are cut here; without it, one of more than ENDLESS_STEPS is an EnvironmentFault.
     Returns:
       episodes, mean_return, std_return (population), iqm (mean of the middle half, Agarwal et al. 2021, arXiv:2108.13264),
       ci95 ([low, high] of the mean, percentile bootstrap), min, max, mean_length (environment steps).
@@ -61,16 +64,20 @@ def evaluate(
     if not isinstance(policy, LoadedPolicy):
         policy = load_policy(policy)
     factory = environment or policy.environment
-    env_id = policy.env_config.id
+    env_config = policy.env_config
+    if max_episode_steps is not None:
+        env_config = env_config.model_copy(update={"max_episode_steps": max_episode_steps})
+    env_id = env_config.id
     if factory is None and env_id.startswith(OPAQUE):
         raise ConfigError(f"the policy was trained on {env_id}, a Python object; give it again: shoal.load(path, env=factory).evaluate()")
-    creates = [environment_factory(policy.env_config, factory, training=False)] * min(num_envs, episodes)
+    creates = [environment_factory(env_config, factory, training=False)] * min(num_envs, episodes)
     with ExitStack() as stack:
         if video is not None:
             film = stack.enter_context(EpisodeVideo(Path(video)))
-            creates[0] = film.wrap(environment_factory(policy.env_config, factory, training=False, render_mode="rgb_array"))
+            creates[0] = film.wrap(environment_factory(env_config, factory, training=False, render_mode="rgb_array"))
         try:
-            returns, lengths = _play(policy, creates, episodes, seed, deterministic)
+            endless = ENDLESS_STEPS if max_episode_steps is None else max_episode_steps + 1
+            returns, lengths = _play(policy, creates, episodes, seed, deterministic, endless)
         except EnvironmentFault as fault:
             if isinstance(fault.__cause__, ConfigError):  # it cannot be filmed
                 raise fault.__cause__ from None
@@ -137,9 +144,19 @@ class _Seat:
             returns[self.episode], lengths[self.episode] = self.episode_return, self.length
             self._take()
 
+    def does_not_end(self) -> EnvironmentFault:
+        """The fault of an episode that goes on and on."""
+        message = (
+            f"{self._policy.env_config.id}: episode {self.episode} (seed {self.instance.seed}) has not ended after {self.length:,} steps; "
+            "end it, or cut episodes with --max-episode-steps"
+        )
+        return EnvironmentFault(message, {"kind": "endless", "seed": self.instance.seed, "step": self.length})
 
-def _play(policy: LoadedPolicy, creates: list[Callable[[], Any]], episodes: int, seed: int, deterministic: bool) -> tuple[Array, Array]:
-    """Returns and lengths of episodes 0 to `episodes` - 1."""
+
+def _play(
+    policy: LoadedPolicy, creates: list[Callable[[], Any]], episodes: int, seed: int, deterministic: bool, endless: int
+) -> tuple[Array, Array]:
+    """Returns and lengths of episodes 0 to `episodes` - 1. One of `endless` steps is a fault."""
     returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
     rows_B = allocate(policy.spec, MAX_ENVS)
     float_rows = {name: rows for name, rows in rows_B.items() if rows.dtype.kind == "f"}
@@ -161,6 +178,8 @@ def _play(policy: LoadedPolicy, creates: list[Callable[[], Any]], episodes: int,
             action_B = policy.act(rows_B, noise_B)
             for seat in playing:
                 seat.step(action_B[seat.index], returns, lengths)
+                if seat.length >= endless:
+                    raise seat.does_not_end()
             playing = [seat for seat in playing if seat.episode is not None]
     finally:
         for seat in seats:

@@ -59,7 +59,8 @@ def _fault(facts: _Facts) -> str:
     where = ", ".join(
         f"{words} {report[name]}" for name, words in (("group", "group"), ("env", "environment"), ("step", "step")) if name in report
     )
-    return f"environment fault: {str(facts['message']).splitlines()[0]}" + (f" ({where})" if where else "")
+    spent = f" {report['count']} (restarts allowed: {report['budget']})" if "count" in report else ""
+    return f"environment fault{spent}: {str(facts['message']).splitlines()[0]}" + (f" ({where})" if where else "")
 
 
 _SENTENCES: dict[str, Callable[[_Facts], str]] = {

@@ -1,0 +1,195 @@
+"""What follows from an environment's fault: told in full, with a snippet that plays it again, and then mended or the end of the run.
+
+A fault in the first seconds of a run is a bug and ends it. A later one is mended by a restart, `env.restart_budget` times in all.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from shoal.engines.session import Session
+from shoal.engines.snippets import with_snippet
+from shoal.errors import EnvironmentFault
+from shoal.experience.envelope import Identity
+from shoal.experience.ring import Slot
+from shoal.streams import episode_seed
+from shoal.types import Array, EnvironmentSpec
+
+EARLY_SECONDS = 10.0  # since the first environment step
+
+LONG_EPISODE = 100_000  # steps, after which it is said that an episode does not end
+
+Episode = tuple[int | bytes | None, list[Any]]  # seed or snapshot, and the actions since, as the environment takes them
+
+
+class EnvironmentFaults:
+    """Those of one run. `count`: so far."""
+
+    def __init__(self, session: Session, epoch: int = 0) -> None:
+        self._session, self._epoch = session, epoch
+        self.count = 0
+        self._bounds = _bounds(session.spec)
+        self._long_episode: float = LONG_EPISODE
+
+    def happened(self, fault: EnvironmentFault, identity: Identity | None = None, seconds_ago: float = 0.0) -> None:
+        """Count and tell a fault.
+
+        Args:
+          identity: the rollout that was being made; it must still be leased.
+          seconds_ago: when what is found now began (a hang).
+        Raises:
+          EnvironmentFault: this one, where it is early or the budget is spent; it says so.
+        """
+        session, budget = self._session, self._session.config.env.restart_budget
+        self.count += 1
+        session.restarts += fault.report.get("kind") not in ("hang", "died")  # those end a process, whose restart is counted
+        full = self._in_full(fault, identity)
+        early = session.seconds - seconds_ago < EARLY_SECONDS
+        spent = self.count > budget
+        if early:
+            why = f"in the first {EARLY_SECONDS:g} s of a run a fault is not mended by a restart"
+        elif spent:
+            why = f"this was fault {self.count}, and env.restart_budget mends {budget}"
+        else:
+            why = f"the environment is made again, {self.count} of {budget} times (env.restart_budget)"
+        full = EnvironmentFault(f"{full}\n  {why}", {**full.report, "count": self.count, "budget": budget})
+        session.observer.event("environment_fault", message=str(full), report=full.report)
+        if early or spent:
+            raise full
+
+    def place_of(self, group: int) -> Identity | None:
+        """The rollout that is being made of a group: the first that is leased."""
+        groups = self._session.coordinator.groups
+        return min(groups[group].leased.values(), default=None) if 0 <= group < len(groups) else None
+
+    def lost(self, kind: str, what: str, group: int, row: int, how: dict[str, str], stack: str) -> EnvironmentFault:
+        """The fault of a process that hung or died while it stepped a group: which of its environments it was is not known.
+
+        Args:
+          kind: `hang` or `died`. what: in words. how: expected, actual, hint. stack: as faulthandler wrote it.
+        """
+        name, identity = self._session.config.env.id, self.place_of(group)
+        lines = [f"{name}: {what}", f"  where: group {group}, row {row} of its rollout"]
+        standing = self._standing(identity) if identity is not None else []
+        for env, (seed, steps, action) in enumerate(standing):
+            lines.append(f"    environment {env}: step {steps} of its episode, seed {seed}, last action {action!r:.80}")
+        lines += [f"  {word}: {text}" for word, text in how.items()]
+        if stack:
+            lines += ["  traceback:", *("    " + line for line in stack.splitlines())]
+        first = standing[0] if len(standing) == 1 else (None, None, None)
+        report = {
+            "kind": kind, "what": what, "environment": name, "group": group, "row": row, "env": 0 if len(standing) == 1 else None,
+            "seed": first[0], "step": first[1], "last_action": first[2], "field": "", "traceback": stack, **how,
+        }  # fmt: skip
+        return EnvironmentFault("\n".join(lines), report)
+
+    # ---- what is no fault, but is said once --------------------------------------------------------------------------
+    def look_at(self, slot: Slot) -> None:
+        """Look at one row of a finished rollout: a value outside of its Box is trained on as it is, an endless episode has no return."""
+        for name, (low, high) in list(self._bounds.items()):
+            values_B = slot.arrays[name][0]
+            out = (values_B < low) | (values_B > high)
+            if out.any():
+                del self._bounds[name]
+                b, *place = (int(i[0]) for i in np.nonzero(out))
+                at = f"{name}{place}" if place else name
+                self._warn(
+                    f"{at} was {values_B[(b, *place)]:g} in group {int(slot.envelope['group'])}, environment {b}, and its space says "
+                    f"{low[tuple(place)]:g} to {high[tuple(place)]:g}; it is trained on as it is: widen the bounds of observation_space, or clip"
+                )
+        longest = int(slot.arrays["cursor/end"]["num_steps"].max())
+        if longest > self._long_episode:
+            self._long_episode = math.inf
+            self._warn(
+                f"an episode has gone on for {longest:,} steps; without ends there are no returns, and putting the environment back takes "
+                "longer and longer: end it, or set env.max_episode_steps"
+            )
+
+    def _warn(self, message: str) -> None:
+        self._session.observer.event("warning", message=message)
+
+    # ---- which episodes were being played --------------------------------------------------------------------------
+    def _in_full(self, fault: EnvironmentFault, identity: Identity | None) -> EnvironmentFault:
+        if "snippet" in fault.report:
+            return fault
+        session, report = self._session, fault.report
+        env = report.get("env")
+        episodes: dict[int, list[Episode]] = {}
+        if identity is not None and identity in session.coordinator.groups[identity.group].leased.values():
+            envs = range(session.coordinator.plan.group_size) if env is None else [int(str(env))]
+            episodes = {b: self._episodes(identity, b) for b in envs}
+        seed = report.get("seed")
+        if env is not None and isinstance(seed, int):
+            key = int(str(env))
+            episodes[key] = _up_to(episodes.get(key, []), seed, int(str(report.get("step") or 0)), report.get("last_action"))
+        mask_in_info = session.spec.action_mask == "info"
+        return with_snippet(fault, session.config, session.directory, episodes or {0: []}, mask_in_info)
+
+    def _standing(self, identity: Identity) -> list[tuple[int | None, int, Any]]:
+        """(seed, step, last action) of each environment of the group."""
+        out: list[tuple[int | None, int, Any]] = []
+        for b in range(self._session.coordinator.plan.group_size):
+            played = self._episodes(identity, b)
+            begin, actions = played[-1] if played else (None, [])
+            out.append((begin if isinstance(begin, int) else None, max(0, len(actions) - 1), actions[-1] if actions else None))
+        return out
+
+    def _episodes(self, identity: Identity, b: int) -> list[Episode]:
+        """The last two episodes of environment b, up to the step that is under way, as far as they are known."""
+        from shoal.environments.spaces import to_environment_action  # brings gymnasium, which nobody else here needs
+
+        session, coordinator = self._session, self._session.coordinator
+        group = coordinator.groups[identity.group]
+        state = group.history.state_at(identity.sequence)
+        cursor, snapshot = state.cursor[b], state.snapshots[b]
+        first = int(cursor["episode"])
+        begin: int | bytes = snapshot if snapshot is not None else self._seed(identity.group, b, first, cursor)
+        stored: list[Array] = list(state.actions[b]) if snapshot is None else []
+        played: list[tuple[int | bytes, list[Array]]] = [(begin, stored)]
+        slot = next((slot for slot, leased in group.leased.items() if leased == identity), None)
+        if slot is not None and coordinator.ring.slots[slot].identity == identity:
+            a, rows = coordinator.ring.slots[slot].arrays, self._rows(slot, b)
+            for t in range(rows):
+                played[-1][1].append(a["action"][t, b].copy())
+                if t + 1 < rows and (a["terminated"][t, b] or a["truncated"][t, b]):
+                    first += 1
+                    played.append((self._seed(identity.group, b, first, None), []))
+        leaf = session.spec.action
+        return [(begin, [to_environment_action(leaf, action[None])[0].tolist() for action in actions]) for begin, actions in played[-2:]]
+
+    def _rows(self, slot: int, b: int) -> int:
+        """Rows of environment b that hold an action: those that are done, and the one that is under way."""
+        held = self._session.coordinator.ring.slots[slot]
+        done = int(held.rows_used()[b]) if held.envelope["paced"] else int(held.envelope["num_rows"])
+        return min(done + 1, held.schema.num_rows)
+
+    def _seed(self, group: int, b: int, episode: int, cursor: Array | None) -> int:
+        if cursor is not None and cursor["num_steps"]:
+            return int(cursor["seed"])
+        return episode_seed(self._session.config.seed, group, b, episode, self._epoch)
+
+
+def _bounds(spec: EnvironmentSpec) -> dict[str, tuple[Array, Array]]:
+    """Bounds of every Box of the observation that its dtype does not hold already, by field name: [*shape] each."""
+    found = {}
+    for leaf in spec.observation:
+        limits = np.iinfo(leaf.dtype) if np.dtype(leaf.dtype).kind in "iu" else None
+        loose = limits is not None and min(leaf.low, default=0) <= limits.min and max(leaf.high, default=0) >= limits.max
+        if leaf.kind == "box" and leaf.size and not loose and np.isfinite([*leaf.low, *leaf.high]).any():
+            low, high = (np.broadcast_to(np.array(bound), leaf.size).reshape(leaf.shape) for bound in (leaf.low, leaf.high))
+            found[leaf.name("observation")] = low, high
+    return found
+
+
+def _up_to(episodes: list[Episode], seed: int, step: int, last_action: Any) -> list[Episode]:
+    """What is known of an environment's episodes, up to the step of this seed's episode at which the fault came."""
+    if episodes and episodes[-1][0] == seed:
+        return episodes
+    if step == 0 and episodes:
+        return [*episodes[-1:], (seed, [])]  # the reset after the last step
+    if episodes and isinstance(episodes[-1][0], bytes):
+        return episodes  # it stands inside of this episode
+    return [(seed, [] if last_action is None else [last_action])]
