@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -196,7 +197,19 @@ def test_a_run_that_met_its_end_ends_at_once_when_resumed():
     run = train(stop={"updates": 2}, run_dir="mine")
     resumed = resume("mine", env=Drift)
     assert (resumed.result["reason"], resumed.result["updates"]) == ("updates", 2)
+    assert resumed.result == run.result == json.loads(Path("mine/result.json").read_text())  # its seconds too
+    assert resume("mine", env=Drift, stop={"updates": 3}).result["updates"] == 3
+
+
+def test_a_run_without_a_checkpoint_begins_again_and_says_so():
+    run = train(stop={"updates": 2}, run_dir="mine")
+    shutil.rmtree("mine/checkpoints")
+    resumed = resume("mine", env=Drift)
+    warning, event = shoal.runs.show("mine")["faults"]["newest"]
+    assert warning["message"] == "this run has no checkpoint: it begins again from the start"
+    assert (event["kind"], event["update"], event["updates_undone"]) == ("resumed", 0, 2)
     assert resumed.result["weights_sha256"] == run.result["weights_sha256"]
+    assert resumed.result["ledger"] == {"produced": 4 * BATCH, "trained": 2 * BATCH, "dropped": {"rolled_back": 2 * BATCH}, "in_flight": 0}
 
 
 @pytest.mark.parametrize(

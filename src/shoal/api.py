@@ -20,7 +20,7 @@ from shoal.engines.coordinator import Coordinator, Plan
 from shoal.engines.local import LocalEngine
 from shoal.engines.session import ATTEMPTS_PER_PART, Session
 from shoal.engines.snippets import with_snippet
-from shoal.errors import ConfigError, EnvironmentFault, RunError, ShoalError
+from shoal.errors import CheckpointError, ConfigError, EnvironmentFault, RunError, ShoalError
 from shoal.experience.ring import Ring, allocate
 from shoal.experience.schema import Schema, rollout_schema
 from shoal.files import CheckpointDirectory, Loaded, lock_run, write_text_atomically
@@ -108,8 +108,10 @@ def resume(
 
     Args:
       env: the environment's factory, where the run was started with an object that has no import path.
+    A run without a checkpoint begins again from the start, with a warning; one that met its stop condition is given back as it is.
+
     Raises:
-      RunError: no such run, or it is alive. CheckpointError: none is whole. ConfigError: a setting that cannot change.
+      RunError: no such run, or it is alive. CheckpointError: it has checkpoints, and none is whole. ConfigError: a setting that cannot change.
     """
     directory = find_run(path)
     base = load_config(directory / "config.yaml")
@@ -119,7 +121,10 @@ def resume(
         tree["stop"] = {}
     config, _ = resolve(None, {**settings, "run_dir": str(directory), "preset": base.preset or "none"}, tree)
     _refuse_changes(base, config)
-    return _execute(config, objects, directory, callbacks, progress, profile)
+    before = load(directory)
+    if config.stop == base.stop and _is_over(before):
+        return Run(directory, before.result, objects)
+    return _execute(config, objects, directory, callbacks, progress, profile, resumed=True)
 
 
 def load(path: str | Path, *, env: Callable[..., Any] | None = None, network: Callable[..., Any] | None = None) -> Run:
@@ -223,6 +228,8 @@ def _execute(
     callbacks: Sequence[Callback],
     progress: View | None,
     profile: bool,
+    *,
+    resumed: bool = False,
 ) -> Run:
     view = progress if progress is not None else open_view()
     with contextlib.ExitStack() as stack:
@@ -232,6 +239,8 @@ def _execute(
         checkpoints = CheckpointDirectory(directory / "checkpoints")
         loaded = checkpoints.newest() if checkpoints.paths() else None
         recorder = stack.enter_context(contextlib.closing(Recorder(config, directory, view, callbacks)))
+        if resumed and loaded is None:
+            recorder.event("warning", update=0, message="this run has no checkpoint: it begins again from the start")
         wants_end = stack.enter_context(_interrupts())
         write_text_atomically(directory / "config.yaml", dump_config(config))
         (directory / "result.json").unlink(missing_ok=True)  # of an earlier part
@@ -351,12 +360,12 @@ def _session(
     build = facts["build"]
     part = int(known.get("parts", 0))
     session.coordinator.number_attempts_from(part * ATTEMPTS_PER_PART)
-    if part and loaded is None:
-        recorder.store.rewind(0)
     if loaded is not None:
         session.load(loaded)
         session.coordinator.number_attempts_from(part * ATTEMPTS_PER_PART)
-        recorder.store.rewind(session.coordinator.version)
+    if part:
+        recorder.resumed()
+    if loaded is not None:
         for warning in loaded.warnings:
             recorder.event("warning", message=warning)
         if known.get("build", build) != build:
@@ -431,6 +440,15 @@ def _pickled(objects: dict[str, Any]) -> bytes | None:
             f"the environment, network or algorithm that was passed cannot be sent to other processes: {error}; "
             "pass a function that makes it, or an import path"
         ) from error
+
+
+def _is_over(run: Run) -> bool:
+    """Whether a run ended by its stop condition, and stands where its result says."""
+    if run.result.get("reason") in (None, "interrupted"):
+        return False
+    with contextlib.suppress(CheckpointError):
+        return CheckpointDirectory(run.path / "checkpoints").newest().update == int(run.result["updates"])
+    return False
 
 
 def _refuse_changes(before: RunConfig, now: RunConfig) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from shoal.errors import RunError
+from shoal.files import CheckpointDirectory
+from shoal.monitoring.store import RunReader
 
 RESULT = {
     "run", "reason", "env_steps", "updates", "seconds", "env_steps_per_second", "mean_return", "policy_version", "weights_sha256", "ledger",
@@ -77,6 +83,38 @@ def test_a_run_can_be_listed_shown_evaluated_and_resumed(trained: tuple[Path, di
     straight = answer("train", "CartPole-v1", "--actors", "0", "--stop.updates", "6", "--seed", "3", "--evaluation.episodes", "5", cwd=cwd)
     assert straight["weights_sha256"] == resumed["weights_sha256"]
     assert straight["evaluation"]["episodes"] == 5
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "impala"])
+def test_what_a_killed_run_made_after_its_checkpoint_is_rolled_back_by_identity(algorithm: str, tmp_path: Path) -> None:
+    small = ["--sampling.groups", "2", "--sampling.group-size", "2", "--sampling.rollout-length", "8", "--policy.hidden-sizes", "8"]
+    often = ["--checkpoint.every-updates", "60", "--checkpoint.every-seconds", "none", "--actors", "1"]
+    command = ["train", "CartPole-v1", "--preset", "none", "--algorithm", algorithm, *small, *often, "--run-dir", "run", "--view", "silent"]
+    run = tmp_path / "run"
+
+    def known() -> tuple[int, int, int]:
+        """Update of the newest checkpoint, of the newest logged one, env steps between."""
+        saved = [int(path.name.split("-")[1]) for path in CheckpointDirectory(run / "checkpoints").paths()]
+        with contextlib.suppress(RunError), RunReader(run / "run.db") as reader:
+            beyond = [(update, sum(entry["steps"] for entry in log)) for update, log in reader.consumed() if saved and update > saved[-1]]
+            return (saved[-1], beyond[-1][0], sum(steps for _, steps in beyond)) if beyond else (0, 0, 0)
+        return 0, 0, 0
+
+    with subprocess.Popen([sys.executable, "-m", "shoal", *command], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        deadline = time.monotonic() + 120
+        while known()[0] == 0 and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+    checkpoint, newest, steps = known()
+    assert checkpoint > 0
+    for _ in range(2):  # the second time, nothing is booked twice
+        result = answer("resume", "run", "--stop.updates", str(checkpoint + 5), cwd=tmp_path)
+        ledger = result["ledger"]
+        assert result["updates"] == checkpoint + 5
+        assert ledger["dropped"]["rolled_back"] == steps
+        assert ledger["produced"] == ledger["trained"] + sum(ledger["dropped"].values()) + ledger["in_flight"]
+    events = answer("show", "run", cwd=tmp_path)["faults"]["newest"]
+    assert next((e["update"], e["updates_undone"]) for e in events if e["kind"] == "resumed") == (checkpoint, newest - checkpoint)
 
 
 def test_a_factory_in_a_file_gets_its_arguments_and_its_printing_stays_out_of_the_answer(tmp_path: Path) -> None:

@@ -175,6 +175,18 @@ def test_a_state_leaves_out_what_is_in_flight():
     other.check()
 
 
+def test_what_a_killed_part_lost_is_booked_once_and_balances():
+    ledger = ledger_with((A0, 3, Fate.TRAINED), (Identity(0, 1, 0), 4, Fate.ACTOR_DIED))
+    lost = {(0, Fate.ACTOR_DIED): (2, 6), (0, Fate.ROLLED_BACK): (3, 30), (1, Fate.ROLLED_BACK): (1, 9), (0, Fate.OVER_LAG): (0, 0)}
+    for _ in range(2):
+        ledger.take_over(lost)
+        ledger.check()
+        assert ledger.balance() == {"produced": 48, "trained": 3, "dropped": {"actor_died": 6, "rolled_back": 39}, "in_flight": 0}
+        assert ledger.balance_rollouts() == {"produced": 7, "trained": 1, "dropped": {"actor_died": 2, "rolled_back": 4}, "in_flight": 0}
+    ledger.begin(Identity(0, 1, 9))
+    assert ledger.final == {0: 1, 1: 0}
+
+
 def test_a_roll_back_undoes_what_was_trained_since_and_keeps_what_was_lost():
     ledger = ledger_with((A0, 3, Fate.TRAINED))
     mark = ledger.get_state()

@@ -63,9 +63,15 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(path: Path) -> Non
     with RunStore(path) as store:
         for update in range(1, 6):
             store.metrics(update, update, 1.0, {"a": float(update)})
-            store.consumed(update, [])
+            store.consumed(update, [{"id": [0, update - 1, 0], "steps": 8}, {"id": [1, update - 1, 0], "steps": 7}])
+        store.dropped(0, 2, 0, "over_lag", 2, 8)  # before the checkpoint
+        store.dropped(1, 4, 0, "over_lag", 4, 7)
+        store.dropped(1, 4, 1, "actor_died", 4, 5)
         store.event("restart", 5)
-        store.rewind(3)
+        assert store.rewind(3, {0: 4, 1: 3}) == 2  # of group 0, the checkpoint holds sequence 3 already
+        assert store.rewind(3, {0: 4, 1: 3}) == 0
+        undone = {(0, "rolled_back"): (1, 8), (1, "rolled_back"): (2, 14)}
+        assert store.lost() == {(0, "over_lag"): (1, 8), (1, "actor_died"): (1, 5), **undone}
         store.metrics(4, 4, 1.0, {"a": 40.0})
     with RunReader(path) as reader:
         assert [point.value for point in reader.series("a")] == [1.0, 2.0, 3.0, 40.0]

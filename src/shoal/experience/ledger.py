@@ -8,7 +8,7 @@ Steps count as produced when a rollout is finished, or when it is found unfinish
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,7 +93,27 @@ class Ledger:
             account.next_sequence = account.final = old.final
             account.final_ahead = set()
 
+    def take_over(self, lost: Mapping[tuple[int, Fate], tuple[int, int]]) -> None:
+        """Book what a part of the run that was killed made after this state, as the log of lost attempts knows it.
+
+        Args:
+          lost: (rollouts, env steps) by group and fate, of the whole run. What this state counts already is not counted again.
+        """
+        for (group, fate), (num_rollouts, num_env_steps) in lost.items():
+            account = self._accounts[group]
+            more_rollouts = max(0, num_rollouts - account.rollouts[fate])
+            more_steps = max(0, num_env_steps - account.steps[fate])
+            account.rollouts[fate] += more_rollouts
+            account.steps[fate] += more_steps
+            account.produced_rollouts += more_rollouts
+            account.produced_steps += more_steps
+
     # ---- the law -------------------------------------------------------------------------------------------------
+    @property
+    def final(self) -> dict[int, int]:
+        """By group, the first sequence without a final attempt."""
+        return {group: account.final for group, account in self._accounts.items()}
+
     @property
     def in_flight(self) -> list[Identity]:
         return list(self._in_flight)

@@ -65,10 +65,18 @@ class Recorder:
         self._activities: list[ActivityRecord] = []
         self._broken = self._paused = False
         self._wanted_actors = config.actors or 0
+        self._checkpoints: deque[int] = deque(maxlen=config.checkpoint.keep)
 
     def attach(self, session: Session) -> None:
         self._session = session
         session.coordinator.ledger.listener = self._settled
+
+    def resumed(self) -> None:
+        """The session stands where an earlier part of the run had a checkpoint: what that part made after it is booked as rolled back."""
+        c = self._coordinator
+        undone = self.store.rewind(c.version, c.ledger.final)
+        c.ledger.take_over({(group, Fate[reason.upper()]): lost for (group, reason), lost in self.store.lost().items()})
+        self.event("resumed", update=c.version, updates_undone=undone)
 
     # ---- what the engine calls -----------------------------------------------------------------------------------
     def updated(self, report: UpdateReport) -> bool:
@@ -93,7 +101,9 @@ class Recorder:
         facts = {k: v for k, v in details.items() if k != "update"}
         self._keep(lambda: self.store.event(kind, update, **facts))
         if kind == "rolled_back":
-            self._keep(lambda: self.store.rewind(update))
+            self._keep(lambda: self.store.rewind(update, self._coordinator.ledger.final))
+        if kind == "checkpoint" and self._coordinator.plan.mode == "sync":
+            self._keep(lambda: self._forget(update))
         if kind in ("pause", "continue"):
             self._paused = kind == "pause"
         if kind == "scaled":
@@ -206,8 +216,16 @@ class Recorder:
             for e in report.episodes
         ]  # fmt: skip
         self.store.episodes(ended)
-        if self._coordinator.plan.mode == "async":
-            self.store.consumed(report.update, report.consumption)
+        log = report.consumption
+        if self._coordinator.plan.mode == "sync":  # replay needs no log; a resume wants to know what a killed part had consumed
+            log = [{name: entry[name] for name in ("id", "steps", "fate")} for entry in log]
+        self.store.consumed(report.update, log)
+
+    def _forget(self, update: int) -> None:
+        """Of a sync run, only what lies beyond the oldest checkpoint is asked for again."""
+        self._checkpoints.append(update)
+        if len(self._checkpoints) == self._checkpoints.maxlen:
+            self.store.forget_consumed(self._checkpoints[0])
 
     def _settled(self, identity: Identity, fate: Fate, num_env_steps: int) -> None:
         if fate is not Fate.TRAINED:
@@ -238,7 +256,7 @@ class Recorder:
         self._keep(self.store.close)
         self._keep(self._board.close)
 
-    def _keep(self, write: Callable[[], None]) -> None:
+    def _keep(self, write: Callable[[], object]) -> None:
         try:
             write()
         except (RunError, OSError, ValueError, sqlite3.Error) as error:

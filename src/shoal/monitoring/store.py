@@ -33,6 +33,7 @@ CREATE TABLE IF NOT EXISTS dropped (
   "group" INTEGER NOT NULL, sequence INTEGER NOT NULL, attempt INTEGER NOT NULL, reason TEXT NOT NULL,
   "update" INTEGER NOT NULL, env_steps INTEGER NOT NULL, PRIMARY KEY ("group", sequence, attempt)) WITHOUT ROWID;
 """
+_FINAL = "('over_lag', 'invalid')"  # reasons after which a sequence is not made again
 _INSERT = {
     "metrics": "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?, ?)",
     "events": 'INSERT INTO events (time, "update", kind, json) VALUES (?, ?, ?, ?)',
@@ -106,7 +107,8 @@ class RunStore:
         self._pending["episodes"].extend(tuple(row) for row in list(rows)[: max(0, room)])
 
     def consumed(self, update: int, log: Any) -> None:
-        """Keep what an update consumed and in which order, as JSON: all that `shoal replay` needs."""
+        """Keep what an update consumed and in which order, as JSON: {id: [group, sequence, attempt], steps} of each rollout, and what
+        `shoal replay` needs besides."""
         self._pending["updates"].append((update, _to_json(log)))
         self.tick()
 
@@ -136,13 +138,40 @@ class RunStore:
         for rows in self._pending.values():
             rows.clear()
 
-    def rewind(self, update: int) -> None:
-        """Forget the numbers, episodes and consumption after this update: the run goes on from a checkpoint of it. Events and drops stay."""
+    def rewind(self, update: int, final: Mapping[int, int]) -> int:
+        """The run goes on from a checkpoint of this update. Numbers and episodes after it are forgotten; what was consumed after it is
+        kept as rolled back, by identity. Events stay.
+
+        Args:
+          final: by group, the first sequence that the checkpoint does not hold as final.
+        Returns:
+          how many updates are undone.
+        """
         self.flush()
-        self._connection.execute("BEGIN IMMEDIATE")
+        run = self._connection.execute
+        lost = [row for row in run(f"SELECT * FROM dropped WHERE reason IN {_FINAL}").fetchall() if row[1] >= final.get(row[0], 0)]
+        undone = run('SELECT "update", consumed FROM updates WHERE "update" > ?', (update,)).fetchall()
+        for when, consumed in undone:
+            for entry in json.loads(consumed):
+                group, sequence, attempt = entry["id"]
+                if sequence >= final.get(group, 0):
+                    lost.append((group, sequence, attempt, "", when, entry["steps"]))
+        run("BEGIN IMMEDIATE")
+        self._connection.executemany(_INSERT["dropped"], [(*row[:3], "rolled_back", *row[4:]) for row in lost])
         for table in ("metrics", "episodes", "updates"):
-            self._connection.execute(f'DELETE FROM {table} WHERE "update" > ?', (update,))
-        self._connection.execute("COMMIT")
+            run(f'DELETE FROM {table} WHERE "update" > ?', (update,))
+        run("COMMIT")
+        return len(undone)
+
+    def forget_consumed(self, update: int) -> None:
+        """Drop the log of consumption up to this update, where no checkpoint is before it and nothing will be replayed from it."""
+        self._connection.execute('DELETE FROM updates WHERE "update" <= ?', (update,))
+
+    def lost(self) -> dict[tuple[int, str], tuple[int, int]]:
+        """(rollouts, env steps) that were not trained, by group and reason."""
+        self.flush()
+        rows = self._connection.execute('SELECT "group", reason, COUNT(*), SUM(env_steps) FROM dropped GROUP BY "group", reason')
+        return {(group, reason): (num_rollouts, num_env_steps) for group, reason, num_rollouts, num_env_steps in rows}
 
     def close(self) -> None:
         """Commit and close. May be called twice."""

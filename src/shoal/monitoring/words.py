@@ -48,6 +48,13 @@ def _rolled_back(facts: _Facts) -> str:
     return f"back to the checkpoint of update {facts['update']:,}: {undone} will be made again"
 
 
+def _resumed(facts: _Facts) -> str:
+    undone = int(facts["updates_undone"])
+    return f"the run goes on from update {facts['update']:,}" + (
+        f"; {counted(undone, 'update')} after it will be made again" if undone else ""
+    )
+
+
 def _not_restored(facts: _Facts) -> str:
     lost = facts["environments"]
     number = len(lost) if isinstance(lost, (list, tuple)) else int(lost)
@@ -71,6 +78,7 @@ _SENTENCES: dict[str, Callable[[_Facts], str]] = {
         f"warning: no checkpoint could be saved ({facts['message']}); those before it are whole, and the run goes on"
     ),
     "rolled_back": _rolled_back,
+    "resumed": _resumed,
     "not_restored": _not_restored,
     "environment_fault": _fault,
     "failed": lambda facts: f"the run ended with {facts['error']}: {str(facts['message']).splitlines()[0]}",
