@@ -1,0 +1,211 @@
+"""What the benches share: measurements that are made one after the other, kept as JSON lines as soon as they are there, and a table made of them.
+
+A bench that was cut off goes on with the next measurement; what was measured with other settings is measured again.
+
+    python benchmarks/BENCH.py                          what is missing
+    python benchmarks/BENCH.py --rows 'A/*' --again     some rows, anew
+    python benchmarks/BENCH.py --list | --table         what there is, what is done | only the table
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from fnmatch import fnmatch
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from shoal.settings import available_cores
+
+RESULTS = Path(__file__).parent / "results"
+COMMAND_SECONDS = 3600.0
+
+Entry = dict[str, Any]
+
+
+class CommandError(Exception):
+    """A command failed; the message holds its last words."""
+
+
+def shoal(arguments: Sequence[str], timeout_seconds: float = COMMAND_SECONDS) -> dict[str, Any]:
+    """Run a command of shoal in a process of its own and return its JSON object. Raises CommandError."""
+    return answer_of([str(Path(sys.executable).with_name("shoal")), *arguments], timeout_seconds)
+
+
+def answer_of(command: Sequence[str], timeout_seconds: float = COMMAND_SECONDS) -> dict[str, Any]:
+    """Run a command and return the JSON object on its standard output. Raises CommandError, also where it takes too long."""
+    said = " ".join(command)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_seconds)
+    except subprocess.TimeoutExpired as error:
+        raise CommandError(f"{said} was ended after {timeout_seconds:g} s") from error
+    if done.returncode != 0:
+        raise CommandError(f"{said} ended with code {done.returncode}:\n{done.stderr[-2000:]}")
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout)
+    except ValueError as error:
+        raise CommandError(f"{said} answered with no JSON object:\n{done.stdout[-2000:]}") from error
+    return answer
+
+
+@contextmanager
+def scratch(directory: Path) -> Iterator[Path]:
+    """A directory for a run, which is removed once it is measured."""
+    path = Path(tempfile.mkdtemp(prefix="shoal-bench-", dir=directory))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def machine() -> dict[str, Any]:
+    """CPU model, cores that may be used, and the versions that figures depend on."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    return {"cpu": model, "cores": available_cores(), "torch": version("torch"), "python": platform.python_version()}
+
+
+def circumstances() -> Entry:
+    """When and where a measurement is made; `load` is the machine's mean over five minutes, the bench's own part included."""
+    return {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "load": round(os.getloadavg()[1], 2)}
+
+
+def where_and_when(entries: Sequence[Entry]) -> Iterator[str]:
+    """The lines on machines and dates that every table begins with."""
+    for text in sorted({json.dumps(entry["machine"], sort_keys=True) for entry in entries}):
+        m = json.loads(text)
+        yield f"- Machine: {m['cpu']}, {m['cores']} cores; torch {m['torch']}, Python {m['python']}."
+    dates = sorted({entry["date"] for entry in entries})
+    yield f"- Date: {' to '.join(dict.fromkeys((dates[0], dates[-1]))) if dates else 'nothing measured yet'}.\n"
+
+
+def line(*cells: Any) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def digest(settings: Any) -> str:
+    """A short name for settings (JSON-able), so that figures of other settings are not mistaken for these."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+# ---- what was measured -----------------------------------------------------------------------------------------------
+class Store:
+    """`STEM.jsonl`, one measurement a line, the newest of its key counting; and `STEM.md`, made of it by `page`."""
+
+    def __init__(self, directory: Path, stem: str, key: Callable[[Entry], Hashable], page: Callable[[Store], Iterable[str]]) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path, self.table_path = directory / f"{stem}.jsonl", directory / f"{stem}.md"
+        self._key, self._page = key, page
+        self.entries: dict[Hashable, Entry] = {}
+        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+            try:
+                entry = json.loads(text)
+                self.entries[key(entry)] = entry
+            except (ValueError, KeyError):
+                print(f"{self.path}: a line is cut off and is left out", file=sys.stderr)
+
+    def append(self, entry: Entry) -> None:
+        cut_off = self.path.exists() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(("\n" if cut_off else "") + json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.entries[self._key(entry)] = entry
+
+    def write_table(self) -> None:
+        self.table_path.write_text("\n".join(self._page(self)) + "\n", encoding="utf-8")
+
+
+# ---- one bench -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Measurement:
+    """One thing to measure, once.
+
+    Attributes:
+      row: its row, as `--rows` names it; several measurements of a row differ in `seed`.
+      key: as the store's key of its entry.
+      settings: digest of all that the figures depend on.
+      measure: returns the entry, `settings` and circumstances apart. Raises CommandError.
+      brief: an entry in a few words.
+    """
+
+    row: str
+    seed: int
+    key: Hashable
+    settings: str
+    measure: Callable[[], Entry]
+    brief: Callable[[Entry], str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.row} seed {self.seed}"
+
+    def is_in(self, store: Store) -> bool:
+        """Whether it was made under today's settings."""
+        entry = store.entries.get(self.key)
+        return entry is not None and entry["settings"] == self.settings
+
+
+def parser_of(description: str | None, stem: str) -> argparse.ArgumentParser:
+    """The options that every bench has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=["*"], metavar="ROW", help="rows to measure; * and ? as in file names")
+    parser.add_argument("--again", action="store_true", help="measure again what is there already")
+    parser.add_argument("--list", action="store_true", help="say what is done and what is to do")
+    parser.add_argument("--table", action="store_true", help="only write the table from what was measured")
+    parser.add_argument("--results", type=Path, default=RESULTS, help=f"directory of {stem}.jsonl and {stem}.md")
+    parser.add_argument(
+        "--runs", type=Path, default=Path(tempfile.gettempdir()), help="directory for the runs, which are removed once measured"
+    )
+    return parser
+
+
+def chosen(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Those of `names` that a pattern matches. Exits with 2 where there is none."""
+    names = list(names)
+    found = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+    if not found:
+        print(f"no row is named {' or '.join(patterns)}; there are {', '.join(names)}", file=sys.stderr)
+        sys.exit(2)
+    return found
+
+
+def measure_all(wanted: Sequence[Measurement], store: Store, options: argparse.Namespace) -> int:
+    """Make what is wanted and missing, one after the other, and write the table after each. Returns the exit code: 1 if a command failed."""
+    if options.list:
+        for one in wanted:
+            print(f"{one.name}: {'done' if one.is_in(store) else 'to do'}")
+        return 0
+    failed = 0
+    for one in () if options.table else wanted:
+        if one.is_in(store) and not options.again:
+            continue
+        print(f"{one.name} ...", file=sys.stderr, flush=True)
+        try:
+            entry = {**one.measure(), "settings": one.settings, **circumstances()}
+        except CommandError as error:
+            failed += 1
+            print(error, file=sys.stderr, flush=True)
+            continue
+        store.append(entry)
+        print(f"{one.name}: {one.brief(entry)}", file=sys.stderr, flush=True)
+        store.write_table()
+    store.write_table()
+    print(store.table_path.read_text(encoding="utf-8"))
+    return 1 if failed else 0
