@@ -169,7 +169,7 @@ def test_evaluate_prints_its_statistics(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(shoal, "evaluate", evaluate)
     (tmp_path / "config.yaml").write_text("{}")
     assert ends_with("evaluate", str(tmp_path), "--episodes", "5", "--seed", "7", "--json") == 0
-    assert seen == {"run": tmp_path, "episodes": 5, "seed": 7, "video": None}
+    assert seen == {"run": tmp_path, "episodes": 5, "seed": 7, "video": None, "max_episode_steps": None}
     assert json.loads(capfd.readouterr().out)["ci95"] == [1.0, 2.0]
     assert ends_with("evaluate", str(tmp_path)) == 0
     assert "mean_return" in capfd.readouterr().out

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -76,10 +75,11 @@ RETURNS = {
 
 
 class Faulty(Sound):
-    """One fault at step `at` of its life (0: the first) and at every later one; with `marker`, a file, once in all processes."""
+    """One fault at step `at` of its life (0: the first) and at every later one; with `marker`, a file, once in all processes;
+    `hidden`: at the fifth step of every episode with a seed as training has them, so that a short look does not see it."""
 
-    def __init__(self, fault: str, at: int = 0, where: str = "step", marker: str | None = None) -> None:
-        self.fault, self.at, self.where, self.marker, self.life = fault, at, where, marker, 0
+    def __init__(self, fault: str, at: int = 0, where: str = "step", marker: str | None = None, hidden: bool = False) -> None:
+        self.fault, self.at, self.where, self.marker, self.life, self.hidden, self.seed = fault, at, where, marker, 0, hidden, 0
         self.act("init")
 
     def act(self, where: str) -> None:
@@ -87,7 +87,7 @@ class Faulty(Sound):
             ACTS[self.fault]()
 
     def due(self) -> bool:
-        if self.life < self.at:
+        if self.life < self.at or (self.hidden and (self.seed < 1000 or self.count != 5)):
             return False
         if self.marker is None:
             return True
@@ -99,6 +99,7 @@ class Faulty(Sound):
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
         result = super().reset(seed=seed)
+        self.seed = seed or 0
         self.act("reset")
         if self.where == "reset" and self.fault in RETURNS and self.due():
             return RETURNS[self.fault](result[0], 0.0, False, False, {})[0], {}
@@ -142,17 +143,19 @@ class OutOfChoices(Sound):
         return np.int64(3)
 
 
-class Unpicklable(Sound):
-    pass
+class Wide(Sound):
+    """Its bounds are more than one message between processes holds."""
+
+    observation_space = spaces.Box(-np.arange(1, 12_001, dtype=np.float32), np.arange(1, 12_001, dtype=np.float32))
+
+    def observe(self) -> Any:
+        return self.np_random.uniform(-1.0, 1.0, 12_000).astype(np.float32)
 
 
-SPECIES = {"refuses": Refuses, "reuses": Reuses, "unseeded": Unseeded, "choices": OutOfChoices, "sound": Sound}
+SPECIES = {"refuses": Refuses, "reuses": Reuses, "unseeded": Unseeded, "choices": OutOfChoices, "wide": Wide, "sound": Sound}
 
 
-def make(fault: str = "sound", at: int = 0, where: str = "step", marker: str | None = None) -> Any:
+def make(fault: str = "sound", at: int = 0, where: str = "step", marker: str | None = None, hidden: bool = False) -> Any:
     if fault in SPECIES:
         return SPECIES[fault]()
-    return Faulty(fault, at, where, marker)
-
-
-FILE = Path(__file__)
+    return Faulty(fault, at, where, marker, hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from typing import Any, ClassVar
 
 import gymnasium
@@ -12,7 +13,7 @@ from environment_fakes import Forgetful, Nested, OneBuffer, SnapshotWalk, Walk
 from gymnasium import spaces
 
 from shoal.config import EnvConfig
-from shoal.environments import check_environment
+from shoal.environments import CheckReport, check_environment
 from shoal.errors import ConfigError
 
 
@@ -76,6 +77,28 @@ class Shared(Scaled):
         return Shared.buffer
 
 
+class BadSnapshot(SnapshotWalk):
+    """Its snapshot leaves the position out."""
+
+    def restore_snapshot(self, data: bytes) -> Any:
+        self.seed, self.count, _, self.length, self.lifetime = struct.unpack("<dqdqq", data)
+        self.position = 0.0
+        return self.observe(), {}
+
+
+class NoSnapshot(SnapshotWalk):
+    def snapshot(self) -> bytes:
+        raise OSError("the emulator refuses")
+
+
+class LongSnapshot(SnapshotWalk):
+    snapshot_bytes = 39
+
+
+class NotAnEnvironment:
+    pass
+
+
 def fails():
     raise RuntimeError("no display")
 
@@ -98,12 +121,18 @@ def fails():
         (Refuses, "raised"),
         (Forgetful, "same_seed_differs"),
         (Shared, "shared_buffer"),
+        (BadSnapshot, "snapshot"),
+        (NoSnapshot, "snapshot"),
+        (LongSnapshot, "snapshot"),
+        (NotAnEnvironment, "interface"),
+        (with_step(lambda self, o, r, x, t, i: (o, 10**400, x, t, i)), "reward"),
     ],
 )
 def test_each_fault_is_an_error_with_its_name(factory, name):
     report = check(factory)
     assert not report.ok
     assert name in names(report, "error")
+    assert next(f for f in report.findings if f.name == name).hint
 
 
 def test_the_message_of_a_fault_says_what_to_do():
@@ -153,3 +182,19 @@ def test_each_weakness_is_a_warning_with_its_name(factory, name):
 def test_what_cannot_be_found_is_a_configuration_error():
     with pytest.raises(ConfigError):
         check_environment(EnvConfig(id="CartPol-v1"))
+
+
+def test_environments_that_do_not_fit_into_memory_are_a_warning():
+    class Heavy(Scaled):
+        def __init__(self):
+            super().__init__()
+            self.ballast = np.ones(2_000_000)
+
+    report = check_environment(EnvConfig(id="fake"), Heavy, num_steps=20, seconds=1.0, num_envs=10**6)
+    assert "memory" in names(report, "warning")
+    assert report.measurements["memory_bytes"] > 8_000_000
+
+
+def test_a_report_survives_the_way_between_processes():
+    report = check(SnapshotWalk)
+    assert CheckReport.from_json(json.loads(json.dumps(report.to_json()))) == report

@@ -61,7 +61,7 @@ def describe_error(error: BaseException) -> dict[str, Any]:
     }
 
 
-def _encoded(facts: dict[str, Any]) -> bytes:
+def encoded(facts: dict[str, Any]) -> bytes:
     """An error that fits into one message, whatever its report holds."""
     whole = json.dumps(facts, default=str).encode()
     if len(whole) <= MAX_MESSAGE_BYTES // 2:
@@ -134,7 +134,7 @@ def evaluator_main(context: ChildContext) -> int:
         return 0
     except Exception as error:
         answer = describe_error(error)
-    context.channel.send(_encoded(answer))
+    context.channel.send(encoded(answer))
     return 0
 
 
@@ -229,7 +229,7 @@ class _ActorProcess:
             elif word.kind is Kind.LEASE and self._actor.hosts(group):  # else it crossed our FAULT, and is void
                 self._fill(word)
         except EnvironmentFault as fault:
-            self._say(Word(Kind.FAULT, word.slot, word.identity, 0, _encoded(describe_error(fault))))
+            self._say(Word(Kind.FAULT, word.slot, word.identity, 0, encoded(describe_error(fault))))
             self._work = deque(entry for entry in self._work if entry[0].identity.group != group)
             self._actor.release(group)  # said first: closing what is broken may hang
 
@@ -276,7 +276,7 @@ def actor_main(context: ChildContext) -> int:
     except EOFError:
         return 0
     except ShoalError as error:
-        context.channel.send(Word(Kind.FAULT, 0, Identity(0, 0, 0), 1, _encoded(describe_error(error))).encode())
+        context.channel.send(Word(Kind.FAULT, 0, Identity(0, 0, 0), 1, encoded(describe_error(error))).encode())
         raise
     return 0
 
@@ -358,6 +358,6 @@ def learner_main(context: ChildContext) -> int:
     except EOFError:
         return 0
     except ShoalError as error:
-        context.channel.send(_encoded({"is": "failed", **describe_error(error)}))
+        context.channel.send(encoded({"is": "failed", **describe_error(error)}))
         raise
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ class Checked:
 
     def __init__(self, env: EnvConfig, factory: Factory | None, mask_in_info: bool) -> None:
         faulthandler.enable()
-        self._timeout = env.step_timeout_seconds
+        self._timeout, self._watched = env.step_timeout_seconds, float("-inf")
         self._watch()
         made = environment_factory(env, factory)()
         bare, _ = unwrap(made)
@@ -59,7 +60,10 @@ class Checked:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        faulthandler.dump_traceback_later(self._timeout, exit=True)
+        now = time.monotonic()
+        if now - self._watched > self._timeout / 4:  # each call would cost more than most steps do
+            self._watched = now
+            faulthandler.dump_traceback_later(1.25 * self._timeout, exit=True)
 
 
 def environment(config: Mapping[str, Any], factory: Factory | None = None, *, mask_in_info: bool = False) -> Checked:

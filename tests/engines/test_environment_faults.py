@@ -1,0 +1,118 @@
+"""What follows from an environment's fault: the budget, the same in every engine; warnings; snippets; and answers of any length."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import shoal
+from shoal.config import RunConfig
+from shoal.engines import environment_faults
+from shoal.engines.mains import describe_error, encoded
+from shoal.engines.snippets import with_snippet
+from shoal.environments.faults import environment_fault
+from shoal.errors import EnvironmentFault
+from shoal.monitoring.live import SilentView
+from shoal.monitoring.store import RunReader
+from shoal.runs import show
+from shoal.supervision.channel import MAX_MESSAGE_BYTES
+
+ZOO = f"{Path(__file__).parents[1] / 'environments' / 'faulty.py'}:make"
+
+
+def train(directory: Path, actors: int, updates: int = 4, env: dict[str, Any] | None = None, **kwargs: Any) -> shoal.Run:
+    return shoal.train(
+        ZOO, env={"kwargs": kwargs, "step_timeout_seconds": 1.0, **(env or {})}, actors=actors, sampling={"groups": 2, "group_size": 2,
+        "rollout_length": 16}, stop={"updates": updates}, preset="none", run_dir=str(directory), progress=SilentView(io.StringIO()),
+    )  # fmt: skip
+
+
+def events(run: shoal.Run, kind: str) -> list[dict[str, Any]]:
+    return [event for event in show(run.path)["faults"]["newest"] if event["kind"] == kind]
+
+
+@pytest.fixture
+def never_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment_faults, "EARLY_SECONDS", -1.0)
+
+
+@pytest.mark.usefixtures("never_early")
+class TestALaterFault:
+    def test_is_mended_counted_and_in_the_ledger_and_the_weights_are_those_without_it(self, tmp_path: Path) -> None:
+        sound = train(tmp_path / "sound", 0)
+        for actors in (0, 1):
+            run = train(tmp_path / f"{actors}", actors, fault="raises", hidden=True, marker=str(tmp_path / f"marker{actors}"))
+            ledger = run.result["ledger"]
+            assert ledger["dropped"] == {"environment_fault": ledger["produced"] - ledger["trained"]}
+            assert run.result["restarts"] == 1
+            assert run.result["weights_sha256"] == sound.result["weights_sha256"]
+            (event,) = events(run, "environment_fault")
+            assert (event["report"]["count"], event["report"]["budget"]) == (1, 10)
+            assert "1 of 10 times" in event["message"]
+
+    @pytest.mark.parametrize(("fault", "actors"), [("nan", 0), ("sleeps", 0), ("segfaults", 1)])
+    def test_ends_the_run_once_the_budget_is_spent(self, fault: str, actors: int, tmp_path: Path) -> None:
+        with pytest.raises(EnvironmentFault, match=r"this was fault 2, and env\.restart_budget mends 1") as caught:
+            train(tmp_path, actors, env={"restart_budget": 1}, fault=fault, hidden=True)
+        assert Path(str(caught.value.report["snippet"])).name == "fault-2.py"
+
+    def test_the_snippet_of_a_process_that_died_plays_each_environment_that_may_have_been_it(self, tmp_path: Path) -> None:
+        with pytest.raises(EnvironmentFault) as caught:
+            train(tmp_path, 1, env={"restart_budget": 0}, fault="exits", hidden=True)
+        assert "environment 1: step 4 of its episode, seed" in str(caught.value)
+        text = Path(str(caught.value.report["snippet"])).read_text()
+        assert text.count("environment") > 2
+        episodes = eval(text.split("EPISODES = ")[1].split("\n\nfor")[0])
+        assert [len(played[-1][1]) for played in episodes.values()] == [5, 5]
+
+
+def test_a_value_outside_of_its_box_and_a_seed_that_does_not_repeat_are_said_once(tmp_path: Path) -> None:
+    (found,) = events(train(tmp_path / "range", 0, fault="range"), "warning")
+    assert "its space says -1 to 1" in found["message"]
+    (found,) = events(train(tmp_path / "unseeded", 0, fault="unseeded"), "warning")
+    assert "for the same seed" in found["message"]
+    assert not events(train(tmp_path / "sound", 0), "warning")
+
+
+def test_an_episode_without_end_is_said_and_evaluated_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment_faults, "LONG_EPISODE", 40)
+    run = train(tmp_path, 0, fault="endless")
+    (found,) = events(run, "warning")
+    assert "env.max_episode_steps" in found["message"]
+    assert shoal.evaluate(run, episodes=2, max_episode_steps=30)["mean_length"] == 30
+    monkeypatch.setattr(sys.modules["shoal.evaluation.evaluate"], "ENDLESS_STEPS", 50)
+    with pytest.raises(EnvironmentFault, match="has not ended after 50 steps"):
+        shoal.evaluate(run, episodes=2)
+
+
+def test_an_observation_space_that_no_message_holds_is_trained_on(tmp_path: Path) -> None:
+    run = train(tmp_path, 1, updates=1, fault="wide")
+    with RunReader(run.path / "run.db") as reader:
+        assert len(str(reader.meta()["spec"])) > MAX_MESSAGE_BYTES
+
+
+def test_whatever_an_environment_raises_fits_into_one_message() -> None:
+    for text in ("\x00" * 10**6, "é" * 10**6):
+        error = ValueError(text)
+        fault = environment_fault(
+            "raised", f"step() raised {error}", environment="e", group=0, env=0, step=0, seed=0, last_action=np.zeros(10**6), error=error
+        )
+        assert len(encoded(describe_error(fault))) < MAX_MESSAGE_BYTES
+        assert len(encoded(describe_error(error))) < MAX_MESSAGE_BYTES
+
+
+def test_a_snippet_of_many_numbers_keeps_them_in_a_file_beside_it(tmp_path: Path) -> None:
+    config = RunConfig.model_validate({"env": {"id": "CartPole-v1"}})
+    fault = environment_fault("raised", 'it said """no"""\\', environment="CartPole-v1", group=0, env=0, step=0, seed=0)
+    told = with_snippet(fault, config, tmp_path, {0: [(3, [0] * 50_100)]})
+    assert (tmp_path / "faults" / "fault-1.json").exists()
+    path = Path(str(told.report["snippet"]))
+    shown = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert shown.returncode == 0, shown.stderr
+    assert "no fault this time" in shown.stdout
