@@ -15,6 +15,7 @@ import gymnasium
 import pytest
 
 import shoal
+import shoal.runs
 from rollout_fakes import Drift
 from shoal.config import AlgorithmConfig
 from shoal.errors import ConfigError, RunError
@@ -167,6 +168,32 @@ def test_an_object_that_cannot_travel_is_named():
         train(factory, actors=1, stop={"updates": 1})
 
 
+# ---- what is refused -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("callbacks", [print, [3], "ab", [print, None]])
+def test_callbacks_are_a_list_of_functions(callbacks):
+    with pytest.raises(ConfigError, match="callbacks: a list of functions was expected"):
+        train(callbacks=callbacks, stop={"updates": 1})
+
+
+@pytest.mark.parametrize("actors", [0, 1])
+def test_a_refused_start_leaves_nothing_that_it_made(actors, tmp_path):
+    for settings in ({}, {"run_dir": "new/run"}, {"run_dir": "mine"}):
+        Path("mine/logs").mkdir(parents=True, exist_ok=True)
+        Path("mine/logs/kept").touch()
+        with pytest.raises(ConfigError, match="CartPole"):
+            train("CartPole-v9", actors=actors, **settings)
+        assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["mine", "mine/logs", "mine/logs/kept"]
+
+
+def test_what_ran_is_kept_whatever_ends_it():
+    def fails(facts: Any) -> None:
+        raise ZeroDivisionError if facts["update"] == 2 else None
+
+    with pytest.raises(TypeError):
+        train(callbacks=[fails], stop={"updates": 3}, run_dir="mine")
+    assert Path("mine/config.yaml").exists()
+
+
 # ---- loading and resuming --------------------------------------------------------------------------------------------
 def test_a_run_is_found_again_with_its_result_configuration_and_policy():
     run = train(stop={"updates": 2}, run_dir="mine", seed=4)
@@ -199,6 +226,22 @@ def test_a_run_that_met_its_end_ends_at_once_when_resumed():
     assert (resumed.result["reason"], resumed.result["updates"]) == ("updates", 2)
     assert resumed.result == run.result == json.loads(Path("mine/result.json").read_text())  # its seconds too
     assert resume("mine", env=Drift, stop={"updates": 3}).result["updates"] == 3
+
+
+def test_a_damaged_file_of_a_run_is_named_with_what_to_do_and_the_run_goes_on_without_it():
+    train(stop={"updates": 2}, run_dir="mine")
+    for name, what in (("run.json", r"run\.json is damaged.*Move it away"), ("run.db", r"run\.db.*Move it away")):
+        whole = Path("mine", name).read_bytes()
+        Path("mine", name).write_bytes(b'{"run_id": ' + bytes(500))
+        with pytest.raises(RunError, match=what):
+            resume("mine", env=Drift, stop={"updates": 3})
+        shown = shoal.runs.show("mine")
+        assert (shown["results"]["updates"], bool(shown["warnings"])) == (2, name == "run.db")
+        Path("mine", name).write_bytes(whole)
+    Path("mine/run.json").unlink()
+    Path("mine/run.db").unlink()
+    ledger = resume("mine", env=Drift, stop={"updates": 3}).result["ledger"]
+    assert ledger == {"produced": 3 * BATCH, "trained": 3 * BATCH, "dropped": {}, "in_flight": 0}
 
 
 def test_a_run_without_a_checkpoint_begins_again_and_says_so():

@@ -13,7 +13,7 @@ import pytest
 
 from shoal import runs
 from shoal.config import RunConfig
-from shoal.errors import RunError
+from shoal.errors import ConfigError, RunError
 from shoal.files import CheckpointDirectory, lock_run, to_json, write_text_atomically
 from shoal.monitoring.store import RunStore
 from shoal.settings import load_config
@@ -47,10 +47,10 @@ def test_runs_that_begin_in_the_same_second_do_not_share_a_directory(tmp_path: P
 def test_a_chosen_directory_is_used_once(tmp_path: Path) -> None:
     chosen = config(run_dir=str(tmp_path / "a" / "b"))
     assert runs.create_run(chosen) == (tmp_path / "a" / "b").resolve()
-    with pytest.raises(RunError, match=r"is a run already.*resume"):
+    with pytest.raises(ConfigError, match=r"is a run already.*resume"):
         runs.create_run(chosen)
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot be made"):
+    with pytest.raises(ConfigError, match=r"cannot be made.*--run-dir"):
         runs.create_run(config(run_dir=str(tmp_path / "file")))
 
 

@@ -27,7 +27,7 @@ from shoal.files import CheckpointDirectory, Loaded, lock_run, write_text_atomic
 from shoal.monitoring.live import SilentView, View, open_view
 from shoal.monitoring.profile import TRACES, begin_profile, finish_profile
 from shoal.monitoring.recorder import Callback, Recorder, lag_summary
-from shoal.runs import create_run, find_run
+from shoal.runs import find_run, new_run
 from shoal.settings import dump_config, load_config, resolve
 from shoal.types import EnvironmentSpec, FieldSpec
 
@@ -91,8 +91,9 @@ def train(
     objects, target_path, settings = _split_objects(target, settings)
     config, preset = resolve(target_path, settings)
     config.preset = preset
-    directory = create_run(config)
-    return _execute(config, objects, directory, callbacks, progress, profile)
+    _check_callbacks(callbacks)
+    with new_run(config) as run:
+        return _execute(config, objects, run.directory, callbacks, progress, profile, run.discard)
 
 
 def resume(
@@ -106,13 +107,14 @@ def resume(
 ) -> Run:
     """Go on with a run from its newest whole checkpoint. `settings` may change how it ends and how many actors it has.
 
-    Args:
-      env: the environment's factory, where the run was started with an object that has no import path.
     A run without a checkpoint begins again from the start, with a warning; one that met its stop condition is given back as it is.
 
+    Args:
+      env: the environment's factory, where the run was started with an object that has no import path.
     Raises:
       RunError: no such run, or it is alive. CheckpointError: it has checkpoints, and none is whole. ConfigError: a setting that cannot change.
     """
+    _check_callbacks(callbacks)
     directory = find_run(path)
     base = load_config(directory / "config.yaml")
     objects, _, settings = _split_objects(env, settings)
@@ -122,9 +124,9 @@ def resume(
     config, _ = resolve(None, {**settings, "run_dir": str(directory), "preset": base.preset or "none"}, tree)
     _refuse_changes(base, config)
     before = load(directory)
-    if config.stop == base.stop and _is_over(before):
+    if (config.stop, config.evaluation) == (base.stop, base.evaluation) and _is_over(before):
         return Run(directory, before.result, objects)
-    return _execute(config, objects, directory, callbacks, progress, profile, resumed=True)
+    return _execute(config, objects, directory, callbacks, progress, profile)
 
 
 def load(path: str | Path, *, env: Callable[..., Any] | None = None, network: Callable[..., Any] | None = None) -> Run:
@@ -228,22 +230,21 @@ def _execute(
     callbacks: Sequence[Callback],
     progress: View | None,
     profile: bool,
-    *,
-    resumed: bool = False,
+    discard: Callable[[], None] | None = None,
 ) -> Run:
+    """One part of a run; of a new one, `discard` is called where it was refused before anything ran."""
     view = progress if progress is not None else open_view()
     with contextlib.ExitStack() as stack:
         if progress is None:
             stack.callback(view.close)
         stack.enter_context(lock_run(directory))
+        _known_facts(directory)  # damaged, it is refused before anything is changed
         checkpoints = CheckpointDirectory(directory / "checkpoints")
         loaded = checkpoints.newest() if checkpoints.paths() else None
         recorder = stack.enter_context(contextlib.closing(Recorder(config, directory, view, callbacks)))
-        if resumed and loaded is None:
+        if discard is None and loaded is None:
             recorder.event("warning", update=0, message="this run has no checkpoint: it begins again from the start")
         wants_end = stack.enter_context(_interrupts())
-        write_text_atomically(directory / "config.yaml", dump_config(config))
-        (directory / "result.json").unlink(missing_ok=True)  # of an earlier part
         traces = ""
         if profile:
             traces = str(begin_profile(directory).absolute())
@@ -252,7 +253,14 @@ def _execute(
         try:
             result = execute(config, objects, directory, loaded, recorder, wants_end, traces)
         except ShoalError as error:
+            if isinstance(error, ConfigError) and discard is not None and not recorder.began:
+                discard()
             recorder.failed(error)
+            raise
+        except KeyboardInterrupt as interrupt:
+            if discard is not None and not recorder.began:
+                discard()
+            interrupt.args = (_interrupted(recorder, resumed=discard is None),)
             raise
         write_text_atomically(directory / "result.json", json.dumps(result, indent=1))
         recorder.finish(result)
@@ -349,6 +357,7 @@ def _session(
     fields = [FieldSpec(f["name"], f["dtype"], tuple(f["shape"]), f["axis"]) for f in facts["fields"]]
     config.mode = facts["mode"]
     config.env.form = facts["form"]  # measured once: a resumed run keeps it
+    (directory / "result.json").unlink(missing_ok=True)  # of an earlier part, which may have had another configuration
     write_text_atomically(directory / "config.yaml", dump_config(config))
     plan = Plan.of(config)
     schema = rollout_schema(spec, fields, plan.rollout_length, plan.group_size)
@@ -410,6 +419,13 @@ def _result(session: Session, outcome: dict[str, Any], directory: Path) -> dict[
     }
 
 
+def _interrupted(recorder: Recorder, *, resumed: bool) -> str:
+    """What an end at once leaves."""
+    if recorder.began:
+        return "interrupted: ended at once; `shoal resume` goes on from the newest checkpoint"
+    return "interrupted before training " + ("went on: the run is as it was" if resumed else "began: nothing was kept")
+
+
 # ---- helpers ---------------------------------------------------------------------------------------------------------
 def _split_objects(target: str | Callable[..., Any] | None, settings: dict[str, Any]) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """The user's own objects apart from what can be written down. Returns (objects, target, settings)."""
@@ -426,6 +442,14 @@ def _split_objects(target: str | Callable[..., Any] | None, settings: dict[str, 
     if isinstance(named, type):
         objects["algorithm"] = named
     return objects, target, settings
+
+
+def _check_callbacks(callbacks: object) -> None:
+    """Raises ConfigError for what is no list of functions."""
+    if isinstance(callbacks, Sequence) and all(callable(callback) for callback in callbacks):
+        return
+    wrong = [callback for callback in callbacks if not callable(callback)] if isinstance(callbacks, Sequence) else [callbacks]
+    raise ConfigError(f"callbacks: a list of functions was expected, such as callbacks=[watch], got {wrong[0]!r}")
 
 
 def _pickled(objects: dict[str, Any]) -> bytes | None:
@@ -470,7 +494,14 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _known_facts(directory: Path) -> dict[str, Any]:
     path = directory / FACTS
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        bytes.fromhex(known.get("run_id", ""))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise RunError(
+            f"{path} is damaged: {error}. Move it away and resume again: the run goes on under a new id, and its builds are not compared"
+        ) from error
+    return dict(known)
 
 
 def _run_id(directory: Path) -> bytes:
@@ -500,12 +531,15 @@ class _Wants:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[_Wants]:
-    """Ctrl-C and SIGTERM once: end well, with a checkpoint; twice: at once. In a thread, only the caller can end the run."""
+    """Ctrl-C, SIGTERM or SIGHUP once: end well, with a checkpoint; twice: at once. Under nohup, SIGHUP stays ignored. In a thread, only the caller can end the run."""
     wants = _Wants()
     if threading.current_thread() is not threading.main_thread():
         yield wants
         return
-    before = {number: signal.signal(number, wants.signalled) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, wants.signalled) for number in numbers}
     try:
         yield wants
     finally:

@@ -13,13 +13,15 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from shoal.config import RunConfig
-from shoal.errors import RunError, ShoalError
+from shoal.errors import ConfigError, RunError, ShoalError
 from shoal.files import CheckpointDirectory, run_holder, write_text_atomically
 from shoal.monitoring.store import RunReader
 from shoal.settings import dump_config, read_yaml
@@ -41,11 +43,46 @@ def _word(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", short).strip("-.")[:80] or "run"
 
 
+class NewRun:
+    """A run that is being started."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.unwanted = False
+
+    def discard(self) -> None:
+        """It never began: its directory is to go."""
+        self.unwanted = True
+
+
+@contextlib.contextmanager
+def new_run(config: RunConfig, runs: str | Path = "runs") -> Iterator[NewRun]:
+    """`create_run`; at the end, all that was made is removed where the run was discarded."""
+    chosen = Path(config.run_dir).expanduser() if config.run_dir else None
+    before = set() if chosen is None else _inside(chosen.resolve())
+    there = Path(runs) if chosen is None else chosen
+    missing = [path for path in (there, *there.absolute().parents) if not path.exists()]
+    run = NewRun(create_run(config, runs))
+    try:
+        yield run
+    finally:
+        if run.unwanted:
+            for path in _inside(run.directory) - before:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # others may have made something there meanwhile
+                for path in [run.directory, *missing] if chosen is None else missing:
+                    path.rmdir()
+
+
+def _inside(directory: Path) -> set[Path]:
+    return {path for part in (directory / LOGS, directory) if part.is_dir() for path in part.iterdir()}
+
+
 def create_run(config: RunConfig, runs: str | Path = "runs") -> Path:
     """Make the directory of a new run and write its config.yaml: `config.run_dir`, or one named after it under `runs`.
 
     Raises:
-      RunError: the directory is a run already, or cannot be made.
+      ConfigError: the directory is a run already, or cannot be made.
     """
     chosen = Path(config.run_dir).expanduser() if config.run_dir else None
     name = run_name(config)
@@ -60,11 +97,11 @@ def create_run(config: RunConfig, runs: str | Path = "runs") -> Path:
                 continue
             break
         if (path / CONFIG).exists():
-            raise RunError(f"{path} is a run already; go on with it (shoal resume {path}), or choose another run_dir")
+            raise ConfigError(f"run_dir: {path} is a run already; go on with it (shoal resume {path}), or choose another --run-dir")
         (path / LOGS).mkdir(exist_ok=True)
         write_text_atomically(path / CONFIG, dump_config(config))
     except OSError as error:
-        raise RunError(f"the run's directory cannot be made: {error}") from error
+        raise ConfigError(f"run_dir: the run's directory cannot be made: {error}; choose one with --run-dir") from error
     return path.resolve()
 
 

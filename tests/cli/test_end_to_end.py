@@ -117,6 +117,56 @@ def test_what_a_killed_run_made_after_its_checkpoint_is_rolled_back_by_identity(
     assert next((e["update"], e["updates_undone"]) for e in events if e["kind"] == "resumed") == (checkpoint, newest - checkpoint)
 
 
+SIGNALLING = """
+import os, signal, time
+import gymnasium
+
+class Ends(gymnasium.Wrapper):
+    def step(self, action):
+        if os.path.exists("run/control.sock") and not os.path.exists("sent"):
+            open("sent", "w").close()
+            os.kill(int(open("supervisor").read()), signal.SIGHUP)
+        return self.env.step(action)
+
+def ends_in_the_first_rollout():
+    return Ends(gymnasium.make("CartPole-v1"))
+
+def ends_while_it_is_looked_at():
+    os.kill(int(open("supervisor").read()), signal.SIGINT)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("name", ["ends_in_the_first_rollout", "ends_while_it_is_looked_at"])
+def test_a_run_that_is_interrupted_before_its_first_update_ends_well(name: str, tmp_path: Path) -> None:
+    (tmp_path / "env.py").write_text(SIGNALLING)
+    script = "import os\nopen('supervisor', 'w').write(str(os.getpid()))\nfrom shoal.cli import main\nmain()"
+    command = ["train", f"env.py:{name}", "--actors", "1", "--run-dir", "run", "--json", "--sampling.rollout-length", "4096"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 130, done.stderr
+    said = json.loads(done.stdout)
+    if name == "ends_in_the_first_rollout":
+        assert (said["reason"], said["updates"]) == ("interrupted", 0)
+        assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["update-000000000"]
+        assert answer("resume", "run", "--stop.updates", "1", cwd=tmp_path)["updates"] == 1
+    else:
+        assert said["error"]["message"] == "interrupted before training began: nothing was kept"
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_beyond_float32_neither_ends_the_run_nor_makes_noise(tmp_path: Path) -> None:
+    (tmp_path / "huge.py").write_text(
+        "import gymnasium\n"
+        "def make():\n"
+        "    return gymnasium.wrappers.TransformReward(gymnasium.make('CartPole-v1'), lambda reward: 1e300)\n"
+    )
+    done = shoal("train", "huge.py:make", "--actors", "0", "--stop.updates", "2", "--sampling.rollout-length", "64", cwd=tmp_path)
+    assert "Warning" not in done.stderr
+
+
 def test_a_factory_in_a_file_gets_its_arguments_and_its_printing_stays_out_of_the_answer(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import gymnasium\n"

@@ -119,6 +119,8 @@ def test_a_reader_refuses_what_is_no_run(path: Path) -> None:
     path.write_bytes(b"nothing of the kind" * 100)
     with pytest.raises(RunError, match="cannot read"):
         RunReader(path)
+    with pytest.raises(RunError, match=r"cannot open .*run\.db.*Move it away.*training goes on"):
+        RunStore(path)
 
 
 def test_a_reader_refuses_another_format(path: Path) -> None:

@@ -29,6 +29,14 @@ def test_tensorboard_reads_every_value_at_its_step(tmp_path: Path) -> None:
     assert found["train/approx_kl"] == [(step, -0.5) for step in steps]
 
 
+def test_a_number_beyond_float32_is_infinite(tmp_path: Path) -> None:
+    writer = TensorBoardWriter(tmp_path / "tb")
+    writer.scalars(1, {"up": 1e300, "down": -1e300, "whole": 10**30})
+    writer.close()
+    found = read_back(tmp_path / "tb")
+    assert (found["up"], found["down"]) == ([(1, math.inf)], [(1, -math.inf)])
+
+
 def test_a_resumed_run_goes_on_in_a_second_file(tmp_path: Path) -> None:
     for step in (1, 2):
         writer = TensorBoardWriter(tmp_path)

@@ -7,6 +7,7 @@ the one object on standard output, under `error`.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -269,14 +270,16 @@ def main(args: list[str] | None = None) -> NoReturn:
     except click.ClickException as error:
         error.show()
         _fail(error, error.format_message(), 2, args, said=True)
-    except (click.Abort, KeyboardInterrupt):
-        _fail(None, "interrupted", INTERRUPTED, args)
+    except (click.Abort, KeyboardInterrupt) as interrupt:
+        _fail(None, str(interrupt.__cause__ or interrupt) or "interrupted", INTERRUPTED, args)
     except ShoalError as error:
         _fail(error, str(error), error.exit_code, args)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read our output has gone; Python flushes it once more at exit
         sys.exit(1)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.EIO and not os.isatty(2):
+            sys.exit(1)  # the terminal was closed; what was to be printed is in result.json
         _fail(error, f"{type(error).__name__}: {error} (--debug shows where)", 1, args)
     sys.exit(0)
 

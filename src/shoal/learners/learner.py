@@ -77,6 +77,7 @@ class Learner:
         self._barren = 0
 
     # ---- one update ----------------------------------------------------------------------------------------------
+    @np.errstate(over="ignore", invalid="ignore")  # numbers beyond float32 become infinite, and show in loss and gradient
     def consume(self, orders: Sequence[tuple[int, Identity]]) -> Consumed:
         """Check and copy the rollouts of the next update. Their slots are free afterwards."""
         slots, dropped = [], {}
@@ -91,6 +92,7 @@ class Learner:
         groups = [int(s.envelope["group"]) for s in slots]
         return Consumed(assemble(slots, self.version) if slots else None, groups, dropped)
 
+    @np.errstate(over="ignore", invalid="ignore")
     def update(self, consumed: Consumed) -> dict[str, float]:
         """One update: it makes the next policy version, which is published before this returns."""
         batch = consumed.batch

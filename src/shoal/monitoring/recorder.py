@@ -78,6 +78,11 @@ class Recorder:
         c.ledger.take_over({(group, Fate[reason.upper()]): lost for (group, reason), lost in self.store.lost().items()})
         self.event("resumed", update=c.version, updates_undone=undone)
 
+    @property
+    def began(self) -> bool:
+        """Whether a rollout was made, now or in an earlier part of the run."""
+        return self._session is not None and bool(self._coordinator.version or self._coordinator.ledger.balance()["produced"])
+
     # ---- what the engine calls -----------------------------------------------------------------------------------
     def updated(self, report: UpdateReport) -> bool:
         self._metrics = {k: v for k, v in report.metrics.items() if not k.startswith("lag/")}
@@ -141,6 +146,7 @@ class Recorder:
             return "stopping"
         return "paused" if self._paused else "starting" if session.started is None else "training"
 
+    @np.errstate(over="ignore", invalid="ignore")  # of returns beyond any number
     def snapshot(self, phase: str | None = None) -> Snapshot:
         """Where the run stands now."""
         c, session, config = self._coordinator, self._session, self._config

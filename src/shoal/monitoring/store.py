@@ -33,6 +33,7 @@ CREATE TABLE IF NOT EXISTS dropped (
   "group" INTEGER NOT NULL, sequence INTEGER NOT NULL, attempt INTEGER NOT NULL, reason TEXT NOT NULL,
   "update" INTEGER NOT NULL, env_steps INTEGER NOT NULL, PRIMARY KEY ("group", sequence, attempt)) WITHOUT ROWID;
 """
+_ADVICE = "Move it away (with run.db-wal and run.db-shm): the run's metrics and log are lost, training goes on from its checkpoint"
 _FINAL = "('over_lag', 'invalid')"  # reasons after which a sequence is not made again
 _INSERT = {
     "metrics": "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?, ?)",
@@ -83,7 +84,7 @@ class RunStore:
             self._connection.execute("PRAGMA synchronous = NORMAL")
             self._connection.executescript(_SCHEMA)
         except sqlite3.Error as error:
-            raise RunError(f"cannot open {path}: {error}") from error
+            raise RunError(f"cannot open {path}: {error}. {_ADVICE}") from error
         self.set_meta("format", FORMAT)
 
     def set_meta(self, key: str, value: Any) -> None:

@@ -7,6 +7,7 @@ values = 1, each with tag = 1 (string) and simple_value = 2 (float).
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import struct
@@ -78,7 +79,11 @@ def _double(field: int, value: float) -> bytes:
 
 
 def _float(field: int, value: float) -> bytes:
-    return _varint(field << 3 | 5) + struct.pack("<f", value)
+    try:
+        packed = struct.pack("<f", value)
+    except OverflowError:  # finite, and beyond float32
+        packed = struct.pack("<f", math.copysign(math.inf, value))
+    return _varint(field << 3 | 5) + packed
 
 
 def _bytes(field: int, value: bytes) -> bytes:
