@@ -222,7 +222,10 @@ def _execute(
         except ShoalError as error:
             recorder.failed(error)
             raise
-        write_text_atomically(directory / "result.json", json.dumps(result, indent=1))
+        try:
+            write_text_atomically(directory / "result.json", json.dumps(result, indent=1))
+        except RunError as error:  # the run is made all the same, and its checkpoint is whole
+            recorder.event("warning", message=str(error))
         recorder.finish(result)
     return Run(directory, result, objects)
 
@@ -307,11 +310,11 @@ def _session(
     part = int(known.get("parts", 0))
     session.coordinator.number_attempts_from(part * ATTEMPTS_PER_PART)
     if part and loaded is None:
-        recorder.store.rewind(0)
+        recorder.rewind(0)
     if loaded is not None:
         session.load(loaded)
         session.coordinator.number_attempts_from(part * ATTEMPTS_PER_PART)
-        recorder.store.rewind(session.coordinator.version)
+        recorder.rewind(session.coordinator.version)
         for warning in loaded.warnings:
             recorder.event("warning", message=warning)
         if known.get("build", build) != build:

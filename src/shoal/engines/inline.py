@@ -12,6 +12,7 @@ from shoal.actors.actor import Actor
 from shoal.engines.roles import Blueprint, one_thread
 from shoal.engines.saving import load_learner, save_learner
 from shoal.engines.session import Session
+from shoal.errors import CheckpointError
 from shoal.experience.ring import Ring
 from shoal.learners.learner import Learner
 from shoal.supervision.heartbeat import ActivityBoard
@@ -41,6 +42,13 @@ class InlineEngine:
 
     def run(self, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         """Train until a stop condition. Returns {reason, weights_sha256}; the last checkpoint is saved."""
+        try:
+            return self._run(interrupted)
+        finally:
+            self._actor.close()
+            self._activities.close()
+
+    def _run(self, interrupted: Callable[[], bool]) -> dict[str, Any]:
         session, coordinator = self._session, self._session.coordinator
         path = session.last_checkpoint[2]
         if path is not None:
@@ -62,13 +70,12 @@ class InlineEngine:
             self._behaviour.refresh()
             reason = session.finish_update(metrics) or ("interrupted" if interrupted() else None)
             if reason is None and session.checkpoint_due():
-                self._save()
+                self._try_save()
             if time.monotonic() - ticked > 0.25:
                 ticked = time.monotonic()
                 session.observer.tick(self._activities.records())
         coordinator.shut_down()
         self._save()
-        self._actor.close()
         return {"reason": reason, "weights_sha256": self._learner.weights_sha256}
 
     def _fill(self) -> None:
@@ -88,8 +95,17 @@ class InlineEngine:
             coordinator.filled(lease.slot, lease.identity)
 
     def _save(self) -> None:
+        """Raises CheckpointError where the disk refuses."""
         self._enter(Activity.SAVING)
         staging, arrays, facts = self._session.begin_checkpoint()
         with staging:
-            save_learner(self._learner, staging.path, self._blueprint)
+            with staging.disk_errors():
+                save_learner(self._learner, staging.path, self._blueprint)
             self._session.commit(staging, arrays, facts)
+
+    def _try_save(self) -> None:
+        """The disk refuses: the run goes on, with an alarm; the checkpoints before are whole."""
+        try:
+            self._save()
+        except CheckpointError as error:
+            self._session.save_failed(str(error))

@@ -2,7 +2,7 @@
 
 consumes    what the session reports after each update, events, and a tick a few times a second
 waits for   nothing but a commit of run.db, once a second
-on failure  a disk that refuses is said once in the view; the run goes on without its numbers, never without its ledger
+on failure  a disk that refuses is said in the view, and so is its end; the run goes on without its numbers, never without its ledger
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Recorder:
         self._shares: dict[str, float] = {}
         self._metrics: dict[str, float] = {}
         self._activities: list[ActivityRecord] = []
-        self._broken = self._paused = False
+        self._broken = self._board_broken = self._paused = False
         self._wanted_actors = config.actors or 0
 
     def attach(self, session: Session) -> None:
@@ -93,7 +93,7 @@ class Recorder:
         facts = {k: v for k, v in details.items() if k != "update"}
         self._keep(lambda: self.store.event(kind, update, **facts))
         if kind == "rolled_back":
-            self._keep(lambda: self.store.rewind(update))
+            self.rewind(update)
         if kind in ("pause", "continue"):
             self._paused = kind == "pause"
         if kind == "scaled":
@@ -115,6 +115,10 @@ class Recorder:
 
     def flush(self) -> None:
         self._keep(self.store.flush)
+
+    def rewind(self, update: int) -> None:
+        """The run goes on from a checkpoint of this update: the numbers beyond it are forgotten."""
+        self._keep(lambda: self.store.rewind(update))
 
     def state(self) -> dict[str, Any]:
         return self.snapshot().to_json()
@@ -220,7 +224,7 @@ class Recorder:
         ledger = self._coordinator.ledger
         self.store.set_meta("ledger", {"steps": ledger.balance(), "rollouts": ledger.balance_rollouts(), "groups": ledger.by_group()})
         self.store.set_meta("lag", {"mean": snapshot.lag_mean, "p99": snapshot.lag_p99, "max": snapshot.lag_max})
-        self._board.scalars(snapshot.env_steps, values)
+        self._show(lambda: self._board.scalars(snapshot.env_steps, values))
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """The run is over: the last numbers, and its result."""
@@ -236,7 +240,7 @@ class Recorder:
 
     def close(self) -> None:
         self._keep(self.store.close)
-        self._keep(self._board.close)
+        self._show(self._board.close)
 
     def _keep(self, write: Callable[[], None]) -> None:
         try:
@@ -244,7 +248,21 @@ class Recorder:
         except (RunError, OSError, ValueError, sqlite3.Error) as error:
             if not self._broken:
                 self._broken = True
-                self._view.message(f"warning: numbers of this run are no longer kept: {error}")
+                self._view.message(f"warning: numbers of this run are not kept for now: {error}")
+            return
+        if self._broken and not self.store.failing:
+            self._broken = False
+            lost = f"; {self.store.lost} rows were lost" if self.store.lost else ""
+            self._view.message(f"numbers of this run are kept again in {self.store.path.name}{lost}")
+
+    def _show(self, write: Callable[[], None]) -> None:
+        """The same for TensorBoard's files: they are a copy."""
+        try:
+            write()
+        except OSError as error:
+            if not self._board_broken:
+                self._view.message(f"warning: TensorBoard's files miss numbers: {error}")
+            self._board_broken = True
 
 
 def lag_summary(lag: Mapping[int, int]) -> tuple[float, float, int]:
