@@ -262,7 +262,10 @@ def _execute(
                 discard()
             interrupt.args = (_interrupted(recorder, resumed=discard is None),)
             raise
-        write_text_atomically(directory / "result.json", json.dumps(result, indent=1))
+        try:
+            write_text_atomically(directory / "result.json", json.dumps(result, indent=1))
+        except RunError as error:  # the run is made all the same, and its checkpoint is whole
+            recorder.event("warning", message=str(error))
         recorder.finish(result)
     return Run(directory, result, objects)
 

@@ -12,6 +12,7 @@ checkpoint is told from a torn one. Nothing here is ever unpickled. Ground floor
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -19,9 +20,9 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -36,6 +37,7 @@ from shoal.types import Array, Arrays
 FORMAT = 1
 MANIFEST = "manifest.json"
 LOCK = "run.lock"
+_MANIFEST_BYTES = 2**24  # a manifest is shorter; a longer file is none, and is not read into memory
 _COMMITTED = re.compile(r"update-(\d{9,18})(?:\.(\d{1,9}))?")
 _STAGING = re.compile(r"\.staging-\d+-(\d+)")
 _TRASH = ".trash-"
@@ -53,7 +55,7 @@ class Staging:
         self.update = update
         self._root = root
         self._active = active
-        with self._disk_errors():
+        with self.disk_errors():
             shutil.rmtree(self.path, ignore_errors=True)
             root.mkdir(parents=True, exist_ok=True)
             self.path.mkdir()
@@ -64,17 +66,17 @@ class Staging:
 
         Raises SchemaError for a dtype that is neither numbers, booleans nor a record of them.
         """
-        with self._disk_errors():
+        with self.disk_errors():
             write_arrays(self._place(name, ".safetensors"), arrays)
 
     def write_json(self, name: str, value: object) -> None:
         """Write `{name}.json`; floats come back bit for bit, NaN and infinities included."""
-        with self._disk_errors():
+        with self.disk_errors():
             self._place(name, ".json").write_text(to_json(value), encoding="utf-8")
 
     def commit(self) -> Path:
         """Make it durable and visible in one step; returns its final path."""
-        with self._disk_errors():
+        with self.disk_errors():
             return self._commit()
 
     def discard(self) -> None:
@@ -119,8 +121,9 @@ class Staging:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
+    @contextlib.contextmanager
+    def disk_errors(self) -> Iterator[None]:
+        """Around what writes into `path` itself: an OSError discards the checkpoint and becomes a CheckpointError that says so."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -145,7 +148,11 @@ class Loaded:
         return arrays_from_bytes(self.read(f"{name}.safetensors"))
 
     def json(self, name: str) -> Any:
-        return json.loads(self.read(f"{name}.json"))
+        """What `write_json(name, ...)` wrote. Raises CheckpointError as `arrays` does."""
+        try:
+            return json.loads(self.read(f"{name}.json"))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.path}/{name}.json is no JSON: {error}") from error
 
     def read(self, file: str) -> bytes:
         """The bytes of one file, hashed again so that what is used is what was checked."""
@@ -193,9 +200,15 @@ class CheckpointDirectory:
         raise CheckpointError(f"no whole checkpoint in {self.root}: " + "; ".join(warnings))
 
     def sweep(self, keep: int) -> None:
-        """Remove all but the newest `keep` updates, superseded revisions, and what dead processes left half made."""
-        if not self.root.is_dir():
-            return
+        """Remove all but the newest `keep` updates, superseded revisions, and what dead processes left half made.
+
+        A disk that refuses is left as it is: the next sweep tries again.
+        """
+        if self.root.is_dir():
+            with contextlib.suppress(OSError):
+                self._sweep(keep)
+
+    def _sweep(self, keep: int) -> None:
         newest = {update: path for update, _, path in _committed(self.root)}
         kept = {newest[update] for update in sorted(newest)[-keep:]}
         for path in self.paths():
@@ -218,17 +231,30 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Loaded:
     """One committed checkpoint, every hash verified. Raises CheckpointError where it is not whole or of another format."""
     path = Path(path)
     try:
-        manifest = _read_manifest(path)
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        update, files = _read_manifest(path)
         for name, (size_bytes, sha256) in files.items():
             _verify(path, name, size_bytes, sha256)
-        return Loaded(path, int(manifest["update"]), files)
+        return Loaded(path, update, files)
     except OSError as error:
         raise _TornError(f"{error.filename}: {os.strerror(error.errno or errno.EIO)}") from error
 
 
+@contextlib.contextmanager
+def whole_state(path: Path) -> Iterator[None]:
+    """Around whoever takes a state out of a checkpoint: one without a part, or of another shape, is a CheckpointError."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} does not hold the state that this run needs ({type(error).__name__}: {error}); was it written by another version, or its run's configuration changed?"
+        ) from error
+
+
 def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
-    """Write named arrays as safetensors, C order. Structured arrays become bytes, with their dtype in the file's metadata."""
+    """Write named arrays as safetensors, C order. Structured arrays become bytes, with their dtype in the file's metadata.
+
+    Raises SchemaError for a dtype without a place there; OSError where the disk refuses.
+    """
     stored: Arrays = {}
     structured: dict[str, object] = {}
     for name, given in arrays.items():
@@ -240,7 +266,13 @@ def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
             stored[name] = array
         else:
             raise SchemaError(f"array {name!r} of {path.name} has dtype {array.dtype}; numbers, booleans and records of them can be saved")
-    safetensors_numpy.save_file(stored, path, {"structured": json.dumps(structured)} if structured else None)
+    try:
+        safetensors_numpy.save_file(stored, path, {"structured": json.dumps(structured)} if structured else None)
+    except SafetensorError as error:  # its words for an OSError
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def arrays_from_bytes(content: bytes) -> Arrays:
@@ -251,7 +283,7 @@ def arrays_from_bytes(content: bytes) -> Arrays:
         structured = json.loads(header.get("__metadata__", {}).get("structured", "{}"))
         for name, (fields, shape) in structured.items():
             arrays[name] = arrays[name].view(np.dtype([tuple(field) for field in fields])).reshape(shape)
-    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"not a safetensors file that shoal wrote: {error}") from error
     return arrays
 
@@ -262,19 +294,27 @@ def to_json(value: object) -> str:
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Replace a file in one step: whoever reads it sees the old text or the new, also after a loss of power."""
+    """Replace a file in one step: whoever reads it sees the old text or the new, also after a loss of power.
+
+    A file that holds the text already is left alone. Raises RunError where the disk refuses; the old text is whole then.
+    """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
+        if path.is_file() and path.read_bytes() == text.encode():
+            return
+        try:
+            with open(aside, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {os.strerror(error.errno or errno.EIO)}") from error
 
 
 class RunLock:
@@ -311,9 +351,14 @@ os.register_at_fork(after_in_child=_forget_locks)
 def lock_run(directory: str | os.PathLike[str], *, wait_seconds: float = 5.0) -> RunLock:
     """Take the run for this process. `wait_seconds` is how long the last children of a killed run may take to die.
 
-    Raises RunError, which names the process, where a living run holds it.
+    Raises RunError, which names the process, where a living run holds it; or which says why nothing can be written there.
     """
-    descriptor = os.open(Path(directory) / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        descriptor = os.open(Path(directory) / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {Path(directory) / LOCK}: {os.strerror(error.errno or errno.EIO)}; a run needs its directory"
+        ) from error
     deadline = time.monotonic() + wait_seconds
     try:
         while not _try_lock(descriptor, fcntl.LOCK_EX):
@@ -325,7 +370,8 @@ def lock_run(directory: str | os.PathLike[str], *, wait_seconds: float = 5.0) ->
                 )
             time.sleep(0.01)
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without the number
+            os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
     except BaseException:
         os.close(descriptor)
         raise
@@ -386,8 +432,9 @@ def _manifest_bytes(manifest: Mapping[str, object]) -> bytes:
     return b'{"manifest":%s,"sha256":"%s"}\n' % (body, hashlib.sha256(body).hexdigest().encode())
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    content = (path / MANIFEST).read_bytes()
+def _read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
+    """The update, and size and SHA-256 of every file."""
+    content = _bounded_bytes(path / MANIFEST)
     try:
         manifest = json.loads(content)["manifest"]
         whole = _manifest_bytes(manifest) == content
@@ -399,15 +446,44 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has checkpoint format {manifest.get('format')}; this version of shoal reads format {FORMAT}: use the version that wrote it"
         )
+    try:
+        update = int(manifest["update"])
+        files = {_plain_name(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise _TornError(f"{MANIFEST} does not list update and files") from error
     match = _COMMITTED.fullmatch(path.name)
-    if match and int(match[1]) != manifest["update"]:
-        raise _TornError(f"{MANIFEST} is that of update {manifest['update']}")
-    return manifest
+    if match and int(match[1]) != update:
+        raise _TornError(f"{MANIFEST} is that of update {update}")
+    return update, files
+
+
+def _bounded_bytes(path: Path) -> bytes:
+    _only_plain(path)
+    with open(path, "rb") as file:
+        content = file.read(_MANIFEST_BYTES + 1)
+    if len(content) > _MANIFEST_BYTES:
+        raise _TornError(f"{path.name} is too long")
+    return content
+
+
+def _plain_name(name: str) -> str:
+    """A name that stays inside the checkpoint. Raises ValueError."""
+    if not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        raise ValueError(f"{name!r} lies outside")
+    return name
+
+
+def _only_plain(path: Path) -> int:
+    """Its size; a pipe in a file's place would be waited for without end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise _TornError(f"{path.name} is no plain file")
+    return status.st_size
 
 
 def _verify(directory: Path, name: str, size_bytes: int, sha256: str) -> None:
     path = directory / name
-    actual_bytes = path.stat().st_size
+    actual_bytes = _only_plain(path)
     if actual_bytes != size_bytes:
         raise _TornError(f"{name} has {actual_bytes} bytes instead of {size_bytes}")
     if _digest(path)[1] != sha256:

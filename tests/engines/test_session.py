@@ -11,6 +11,7 @@ from rollout_fakes import poisoned_ring, scripted_schema, scripted_spec, write_r
 from shoal.config import RunConfig
 from shoal.engines.coordinator import Coordinator, Plan
 from shoal.engines.session import Session
+from shoal.errors import CheckpointError
 from shoal.files import CheckpointDirectory
 
 
@@ -207,3 +208,28 @@ def test_a_roll_back_leads_to_the_last_checkpoint_as_often_as_it_takes(tmp_path,
             "in_flight": 0,
         }
         assert json.dumps(session.last_checkpoint[1]) == facts
+
+
+def test_a_roll_back_passes_over_a_checkpoint_that_was_damaged_since(tmp_path):
+    session, watcher, _ = session_in(tmp_path)
+    paths = []
+    for _ in range(2):
+        update(session)
+        paths.append(save(session))
+    (paths[1] / "coordinator.json").write_text("{}")
+    assert session.return_to_checkpoint() == paths[0]
+    assert session.coordinator.version == 1
+    session.coordinator.ledger.check()
+    assert [kind for kind, _ in watcher.events[-2:]] == ["warning", "rolled_back"]
+    assert "update-000000002 is not whole" in watcher.events[-2][1]["message"]
+
+
+def test_a_checkpoint_without_a_part_is_refused_in_one_line(tmp_path):
+    session, _, _ = session_in(tmp_path)
+    update(session)
+    staging, arrays, facts = session.begin_checkpoint()
+    staging.write_json("coordinator", {"version": 1})
+    session.commit(staging, arrays, facts)
+    resumed, _, _ = session_in(tmp_path)
+    with pytest.raises(CheckpointError, match=r"^[^\n]*does not hold the state that this run needs \(KeyError: 'ledger'\)[^\n]*$"):
+        resumed.load(CheckpointDirectory(tmp_path / "checkpoints").newest())

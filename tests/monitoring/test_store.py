@@ -157,3 +157,37 @@ def test_a_commit_comes_by_itself_once_it_is_time(path: Path, monkeypatch: pytes
         store.tick()
         assert len(reader.series("a")) == 1
     store.close()
+
+
+def test_a_disk_that_stays_full_costs_the_oldest_rows_and_not_the_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.monitoring.store.ROWS_KEPT", 50)
+    monkeypatch.setattr("shoal.monitoring.store.LOCKED_SECONDS", 0.0)
+    other = sqlite3.connect(path, isolation_level=None)
+    with RunStore(path) as store:
+        store.set_meta("ledger", 0)
+        store.flush()
+        other.execute("BEGIN EXCLUSIVE")
+        for update in range(200):
+            store.consumed(update, [])
+            store.set_meta("ledger", update)
+            with pytest.raises(RunError, match=r"cannot write .*run\.db"):
+                store.flush()
+        assert (store.failing, store.rows_lost) == (True, 150)
+        other.execute("ROLLBACK")
+        store.flush()
+        assert not store.failing
+    other.close()
+    with RunReader(path) as reader:
+        assert [update for update, _ in reader.consumed()] == list(range(150, 200))
+        assert reader.meta()["ledger"] == 199
+
+
+def test_the_database_of_another_format_is_refused_in_one_line_and_left_alone(path: Path) -> None:
+    RunStore(path).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE meta SET value = '0' WHERE key = 'format'")
+    before = path.read_bytes()
+    for opened in (RunStore, RunReader):
+        with pytest.raises(RunError, match=r"^[^\n]*run\.db has format 0[^\n]*$"):
+            opened(path)
+    assert path.read_bytes() == before

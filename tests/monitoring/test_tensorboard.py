@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,20 @@ def test_crc32c_gives_the_values_of_rfc_3720() -> None:
     assert crc32c(b"\xff" * 32) == 0x62A8AB43
     assert crc32c(bytes(range(32))) == 0x46DD794E
     assert crc32c(b"123456789") == 0xE3069283
+
+
+def test_after_a_disk_that_refused_the_numbers_go_on_in_a_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.monitoring.tensorboard.FLUSH_SECONDS", 0.0)
+    writer = TensorBoardWriter(tmp_path)
+    writer.scalars(1, {"a": 1.0})
+    (first,) = tmp_path.iterdir()
+    assert writer._file is not None
+    with open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), writer._file.fileno())
+        with pytest.raises(OSError, match="No space"):
+            writer.scalars(2, {"a": 2.0})
+    writer.scalars(3, {"a": 3.0})
+    writer.close()
+    assert len(list(tmp_path.iterdir())) == 2
+    assert first.stat().st_size > 0
+    assert {step for step, _ in read_back(tmp_path)["a"]} == {1, 3}

@@ -15,7 +15,7 @@ from shoal.engines.environment_faults import EnvironmentFaults
 from shoal.engines.roles import Blueprint, one_thread
 from shoal.engines.saving import load_learner, save_learner
 from shoal.engines.session import Session
-from shoal.errors import EnvironmentFault
+from shoal.errors import CheckpointError, EnvironmentFault
 from shoal.experience.ring import Ring
 from shoal.learners.learner import Learner
 from shoal.supervision.heartbeat import ActivityBoard
@@ -47,9 +47,13 @@ class InlineEngine:
         return self._learner
 
     def run(self, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-        """As `_run`, with a limit on the environments' calls."""
-        with limited(self._environment_seconds, self._session.config.env.step_timeout_seconds):
-            return self._run(interrupted)
+        """Train until a stop condition. Returns {reason, weights_sha256}; the last checkpoint is saved."""
+        try:
+            with limited(self._environment_seconds, self._session.config.env.step_timeout_seconds):
+                return self._run(interrupted)
+        finally:
+            self._actor.close()
+            self._activities.close()
 
     def _environment_seconds(self) -> float:
         """How long an environment has been in its present call."""
@@ -57,7 +61,6 @@ class InlineEngine:
         return record.age_seconds if record.activity in (Activity.STEPPING, Activity.RESTORING) else 0.0
 
     def _run(self, interrupted: Callable[[], bool]) -> dict[str, Any]:
-        """Train until a stop condition. Returns {reason, weights_sha256}; the last checkpoint is saved."""
         session, coordinator = self._session, self._session.coordinator
         path = session.last_checkpoint[2]
         if path is not None:
@@ -83,13 +86,12 @@ class InlineEngine:
             self._behaviour.refresh()
             reason = session.finish_update(metrics) or ("interrupted" if interrupted() else None)
             if reason is None and session.checkpoint_due():
-                self._save()
+                self._try_save()
             if time.monotonic() - ticked > 0.25:
                 ticked = time.monotonic()
                 session.observer.tick(self._activities.records())
         coordinator.shut_down()
         self._save()
-        self._actor.close()
         return {"reason": reason, "weights_sha256": self._learner.weights_sha256}
 
     def _fill(self) -> None:
@@ -128,10 +130,19 @@ class InlineEngine:
         self._faults.look_at(slot)
 
     def _save(self) -> None:
+        """Raises CheckpointError where the disk refuses."""
         self._trace.begin(Span.CHECKPOINT)
         self._enter(Activity.SAVING)
         staging, arrays, facts = self._session.begin_checkpoint()
         with staging:
-            save_learner(self._learner, staging.path, self._blueprint)
+            with staging.disk_errors():
+                save_learner(self._learner, staging.path, self._blueprint)
             self._session.commit(staging, arrays, facts)
         self._trace.end()
+
+    def _try_save(self) -> None:
+        """The disk refuses: the run goes on, with an alarm; the checkpoints before are whole."""
+        try:
+            self._save()
+        except CheckpointError as error:
+            self._session.save_failed(str(error))

@@ -100,7 +100,10 @@ class LocalEngine:
         """Train until a stop condition. Returns {reason, weights_sha256}; the last checkpoint is saved."""
         self._session, self._coordinator = session, session.coordinator
         self._faults = EnvironmentFaults(session)
-        self._control = ControlServer(self._directory)
+        try:
+            self._control = ControlServer(self._directory)
+        except OSError as error:
+            session.observer.event("warning", message=f"the run takes no requests (shoal control): {error.strerror} ({self._directory})")
         self._start_learner()
         self._place()
         if self._coordinator.version:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from shoal.engines.roles import Blueprint
 from shoal.evaluation.bundle import save_bundle
-from shoal.files import load_checkpoint, to_json, write_arrays
+from shoal.files import load_checkpoint, to_json, whole_state, write_arrays
 from shoal.learners.learner import Learner
 
 
 def save_learner(learner: Learner, directory: Path, blueprint: Blueprint) -> None:
-    """Write `learner.safetensors`, `learner.json` and the bundle `policy/` into a checkpoint in the making."""
+    """Write `learner.safetensors`, `learner.json` and the bundle `policy/` into a checkpoint in the making. Raises OSError."""
     arrays, facts = learner.get_state()
     write_arrays(directory / "learner.safetensors", arrays)
     facts["weights_sha256"] = learner.weights_sha256
@@ -20,6 +20,8 @@ def save_learner(learner: Learner, directory: Path, blueprint: Blueprint) -> Non
 
 
 def load_learner(learner: Learner, path: Path) -> None:
-    """Go on from a committed checkpoint, whose hashes are verified as it is read."""
+    """Go on from a committed checkpoint, whose hashes are verified as it is read. Raises CheckpointError where it does not fit."""
     loaded = load_checkpoint(path)
-    learner.set_state(loaded.arrays("learner"), loaded.json("learner"))
+    arrays, facts = loaded.arrays("learner"), loaded.json("learner")
+    with whole_state(loaded.path):
+        learner.set_state(arrays, facts)

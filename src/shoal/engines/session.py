@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from shoal.config import RunConfig
 from shoal.engines.coordinator import Coordinator, Episode
-from shoal.files import CheckpointDirectory, Loaded, Staging
+from shoal.files import CheckpointDirectory, Loaded, Staging, whole_state
 from shoal.types import ActivityRecord, Arrays, EnvironmentSpec
 
 ATTEMPTS_PER_PART = 1 << 20  # attempts of a group that one start of a run may number
@@ -123,13 +123,23 @@ class Session:
     def load(self, loaded: Loaded) -> None:
         """Go on from a checkpoint (a resumed run)."""
         arrays, facts = loaded.arrays("coordinator"), loaded.json("coordinator")
-        self.coordinator.set_state(arrays, facts)
-        self.seconds_before, self.restarts = float(facts["seconds"]), int(facts["restarts"])
+        with whole_state(loaded.path):
+            self.coordinator.set_state(arrays, facts)
+            self.seconds_before, self.restarts = float(facts["seconds"]), int(facts["restarts"])
         self.last_checkpoint = (arrays, facts, loaded.path)
         self._saved_version = self.coordinator.version
 
     def return_to_checkpoint(self) -> Path | None:
-        """The learner was lost: go back to the last checkpoint (None: to the beginning) in place."""
+        """The learner was lost: go back to the last checkpoint (None: to the beginning) in place.
+
+        One that was damaged since it was saved is passed over with a warning. Raises CheckpointError where none is whole.
+        """
+        if self.last_checkpoint[2] is not None:
+            loaded = self.checkpoints.newest()
+            for warning in loaded.warnings:
+                self.observer.event("warning", message=warning)
+            if loaded.path != self.last_checkpoint[2]:
+                self.last_checkpoint = (loaded.arrays("coordinator"), loaded.json("coordinator"), loaded.path)
         arrays, facts, path = self.last_checkpoint
         undone = self.coordinator.version - facts["version"]
         self.coordinator.set_state(arrays, facts, live=True)

@@ -2,7 +2,7 @@
 
 consumes    what the session reports after each update, events, and a tick a few times a second
 waits for   nothing but a commit of run.db, once a second
-on failure  a disk that refuses is said once in the view; the run goes on without its numbers, never without its ledger
+on failure  a disk that refuses is said in the view, and so is its end; the run goes on without its numbers, never without its ledger
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Recorder:
         self._shares: dict[str, float] = {}
         self._metrics: dict[str, float] = {}
         self._activities: list[ActivityRecord] = []
-        self._broken = self._paused = False
+        self._broken = self._board_broken = self._paused = False
         self._wanted_actors = config.actors or 0
         self._checkpoints: deque[int] = deque(maxlen=config.checkpoint.keep)
 
@@ -74,9 +74,14 @@ class Recorder:
     def resumed(self) -> None:
         """The session stands where an earlier part of the run had a checkpoint: what that part made after it is booked as rolled back."""
         c = self._coordinator
-        undone = self.store.rewind(c.version, c.ledger.final)
-        c.ledger.take_over({(group, Fate[reason.upper()]): lost for (group, reason), lost in self.store.lost().items()})
-        self.event("resumed", update=c.version, updates_undone=undone)
+        undone: list[int] = []
+
+        def take_over() -> None:
+            undone.append(self.store.rewind(c.version, c.ledger.final))
+            c.ledger.take_over({(group, Fate[reason.upper()]): lost for (group, reason), lost in self.store.lost().items()})
+
+        self._keep(take_over)
+        self.event("resumed", update=c.version, updates_undone=sum(undone))
 
     @property
     def began(self) -> bool:
@@ -244,7 +249,7 @@ class Recorder:
         ledger = self._coordinator.ledger
         self.store.set_meta("ledger", {"steps": ledger.balance(), "rollouts": ledger.balance_rollouts(), "groups": ledger.by_group()})
         self.store.set_meta("lag", {"mean": snapshot.lag_mean, "p99": snapshot.lag_p99, "max": snapshot.lag_max})
-        self._board.scalars(snapshot.env_steps, values)
+        self._show(lambda: self._board.scalars(snapshot.env_steps, values))
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """The run is over: the last numbers, and its result."""
@@ -260,7 +265,7 @@ class Recorder:
 
     def close(self) -> None:
         self._keep(self.store.close)
-        self._keep(self._board.close)
+        self._show(self._board.close)
 
     def _keep(self, write: Callable[[], object]) -> None:
         try:
@@ -268,7 +273,21 @@ class Recorder:
         except (RunError, OSError, ValueError, sqlite3.Error) as error:
             if not self._broken:
                 self._broken = True
-                self._view.message(f"warning: numbers of this run are no longer kept: {error}")
+                self._view.message(f"warning: numbers of this run are not kept for now: {error}")
+            return
+        if self._broken and not self.store.failing:
+            self._broken = False
+            lost = f"; {self.store.rows_lost} rows were lost" if self.store.rows_lost else ""
+            self._view.message(f"numbers of this run are kept again in {self.store.path.name}{lost}")
+
+    def _show(self, write: Callable[[], None]) -> None:
+        """The same for TensorBoard's files: they are a copy."""
+        try:
+            write()
+        except OSError as error:
+            if not self._board_broken:
+                self._view.message(f"warning: TensorBoard's files miss numbers: {error}")
+            self._board_broken = True
 
 
 def lag_summary(lag: Mapping[int, int]) -> tuple[float, float, int]:

@@ -7,6 +7,7 @@ therefore keeps the log at least as new as the checkpoint, and `rewind` cuts off
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sqlite3
@@ -19,6 +20,8 @@ from typing import Any, NamedTuple, Self
 from shoal.errors import RunError
 
 FORMAT = 1
+ROWS_KEPT = 10_000
+LOCKED_SECONDS = 2.0  # another program holds the database: the rows wait for the next commit, the supervisor does not
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS metrics (
@@ -71,25 +74,37 @@ class RunStore:
     """The one writer of a `run.db`.
 
     Consumes: what the coordinator hands over, in memory. Waits for: at most a commit, once in `commit_seconds`.
-    On failure: a full or broken disk raises RunError at the next commit, naming the file.
+    On failure: a full or broken disk raises RunError at the next commit, naming the file. The rows wait for the next one, of each table
+    at most `ROWS_KEPT`: a disk that stays full for hours costs the oldest rows (`rows_lost` counts them), not the memory.
+
+    Attributes:
+      failing: whether the last commit was refused.
+      rows_lost: rows that were given up.
     """
 
     def __init__(self, path: Path, *, commit_seconds: float = 1.0, episodes_per_commit: int = 200) -> None:
-        self._path, self._commit_seconds, self._episodes_per_commit = path, commit_seconds, episodes_per_commit
+        self.path, self._commit_seconds, self._episodes_per_commit = path, commit_seconds, episodes_per_commit
         self._pending: dict[str, list[tuple[Any, ...]]] = {table: [] for table in _INSERT}
+        self._meta: dict[str, str] = {}
+        self.failing, self.rows_lost = False, 0
         self._committed = time.monotonic()
+        self._connection = _connect(path)
         try:
-            self._connection = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = NORMAL")
             self._connection.executescript(_SCHEMA)
+            found = self._connection.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
         except sqlite3.Error as error:
+            self._connection.close()
             raise RunError(f"cannot open {path}: {error}. {_ADVICE}") from error
+        if found is not None and found[0] != str(FORMAT):
+            self._connection.close()
+            raise RunError(f"{path} has format {found[0]}; this version of shoal writes {FORMAT}: go on with the version that wrote it")
         self.set_meta("format", FORMAT)
 
     def set_meta(self, key: str, value: Any) -> None:
         """Keep one JSON value under a name: the environment's spec, the schema, the result, the ledger's balance."""
-        self._pending["meta"].append((key, _to_json(value)))
+        self._meta[key] = _to_json(value)
 
     def metrics(self, update: int, env_steps: int, seconds: float, values: Mapping[str, float]) -> None:
         """Keep named numbers of one update; those that are not finite are kept as NULL."""
@@ -125,6 +140,7 @@ class RunStore:
     def flush(self) -> None:
         """Commit everything now. Raises RunError where the disk refuses."""
         self._committed = time.monotonic()
+        self._pending["meta"] = list(self._meta.items())
         if not any(self._pending.values()):
             return
         try:
@@ -133,9 +149,10 @@ class RunStore:
                 self._connection.executemany(_INSERT[table], rows)
             self._connection.execute("COMMIT")
         except sqlite3.Error as error:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            raise RunError(f"cannot write {self._path}: {error}; is the disk full?") from error
+            self._refused()
+            raise RunError(f"cannot write {self.path}: {error}; is the disk full?") from error
+        self.failing = False
+        self._meta.clear()
         for rows in self._pending.values():
             rows.clear()
 
@@ -148,6 +165,13 @@ class RunStore:
         Returns:
           how many updates are undone.
         """
+        try:
+            return self._rewind(update, final)
+        except sqlite3.Error as error:
+            self._refused()
+            raise RunError(f"cannot write {self.path}: {error}; is the disk full?") from error
+
+    def _rewind(self, update: int, final: Mapping[int, int]) -> int:
         self.flush()
         run = self._connection.execute
         lost = [row for row in run(f"SELECT * FROM dropped WHERE reason IN {_FINAL}").fetchall() if row[1] >= final.get(row[0], 0)]
@@ -174,19 +198,34 @@ class RunStore:
         rows = self._connection.execute('SELECT "group", reason, COUNT(*), SUM(env_steps) FROM dropped GROUP BY "group", reason')
         return {(group, reason): (num_rollouts, num_env_steps) for group, reason, num_rollouts, num_env_steps in rows}
 
+    def _refused(self) -> None:
+        if self._connection.in_transaction:
+            with contextlib.suppress(sqlite3.Error):  # some errors have rolled it back already
+                self._connection.execute("ROLLBACK")
+        self.failing = True
+        for rows in self._pending.values():
+            self.rows_lost += max(0, len(rows) - ROWS_KEPT)
+            del rows[:-ROWS_KEPT]
+
     def close(self) -> None:
-        """Commit and close. May be called twice."""
+        """Commit and close. May be called twice. Raises RunError where the disk refuses; it is closed then too."""
         try:
             self.flush()
-        except sqlite3.ProgrammingError:
-            return
-        self._connection.close()
+        finally:
+            self._connection.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    try:
+        return sqlite3.connect(path, timeout=LOCKED_SECONDS, isolation_level=None, check_same_thread=False)
+    except sqlite3.Error as error:
+        raise RunError(f"cannot open {path}: {error}; is the disk full?") from error
 
 
 class RunReader:

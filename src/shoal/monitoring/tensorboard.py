@@ -7,6 +7,7 @@ values = 1, each with tag = 1 (string) and simple_value = 2 (float).
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import socket
@@ -37,32 +38,50 @@ class NullWriter:
 
 
 class TensorBoardWriter:
-    """One event file in `directory`; TensorBoard reads all files of a directory as one run, so that a resumed run goes on in a second file."""
+    """One event file in `directory`; TensorBoard reads all files of a directory as one run, so that a resumed run goes on in a second file.
+
+    So does a run whose disk refused: a record may have been cut there, and what follows in the same file would not be read.
+    Raises OSError where the disk refuses, from each method.
+    """
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self._file: BinaryIO | None = None
+
+    def _open(self) -> BinaryIO:
+        self._directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
-        self._file: BinaryIO = open(directory / name, "wb")  # noqa: SIM115  (closed by close)
-        self._flushed = time.monotonic()
-        self._write(_double(1, time.time()) + _bytes(3, b"brain.Event:2"))
-        self._file.flush()
+        file = open(self._directory / name, "wb")  # noqa: SIM115  (closed by close)
+        self._file, self._flushed = file, time.monotonic()
+        file.write(_record(_double(1, time.time()) + _bytes(3, b"brain.Event:2")))
+        file.flush()
+        return file
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write all values at one step (environment steps). They reach the file within FLUSH_SECONDS of the next call, or at close."""
         summary = b"".join(_bytes(1, _bytes(1, tag.encode()) + _float(2, value)) for tag, value in values.items())
-        self._write(_double(1, time.time()) + _varint(2 << 3) + _varint(step) + _bytes(5, summary))
-        now = time.monotonic()
-        if now - self._flushed >= FLUSH_SECONDS:
-            self._file.flush()
-            self._flushed = now
+        try:
+            file = self._file or self._open()
+            file.write(_record(_double(1, time.time()) + _varint(2 << 3) + _varint(step) + _bytes(5, summary)))
+            now = time.monotonic()
+            if now - self._flushed >= FLUSH_SECONDS:
+                file.flush()
+                self._flushed = now
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.close()
+            raise
 
     def close(self) -> None:
         """Write what is buffered. May be called twice."""
-        self._file.close()
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
-    def _write(self, event: bytes) -> None:
-        length = struct.pack("<Q", len(event))
-        self._file.write(length + struct.pack("<I", _masked_crc(length)) + event + struct.pack("<I", _masked_crc(event)))
+
+def _record(event: bytes) -> bytes:
+    length = struct.pack("<Q", len(event))
+    return length + struct.pack("<I", _masked_crc(length)) + event + struct.pack("<I", _masked_crc(event))
 
 
 def _varint(value: int) -> bytes:

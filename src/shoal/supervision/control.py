@@ -17,6 +17,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from shoal.supervision.channel import HasFileno
 NAME = "control.sock"
 MAX_LINE_BYTES = 64 * 1024
 MAX_CLIENTS = 32
+MAX_ANSWER_BYTES = 16 * 2**20
+DEAF_SECONDS = 1.0
 Reply = Callable[[dict[str, Any]], None]
 
 
@@ -52,38 +55,55 @@ class _Client:
         return self.connection.fileno()
 
     def reply(self, answer: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):
-            self.connection.send(json.dumps(answer, default=str).encode() + b"\n", getattr(socket, "MSG_NOSIGNAL", 0))
+        """All of it, or the end of the connection: half an answer would be waited for."""
+        line = json.dumps(answer, default=str).encode() + b"\n"
+        try:
+            whole = self.connection.send(line, getattr(socket, "MSG_NOSIGNAL", 0)) == len(line)
+        except OSError:
+            whole = False
+        if not whole:
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR)
 
 
 class ControlServer:
-    """Listens in `directory`. Only the user who runs it may connect (mode 0600)."""
+    """Listens in `directory`. Only the user who runs it may connect (mode 0600). Raises OSError where there can be no socket."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / NAME
         self._path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.setblocking(False)
-        before = os.umask(0o177)
         try:
-            with _short_address(self._path) as address:
-                self._listener.bind(address)
-        finally:
-            os.umask(before)
-        self._listener.listen(8)
+            self._listener.setblocking(False)
+            before = os.umask(0o177)
+            try:
+                with _short_address(self._path) as address:
+                    self._listener.bind(address)
+            finally:
+                os.umask(before)
+            self._listener.listen(8)
+        except OSError:
+            self._listener.close()
+            raise
         self._clients: list[_Client] = []
+        self._deaf_until = 0.0  # on the monotonic clock: no descriptor was left for who called
 
     def sources(self) -> list[HasFileno]:
-        """What to wait for."""
-        return [self._listener, *self._clients]
+        """What to wait for. Who calls while nobody more can be heard is not waited for: he would be there at once, again and again."""
+        deaf = len(self._clients) >= MAX_CLIENTS or time.monotonic() < self._deaf_until
+        return [*self._clients] if deaf else [self._listener, *self._clients]
 
     def receive(self) -> list[tuple[dict[str, Any], Reply]]:
         """Requests that arrived, each with the function that answers it."""
-        with contextlib.suppress(OSError):  # nobody else waits, or no descriptor is left for who does
+        try:
             while len(self._clients) < MAX_CLIENTS:
                 connection, _ = self._listener.accept()
                 connection.setblocking(False)
                 self._clients.append(_Client(connection))
+        except BlockingIOError:  # nobody else waits
+            pass
+        except OSError:
+            self._deaf_until = time.monotonic() + DEAF_SECONDS
         requests: list[tuple[dict[str, Any], Reply]] = []
         for client in list(self._clients):
             requests += self._read(client)
@@ -139,11 +159,17 @@ def ask(directory: Path, request: dict[str, Any], timeout_seconds: float = 60.0)
                 if not part:
                     raise RunError(f"the run in {directory} ended before it answered")
                 answer += part
+                if len(answer) > MAX_ANSWER_BYTES:
+                    raise RunError(f"who listens on {path} is no run: its answer does not end")
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise RunError(f"the run in {directory} is not alive: nobody listens on {NAME}") from error
         except TimeoutError as error:
             raise RunError(f"the run in {directory} did not answer within {timeout_seconds:g} s") from error
-    said: dict[str, Any] = json.loads(answer)
-    if not said.get("ok"):
+    try:
+        said = json.loads(answer)
+        refused = not said.get("ok")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise RunError(f"who listens on {path} is no run: its answer is no JSON object") from error
+    if refused:
         raise RunError(f"the run in {directory} refused: {said.get('error')}")
-    return said
+    return dict(said)

@@ -16,6 +16,7 @@ import contextlib
 import faulthandler
 import gc
 import importlib
+import io
 import json
 import os
 import pickle
@@ -286,13 +287,34 @@ class _Zygote:
             self._outbox.popleft()
 
 
+class _Log(io.FileIO):
+    """Standard output and error of a role. A disk that takes nothing more must not make `print` in an environment fail."""
+
+    def write(self, text: Any) -> int:
+        try:
+            return super().write(text) or 0
+        except OSError:
+            return len(text)
+
+
+def _log_to(path: str) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    try:
+        log_fd = os.open(path, flags, 0o644)
+    except OSError:  # the role can do its work without
+        log_fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    for fd in (1, 2):
+        os.dup2(log_fd, fd)
+    os.close(log_fd)
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.BufferedWriter(_Log(fd, "w", closefd=False)), "utf-8", "backslashreplace", line_buffering=True) for fd in (1, 2)
+    )
+
+
 def _run_child(request: dict[str, Any], fds: list[int], log_directory: str, payload: dict[str, Any], pickled: bytes | None) -> int:
     """The rest of a role's life; returns its exit code. Errors are in its log, with traceback."""
     log_path = request["log_path"] or os.path.join(log_directory, f"{request['name']}-{request['index']}.log")
-    log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-    os.dup2(log_fd, 1)
-    os.dup2(log_fd, 2)
-    os.close(log_fd)
+    _log_to(log_path)
     faulthandler.enable(all_threads=True)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
