@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.config import RunConfig
-from shoal.engines.coordinator import Coordinator, Plan
+from shoal.engines.coordinator import Coordinator
 from shoal.engines.local import LocalEngine
+from shoal.engines.plan import Plan
 from shoal.engines.session import ATTEMPTS_PER_PART, Session
 from shoal.errors import ConfigError, RunError, ShoalError
 from shoal.experience.ring import Ring, allocate
@@ -183,6 +184,10 @@ def replay(
     config = load_config(directory / "config.yaml")
     newest = CheckpointDirectory(directory / "checkpoints").newest()
     expected = newest.json("learner")
+    if newest.json("coordinator").get("epoch", 0):
+        raise RunError(
+            f"{directory.name} diverged once and went back to a checkpoint; what it did since cannot be replayed from the beginning"
+        )
     with RunReader(directory / "run.db") as reader:
         log = dict(reader.consumed())
         spec = EnvironmentSpec.from_json(reader.meta()["spec"])
@@ -241,7 +246,7 @@ def _run_inline(
     try:
         handed = UserObjects(**objects)
         session, ring, run_id = _session(config, look(config, handed), directory, loaded, recorder, allocate_here)
-        blueprint = Blueprint(session.config, session.spec, handed, run_id)
+        blueprint = Blueprint(session.config, session.spec, handed, run_id, session.epoch)
         engine = InlineEngine(blueprint, session, ring)
         wants_end.armed = True
         result = _result(session, engine.run(wants_end), directory)
@@ -265,9 +270,9 @@ def _run_local(
         engine.open()
         session, _, _ = _session(config, engine.look(), directory, loaded, recorder, engine.allocate)
         wants_end.armed = True
-        result = _result(session, engine.run(session, wants_end), directory)
+        result = _result(session, engine.run(session, wants_end, wants_end.take_asked), directory)
         wants_end.armed = False
-        path = session.last_checkpoint[2]
+        path = session.checkpoint_path
         if path is not None and _evaluates(config, result):
             result["evaluation"] = engine.evaluate(path)
         return result
@@ -347,6 +352,7 @@ def _result(session: Session, outcome: dict[str, Any], directory: Path) -> dict[
         "ledger": c.ledger.balance(),
         "lag": {"mean": mean, "p99": p99, "max": largest},
         "restarts": session.restarts,
+        "skipped_steps": session.skipped_steps,
     }
 
 
@@ -414,16 +420,25 @@ def _run_id(directory: Path) -> bytes:
 
 
 class _Wants:
-    """Whether the user wants the run to end. Not armed: the first Ctrl-C ends at once, since nothing runs yet."""
+    """What the user's signals ask for. Not armed: the first Ctrl-C ends at once, since nothing runs yet."""
 
     def __init__(self) -> None:
         self.armed = False
         self.wanted = False
+        self.asked = False
 
     def __call__(self) -> bool:
         return self.wanted
 
+    def take_asked(self) -> bool:
+        """Whether somebody wants to know who waits for whom, since the last call."""
+        asked, self.asked = self.asked, False
+        return asked
+
     def signalled(self, number: int, frame: object) -> None:
+        if number == signal.SIGUSR1:
+            self.asked = True
+            return
         if self.wanted or not self.armed:
             raise KeyboardInterrupt
         self.wanted = True
@@ -431,12 +446,16 @@ class _Wants:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[_Wants]:
-    """Ctrl-C and SIGTERM once: end well, with a checkpoint; twice: at once. In a thread, only the caller can end the run."""
+    """Ctrl-C and SIGTERM once: end well, with a checkpoint; twice: at once. SIGUSR1: say who waits for whom, unless the caller uses it.
+    In a thread, only the caller can end the run."""
     wants = _Wants()
     if threading.current_thread() is not threading.main_thread():
         yield wants
         return
-    before = {number: signal.signal(number, wants.signalled) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        numbers.append(signal.SIGUSR1)
+    before = {number: signal.signal(number, wants.signalled) for number in numbers}
     try:
         yield wants
     finally:

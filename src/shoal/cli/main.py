@@ -23,6 +23,7 @@ from shoal.cli.output import find_run, plain, print_json, print_table
 from shoal.errors import ShoalError
 
 INTERRUPTED = 130
+STALLS_SECONDS = 10.0  # a supervisor that does not answer within this time is stuck itself
 COMMANDS = ("state", "save", "pause", "continue", "stop", "scale")
 view_option = click.option(
     "--view", type=click.Choice(["auto", "live", "lines", "silent"]), default="auto", help="What is shown on standard error."
@@ -222,6 +223,21 @@ def control(run: str, command: str, number: int | None, as_json: bool, debug: bo
 
     answer = plain(work_on(work, as_json))
     give_answer(answer, as_json, "print_control", command=command)
+
+
+@cli.command()
+@run_argument
+@json_option
+@debug_option
+def stalls(run: str, as_json: bool, debug: bool) -> None:
+    """Say who waits for whom in a living run, for how long, and show every process's stack."""
+
+    def work() -> Any:
+        from shoal.cli.control import tell_run
+
+        return tell_run(find_run(run), "stalls", timeout_seconds=STALLS_SECONDS)
+
+    give_answer(plain(work_on(work, as_json)), as_json, "print_stalls")
 
 
 # ------------------------------------------------------------------------------------------------------------ around the commands

@@ -89,6 +89,7 @@ def print_show(shown: Mapping[str, Any]) -> None:
     _print_rows(rows)
     _print_groups(ledger.get("groups"))
     _print_faults(shown.get("faults") or {})
+    _print_recovery(shown.get("recovery") or {})
     print("\nconfiguration (what differs from the defaults; config.yaml has all of it)")
     _print_rows(list(_changed(shown["configuration"])), indent=2)
     if shown.get("schema"):
@@ -114,6 +115,20 @@ def _print_faults(faults: Mapping[str, Any]) -> None:
         facts = {name: value for name, value in event.items() if name not in ("time", "kind")}
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"])) if "time" in event else ""
         print(f"  {when}  {event_words(event['kind'], facts)}")
+
+
+def _print_recovery(recovery: Mapping[str, Any]) -> None:
+    if recovery:
+        print("\nrecovery (seconds from a fault to the first rollout or update after it; stepping episodes again is counted apart)")
+        rows = [{"of": role, **{name: f"{value:.3g}" for name, value in row.items()}} for role, row in recovery.items()]
+        print_table(rows, list(rows[0]), indent=2)
+
+
+def print_stalls(answer: Mapping[str, Any]) -> None:
+    """Who waits for whom in a living run, and where each process stands."""
+    from shoal.engines.stalls import in_words
+
+    print(in_words(dict(answer["stalls"])))
 
 
 def _changed(configuration: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from shoal.actors.actor import Actor
 from shoal.engines.roles import Blueprint, one_thread
 from shoal.engines.saving import load_learner, save_learner
 from shoal.engines.session import Session
+from shoal.errors import DivergedError
+from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring
 from shoal.learners.learner import Learner
 from shoal.supervision.heartbeat import ActivityBoard
@@ -23,17 +26,20 @@ class InlineEngine:
     """Runs a session to its end. `interrupted()` is asked between updates."""
 
     def __init__(self, blueprint: Blueprint, session: Session, ring: Ring) -> None:
-        self._session, self._blueprint = session, blueprint
+        self._session, self._ring = session, ring
         self._activities = ActivityBoard.create(1)
-        recorder = self._activities.heartbeat(0)
-        self._enter = recorder.enter
-        policy = blueprint.policy()
-        size = blueprint.layout(policy).size
+        self._recorder = self._activities.heartbeat(0)
+        size = blueprint.layout(blueprint.policy()).size
         self._board = WeightBoard(size, np.zeros(WeightBoard.size_bytes(size), np.uint8))
+        self._begin(blueprint)
+
+    def _begin(self, blueprint: Blueprint) -> None:
+        """Make the roles."""
+        self._blueprint = blueprint
         self._board.reset()
         self._behaviour = blueprint.behaviour(self._board)
-        self._actor: Actor = blueprint.actor(ring, self._behaviour, recorder=recorder)
-        self._learner: Learner = blueprint.learner(ring, self._board, session.coordinator.plan.max_policy_lag, recorder)
+        self._actor: Actor = blueprint.actor(self._ring, self._behaviour, recorder=self._recorder)
+        self._learner: Learner = blueprint.learner(self._ring, self._board, self._session.coordinator.plan.max_policy_lag, self._recorder)
 
     @property
     def learner(self) -> Learner:
@@ -42,25 +48,22 @@ class InlineEngine:
     def run(self, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         """Train until a stop condition. Returns {reason, weights_sha256}; the last checkpoint is saved."""
         session, coordinator = self._session, self._session.coordinator
-        path = session.last_checkpoint[2]
-        if path is not None:
-            load_learner(self._learner, path)
-        self._learner.publish()
-        self._behaviour.refresh()
+        self._load()
         coordinator.place([0])
         reason = coordinator.stop_reason(session.seconds) if coordinator.version else None
-        ticked = 0.0
+        first_epoch, ticked = session.epoch, 0.0
         while reason is None:
             self._fill()
             batch = coordinator.next_batch()
             if batch is None:
                 raise RuntimeError("no rollout may be begun and no update made: the coordinator is stuck")
-            self._enter(Activity.LEARNING)
-            consumed = self._learner.consume(batch)
-            coordinator.consumed(consumed.dropped)
-            metrics = self._learner.update(consumed) if consumed.batch is not None else {}
-            self._behaviour.refresh()
-            reason = session.finish_update(metrics) or ("interrupted" if interrupted() else None)
+            self._recorder.enter(Activity.LEARNING)
+            try:
+                reason = self._learn(batch) or ("interrupted" if interrupted() else None)
+            except DivergedError as error:
+                if session.epoch > first_epoch:
+                    raise
+                self._mend_divergence(error)
             if reason is None and session.checkpoint_due():
                 self._save()
             if time.monotonic() - ticked > 0.25:
@@ -70,6 +73,29 @@ class InlineEngine:
         self._save()
         self._actor.close()
         return {"reason": reason, "weights_sha256": self._learner.weights_sha256}
+
+    def _load(self) -> None:
+        if self._session.checkpoint_path is not None:
+            load_learner(self._learner, self._session.checkpoint_path)
+        self._learner.publish()
+        self._behaviour.refresh()
+
+    def _learn(self, batch: list[tuple[int, Identity]]) -> str | None:
+        """One update. Returns the reason to stop, if there is one."""
+        consumed = self._learner.consume(batch)
+        self._session.coordinator.consumed(consumed.dropped)
+        metrics = self._learner.update(consumed) if consumed.batch is not None else {}
+        self._behaviour.refresh()
+        return self._session.finish_update(metrics)
+
+    def _mend_divergence(self, error: DivergedError) -> None:
+        """Once: back to the last good checkpoint, from which other random numbers lead another way."""
+        self._session.epoch += 1
+        self._session.observer.event("diverged", message=str(error))
+        self._actor.close()
+        self._session.return_to_checkpoint()
+        self._begin(replace(self._blueprint, epoch=self._session.epoch))
+        self._load()
 
     def _fill(self) -> None:
         """Everything that may be begun now, with one torch thread as in an actor's process: the numbers can depend on it."""
@@ -83,12 +109,12 @@ class InlineEngine:
                 lost = self._actor.restore(lease.identity.group, lease.restore)
                 if lost:
                     self._session.observer.event("not_restored", group=lease.identity.group, environments=lost)
-            slot = self._actor.fill(lease.slot, lease.identity)
+            slot = self._actor.fill(lease.slot, lease.identity, None, lease.give_up, lease.careful)
             self._session.begun(int(slot.envelope["begun_ns"]))
             coordinator.filled(lease.slot, lease.identity)
 
     def _save(self) -> None:
-        self._enter(Activity.SAVING)
+        self._recorder.enter(Activity.SAVING)
         staging, arrays, facts = self._session.begin_checkpoint()
         with staging:
             save_learner(self._learner, staging.path, self._blueprint)

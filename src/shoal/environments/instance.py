@@ -85,7 +85,7 @@ class Instance:
         self._env: Any = None
         self._step: Callable[[Any], Any] = _not_open
         self._limit: float = float("inf")
-        self._given_up = False
+        self._given_up = 0  # times: so many episodes are passed over
         self._last_action: Any = None
         self.episode, self.seed, self.num_steps = 0, 0, 0
         self.episode_return = 0.0
@@ -178,15 +178,15 @@ class Instance:
         self.ended = Ended(self._index, final, self.seed, self.num_steps, self.episode_return)
 
     def _end_given_up(self) -> bool:
-        self._given_up = False
         self.reward, self.valid, self.terminated, self.truncated = 0.0, False, False, True
         self._keep_end(check=False)
-        self._begin(self.episode + 1)
+        passed, self._given_up = self._given_up, 0
+        self._begin(self.episode + passed)
         return True
 
     def give_up(self) -> None:
-        """End the running episode as invalid at the next step, without stepping it, and begin the next."""
-        self._given_up = True
+        """End the running episode as invalid at the next step, without stepping it, and begin the next; called n times, the n-th."""
+        self._given_up += 1
 
     def _begin(self, episode: int, seed: int | None = None) -> None:
         self.episode, self.num_steps, self.episode_return = episode, 0, 0.0
@@ -216,7 +216,7 @@ class Instance:
         """
         if self._env is None:
             self.open()
-        self._given_up = False
+        self._given_up = 0
         if snapshot is not None:
             same = self._restore_snapshot(snapshot)
             self.episode, self.seed = int(cursor["episode"]), int(cursor["seed"])
