@@ -105,7 +105,8 @@ class Coordinator:
         if broken is None or broken.actor != actor or not broken.leased:
             return False
         slot, identity = next(iter(broken.leased.items()))
-        if env == UNNAMED and row != WHILE_RESTORED and self.ring.slots[slot].envelope["paced"]:
+        held = self.ring.slots[slot]
+        if env == UNNAMED and row != WHILE_RESTORED and held.identity == identity and held.envelope["paced"]:
             row = ANY_ROW
         broken.suspects.add(identity.sequence, row, env, points)
         return True
