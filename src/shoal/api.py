@@ -88,7 +88,7 @@ def train(
     config, preset = resolve(target_path, settings)
     config.preset = preset
     directory = create_run(config)
-    return _execute(config, objects, directory, callbacks, progress)
+    return execute(config, objects, directory, callbacks, progress)
 
 
 def resume(
@@ -114,7 +114,7 @@ def resume(
         tree["stop"] = {}
     config, _ = resolve(None, {**settings, "run_dir": str(directory), "preset": base.preset or "none"}, tree)
     _refuse_changes(base, config)
-    return _execute(config, objects, directory, callbacks, progress)
+    return execute(config, objects, directory, callbacks, progress)
 
 
 def load(path: str | Path, *, env: Callable[..., Any] | None = None, network: Callable[..., Any] | None = None) -> Run:
@@ -203,13 +203,14 @@ def replay(
 
 
 # ---- one training ----------------------------------------------------------------------------------------------------
-def _execute(
+def execute(
     config: RunConfig,
     objects: dict[str, Any],
     directory: Path,
     callbacks: Sequence[Callback],
     progress: View | None,
 ) -> Run:
+    """Train what is resolved, in a directory that is a run's; `objects` stand for what the configuration only names (env, network, algorithm)."""
     view = progress if progress is not None else open_view()
     with contextlib.ExitStack() as stack:
         if progress is None:

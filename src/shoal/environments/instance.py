@@ -222,10 +222,17 @@ class Instance:
             self.episode, self.seed = int(cursor["episode"]), int(cursor["seed"])
             self.num_steps, self.episode_return = int(cursor["num_steps"]), float(cursor["episode_return"])
         else:
-            same = self._restep(cursor, actions)
+            same = self._restep(cursor, actions) or self._restep_anew(cursor, actions)
         if not same:
             self._begin(int(cursor["episode"]) + 1)
         return same
+
+    def _restep_anew(self, cursor: Array, actions: list[Any]) -> bool:
+        """Once more in a new environment: what came otherwise may have been an accident, such as a NaN."""
+        if len(actions) != int(cursor["num_steps"]):
+            return False
+        self.open()
+        return self._restep(cursor, actions)
 
     def _restep(self, cursor: Array, actions: list[Any]) -> bool:
         num_steps = int(cursor["num_steps"])
