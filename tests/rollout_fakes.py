@@ -186,6 +186,10 @@ class ScriptedGroup:
         self.given_up.append((self.num_steps, b))
         self._giving_up.add(b)
 
+    def name_next_step(self, told: Callable[[int], None]) -> None:
+        for b in range(self.num_envs):
+            told(b)
+
     def close(self) -> None:
         self.closed += 1
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.config import RunConfig
-from shoal.engines.coordinator import Coordinator, Plan
+from shoal.engines.coordinator import Coordinator
 from shoal.engines.local import LocalEngine
+from shoal.engines.plan import Plan
 from shoal.engines.session import ATTEMPTS_PER_PART, Session
 from shoal.engines.snippets import with_snippet
 from shoal.errors import CheckpointError, ConfigError, EnvironmentFault, RunError, ShoalError
@@ -93,7 +94,7 @@ def train(
     config.preset = preset
     _check_callbacks(callbacks)
     with new_run(config) as run:
-        return _execute(config, objects, run.directory, callbacks, progress, profile, run.discard)
+        return execute(config, objects, run.directory, callbacks, progress, profile, run.discard)
 
 
 def resume(
@@ -126,7 +127,7 @@ def resume(
     before = load(directory)
     if (config.stop, config.evaluation) == (base.stop, base.evaluation) and _is_over(before):
         return Run(directory, before.result, objects)
-    return _execute(config, objects, directory, callbacks, progress, profile)
+    return execute(config, objects, directory, callbacks, progress, profile)
 
 
 def load(path: str | Path, *, env: Callable[..., Any] | None = None, network: Callable[..., Any] | None = None) -> Run:
@@ -208,6 +209,10 @@ def replay(
     config = load_config(directory / "config.yaml")
     newest = CheckpointDirectory(directory / "checkpoints").newest()
     expected = newest.json("learner")
+    if newest.json("coordinator").get("epoch", 0):
+        raise RunError(
+            f"{directory.name} diverged once and went back to a checkpoint; what it did since cannot be replayed from the beginning"
+        )
     with RunReader(directory / "run.db") as reader:
         log = dict(reader.consumed())
         spec = EnvironmentSpec.from_json(reader.meta()["spec"])
@@ -223,16 +228,19 @@ def replay(
 
 
 # ---- one training ----------------------------------------------------------------------------------------------------
-def _execute(
+def execute(
     config: RunConfig,
     objects: dict[str, Any],
     directory: Path,
     callbacks: Sequence[Callback],
     progress: View | None,
-    profile: bool,
+    profile: bool = False,
     discard: Callable[[], None] | None = None,
 ) -> Run:
-    """One part of a run; of a new one, `discard` is called where it was refused before anything ran."""
+    """Train what is resolved, in a directory that is a run's; `objects` stand for what the configuration only names (env, network, algorithm).
+
+    `discard` is called where a new run was refused before anything ran.
+    """
     view = progress if progress is not None else open_view()
     with contextlib.ExitStack() as stack:
         if progress is None:
@@ -306,7 +314,7 @@ def _run_inline(
         except EnvironmentFault as fault:
             raise with_snippet(fault, config, directory, {0: played.episodes}) from fault
         session, ring, run_id = _session(config, facts, directory, loaded, recorder, allocate_here)
-        blueprint = Blueprint(session.config, session.spec, handed, run_id)
+        blueprint = Blueprint(session.config, session.spec, handed, run_id, session.epoch)
         engine = InlineEngine(blueprint, session, ring, traces)
         wants_end.armed = True
         result = _result(session, engine.run(wants_end), directory)
@@ -330,9 +338,9 @@ def _run_local(
         engine.open()
         session, _, _ = _session(config, engine.look(), directory, loaded, recorder, engine.allocate)
         wants_end.armed = True
-        result = _result(session, engine.run(session, wants_end), directory)
+        result = _result(session, engine.run(session, wants_end, wants_end.take_asked), directory)
         wants_end.armed = False
-        path = session.last_checkpoint[2]
+        path = session.checkpoint_path
         if path is not None and _evaluates(config, result):
             result["evaluation"] = engine.evaluate(path)
         return result
@@ -419,6 +427,7 @@ def _result(session: Session, outcome: dict[str, Any], directory: Path) -> dict[
         "ledger": c.ledger.balance(),
         "lag": {"mean": mean, "p99": p99, "max": largest},
         "restarts": session.restarts,
+        "skipped_steps": session.skipped_steps,
     }
 
 
@@ -517,16 +526,25 @@ def _run_id(directory: Path) -> bytes:
 
 
 class _Wants:
-    """Whether the user wants the run to end. Not armed: the first Ctrl-C ends at once, since nothing runs yet."""
+    """What the user's signals ask for. Not armed: the first Ctrl-C ends at once, since nothing runs yet."""
 
     def __init__(self) -> None:
         self.armed = False
         self.wanted = False
+        self.asked = False
 
     def __call__(self) -> bool:
         return self.wanted
 
+    def take_asked(self) -> bool:
+        """Whether somebody wants to know who waits for whom, since the last call."""
+        asked, self.asked = self.asked, False
+        return asked
+
     def signalled(self, number: int, frame: object) -> None:
+        if number == signal.SIGUSR1:
+            self.asked = True
+            return
         if self.wanted or not self.armed:
             raise KeyboardInterrupt
         self.wanted = True
@@ -534,7 +552,8 @@ class _Wants:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[_Wants]:
-    """Ctrl-C, SIGTERM or SIGHUP once: end well, with a checkpoint; twice: at once. Under nohup, SIGHUP stays ignored. In a thread, only the caller can end the run."""
+    """Ctrl-C, SIGTERM or SIGHUP once: end well, with a checkpoint; twice: at once. Under nohup, SIGHUP stays ignored. SIGUSR1: say who waits for
+    whom, unless the caller uses it. In a thread, only the caller can end the run."""
     wants = _Wants()
     if threading.current_thread() is not threading.main_thread():
         yield wants
@@ -542,6 +561,8 @@ def _interrupts() -> Iterator[_Wants]:
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
+    if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        numbers.append(signal.SIGUSR1)
     before = {number: signal.signal(number, wants.signalled) for number in numbers}
     try:
         yield wants

@@ -153,6 +153,7 @@ class StopConfig(Section):
 
 class LearnerConfig(Section):
     threads: Positive = Field(1, description="torch threads; part of what the bits of a run depend on")
+    timeout_seconds: PositiveFloat = Field(600.0, description="an update that takes longer is a hang: the learner is made anew")
 
 
 class EvaluationConfig(Section):

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from shoal.monitoring.store import RunReader
 from shoal.settings import dump_config, read_yaml
 
 CONFIG, DATABASE, RESULT, CHECKPOINTS, LOGS, VIDEOS = "config.yaml", "run.db", "result.json", "checkpoints", "logs", "videos"
-_HARMLESS = frozenset({"checkpoint"})  # events that are no faults
+_HARMLESS = frozenset({"started", "resumed", "checkpoint", "finished", "recovered"})  # events that are no faults
 _EVENTS_SHOWN = 20
 
 
@@ -184,7 +185,7 @@ def show(run: str | Path) -> dict[str, Any]:
 
     Returns:
       run, status, process (of a living run), configuration, environment and schema (the fields of a rollout), results, ledger, lag,
-      dropped (by reason, from the log), faults {counts by kind, newest}, checkpoint {update, path, bytes, files}, warnings.
+      dropped (by reason, from the log), faults {counts by kind, newest}, recovery (by role), checkpoint {update, path, bytes, files}, warnings.
     Raises:
       RunError: `run` is no run.
     """
@@ -202,6 +203,7 @@ def show(run: str | Path) -> dict[str, Any]:
         with RunReader(path / DATABASE) as reader:
             meta, latest, dropped, events = reader.meta(), reader.latest(), reader.dropped(), reader.events()
             shown |= {"results": _progress(path), "latest_metrics": latest, "dropped": dropped, "faults": _faults(events)}
+            shown["recovery"] = recovery(events)
     except ShoalError as error:
         warnings.append(str(error))
     if result and shown["process"] is None:
@@ -216,6 +218,25 @@ def show(run: str | Path) -> dict[str, Any]:
 def _faults(events: list[dict[str, Any]]) -> dict[str, Any]:
     faults = [event for event in events if event["kind"] not in _HARMLESS]
     return {"counts": dict(Counter(event["kind"] for event in faults)), "newest": faults[-_EVENTS_SHOWN:]}
+
+
+def recovery(events: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """How long roles were missed, from a fault to the first rollout (of the learner: update) after it, without the time in which
+    episodes were stepped again: by role, count and p50, p99 and max of the seconds; and the median of that other time."""
+    rows = [event for event in events if event["kind"] == "recovered"]
+    found = {}
+    for role in sorted({row["role"] for row in rows}):
+        mine = [row for row in rows if row["role"] == role]
+        seconds = sorted(row["seconds"] - row["restoring_seconds"] for row in mine)
+        restoring = sorted(row["restoring_seconds"] for row in mine)
+        spread = {name: quantile(seconds, share) for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))}
+        found[role] = {"count": len(mine), **spread, "restoring_p50": quantile(restoring, 0.5)}
+    return found
+
+
+def quantile(ascending: Sequence[float], share: float) -> float:
+    """The smallest of these numbers that at least `share` of them do not pass."""
+    return ascending[max(0, math.ceil(share * len(ascending)) - 1)]
 
 
 def _checkpoint(path: Path, warnings: list[str]) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ Legend: T time (rows of a rollout), B environments of a group, N = sum of B over
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import Any, Literal, NamedTuple, Protocol
@@ -202,7 +202,11 @@ class EnvironmentGroup(Protocol):
 
     def snapshots(self) -> list[bytes | None]: ...
     def give_up(self, b: int) -> None:
-        """At the next step, end environment b's episode as an invalid row instead of stepping it."""
+        """At the next step, end environment b's episode as an invalid row instead of stepping it. Asked n times before one step, it passes
+        over n episodes."""
+
+    def name_next_step(self, told: Callable[[int], None]) -> None:
+        """At the next step only, call `told(b)` right before environment b is stepped, one after the other."""
 
     def close(self) -> None: ...
 

@@ -18,7 +18,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from rollout_fakes import add_episode, poisoned_ring, scripted_schema, scripted_spec, write_rollout
 from shoal.config import RunConfig, StopConfig
-from shoal.engines.coordinator import Coordinator, Plan
+from shoal.engines.coordinator import Coordinator
+from shoal.engines.plan import Plan
+from shoal.engines.poison import WHILE_RESTORED
 from shoal.experience.envelope import Fate, Identity
 
 T, B = 4, 2
@@ -313,6 +315,41 @@ def test_an_episode_is_given_up_where_its_fault_came_twice_and_only_there():
     train(c)
     (lease,) = c.next_leases()
     assert lease.give_up == ()
+
+
+def test_a_crash_that_comes_again_is_looked_at_closely_then_gone_around():
+    """A segmentation fault names no environment: the second attempt is careful there, the third goes around it."""
+    c = coordinator_of(plan_of("sync", 2))
+    c.place([0, 1])
+    leases = c.next_leases()
+    assert c.suspect(0, 0, 2, -1)
+    assert not c.suspect(1, 0, 2, -1)  # that actor hosts another group
+    assert not c.suspect(0, 9, 2, -1)
+    assert c.lost(0, 0) == [leases[0].identity]
+    (again,) = c.next_leases({0})
+    assert (again.careful, again.give_up) == ((2,), ())
+    assert c.suspect(0, 0, 2, 1)
+    c.lost(0, 0)
+    (third,) = c.next_leases({0})
+    assert (third.careful, third.give_up) == ((2,), ((2, 1),))
+    assert c.ledger.balance_rollouts()["dropped"] == {"environment_fault": 2}
+    for lease in (third, leases[1]):
+        finish(c, lease)
+    train(c)
+    assert all((le.careful, le.give_up) == ((), ()) for le in c.next_leases())
+    c.lost(0)
+    assert not c.suspect(0, 0, 1, 1)  # it was making nothing any more
+    assert c.ledger.balance_rollouts()["dropped"] == {"environment_fault": 2, "actor_died": 1}
+    c.ledger.check()
+
+
+def test_a_fault_while_a_group_is_put_back_is_no_fault_of_its_first_row():
+    c = coordinator_of(plan_of("sync", 1))
+    c.place([0])
+    for _ in range(5):
+        (lease,) = c.next_leases()
+        assert (lease.careful, lease.give_up) == ((), ())
+        c.faulted(lease.identity, WHILE_RESTORED, 0)
 
 
 def test_groups_move_when_actors_come_and_go_once_their_leases_are_done():

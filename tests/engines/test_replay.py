@@ -9,8 +9,9 @@ import pytest
 
 from rollout_fakes import Drift
 from shoal.config import RunConfig
-from shoal.engines.coordinator import Coordinator, Plan, version_runs
+from shoal.engines.coordinator import Coordinator, version_runs
 from shoal.engines.mains import look
+from shoal.engines.plan import Plan
 from shoal.engines.replay import WeightHistory, replay
 from shoal.engines.roles import Blueprint, UserObjects
 from shoal.errors import RunError

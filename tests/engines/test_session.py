@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
 from rollout_fakes import poisoned_ring, scripted_schema, scripted_spec, write_rollout
 from shoal.config import RunConfig
-from shoal.engines.coordinator import Coordinator, Plan
+from shoal.engines.coordinator import Coordinator
+from shoal.engines.plan import Plan
 from shoal.engines.session import Session
 from shoal.errors import CheckpointError
 from shoal.files import CheckpointDirectory
@@ -179,7 +179,7 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path):
     resumed.load(CheckpointDirectory(tmp_path / "checkpoints").newest())
     c = resumed.coordinator
     assert (c.version, c.env_steps, resumed.restarts, resumed.seconds) == (1, 16, 3, 7.0)
-    assert resumed.last_checkpoint[2] == path
+    assert resumed.checkpoint_path == path
     c.place([0])
     assert [le.identity for le in c.next_leases()] == [(0, 1, 1), (1, 1, 1)]
     assert c.ledger.balance() == {"produced": 16, "trained": 16, "dropped": {}, "in_flight": 0}
@@ -192,7 +192,6 @@ def test_a_roll_back_leads_to_the_last_checkpoint_as_often_as_it_takes(tmp_path,
     if saved:
         update(session)
         path, base = save(session), 1
-    facts = json.dumps(session.last_checkpoint[1])
     for times in (1, 2):
         for _ in range(2):
             update(session)
@@ -207,21 +206,73 @@ def test_a_roll_back_leads_to_the_last_checkpoint_as_often_as_it_takes(tmp_path,
             "dropped": {"rolled_back": 32 * times},
             "in_flight": 0,
         }
-        assert json.dumps(session.last_checkpoint[1]) == facts
 
 
-def test_a_roll_back_passes_over_a_checkpoint_that_was_damaged_since(tmp_path):
+def flip(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_roll_back_that_meets_a_damaged_checkpoint_takes_the_one_before(tmp_path):
     session, watcher, _ = session_in(tmp_path)
     paths = []
     for _ in range(2):
         update(session)
         paths.append(save(session))
-    (paths[1] / "coordinator.json").write_text("{}")
+    update(session)
+    flip(paths[1] / "coordinator.safetensors")
     assert session.return_to_checkpoint() == paths[0]
-    assert session.coordinator.version == 1
-    session.coordinator.ledger.check()
+    c = session.coordinator
+    assert (c.version, c.env_steps, session.checkpoint_path) == (1, 16, paths[0])
     assert [kind for kind, _ in watcher.events[-2:]] == ["warning", "rolled_back"]
-    assert "update-000000002 is not whole" in watcher.events[-2][1]["message"]
+    assert "not whole" in watcher.events[-2][1]["message"]
+    c.ledger.check()
+    flip(paths[0] / "coordinator.safetensors")
+    assert session.return_to_checkpoint() is None  # this process began the run, and knows its beginning
+    assert (c.version, c.ledger.balance()["trained"]) == (0, 0)
+    c.place([0])
+    assert [le.identity.sequence for le in c.next_leases()] == [0, 0]
+
+
+def test_a_resumed_run_whose_checkpoints_are_all_damaged_ends(tmp_path):
+    session, _, _ = session_in(tmp_path)
+    update(session)
+    path = save(session)
+    resumed, _, _ = session_in(tmp_path)
+    resumed.load(CheckpointDirectory(tmp_path / "checkpoints").newest())
+    flip(path / "coordinator.json")
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        resumed.return_to_checkpoint()
+
+
+def test_no_checkpoint_is_made_of_a_barren_update_and_refused_steps_are_counted(tmp_path):
+    session, watcher, clock = session_in(tmp_path)
+    clock.now = 200.0
+    for skipped, steps, may_save in ((2, 2, True), (4, 0, False), (4, 0, False), (0, 4, True)):
+        for lease in session.coordinator.next_leases():
+            write_rollout(session.coordinator.ring.slots[lease.slot], lease.identity, version=session.coordinator.version)
+            session.coordinator.filled(lease.slot, lease.identity)
+        session.coordinator.next_batch()
+        session.coordinator.consumed({})
+        session.finish_update({"num_env_steps": 16.0, "skipped_steps": float(skipped), "optimizer_steps": float(steps)})
+        assert (session.may_save, session.checkpoint_due()) == (may_save, may_save)
+    assert session.skipped_steps == 10
+    assert [(kind, facts["steps"]) for kind, facts in watcher.events] == [("not_finite", 2), ("not_finite", 4)]
+
+
+def test_the_epoch_of_the_streams_outlives_a_resume_and_no_roll_back_lowers_it(tmp_path):
+    session, _, _ = session_in(tmp_path)
+    update(session)
+    save(session)
+    session.epoch = 1
+    session.return_to_checkpoint()
+    assert session.epoch == 1
+    update(session)
+    save(session)
+    resumed, _, _ = session_in(tmp_path)
+    resumed.load(CheckpointDirectory(tmp_path / "checkpoints").newest())
+    assert resumed.epoch == 1
 
 
 def test_a_checkpoint_without_a_part_is_refused_in_one_line(tmp_path):

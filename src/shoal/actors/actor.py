@@ -13,12 +13,13 @@ Legend: T rows, B environments of the group.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from shoal.actors.paced import Carried, Paced, fill_paced
+from shoal.actors.paced import Carried, Pace, Paced, fill_paced
 from shoal.actors.recording import chain_checksums, crc_rows, first_observation, open_envelope, record_ends
 from shoal.errors import EnvironmentFault
 from shoal.experience.envelope import Identity
@@ -50,8 +51,11 @@ class Actor:
         incarnation: int = 0,
         epoch: int = 0,
         recorder: ActivityRecorder | None = None,
+        step_timeout_seconds: float = float("inf"),
     ) -> None:
+        """step_timeout_seconds: of a step of a paced group; whoever supervises sees a plain one hang by its activity."""
         self._recorder = recorder or NullRecorder()
+        self._step_timeout_seconds = step_timeout_seconds
         self._ring = ring
         self._behaviour = behaviour
         self._make_group = make_group
@@ -99,12 +103,16 @@ class Actor:
         slot_index: int,
         identity: Identity,
         between_rows: Callable[[int], bool] | None = None,
-        give_up: Sequence[tuple[int, int]] = (),
+        give_up: Sequence[tuple[int, ...]] = (),
+        careful: Sequence[int] = (),
     ) -> Slot:
         """Make one rollout into a slot and return it, finished.
 
         Args:
-          give_up: (row, env) at which an episode is ended as invalid instead of stepped, because its fault came twice.
+          give_up: (row, env) at which an episode is ended as invalid instead of stepped, because its fault came twice; a place that is
+            named n times passes over n episodes. For a paced group also (env, episode, step).
+          careful: rows at which each environment is named to the recorder before it is stepped, since one of them broke the process there.
+            A paced group, whose environments have rows of their own, is careful at all of them.
         """
         slot, hosted = self._ring.slots[slot_index], self._hosted[identity.group]
         open_envelope(slot, identity, self._run_id, self._who, self._epoch)
@@ -114,9 +122,10 @@ class Actor:
         self._behaviour.begin(identity.group, identity.sequence)
         try:
             if isinstance(hosted.group, Paced):
-                fill_paced(slot, hosted.group, self._behaviour, hosted.carried, between_rows, self._recorder)
+                how = Pace(self._recorder, self._step_timeout_seconds, Counter(give_up), bool(careful))
+                fill_paced(slot, hosted.group, self._behaviour, hosted.carried, between_rows, how)
             else:
-                self._step_rows(slot, hosted, between_rows, give_up)
+                self._step_rows(slot, hosted, between_rows, give_up, careful)
             self._finish(slot, hosted)
         except EnvironmentFault as fault:
             fault.report.setdefault("group", identity.group)
@@ -126,13 +135,19 @@ class Actor:
         return slot
 
     def _step_rows(
-        self, slot: Slot, hosted: _Hosted, between_rows: Callable[[int], bool] | None, give_up: Sequence[tuple[int, int]]
+        self,
+        slot: Slot,
+        hosted: _Hosted,
+        between_rows: Callable[[int], bool] | None,
+        give_up: Sequence[tuple[int, ...]],
+        careful: Sequence[int],
     ) -> None:
         a, rows, group, behaviour = slot.arrays, slot.rows, hosted.group, self._behaviour
         action, reward, terminated, truncated = a["action"], a["reward"], a["terminated"], a["truncated"]
         valid, version, envelope, state = a["valid"], a["policy_version"], slot.envelope, hosted.state
         enter, index = self._recorder.enter, int(envelope["group"])
         ends: list[tuple[int, Ended]] = []
+        special = {*careful, *(place[0] for place in give_up)}
         group.observe(rows[0])
         for t in range(slot.schema.num_rows):
             if t and between_rows is not None and between_rows(int(version[0, 0])):
@@ -144,8 +159,8 @@ class Actor:
             for name, value in acted.outputs.items():
                 a[name][t] = value
             enter(Activity.STEPPING, index, -1, t)
-            for _, b in filter(lambda place: place[0] == t, give_up):
-                group.give_up(b)
+            if special and t in special:
+                self._prepare(group, index, t, give_up, careful)
             step = group.step(action[t], rows[t + 1])
             reward[t], terminated[t], truncated[t] = step.reward_B, step.terminated_B, step.truncated_B
             valid[t], version[t] = step.valid_B, acted.version
@@ -154,6 +169,14 @@ class Actor:
             envelope["num_rows"] = t + 1
         hosted.state = state
         record_ends(slot, ends)
+
+    def _prepare(self, group: EnvironmentGroup, index: int, row: int, give_up: Sequence[tuple[int, ...]], careful: Sequence[int]) -> None:
+        """Something broke at this row before: say what is done next, and go around what broke twice."""
+        for place in give_up:
+            if place[0] == row:
+                group.give_up(place[1])
+        if row in careful:
+            group.name_next_step(lambda b: self._recorder.enter(Activity.STEPPING, index, b, row))
 
     def _finish(self, slot: Slot, hosted: _Hosted) -> None:
         a, envelope = slot.arrays, slot.envelope

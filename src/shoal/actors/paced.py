@@ -10,8 +10,10 @@ Legend: T rows, B environments of the group.
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -30,6 +32,7 @@ class Paced(Protocol):
 
     def observe(self, out: Arrays) -> None: ...
     def cursor(self) -> Array: ...
+    def give_up(self, b: int) -> None: ...
     def send(self, b: int, action: Array) -> None: ...
     def ready(self, timeout_seconds: float) -> list[int]: ...
     def take(self, b: int, out: Arrays) -> Any: ...
@@ -43,6 +46,23 @@ class Carried:
     action: Array
     outputs: Arrays
     version: int
+    begun: float  # monotonic clock
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How a paced rollout is made.
+
+    Attributes:
+      step_timeout_seconds: a step that is under way for longer hangs.
+      give_up: (row of that environment, env), or (env, episode, step), at which so many episodes are passed over as invalid.
+      careful: one environment is stepped at a time, and named to the recorder before it.
+    """
+
+    recorder: ActivityRecorder
+    step_timeout_seconds: float = float("inf")
+    give_up: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    careful: bool = False
 
 
 def fill_paced(
@@ -51,7 +71,7 @@ def fill_paced(
     behaviour: Behaviour,
     carried: dict[int, Carried],
     between_rows: Callable[[int], bool] | None,
-    recorder: ActivityRecorder,
+    how: Pace,
 ) -> None:
     """Fill the rows of a slot. `carried` is what the rollout before left under way, and holds at the end what this one leaves."""
     a, num_envs, num_rows = slot.arrays, slot.schema.num_envs, slot.schema.num_rows
@@ -59,6 +79,7 @@ def fill_paced(
     a["valid"][:] = False
     row_B = np.zeros(num_envs, np.int64)
     under_way = _begin(slot, group, carried)
+    began = {b: step.begun for b, step in carried.items()}
     outputs = _output_names(slot)
     to_answer = [b for b in range(num_envs) if b not in under_way]
     index, closing = int(slot.envelope["group"]), False
@@ -67,18 +88,22 @@ def fill_paced(
     carried.clear()
     while True:
         if to_answer and not closing:
-            recorder.enter(Activity.INFERRING, index, -1, int(row_B.max()))
+            how.recorder.enter(Activity.INFERRING, index, -1, int(row_B.max()))
             version = _answer(slot, group, behaviour, to_answer, row_B, outputs)
+            _send(slot, group, to_answer, row_B, how)
             oldest = min(oldest, version)
             under_way.update(to_answer)
+            began.update(dict.fromkeys(to_answer, time.monotonic()))
             slot.envelope["num_rows"] = max(int(slot.envelope["num_rows"]), int(row_B[to_answer].max()) + 1)
-        recorder.enter(Activity.STEPPING, index, -1, int(row_B.max()))
+        if not how.careful:
+            how.recorder.enter(Activity.STEPPING, index, -1, int(row_B.max()))
         ready = group.ready(0.0 if closing else READY_SECONDS)
         for b in ready:
             _take(slot, group, b, int(row_B[b]), ends)
             row_B[b] += 1
             under_way.discard(b)
         to_answer = ready
+        _refuse_hangs(slot, group, {b: began[b] for b in under_way}, row_B, how.step_timeout_seconds)
         if closing or not (row_B < num_rows).all():
             break
         closing = bool(between_rows is not None and row_B.any() and between_rows(oldest))
@@ -91,6 +116,7 @@ def fill_paced(
             a["action"][t, b].copy(),
             {n: a[n][t, b].copy() for n in outputs},
             int(a["policy_version"][t, b]),
+            began[b],
         )
     _blank(slot, row_B)
     record_ends(slot, ends)
@@ -126,9 +152,37 @@ def _answer(slot: Slot, group: Paced, behaviour: Behaviour, ready: list[int], ro
     a["policy_version"][rows, ready] = acted.version
     for name in outputs:
         a[name][rows, ready] = acted.outputs[name][ready]
-    for b in ready:
-        group.send(b, a["action"][row_B[b], b])
     return acted.version
+
+
+def _send(slot: Slot, group: Paced, ready: list[int], row_B: Array, how: Pace) -> None:
+    """Begin the steps of those that were answered: all at once, or carefully one after the other."""
+    for b in ready:
+        t = int(row_B[b])
+        if how.give_up:
+            stands = group.cursor()[b]
+            step = (b, int(stands["episode"]), int(stands["num_steps"]))
+            for _ in range(how.give_up[t, b] + how.give_up[step]):
+                group.give_up(b)
+        if how.careful:
+            how.recorder.enter(Activity.STEPPING, int(slot.envelope["group"]), b, t)
+        group.send(b, slot.arrays["action"][t, b])
+        while how.careful and b not in group.ready(READY_SECONDS):
+            pass  # bounded: whoever supervises sees how long this activity lasts
+
+
+def _refuse_hangs(slot: Slot, group: Paced, began: dict[int, float], row_B: Array, limit_seconds: float) -> None:
+    """Others go on while one hangs, so that no activity tells of it."""
+    now = time.monotonic()
+    for b, then in began.items():
+        if now - then > limit_seconds:
+            stands = group.cursor()[b]
+            episode, step, seed = int(stands["episode"]), int(stands["num_steps"]), int(stands["seed"])
+            raise EnvironmentFault(
+                f"environment {b} of group {int(slot.envelope['group'])} has been in one step for {now - then:.1f} s (step {step} of its "
+                f"episode, seed {seed}), allowed are {limit_seconds:g} s (--env.step-timeout-seconds)",
+                {"kind": "hang", "env": b, "row": int(row_B[b]), "step": step, "seed": seed, "paced": [episode, step]},
+            )
 
 
 def _take(slot: Slot, group: Paced, b: int, t: int, ends: list[tuple[int, Ended]]) -> None:
@@ -150,10 +204,10 @@ def _blank(slot: Slot, row_B: Array) -> None:
     num_rows = max(1, int(row_B.max()))
     slot.envelope["num_rows"] = num_rows
     late = np.arange(num_rows)[:, None] >= row_B  # [num_rows, B]
-    for field in slot.schema.fields:
-        if field.axis == "T":
-            a[field.name][:num_rows][late] = 0
-        elif field.axis == "T+1":
-            a[field.name][1 : num_rows + 1][late] = 0
+    for spec in slot.schema.fields:
+        if spec.axis == "T":
+            a[spec.name][:num_rows][late] = 0
+        elif spec.axis == "T+1":
+            a[spec.name][1 : num_rows + 1][late] = 0
     fastest = a["policy_version"][:num_rows]
     fastest[late] = fastest[~late].max(initial=0)

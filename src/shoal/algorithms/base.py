@@ -84,7 +84,7 @@ class Optimizer:
       max_gradient_norm: the gradient is scaled down to this Euclidean norm.
     Attributes:
       parameters: those that are trained, in the order of the flat vector.
-      steps: taken; skipped: refused, because the gradient was not finite (parameters and moments stay as they were).
+      steps: taken; skipped: refused, because loss or gradient was not finite (parameters and moments stay as they were).
     """
 
     def __init__(self, policy: nn.Module, *, epsilon: float, max_gradient_norm: float, kind: Literal["adam", "rmsprop"] = "adam") -> None:
@@ -108,15 +108,17 @@ class Optimizer:
 
     def step(self, loss: Tensor, learning_rate: float) -> float:
         """One step down the gradient of `loss` (a scalar); returns the gradient's norm before clipping, non-finite where the step was refused."""
-        return self.descend(torch.autograd.grad(loss, self.parameters, materialize_grads=True, allow_unused=True), learning_rate)
+        gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True, allow_unused=True)
+        return self.descend(gradients, learning_rate, loss)
 
-    def descend(self, gradients: Sequence[Tensor], learning_rate: float) -> float:
-        """The same from the gradients of `parameters`, in their order and shapes."""
+    def descend(self, gradients: Sequence[Tensor], learning_rate: float, loss: Tensor) -> float:
+        """The same from the gradients of `parameters`, in their order and shapes. `loss` is only looked at: the step is refused where it is
+        not finite."""
         if [p.data_ptr() for p in self.parameters] != self._places:
             self._flatten()
         gradient = torch.cat([g.reshape(-1) for g in gradients])
         norm = float(gradient.norm())
-        if not math.isfinite(norm):
+        if not (math.isfinite(norm) and math.isfinite(float(loss.detach()))):
             self.skipped += 1
             return norm
         if norm > self._max_norm:

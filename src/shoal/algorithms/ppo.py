@@ -106,7 +106,7 @@ def clipped_epochs(
                 break
             d_entropy = torch.full_like(evaluation.entropy, -config.entropy_coefficient / len(rows))
             gradients = evaluation.gradients(optimizer.parameters, actor.d_log_prob, d_entropy, d_value.mul_(config.value_coefficient))
-            means.add({"loss": loss, "grad_norm": optimizer.descend(gradients, learning_rate)})
+            means.add({"loss": loss, "grad_norm": optimizer.descend(gradients, learning_rate, loss)})
     valid_TN = batch.valid_TN
     return {
         **means.result(),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.benching.ceilings import ceilings
 from shoal.benching.measuring import machine
 from shoal.config import RunConfig
-from shoal.engines.coordinator import Plan
+from shoal.engines.plan import Plan
 from shoal.settings import available_cores, resolve
 from shoal.types import EnvironmentSpec
 

@@ -23,8 +23,9 @@ import torch
 from shoal.actors.actor import Actor
 from shoal.benching.measuring import Spent, cpu_us, median, spend
 from shoal.benching.played import PlayedBehaviour, PlayedGroup
-from shoal.engines.coordinator import Coordinator, Lease, Plan
+from shoal.engines.coordinator import Coordinator
 from shoal.engines.messages import Kind, Word, to_json
+from shoal.engines.plan import Lease, Plan
 from shoal.engines.roles import Blueprint
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Slot, allocate

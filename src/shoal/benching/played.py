@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from shoal.experience.ring import Slot
@@ -55,6 +57,9 @@ class PlayedGroup:
         return [None] * self.num_envs
 
     def give_up(self, b: int) -> None:
+        """Nothing."""
+
+    def name_next_step(self, told: Callable[[int], None]) -> None:
         """Nothing."""
 
     def close(self) -> None:

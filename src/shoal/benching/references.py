@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from shoal.benching.measuring import cpu_us, median, repeat
 from shoal.config import EnvConfig, RunConfig
-from shoal.engines.coordinator import Plan
+from shoal.engines.plan import Plan
 from shoal.engines.roles import Blueprint
 from shoal.environments.make import close_quietly, environment_factory, is_atari, is_path, registered
 from shoal.environments.native import native_factory

@@ -1,4 +1,4 @@
-"""`shoal control`: one request to a living run, through the socket in its directory."""
+"""`shoal control` and `shoal stalls`: one request to a living run, through the socket in its directory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 from shoal.errors import RunError
 from shoal.files import run_holder
 from shoal.supervision.control import NAME, ask
+from shoal.supervision.processes import process_state
 
 
-def tell_run(directory: Path, command: str, number: int | None = None) -> dict[str, Any]:
+def tell_run(directory: Path, command: str, number: int | None = None, timeout_seconds: float = 60.0) -> dict[str, Any]:
     """The run's answer. Raises RunError where it is not alive, takes no requests, or refuses."""
     holder = run_holder(directory)
     if holder is None:
         raise RunError(f"{directory.name} is not running, so there is nobody to tell; `shoal resume {directory}` goes on with it")
+    if process_state(holder) == "T":
+        raise RunError(f"{directory.name} is stopped as a whole: its supervisor got SIGSTOP; `kill -CONT {holder}` lets it go on")
     if not (directory / NAME).exists():
         raise RunError(
             f"{directory.name} (process {holder}) takes no requests: it is starting or ending, or runs all roles in its own process (actors: 0)"
@@ -22,4 +25,4 @@ def tell_run(directory: Path, command: str, number: int | None = None) -> dict[s
     request: dict[str, Any] = {"command": command}
     if number is not None:
         request["actors"] = number
-    return ask(directory, request)
+    return ask(directory, request, timeout_seconds)

@@ -18,12 +18,14 @@ from typing import Any, NoReturn
 import click
 
 from shoal.cli.bench import bench
+from shoal.cli.chaos import chaos
 from shoal.cli.common import debug_option, give_answer, given_settings, json_option, say, work_on
 from shoal.cli.options import ConfigCommand
 from shoal.cli.output import find_run, plain, print_json, print_table
 from shoal.errors import ShoalError
 
 INTERRUPTED = 130
+STALLS_SECONDS = 10.0  # a supervisor that does not answer within this time is stuck itself
 COMMANDS = ("state", "save", "pause", "continue", "stop", "scale")
 view_option = click.option(
     "--view", type=click.Choice(["auto", "live", "lines", "silent"]), default="auto", help="What is shown on standard error."
@@ -44,6 +46,7 @@ def cli() -> None:
 
 
 cli.add_command(bench)
+cli.add_command(chaos)
 
 
 @cli.command(cls=ConfigCommand, configuration_help=True)
@@ -234,6 +237,21 @@ def control(run: str, command: str, number: int | None, as_json: bool, debug: bo
 
     answer = plain(work_on(work, as_json))
     give_answer(answer, as_json, "print_control", command=command)
+
+
+@cli.command()
+@run_argument
+@json_option
+@debug_option
+def stalls(run: str, as_json: bool, debug: bool) -> None:
+    """Say who waits for whom in a living run, for how long, and show every process's stack."""
+
+    def work() -> Any:
+        from shoal.cli.control import tell_run
+
+        return tell_run(find_run(run), "stalls", timeout_seconds=STALLS_SECONDS)
+
+    give_answer(plain(work_on(work, as_json)), as_json, "print_stalls")
 
 
 # ------------------------------------------------------------------------------------------------------------ around the commands

@@ -89,6 +89,7 @@ def print_show(shown: Mapping[str, Any]) -> None:
     _print_rows(rows)
     _print_groups(ledger.get("groups"))
     _print_faults(shown.get("faults") or {})
+    _print_recovery(shown.get("recovery") or {})
     print("\nconfiguration (what differs from the defaults; config.yaml has all of it)")
     _print_rows(list(_changed(shown["configuration"])), indent=2)
     if shown.get("schema"):
@@ -114,6 +115,52 @@ def _print_faults(faults: Mapping[str, Any]) -> None:
         facts = {name: value for name, value in event.items() if name not in ("time", "kind")}
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"])) if "time" in event else ""
         print(f"  {when}  {event_words(event['kind'], facts)}")
+
+
+def _print_recovery(recovery: Mapping[str, Any]) -> None:
+    if recovery:
+        print("\nrecovery (seconds from a fault to the first rollout or update after it; stepping episodes again is counted apart)")
+        rows = [{"of": role, **{name: f"{value:.3g}" for name, value in row.items()}} for role, row in recovery.items()]
+        print_table(rows, list(rows[0]), indent=2)
+
+
+def print_chaos(result: Mapping[str, Any]) -> None:
+    """What faults cost a training."""
+    speed, seconds = result["env_steps_per_second"], result["seconds"]
+    kept = "-" if result["kept"] is None else f"{100 * result['kept']:.1f} %"
+    equal = {
+        None: "async mode: not compared",
+        True: "those of the same training without faults, bit for bit",
+        False: "OTHER than without faults",
+    }
+    lost = ", ".join(f"{100 * share:.2f} % {reason.replace('_', ' ')}" for reason, share in result["lost"].items())
+    rows = [
+        ("run", _short(result["run"])),
+        (
+            "trained",
+            f"{counted(int(result['updates']), 'update')}, {seconds['faulty']:.0f} s with faults and {seconds['quiet']:.0f} s without",
+        ),
+        ("throughput", f"{kept} kept: {word(speed['faulty'])} steps/s with faults, {word(speed['quiet'])} without"),
+        ("ledger", f"{_balance(result['ledger'])} (env steps){'' if result['balances'] else ': DOES NOT BALANCE'}"),
+        ("lost", lost or "nothing"),
+        ("weights", equal[result["weights_equal"]]),
+    ]
+    _print_rows(rows)
+    print("\nfaults (seconds from each to the first rollout or update after it)")
+    columns = ["injected", "recovered", "p50", "p99", "max"]
+    table = [{"fault": kind, **{name: _figure(row[name]) for name in columns}} for kind, row in result["faults"].items()]
+    print_table(table, ["fault", *columns], indent=2)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def print_stalls(answer: Mapping[str, Any]) -> None:
+    """Who waits for whom in a living run, and where each process stands."""
+    from shoal.engines.stalls import in_words
+
+    print(in_words(dict(answer["stalls"])))
 
 
 def _changed(configuration: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -15,79 +15,20 @@ from collections import Counter, deque
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from shoal.config import RunConfig, StopConfig
+from shoal.config import StopConfig
+from shoal.engines.plan import BATCHES_AHEAD, Episode, Lease, Plan
+from shoal.engines.poison import ANY_ROW, CERTAIN, UNNAMED, WHILE_RESTORED, Suspects
 from shoal.experience.envelope import Fate, Identity
 from shoal.experience.group_state import GroupHistory, pack, unpack
 from shoal.experience.ledger import Ledger
 from shoal.experience.ring import Ring
-from shoal.types import Array, Arrays, EnvironmentSpec, GroupState
+from shoal.types import Array, Arrays, EnvironmentSpec
 
 EPISODES_KEPT = 100  # the window of `stop.return`
-BATCHES_AHEAD = 2  # async: batches that are unconsumed at most
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The numbers of a run that the coordinator goes by."""
-
-    mode: Literal["sync", "async"]
-    num_groups: int
-    group_size: int
-    rollout_length: int
-    batch_rollouts: int
-    max_policy_lag: int
-    slots_per_group: int
-
-    @classmethod
-    def of(cls, config: RunConfig) -> Plan:
-        groups = config.sampling.groups or 1
-        sync = config.mode != "async"
-        batch = groups if sync else config.sampling.batch_rollouts or groups
-        return cls(
-            mode="sync" if sync else "async",
-            num_groups=groups,
-            group_size=config.sampling.group_size or 1,
-            rollout_length=config.sampling.rollout_length,
-            batch_rollouts=batch,
-            max_policy_lag=0 if sync else config.max_policy_lag,
-            slots_per_group=1 if sync else max(2, -(-batch // groups) + 1),
-        )
-
-    @property
-    def num_slots(self) -> int:
-        return self.num_groups * self.slots_per_group
-
-    @property
-    def close_after_lag(self) -> int:
-        """An actor closes a rollout early once its first row is this many versions old: one more update takes it, in good time."""
-        return max(1, self.max_policy_lag - (1 if self.max_policy_lag < 3 else 2))
-
-
-@dataclass(frozen=True)
-class Lease:
-    """An order to an actor: make `identity` in `slot`; first restore the group to `restore`, where given."""
-
-    actor: int
-    slot: int
-    identity: Identity
-    restore: GroupState | None
-    give_up: tuple[tuple[int, int], ...] = ()  # (row, env): end that episode there as invalid, its fault came twice
-
-
-@dataclass
-class Episode:
-    """An episode that ended, as training saw it."""
-
-    group: int
-    env: int
-    episode_return: float
-    num_steps: int
-    seed: int
-    truncated: bool
 
 
 @dataclass
@@ -100,7 +41,7 @@ class _Group:
     attempt: int = 0
     next_sequence: int = 0
     leased: dict[int, Identity] = field(default_factory=dict)  # slot -> attempt, in order
-    faults: Counter[tuple[int, int, int]] = field(default_factory=Counter)  # (sequence, row, env) -> times
+    suspects: Suspects = field(default_factory=Suspects)
 
 
 @dataclass
@@ -157,17 +98,39 @@ class Coordinator:
         """Whether any group is, or is to be, on this actor."""
         return any(actor in (group.actor, group.target) for group in self.groups)
 
-    def lost(self, actor: int) -> list[Identity]:
-        """An actor died: what it was making counts as such and will be made again. Returns the attempts lost."""
-        return [i for group in self.groups if group.actor == actor for i in self._give_back(group, Fate.ACTOR_DIED)]
+    def suspect(self, actor: int, group: int, row: int, env: int, points: int = CERTAIN) -> bool:
+        """The process of `actor` broke while it stepped `group` at this place (see engines/poison.py). `lost` or `faulted` follows.
+        False where it was making nothing of this group."""
+        broken = self.groups[group] if 0 <= group < len(self.groups) else None
+        if broken is None or broken.actor != actor or not broken.leased:
+            return False
+        slot, identity = next(iter(broken.leased.items()))
+        held = self.ring.slots[slot]
+        if env == UNNAMED and row != WHILE_RESTORED and held.identity == identity and held.envelope["paced"]:
+            row = ANY_ROW
+        broken.suspects.add(identity.sequence, row, env, points)
+        return True
 
-    def faulted(self, identity: Identity, row: int, env: int) -> list[Identity]:
+    def lost(self, actor: int, broke: int = -1) -> list[Identity]:
+        """An actor died: what it was making counts as such (in group `broke`: as its environment's fault) and will be made again.
+        Returns the attempts lost."""
+        fates = [Fate.ENVIRONMENT_FAULT if index == broke else Fate.ACTOR_DIED for index in range(len(self.groups))]
+        return [i for group, fate in zip(self.groups, fates, strict=True) if group.actor == actor for i in self._give_back(group, fate)]
+
+    def faulted(self, identity: Identity, row: int, env: int, step: tuple[int, int] | None = None) -> list[Identity]:
         """An environment broke its contract in this rollout: the group is made anew. The second time at the same step its episode
-        is given up there. Returns the attempts lost."""
+        is given up there. Returns the attempts lost.
+
+        Args:
+          step: (episode, step) of an environment of a paced group that hung, perhaps since an earlier rollout.
+        """
         group = self.groups[identity.group]
         if identity not in group.leased.values():
             return []  # an old attempt's word
-        group.faults[identity.sequence, row, env] += 1
+        if step is None:
+            group.suspects.add(identity.sequence, row, env)
+        else:
+            group.suspects.add_step(env, *step)
         return self._give_back(group, Fate.ENVIRONMENT_FAULT)
 
     def _give_back(self, group: _Group, fate: Fate) -> list[Identity]:
@@ -212,13 +175,10 @@ class Coordinator:
             group.hosted = True
             group.next_sequence += 1
             self.ledger.begin(identity)
-            leases.append(Lease(group.actor, slot, identity, restore, self._given_up(identity)))
+            suspects, sequence = group.suspects, identity.sequence
+            special = suspects.given_up(sequence), suspects.given_up_steps(), suspects.careful(sequence)
+            leases.append(Lease(group.actor, slot, identity, restore, *special))
         return leases
-
-    def _given_up(self, identity: Identity) -> tuple[tuple[int, int], ...]:
-        """(row, env) at which the fault of an environment came twice in this rollout."""
-        faults = self.groups[identity.group].faults
-        return tuple((row, env) for (sequence, row, env), times in faults.items() if times > 1 and sequence == identity.sequence)
 
     def _order(self) -> list[int]:
         """Groups that are behind come first; each as often as it has slots."""
@@ -257,8 +217,9 @@ class Coordinator:
         self.consumption += [self._log_entry(slot, identity) for slot, identity in batch]
         self._episodes += [e for slot, _ in batch for e in self._episodes_in(slot)]
         for _, identity in batch:
-            history = self.groups[identity.group].history
-            history.forget_before(identity.sequence + 1)
+            group = self.groups[identity.group]
+            group.history.forget_before(identity.sequence + 1)
+            group.suspects.forget_before(identity.sequence + 1)
         return batch
 
     def _version_min(self, slot: int) -> int:
@@ -411,7 +372,7 @@ class Coordinator:
         entry = {"id": list(identity), "steps": int(held.envelope["num_env_steps"]), "fate": "trained"}
         if held.envelope["paced"]:
             return {**entry, "paced": True}
-        if given_up := self._given_up(identity):
+        if given_up := self.groups[identity.group].suspects.given_up(identity.sequence):
             entry["give_up"] = [list(place) for place in given_up]
         return {**entry, "versions": version_runs(versions[:, 0])}
 

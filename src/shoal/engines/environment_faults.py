@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from shoal.engines.poison import UNNAMED, WHILE_RESTORED
 from shoal.engines.session import Session
 from shoal.engines.snippets import with_snippet
 from shoal.errors import EnvironmentFault
@@ -28,8 +29,8 @@ Episode = tuple[int | bytes | None, list[Any]]  # seed or snapshot, and the acti
 class EnvironmentFaults:
     """Those of one run. `count`: so far."""
 
-    def __init__(self, session: Session, epoch: int = 0) -> None:
-        self._session, self._epoch = session, epoch
+    def __init__(self, session: Session) -> None:
+        self._session = session
         self.count = 0
         self._bounds = _bounds(session.spec)
         self._long_episode: float = LONG_EPISODE
@@ -59,6 +60,15 @@ class EnvironmentFaults:
         session.observer.event("environment_fault", message=str(full), report=full.report)
         if early or spent:
             raise full
+
+    def give_back(self, fault: EnvironmentFault, identity: Identity) -> None:
+        """The group is made anew; the second time that a fault comes at the same step, its episode is given up there."""
+        report = fault.report
+        step = report.get("paced")  # of an environment that acts on its own
+        row, env = (
+            default if report.get(name) is None else int(str(report[name])) for name, default in (("row", WHILE_RESTORED), ("env", UNNAMED))
+        )
+        self._session.coordinator.faulted(identity, row, env, tuple(step) if isinstance(step, (list, tuple)) else None)
 
     def place_of(self, group: int) -> Identity | None:
         """The rollout that is being made of a group: the first that is leased."""
@@ -169,7 +179,7 @@ class EnvironmentFaults:
     def _seed(self, group: int, b: int, episode: int, cursor: Array | None) -> int:
         if cursor is not None and cursor["num_steps"]:
             return int(cursor["seed"])
-        return episode_seed(self._session.config.seed, group, b, episode, self._epoch)
+        return episode_seed(self._session.config.seed, group, b, episode, self._session.epoch)
 
 
 def _bounds(spec: EnvironmentSpec) -> dict[str, tuple[Array, Array]]:

@@ -16,8 +16,8 @@ from typing import Any
 
 from shoal import errors
 from shoal.config import RunConfig
-from shoal.engines.coordinator import Plan
 from shoal.engines.messages import to_json
+from shoal.engines.plan import Plan
 from shoal.engines.question import Question
 from shoal.engines.snippets import with_snippet
 from shoal.errors import EnvironmentFault, ProcessError, ShoalError
@@ -35,6 +35,7 @@ STOP_SECONDS = 10.0
 POLL_SECONDS = 0.25
 DEATHS_IN_A_ROW = 5  # of one role without a rollout or update in between: it is gone for good
 MAX_ACTORS = 1024
+MAX_TRACE_LINES = 80
 _PRELOAD = ["torch", "gymnasium", "shoal.engines.mains"]
 
 
@@ -49,6 +50,9 @@ class Process:
     channel: Channel | None = None
     ready: bool = False
     doomed: str = ""  # why a kill was ordered
+    asked_at: float = 0.0  # when its start was ordered
+    told_at: float = 0.0  # when its last order was given
+    doomed_at: float = 0.0
     retired: bool = False  # it is to end and not to come again
     deaths: int = 0  # since it last achieved something
     not_before: float = 0.0  # back-off of its next start
@@ -75,19 +79,24 @@ class Process:
 
 @dataclass(frozen=True)
 class Death:
-    """A role's process is dead and reaped. `why` is set where the supervisor killed it."""
+    """A role's process is dead and reaped.
+
+    why: set where the supervisor killed it. crashed: by its own doing. record: what it did last.
+    """
 
     process: Process
     how: str
     why: str
+    crashed: bool
+    record: ActivityRecord
 
 
 class Fleet:
     """One learner, any number of actors, the zygote they come from and the memory they share."""
 
-    def __init__(self, config: RunConfig, pickled: bytes | None, directory: Path, run_id: bytes, epoch: int, traces: str = "") -> None:
+    def __init__(self, config: RunConfig, pickled: bytes | None, directory: Path, run_id: bytes, traces: str = "") -> None:
         self._config, self._pickled, self._directory = config, pickled, directory
-        self._common: dict[str, Any] = {"run_id": run_id.hex(), "epoch": epoch, "num_roles": 1 + MAX_ACTORS, "traces": traces}
+        self._common: dict[str, Any] = {"run_id": run_id.hex(), "num_roles": 1 + MAX_ACTORS, "traces": traces}
         self._zygote: Zygote | None = None
         self._memory: SharedMemory | None = None
         self._activities: ActivityBoard | None = None
@@ -189,6 +198,7 @@ class Fleet:
         config = self._config.model_dump(mode="json", by_alias=True)
         ours, theirs = Channel.pair()
         process.channel, process.ready, process.doomed, process.pid = ours, False, "", 0
+        process.asked_at = process.told_at = time.monotonic()
         target = f"shoal.engines.mains:{process.name}_main"
         self.zygote.fork(target, process.name, process.index, process.incarnation, theirs, (self._memory.fd, self._activities.fd))
         with os.fdopen(anonymous_file("shoal-setup"), "wb") as file:  # the bounds of a large space are more than a message holds
@@ -200,7 +210,7 @@ class Fleet:
         """SIGKILL; its death is told by `happened`."""
         if process.doomed or not process.up:
             return
-        process.doomed = why
+        process.doomed, process.doomed_at = why, time.monotonic()
         if process.pid:
             self.zygote.kill(process.pid)
 
@@ -232,7 +242,8 @@ class Fleet:
             if process.doomed:
                 self.zygote.kill(event.pid)
             return []
-        return [Death(process, event.describe(), process.doomed)]
+        crashed = event.crashed and not process.doomed
+        return [Death(process, event.describe(), process.doomed, crashed, self.activities()[self.processes.index(process)])]
 
     def stop_all(self, why: str) -> Lost | None:
         """Kill every role and wait until all are reaped: their slots are nobody's then. Returns what says that the zygote is lost."""
@@ -248,6 +259,7 @@ class Fleet:
                 if strict:
                     raise ProcessError("a role could not be ended; see `ps` for a process in uninterruptible sleep")
                 return None
+            self.zygote.wake()
             wait([self.zygote], POLL_SECONDS)
             for event in self.happened():
                 if isinstance(event, Lost):
@@ -255,14 +267,18 @@ class Fleet:
                 event.process.ended()
         return None
 
-    def log_path(self, process: Process) -> Path:
-        return self._directory / "logs" / f"{process.name}-{process.index}.log"
+    def log_of(self, process: Process | None) -> Path:
+        """A role's log; None: the zygote's."""
+        return self._directory / "logs" / ("zygote.log" if process is None else f"{process.name}-{process.index}.log")
 
     def log_tail(self, process: Process, num_lines: int = 15) -> str:
-        """The end of a role's log, for a message."""
-        path = self.log_path(process)
-        lines = path.read_text(errors="replace").splitlines()[-num_lines:] if path.exists() else []
-        return "\n".join([f"Its log ({path}) ends with:", *lines]) if lines else f"Its log {path} is empty."
+        """The end of a role's log, for a message: its last traceback, whole, or the last lines."""
+        path = self.log_of(process)
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        begins = [at for at, line in enumerate(lines) if line.startswith(("Traceback (most recent call last)", "Fatal Python error"))]
+        recent = begins[-1] if begins and len(lines) - begins[-1] <= MAX_TRACE_LINES else len(lines)
+        tail = lines[min(recent, max(0, len(lines) - num_lines)) :]
+        return "\n".join([f"Its log ({path}) ends with:", *tail]) if tail else f"Its log {path} is empty."
 
 
 def tell(process: Process, message: bytes, fds: Sequence[int] = (), *, must_arrive: bool = True) -> None:

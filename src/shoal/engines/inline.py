@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from shoal.actors.actor import Actor
 from shoal.engines.alarm import limited
-from shoal.engines.coordinator import Lease
 from shoal.engines.environment_faults import EnvironmentFaults
+from shoal.engines.plan import Lease
 from shoal.engines.roles import Blueprint, one_thread
 from shoal.engines.saving import load_learner, save_learner
 from shoal.engines.session import Session
-from shoal.errors import CheckpointError, EnvironmentFault
+from shoal.errors import CheckpointError, DivergedError, EnvironmentFault
+from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring
 from shoal.learners.learner import Learner
 from shoal.supervision.heartbeat import ActivityBoard
@@ -28,19 +30,22 @@ class InlineEngine:
     """Runs a session to its end. `interrupted()` is asked between updates."""
 
     def __init__(self, blueprint: Blueprint, session: Session, ring: Ring, traces: str = "") -> None:
-        self._session, self._blueprint = session, blueprint
+        self._session, self._ring = session, ring
         self._faults = EnvironmentFaults(session)
         self._activities = ActivityBoard.create(1)
         self._trace = open_trace(traces, "all")
-        recorder = self._trace.recorder(self._activities.heartbeat(0))
-        self._enter = recorder.enter
-        policy = blueprint.policy()
-        size = blueprint.layout(policy).size
+        self._recorder = self._trace.recorder(self._activities.heartbeat(0))
+        size = blueprint.layout(blueprint.policy()).size
         self._board = WeightBoard(size, np.zeros(WeightBoard.size_bytes(size), np.uint8))
+        self._begin(blueprint)
+
+    def _begin(self, blueprint: Blueprint) -> None:
+        """Make the roles."""
+        self._blueprint = blueprint
         self._board.reset()
         self._behaviour = blueprint.behaviour(self._board)
-        self._actor: Actor = blueprint.actor(ring, self._behaviour, recorder=recorder)
-        self._learner: Learner = blueprint.learner(ring, self._board, session.coordinator.plan.max_policy_lag, recorder)
+        self._actor: Actor = blueprint.actor(self._ring, self._behaviour, recorder=self._recorder)
+        self._learner: Learner = blueprint.learner(self._ring, self._board, self._session.coordinator.plan.max_policy_lag, self._recorder)
 
     @property
     def learner(self) -> Learner:
@@ -62,29 +67,22 @@ class InlineEngine:
 
     def _run(self, interrupted: Callable[[], bool]) -> dict[str, Any]:
         session, coordinator = self._session, self._session.coordinator
-        path = session.last_checkpoint[2]
-        if path is not None:
-            load_learner(self._learner, path)
-        self._learner.publish()
-        self._behaviour.refresh()
+        self._load()
         coordinator.place([0])
         reason = coordinator.stop_reason(session.seconds) if coordinator.version else None
-        ticked = 0.0
+        first_epoch, ticked = session.epoch, 0.0
         while reason is None:
             self._fill()
             batch = coordinator.next_batch()
             if batch is None:
                 raise RuntimeError("no rollout may be begun and no update made: the coordinator is stuck")
-            self._enter(Activity.LEARNING)
-            self._trace.begin(Span.CONSUME)
-            consumed = self._learner.consume(batch)
-            self._trace.end(len(batch))
-            coordinator.consumed(consumed.dropped)
-            self._trace.begin(Span.UPDATE)
-            metrics = self._learner.update(consumed) if consumed.batch is not None else {}
-            self._trace.end(self._learner.version)
-            self._behaviour.refresh()
-            reason = session.finish_update(metrics) or ("interrupted" if interrupted() else None)
+            self._recorder.enter(Activity.LEARNING)
+            try:
+                reason = self._learn(batch) or ("interrupted" if interrupted() else None)
+            except DivergedError as error:
+                if session.epoch > first_epoch:
+                    raise
+                self._mend_divergence(error)
             if reason is None and session.checkpoint_due():
                 self._try_save()
             if time.monotonic() - ticked > 0.25:
@@ -93,6 +91,33 @@ class InlineEngine:
         coordinator.shut_down()
         self._save()
         return {"reason": reason, "weights_sha256": self._learner.weights_sha256}
+
+    def _load(self) -> None:
+        if self._session.checkpoint_path is not None:
+            load_learner(self._learner, self._session.checkpoint_path)
+        self._learner.publish()
+        self._behaviour.refresh()
+
+    def _learn(self, batch: list[tuple[int, Identity]]) -> str | None:
+        """One update. Returns the reason to stop, if there is one."""
+        self._trace.begin(Span.CONSUME)
+        consumed = self._learner.consume(batch)
+        self._trace.end(len(batch))
+        self._session.coordinator.consumed(consumed.dropped)
+        self._trace.begin(Span.UPDATE)
+        metrics = self._learner.update(consumed) if consumed.batch is not None else {}
+        self._trace.end(self._learner.version)
+        self._behaviour.refresh()
+        return self._session.finish_update(metrics)
+
+    def _mend_divergence(self, error: DivergedError) -> None:
+        """Once: back to the last good checkpoint, from which other random numbers lead another way."""
+        self._session.epoch += 1
+        self._session.observer.event("diverged", message=str(error))
+        self._actor.close()
+        self._session.return_to_checkpoint()
+        self._begin(replace(self._blueprint, epoch=self._session.epoch))
+        self._load()
 
     def _fill(self) -> None:
         """Everything that may be begun now, with one torch thread as in an actor's process: the numbers can depend on it."""
@@ -110,8 +135,7 @@ class InlineEngine:
                 self._make(lease)
             except EnvironmentFault as fault:
                 self._faults.happened(fault, lease.identity)
-                place = [int(str(fault.report.get(name) or 0)) for name in ("row", "env")]
-                self._session.coordinator.faulted(lease.identity, *place)
+                self._faults.give_back(fault, lease.identity)
                 self._actor.release(lease.identity.group)
                 whole = False
         return whole
@@ -123,7 +147,7 @@ class InlineEngine:
             if lost:
                 self._session.observer.event("not_restored", group=group, environments=lost)
         self._trace.begin(Span.ROLLOUT)
-        slot = self._actor.fill(lease.slot, lease.identity, give_up=lease.give_up)
+        slot = self._actor.fill(lease.slot, lease.identity, None, lease.give_up, lease.careful)
         self._trace.end(group, lease.identity.sequence)
         self._session.begun(int(slot.envelope["begun_ns"]))
         self._session.coordinator.filled(lease.slot, lease.identity)
@@ -132,7 +156,7 @@ class InlineEngine:
     def _save(self) -> None:
         """Raises CheckpointError where the disk refuses."""
         self._trace.begin(Span.CHECKPOINT)
-        self._enter(Activity.SAVING)
+        self._recorder.enter(Activity.SAVING)
         staging, arrays, facts = self._session.begin_checkpoint()
         with staging:
             with staging.disk_errors():

@@ -6,72 +6,67 @@ The supervisor's loop. It imports no torch, holds the coordinator, and is the on
     waits for   all of them together, a quarter of a second at most
     unblocked   by any word, any death, or the time
     on failure  an actor is replaced and its rollouts are made again; the learner is replaced, and the run goes back to its last
-                checkpoint; the supervisor's own end ends everything (the zygote sees to it)
+                checkpoint, as it does once after divergence; the supervisor's own end ends everything (the zygote sees to it)
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from shoal.config import RunConfig
-from shoal.engines.coordinator import Lease, Plan
+from shoal.engines.commands import obey
 from shoal.engines.environment_faults import EnvironmentFaults
-from shoal.engines.fleet import DEATHS_IN_A_ROW, MAX_ACTORS, START_SECONDS, STOP_SECONDS, Death, Fleet, Process, rebuild_error, tell, words
+from shoal.engines.fleet import DEATHS_IN_A_ROW, STOP_SECONDS, Death, Fleet, Process, rebuild_error, tell, words
 from shoal.engines.messages import Kind, Word, to_json
+from shoal.engines.plan import Lease, Plan
+from shoal.engines.poison import CERTAIN, DOUBTFUL, WHILE_RESTORED
 from shoal.engines.question import stack_of
+from shoal.engines.recovery import Recoveries
+from shoal.engines.saves import Saves
 from shoal.engines.session import Session
-from shoal.errors import CheckpointError, EnvironmentFault, ProcessError
+from shoal.engines.stalls import Inquiry, Situation, in_words, look
+from shoal.engines.watch import SAVE_SECONDS, START_SECONDS, Verdict, Watch
+from shoal.errors import CheckpointError, DivergedError, EnvironmentFault, ProcessError
 from shoal.experience.envelope import Fate, Identity
 from shoal.experience.group_state import to_bytes
 from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema
-from shoal.files import Staging
-from shoal.supervision.channel import HasFileno
 from shoal.supervision.control import ControlServer, Reply
 from shoal.supervision.memory import anonymous_file
-from shoal.supervision.processes import process_state
 from shoal.supervision.trace import Span, open_trace
 from shoal.supervision.zygote import Lost
-from shoal.types import Activity, ActivityRecord, Arrays
+from shoal.types import Activity, ActivityRecord
 
-SAVE_SECONDS = 60.0
 END_SECONDS = 2.0
 WATCH_SECONDS = 0.25
-RESTORE_TIMES = 10  # putting a group back may take this many times as long as one step, where it does not tell of each call
-CRASHES = ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL", "SIGSYS", "SIGTRAP")
-
-
-@dataclass
-class _Save:
-    """A checkpoint that the learner is writing its part of."""
-
-    staging: Staging
-    arrays: Arrays
-    facts: dict[str, Any]
-    replies: list[Reply]
-    begun: float = field(default_factory=time.monotonic)
+ANSWER_SECONDS = 10.0  # the zygote forks or kills within this time, or is given up
+HANGS = "hangs in its environment"  # why the supervisor killed a process
+_IN_ENVIRONMENT = (Activity.STEPPING, Activity.RESTORING)
+CRASH_HINT = {"hint": "nothing in an environment may end its process (os._exit, a crash in native code)"}
+HANG_HINT = {"hint": "raise --env.step-timeout-seconds if it is only slow; else give every wait inside a limit of its own"}
 
 
 class LocalEngine:
     """`open`, `look` (spec and sizes), `allocate`, `run`; `close` leaves nothing behind."""
 
-    def __init__(self, config: RunConfig, pickled: bytes | None, directory: Path, run_id: bytes, epoch: int = 0, traces: str = "") -> None:
+    def __init__(self, config: RunConfig, pickled: bytes | None, directory: Path, run_id: bytes, traces: str = "") -> None:
         self._config, self._directory = config, directory
-        self._fleet = Fleet(config, pickled, directory, run_id, epoch, traces)
+        self._fleet = Fleet(config, pickled, directory, run_id, traces)
         self._trace = open_trace(traces, "supervisor")
-        self._save: _Save | None = None
-        self._wants_save: list[Reply] = []
+        self._watcher = Watch(config.env.step_timeout_seconds, config.learner.timeout_seconds)
+        self._recoveries = Recoveries()
+        self._inquiries: list[Inquiry] = []
         self._control: ControlServer | None = None
         self._paused = False
         self._reason: str | None = None
         self._ending = False  # actors that end are not replaced
-        self._weights_sha256 = ""
+        self._divergence: DivergedError | None = None  # that is to be mended
         self._zygote_deaths = 0
         self._furthest = 0  # newest version that this process saw
 
@@ -96,10 +91,18 @@ class LocalEngine:
         return self._fleet.allocate(schema, plan, weights)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
-    def run(self, session: Session, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-        """Train until a stop condition. Returns {reason, weights_sha256}; the last checkpoint is saved."""
+    def run(
+        self, session: Session, interrupted: Callable[[], bool] = lambda: False, asked: Callable[[], bool] = lambda: False
+    ) -> dict[str, Any]:
+        """Train until a stop condition. Returns {reason, weights_sha256}; the last checkpoint is saved.
+
+        Args:
+          interrupted: whether the user wants it to end. asked: whether somebody wants to see on standard error who waits for whom.
+        """
         self._session, self._coordinator = session, session.coordinator
+        self._saves = Saves(session, self._tell_learner, self._trace)
         self._faults = EnvironmentFaults(session)
+        self._first_epoch = session.epoch
         try:
             self._control = ControlServer(self._directory)
         except OSError as error:
@@ -112,31 +115,25 @@ class LocalEngine:
         while self._reason is None or not self._finished():
             if interrupted():
                 session.wanted_end = session.wanted_end or "interrupted"
-            if session.wanted_end and not self._coordinator.learner_busy and self._save is None:
+            if asked():
+                self._inquire(lambda found: print(in_words(found), file=sys.stderr, flush=True))
+            if session.wanted_end and not self._coordinator.learner_busy and not self._saves.under_way:
                 self._reason = session.wanted_end
                 continue
             self._trace.begin(Span.DISPATCH)
             self._dispatch()
             self._trace.end()
-            self._listen(WATCH_SECONDS)
+            self._listen(0.05 if self._inquiries else WATCH_SECONDS)
             if time.monotonic() - watched >= WATCH_SECONDS:
                 watched = time.monotonic()
                 self._trace.begin(Span.WATCH)
                 self._watch()
                 self._trace.end()
-        return {"reason": self._reason, "weights_sha256": self._weights_sha256}
+        return {"reason": self._reason, "weights_sha256": self._saves.weights_sha256}
 
     def _listen(self, timeout_seconds: float) -> None:
         control = [] if self._control is None else self._control.sources()
         ready = self._fleet.listen(timeout_seconds, control)
-        self._trace.begin(Span.HEAR)
-        try:
-            self._take_in(ready, control)
-        finally:
-            self._trace.end()
-
-    def _take_in(self, ready: list[HasFileno], control: Sequence[HasFileno]) -> None:
-        """Everything that those have to say who are ready."""
         for process in self._fleet.processes:
             if process.channel in ready:
                 self._hear(process)
@@ -144,7 +141,10 @@ class LocalEngine:
             self._bury(self._fleet.happened())
         if self._control is not None and any(source in ready for source in control):
             for request, reply in self._control.receive():
-                self._obey(request, reply)
+                obey(self, request, reply)
+        if self._divergence is not None:
+            self._mend_divergence(self._divergence)
+        self._inquiries = [one for one in self._inquiries if not one.answered(time.monotonic())]
 
     def _hear(self, process: Process) -> None:
         for message in words(process):
@@ -163,11 +163,13 @@ class LocalEngine:
                 self._send_lease(self._fleet.actors[lease.actor], lease)
             for index, group in self._coordinator.take_released():
                 tell(self._fleet.actors[index], Word(Kind.RELEASE, identity=Identity(group, 0, 0)).encode())
-        if self._save is None and (batch := self._coordinator.next_batch()) is not None:
+        if not self._saves.under_way and (batch := self._coordinator.next_batch()) is not None:
             self._tell_learner({"do": "train", "rollouts": [[slot, list(identity)] for slot, identity in batch]})
 
     def _send_lease(self, actor: Process, lease: Lease) -> None:
-        body = to_json({"give_up": lease.give_up}) if lease.give_up else b""
+        special = {"give_up": lease.give_up, "give_up_steps": lease.give_up_steps, "careful": lease.careful}
+        body = to_json(special) if any(special.values()) else b""
+        actor.told_at = time.monotonic()
         if lease.restore is not None:
             with os.fdopen(anonymous_file("shoal-group"), "wb") as file:
                 file.write(to_bytes(lease.restore))
@@ -176,56 +178,62 @@ class LocalEngine:
         tell(actor, Word(Kind.LEASE, lease.slot, lease.identity, self._coordinator.version, body).encode())
 
     def _tell_learner(self, order: dict[str, Any]) -> None:
+        self._fleet.learner.told_at = time.monotonic()
         tell(self._fleet.learner, to_json(order))
 
     # ---- what roles say ------------------------------------------------------------------------------------------
     def _actor_said(self, actor: Process, word: Word) -> None:
         if word.kind is Kind.FILLED:
             actor.deaths = 0
+            actor.told_at = time.monotonic()  # it goes on with the next
             self._coordinator.ring.slots[word.slot].envelope["received_ns"] = time.monotonic_ns()
             if self._coordinator.filled(word.slot, word.identity):
                 self._session.begun(int(self._coordinator.ring.slots[word.slot].envelope["begun_ns"]))
                 self._faults.look_at(self._coordinator.ring.slots[word.slot])
-        elif word.kind is Kind.RESTORED and word.value:
-            self._session.observer.event("not_restored", group=word.identity.group, environments=word.value)
+            self._back("actor", actor.index)
+            self._back("group", word.identity.group)
+        elif word.kind is Kind.RESTORED:
+            for role, index in (("actor", actor.index), ("group", word.identity.group)):
+                self._recoveries.restored(role, index, word.json["seconds"])
+            if word.value:
+                self._session.observer.event("not_restored", group=word.identity.group, environments=word.value)
         elif word.kind is Kind.FAULT:
             error, report = rebuild_error(word.json), word.json["report"]
             if not isinstance(error, EnvironmentFault):
                 raise error
             self._faults.happened(error, word.identity)
-            self._coordinator.faulted(word.identity, int(report.get("row", 0)), int(report.get("env", 0) or 0))
+            self._recoveries.lost("group", word.identity.group, str(report.get("kind", "fault")), time.monotonic())
+            self._faults.give_back(error, word.identity)
+
+    def _back(self, role: str, index: int) -> None:
+        if facts := self._recoveries.back(role, index, time.monotonic()):
+            self._session.observer.event("recovered", **facts)
 
     def _learner_said(self, said: dict[str, Any]) -> None:
         kind = said["is"]
         if kind == "ready":
             self._fleet.learner.ready = True
+            self._recoveries.ready("learner", 0, time.monotonic())
             self._publish(said["version"])
         elif kind == "consumed":
             self._coordinator.consumed({Identity(*identity): Fate(fate) for identity, fate in said["dropped"]})
         elif kind == "trained":
             self._reason = self._session.finish_update(said["metrics"])
             if self._coordinator.version > self._furthest:  # made again after a roll-back, an update is no progress
-                self._furthest, self._fleet.learner.deaths = self._coordinator.version, 0
+                self._furthest, self._fleet.learner.deaths, self._zygote_deaths = self._coordinator.version, 0, 0
             self._publish(said["version"])
-            if self._reason is None and (self._session.checkpoint_due() or self._wants_save):
-                self._begin_save()
-        elif kind == "saved" and self._save is not None:
-            self._weights_sha256 = said["weights_sha256"]
-            self._trace.begin(Span.CHECKPOINT)
-            try:
-                self._session.commit(self._save.staging, self._save.arrays, self._save.facts)
-            except CheckpointError as error:
-                self._give_up_save(str(error))
-                return
-            finally:
-                self._trace.end()
-            save, self._save = self._save, None
-            for reply in save.replies:
-                reply({"ok": True, "update": self._coordinator.version})
-        elif kind == "not_saved" and self._save is not None:
-            self._give_up_save(said["message"])
+            self._back("learner", 0)
+            if self._reason is None and self._saves.due:
+                self._saves.begin()
+        elif kind == "saved":
+            self._saves.saved(said["weights_sha256"])
+        elif kind == "not_saved":
+            self._saves.not_saved(said["message"])
         elif kind == "failed":
-            raise rebuild_error(said)
+            error = rebuild_error(said)
+            if not isinstance(error, DivergedError) or self._session.epoch > self._first_epoch:
+                raise error
+            self._divergence = error
 
     def _publish(self, version: int) -> None:
         """Tell async actors of new weights. One whose channel is full hears of the next version, or by its next lease."""
@@ -234,34 +242,11 @@ class LocalEngine:
             for actor in self._fleet.actors:
                 tell(actor, message, must_arrive=False)
 
-    def _begin_save(self) -> None:
-        replies, self._wants_save = self._wants_save, []
-        self._trace.begin(Span.CHECKPOINT)
-        try:
-            self._save = _Save(*self._session.begin_checkpoint(), replies)
-        except CheckpointError as error:
-            self._session.save_failed(str(error))
-            for reply in replies:
-                reply({"ok": False, "error": str(error)})
-            return
-        finally:
-            self._trace.end()
-        self._tell_learner({"do": "save", "path": str(self._save.staging.path)})
-
-    def _give_up_save(self, message: str) -> None:
-        """The disk refuses: the run goes on, with an alarm; the checkpoints before are whole."""
-        assert self._save is not None
-        save, self._save = self._save, None
-        save.staging.discard()
-        self._session.save_failed(message)
-        for reply in save.replies:
-            reply({"ok": False, "error": message})
-
     # ---- life and death ------------------------------------------------------------------------------------------
     def _start_learner(self) -> None:
-        path = self._session.last_checkpoint[2]
+        path = self._session.checkpoint_path
         checkpoint = None if path is None else str(path.absolute())
-        setup = {"checkpoint": checkpoint, "max_policy_lag": self._coordinator.plan.max_policy_lag}
+        setup = {"checkpoint": checkpoint, "max_policy_lag": self._coordinator.plan.max_policy_lag, "epoch": self._session.epoch}
         self._fleet.start(self._fleet.learner, {"spec": self._session.spec.to_json(), **setup})
 
     def _place(self) -> None:
@@ -269,6 +254,7 @@ class LocalEngine:
         there = [a for a in self._fleet.actors if not a.gone_for_good]
         plan = self._coordinator.plan
         setup = {"spec": self._session.spec.to_json(), "close_after_lag": plan.close_after_lag, "sync": plan.mode == "sync"}
+        setup["epoch"] = self._session.epoch
         for actor in there:
             if not actor.up and time.monotonic() >= actor.not_before:
                 self._fleet.start(actor, setup, lambda body: Word(Kind.SETUP, body=body).encode())
@@ -298,60 +284,65 @@ class LocalEngine:
         if process.retired:
             self._coordinator.lost(process.index)
             return
+        if process.name == "learner" and self._divergence is not None:
+            return  # it said why; all are made anew at once
         process.deaths += 1
         process.not_before = time.monotonic() + (0.0 if process.deaths < 2 else 0.1 * 2 ** min(process.deaths - 2, 6))
         self._session.restarts += 1
         self._session.observer.event("died", role=process.name, index=process.index, how=death.how, reason=death.why)
+        self._recoveries.lost(process.name, process.index, death.why or death.how, time.monotonic())
         if process.name == "learner":
             if process.deaths >= DEATHS_IN_A_ROW:
                 tail = self._fleet.log_tail(process)
                 raise ProcessError(f"the learner died {DEATHS_IN_A_ROW} times without an update in between, the last {death.how}.\n{tail}")
             self._return_to_checkpoint()
         else:
-            self._blame_environment(death)
-            self._actor_died(process, death.how)
+            self._actor_died(process, death)
 
-    def _blame_environment(self, death: Death) -> None:
-        """An actor that ended by itself while it was in its environment: that is the environment's doing."""
-        record = self._fleet.activities()[1 + death.process.index]
-        in_it = record.activity in (Activity.STEPPING, Activity.RESTORING)
-        if death.why or not in_it or not (death.how.startswith("exit") or death.how.endswith(CRASHES)):
-            return
-        call = "step()" if record.activity is Activity.STEPPING else "making it, reset() or a step while it was put back"
-        hint = "nothing in an environment may end its process (os._exit, a crash in native code)"
-        fault = self._faults.lost(
-            "died",
-            f"its process ended in {call}: {death.how}",
-            record.group,
-            record.row,
-            {"hint": hint},
-            self._fleet.log_tail(death.process),
-        )
-        self._faults.happened(fault, self._faults.place_of(record.group))
-
-    def _actor_died(self, actor: Process, how: str) -> None:
-        lost = self._coordinator.lost(actor.index)
+    def _actor_died(self, actor: Process, death: Death) -> None:
+        record, broke = death.record, -1
+        if record.whole and record.incarnation == actor.incarnation - 1 and record.activity in _IN_ENVIRONMENT:
+            certain = death.crashed or death.why == HANGS
+            suspected = self._suspect(actor, record, certain)
+            broke = suspected if certain else -1
+            if death.crashed:
+                self._blame("died", f"its process ended in {_call(record)}: {death.how}", record, CRASH_HINT, self._fleet.log_tail(actor))
+        lost = self._coordinator.lost(actor.index, broke)
         if actor.gone_for_good:
-            self._session.observer.event("actor_gone", index=actor.index, how=how)
+            self._session.observer.event("actor_gone", index=actor.index, how=death.how)
         if all(a.gone_for_good for a in self._fleet.actors):
             raise EnvironmentFault(
                 f"environment {self._config.env.id}: every actor died {DEATHS_IN_A_ROW} times without finishing a rollout, "
-                f"the last {how} (making {lost[:1] or 'nothing'}).\n{self._fleet.log_tail(actor)}",
-                {"how": how},
+                f"the last {death.how} (making {lost[:1] or 'nothing'}).\n{self._fleet.log_tail(actor)}",
+                {"how": death.how},
             )
         self._place()
 
+    def _suspect(self, actor: Process, record: ActivityRecord, certain: bool) -> int:
+        """Remember where its process ended. Returns the group, -1 where it was making none."""
+        row = WHILE_RESTORED if record.activity is Activity.RESTORING else record.row
+        known = self._coordinator.suspect(actor.index, record.group, row, record.env, CERTAIN if certain else DOUBTFUL)
+        return record.group if known else -1
+
     def _return_to_checkpoint(self) -> None:
-        """The learner is lost: everything goes back to the last checkpoint, all roles are made anew."""
+        """The learner is lost, or its numbers: everything goes back to the last checkpoint, all roles are made anew."""
         lost = self._fleet.stop_all("the run goes back to its last checkpoint")
         if lost is not None:
             self._lost_zygote(lost)
             return
         self._begin_again()
 
+    def _mend_divergence(self, error: DivergedError) -> None:
+        """Once: back to the last good checkpoint, from which other random numbers lead another way."""
+        self._session.epoch += 1
+        self._session.observer.event("diverged", message=str(error))
+        self._return_to_checkpoint()
+        self._divergence = None
+
     def _lost_zygote(self, lost: Lost) -> None:
         self._session.observer.event("died", role="zygote", index=0, how=lost.reason, reason="")
         self._session.restarts += 1
+        self._recoveries.lost("learner", 0, f"the helper process is gone: {lost.reason.splitlines()[0]}", time.monotonic())
         self._zygote_deaths += 1
         if self._zygote_deaths >= DEATHS_IN_A_ROW:
             raise ProcessError(f"the helper process died {DEATHS_IN_A_ROW} times; the last: {lost.reason}")
@@ -359,10 +350,8 @@ class LocalEngine:
         self._begin_again()
 
     def _begin_again(self) -> None:
-        if self._save is not None:
-            self._save.staging.discard()
-            self._wants_save += self._save.replies
-            self._save = None
+        self._saves.abandon()
+        self._recoveries.forget("actor", "group")
         self._session.return_to_checkpoint()
         self._reason, self._ending = None, False
         self._start_learner()
@@ -371,73 +360,75 @@ class LocalEngine:
     # ---- watching ------------------------------------------------------------------------------------------------
     def _watch(self) -> None:
         """A few times a second: who is stopped, who hangs, who may start again."""
-        records = self._fleet.activities()
-        for process, record in zip(self._fleet.processes, records, strict=True):
-            if process.pid and not process.doomed:
-                self._watch_process(process, record)
+        now = time.monotonic()
+        situation = self._situation(now)
+        for process, seen in zip(self._fleet.processes, situation.seen, strict=True):
+            if process.pid and not process.doomed and (verdict := self._watcher.look(seen, now)):
+                self._condemn(process, seen.record, verdict)
+        self._watch_zygote(now)
         for actor in self._fleet.actors:
             if actor.retired and actor.up and not self._coordinator.hosts(actor.index):
                 tell(actor, Word(Kind.STOP).encode())
         if any(not a.up and not a.gone_for_good for a in self._fleet.actors):
             self._place()
-        if self._save is not None and time.monotonic() - self._save.begun > SAVE_SECONDS:
-            self._kill(self._fleet.learner, f"did not save within {SAVE_SECONDS:g} s")
-        if self._wants_save and self._save is None and not self._coordinator.learner_busy and self._fleet.learner.ready:
-            self._begin_save()
-        self._session.observer.tick(records)
+        if self._saves.wanted and self._saves.due and not self._coordinator.learner_busy and self._fleet.learner.ready:
+            self._saves.begin()
+        self._session.observer.tick([seen.record for seen in situation.seen])
 
-    def _watch_process(self, process: Process, record: ActivityRecord) -> None:
-        if process_state(process.pid) == "T":
-            self._kill(process, "was stopped")
-        elif process.name == "actor" and record.whole and record.incarnation == process.incarnation:
-            limit = self._config.env.step_timeout_seconds
-            stepping = record.activity is Activity.STEPPING and record.age_seconds > limit
-            calls = 1 if record.env >= 0 else RESTORE_TIMES
-            if stepping or (record.activity is Activity.RESTORING and record.age_seconds > calls * limit):
-                self._hangs(process, record, limit if stepping else calls * limit)
+    def _situation(self, now: float) -> Situation:
+        return look(self._fleet, self._coordinator, saving=self._saves.under_way, paused=self._paused, now=now)
 
-    def _hangs(self, actor: Process, record: ActivityRecord, limit: float) -> None:
-        what = "step()" if record.activity is Activity.STEPPING else "making it, reset() or a step while it was put back"
-        fault = self._faults.lost(
-            "hang", f"{what} has not returned for {record.age_seconds:.1f} s", record.group, record.row,
-            {"expected": f"at most {limit:g} s", "actual": f"{record.age_seconds:.1f} s",
-             "hint": "raise --env.step-timeout-seconds if it is only slow; else give every wait inside a limit of its own"},
-            stack_of(actor.pid, self._fleet.log_path(actor)),
-        )  # fmt: skip
-        self._faults.happened(fault, self._faults.place_of(record.group), record.age_seconds)
-        self._kill(actor, "hangs in its environment")
+    def _condemn(self, process: Process, record: ActivityRecord, verdict: Verdict) -> None:
+        if verdict.kind == "environment":
+            how = {"expected": f"at most {verdict.limit_seconds:g} s", "actual": f"{record.age_seconds:.1f} s", **HANG_HINT}
+            what = f"{_call(record)} has not returned for {record.age_seconds:.1f} s"
+            self._blame("hang", what, record, how, stack_of(process.pid, self._fleet.log_of(process)), record.age_seconds)
+        why = HANGS if verdict.kind == "environment" else verdict.reason
+        self._recoveries.lost(process.name, process.index, why, time.monotonic())
+        self._kill(process, why)
 
-    # ---- control -------------------------------------------------------------------------------------------------
-    def _obey(self, request: dict[str, Any], reply: Reply) -> None:
-        command = request["command"]
-        if command == "state":
-            reply({"ok": True, "state": self._session.observer.state()})
-        elif command == "save":
-            self._wants_save.append(reply)
-        elif command in ("pause", "continue"):
-            self._paused = command == "pause"
-            self._session.observer.event(command)
-            reply({"ok": True})
-        elif command == "stop":
-            self._session.wanted_end = "interrupted"
-            reply({"ok": True})
-        elif command == "scale":
-            self._scale(request.get("actors"), reply)
-        else:
-            reply({"ok": False, "error": f"no command {command!r}; there are state, save, pause, continue, scale, stop"})
+    def _blame(self, kind: str, what: str, record: ActivityRecord, how: dict[str, str], stack: str, seconds_ago: float = 0.0) -> None:
+        fault = self._faults.lost(kind, what, record.group, record.row, how, stack)
+        self._faults.happened(fault, self._faults.place_of(record.group), seconds_ago)
 
-    def _scale(self, wanted: object, reply: Reply) -> None:
-        if not isinstance(wanted, int) or not 1 <= wanted <= min(MAX_ACTORS, self._coordinator.plan.num_groups):
-            reply({"ok": False, "error": f"actors must be 1 to {self._coordinator.plan.num_groups} (the number of groups), got {wanted!r}"})
-            return
-        actors = self._fleet.actors
-        actors += [Process("actor", index) for index in range(len(actors), wanted)]
-        for actor in actors:
-            actor.retired = actor.index >= wanted
+    def _watch_zygote(self, now: float) -> None:
+        """One that is stopped is woken; one that neither forks nor kills when it is told to is given up, and with it all roles."""
+        if self._fleet.zygote.wake():
+            self._session.observer.event("woken", role="zygote", index=0)
+        waiting = [p.asked_at if not p.pid else p.doomed_at for p in self._fleet.processes if p.up and (p.doomed or not p.pid)]
+        if waiting and now - min(waiting) > ANSWER_SECONDS:
+            self._session.observer.event("killed", role="zygote", index=0, reason=f"did not answer within {ANSWER_SECONDS:g} s")
+            self._fleet.zygote.give_up()
+
+    def _inquire(self, answer: Callable[[dict[str, Any]], None]) -> None:
+        """Find out who waits for whom, and where each process stands; told when the stacks are there, a moment later."""
+        self._inquiries.append(Inquiry(self._situation(time.monotonic()), self._fleet, answer))
+
+    # ---- what the control socket asks for (engines/commands.py) --------------------------------------------------------
+    @property
+    def session(self) -> Session:
+        return self._session
+
+    def pause(self, paused: bool) -> None:
+        """Order no more rollouts, or go on."""
+        self._paused = paused
+        self._session.observer.event("pause" if paused else "continue")
+
+    def save(self, reply: Reply) -> None:
+        self._saves.wanted.append(reply)
+
+    def explain(self, reply: Reply) -> None:
+        self._inquire(lambda found: reply({"ok": True, "stalls": found}))
+
+    def scale(self, actors: int) -> None:
+        """Go on with this many actors."""
+        mine = self._fleet.actors
+        mine += [Process("actor", index) for index in range(len(mine), actors)]
+        for actor in mine:
+            actor.retired = actor.index >= actors
             actor.deaths = 0
         self._place()
-        self._session.observer.event("scaled", actors=wanted)
-        reply({"ok": True, "actors": wanted})
+        self._session.observer.event("scaled", actors=actors)
 
     # ---- the end -------------------------------------------------------------------------------------------------
     def _finished(self) -> bool:
@@ -473,12 +464,17 @@ class LocalEngine:
         deadline = time.monotonic() + START_SECONDS
         while self._reason is not None and not self._fleet.learner.ready and time.monotonic() < deadline:
             self._listen(WATCH_SECONDS)
-        if self._reason is not None and self._save is None:
-            self._begin_save()
-        if self._reason is not None and self._save is None:
+        if self._reason is not None and not self._saves.under_way:
+            self._saves.begin()
+        if self._reason is not None and not self._saves.under_way:
             raise CheckpointError("the last checkpoint could not be saved; `shoal resume` goes on from the one before")
         deadline = time.monotonic() + SAVE_SECONDS
-        while self._reason is not None and self._save is not None:
+        while self._reason is not None and self._saves.under_way:
             self._listen(WATCH_SECONDS)
             if time.monotonic() > deadline:
                 raise ProcessError(f"the learner did not save within {SAVE_SECONDS:g} s; `shoal resume` goes on from the checkpoint before")
+
+
+def _call(record: ActivityRecord) -> str:
+    """Which of the environment's calls a process is in."""
+    return "step()" if record.activity is Activity.STEPPING else "making it, reset() or a step while it was put back"

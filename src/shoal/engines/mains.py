@@ -222,8 +222,9 @@ class _ActorProcess:
         group = word.identity.group
         try:
             if word.kind is Kind.RESTORE:
+                begun = time.monotonic()
                 lost = self._actor.restore(group, from_bytes(state))
-                self._say(Word(Kind.RESTORED, 0, word.identity, len(lost)))
+                self._say(Word(Kind.RESTORED, 0, word.identity, len(lost), to_json({"seconds": time.monotonic() - begun})))
             elif word.kind is Kind.RELEASE:
                 self._actor.release(group)
             elif word.kind is Kind.LEASE and self._actor.hosts(group):  # else it crossed our FAULT, and is void
@@ -238,10 +239,11 @@ class _ActorProcess:
             self._refresh()
         if self._sync and self._behaviour.version != word.value:
             raise RuntimeError(f"the board holds version {self._behaviour.version}, the lease says {word.value}")
-        give_up = [tuple(place) for place in word.json["give_up"]] if word.body else []
+        special: dict[str, list[Any]] = word.json if word.body else {}
+        give_up = [tuple(place) for name in ("give_up", "give_up_steps") for place in special.get(name, ())]
         self._trace.begin(Span.ROLLOUT)
         try:
-            self._actor.fill(word.slot, word.identity, None if self._sync else self._between_rows, give_up)
+            self._actor.fill(word.slot, word.identity, None if self._sync else self._between_rows, give_up, special.get("careful", ()))
         finally:
             self._trace.end(word.identity.group, word.identity.sequence)
         self._say(Word(Kind.FILLED, word.slot, word.identity))

@@ -17,14 +17,14 @@ from shoal.experience.envelope import Identity
 class Kind(IntEnum):
     # to an actor
     SETUP = 1  # JSON: what it needs to build itself
-    LEASE = 2  # slot, identity; value: the newest version, with which a sync rollout is made; JSON, where it has any: give_up
+    LEASE = 2  # slot, identity; value: the newest version, with which a sync rollout is made; JSON, where something broke before: give_up, careful
     RESTORE = 3  # group; a descriptor comes along, whose file holds the packed state
     RELEASE = 4  # group
     PUBLISHED = 5  # value: version
     STOP = 6
     # from an actor
     FILLED = 17  # slot, identity
-    RESTORED = 18  # group; value: number of environments that had to begin a new episode
+    RESTORED = 18  # group; value: number of environments that had to begin a new episode; JSON: seconds that it took
     FAULT = 19  # slot, identity; JSON: the report
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from shoal.engines.coordinator import Plan
+from shoal.engines.plan import Plan
 from shoal.engines.roles import Blueprint, one_thread
 from shoal.errors import RunError
 from shoal.experience.envelope import Identity

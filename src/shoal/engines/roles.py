@@ -112,15 +112,9 @@ class Blueprint:
         recorder: ActivityRecorder | None = None,
     ) -> Actor:
         return Actor(
-            ring,
-            behaviour,
-            partial(self.group, recorder=recorder),
-            run_id=self.run_id,
-            actor=actor,
-            incarnation=incarnation,
-            epoch=self.epoch,
-            recorder=recorder,
-        )
+            ring, behaviour, partial(self.group, recorder=recorder), run_id=self.run_id, actor=actor, incarnation=incarnation, epoch=self.epoch, recorder=recorder,
+            step_timeout_seconds=self.config.env.step_timeout_seconds,
+        )  # fmt: skip
 
     def learner(self, ring: Ring, board: WeightPublisher, max_policy_lag: int, recorder: ActivityRecorder | None = None) -> Learner:
         policy = self.policy().to(self.device())

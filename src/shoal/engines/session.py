@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from shoal.config import RunConfig
-from shoal.engines.coordinator import Coordinator, Episode
+from shoal.engines.coordinator import Coordinator
+from shoal.engines.plan import Episode
+from shoal.errors import CheckpointError
 from shoal.files import CheckpointDirectory, Loaded, Staging, whole_state
 from shoal.types import ActivityRecord, Arrays, EnvironmentSpec
 
@@ -59,15 +61,18 @@ class Session:
     clock: Callable[[], float] = time.monotonic
     seconds_before: float = 0.0  # of earlier parts of a resumed run
     restarts: int = 0
+    epoch: int = 0  # of the random streams; raised by a roll-back after divergence
+    skipped_steps: int = 0  # optimizer steps that were refused, since loss or gradient was not finite
+    may_save: bool = True  # False while the last update was barren: what is saved is to be worth going back to
     started: float | None = None  # first environment step, on the clock
     wanted_end: str | None = None  # "interrupted", or a reason that a caller gave
-    last_checkpoint: tuple[Arrays, dict[str, Any], Path | None] = field(init=False)
+    checkpoint_path: Path | None = None  # of the newest checkpoint that this run made or began with
 
     def __post_init__(self) -> None:
         self.checkpoints = CheckpointDirectory(self.directory / "checkpoints")
         self._saved_at = self.clock()
         self._saved_version = self.coordinator.version
-        self.last_checkpoint = (*self.coordinator.get_state(), None)
+        self._beginning: tuple[Arrays, dict[str, Any]] | None = self.coordinator.get_state()
 
     @property
     def seconds(self) -> float:
@@ -82,6 +87,11 @@ class Session:
     def finish_update(self, metrics: dict[str, float]) -> str | None:
         """Account for an update that the learner finished. Returns the reason to stop, if there is one."""
         c = self.coordinator
+        skipped, stepped = int(metrics.get("skipped_steps", 0.0)), int(metrics.get("optimizer_steps", 0.0))
+        if skipped and self.may_save:
+            self.observer.event("not_finite", update=c.version, steps=skipped)
+        self.skipped_steps += skipped
+        self.may_save = stepped > 0 or not skipped
         version, consumption = c.version, c.consumption
         episodes = c.trained(metrics)
         report = UpdateReport(c.version, c.env_steps, self.seconds, metrics, episodes, consumption)
@@ -92,6 +102,8 @@ class Session:
     # ---- checkpoints ---------------------------------------------------------------------------------------------
     def checkpoint_due(self) -> bool:
         c = self.config.checkpoint
+        if not self.may_save:
+            return False
         if c.every_updates is not None and self.coordinator.version - self._saved_version >= c.every_updates:
             return True
         return c.every_seconds is not None and self.clock() - self._saved_at >= c.every_seconds
@@ -100,7 +112,7 @@ class Session:
         """The supervisor's part of a checkpoint; the learner writes its own beside it, then `commit`."""
         self.coordinator.ledger.check()
         arrays, facts = self.coordinator.get_state()
-        facts = {**facts, "seconds": self.seconds, "restarts": self.restarts}
+        facts |= {"seconds": self.seconds, "restarts": self.restarts, "epoch": self.epoch, "skipped_steps": self.skipped_steps}
         staging = self.checkpoints.begin(self.coordinator.version)
         staging.write_arrays("coordinator", arrays)
         staging.write_json("coordinator", facts)
@@ -110,7 +122,7 @@ class Session:
         self.observer.flush()  # the log of consumption is never behind a checkpoint
         path = staging.commit()
         self.checkpoints.sweep(self.config.checkpoint.keep)
-        self.last_checkpoint = (arrays, facts, path)
+        self.checkpoint_path = path
         self._saved_at, self._saved_version = self.clock(), self.coordinator.version
         self.observer.event("checkpoint", update=self.coordinator.version, path=path.name)
         return path
@@ -122,26 +134,37 @@ class Session:
 
     def load(self, loaded: Loaded) -> None:
         """Go on from a checkpoint (a resumed run)."""
-        arrays, facts = loaded.arrays("coordinator"), loaded.json("coordinator")
+        facts = loaded.json("coordinator")
         with whole_state(loaded.path):
-            self.coordinator.set_state(arrays, facts)
+            self.coordinator.set_state(loaded.arrays("coordinator"), facts)
             self.seconds_before, self.restarts = float(facts["seconds"]), int(facts["restarts"])
-        self.last_checkpoint = (arrays, facts, loaded.path)
+            self.epoch, self.skipped_steps = int(facts.get("epoch", 0)), int(facts.get("skipped_steps", 0))
+        self.checkpoint_path, self._beginning = loaded.path, None
         self._saved_version = self.coordinator.version
 
     def return_to_checkpoint(self) -> Path | None:
-        """The learner was lost: go back to the last checkpoint (None: to the beginning) in place.
+        """Go back in place to the newest whole checkpoint (None: to the beginning), since the learner was lost or its numbers diverged.
 
-        One that was damaged since it was saved is passed over with a warning. Raises CheckpointError where none is whole.
+        Raises:
+          CheckpointError: none is whole any more, and the run did not begin in this process.
         """
-        if self.last_checkpoint[2] is not None:
+        arrays, facts, path = self._newest_whole()
+        undone = self.coordinator.version - facts["version"]
+        self.coordinator.set_state(arrays, facts, live=True)
+        self._saved_version, self.checkpoint_path, self.may_save = self.coordinator.version, path, True
+        self.observer.event("rolled_back", update=facts["version"], updates_undone=undone)
+        return path
+
+    def _newest_whole(self) -> tuple[Arrays, dict[str, Any], Path | None]:
+        try:
+            if self.checkpoint_path is None and self._beginning is not None:
+                return (*self._beginning, None)
             loaded = self.checkpoints.newest()
             for warning in loaded.warnings:
                 self.observer.event("warning", message=warning)
-            if loaded.path != self.last_checkpoint[2]:
-                self.last_checkpoint = (loaded.arrays("coordinator"), loaded.json("coordinator"), loaded.path)
-        arrays, facts, path = self.last_checkpoint
-        undone = self.coordinator.version - facts["version"]
-        self.coordinator.set_state(arrays, facts, live=True)
-        self.observer.event("rolled_back", update=facts["version"], updates_undone=undone)
-        return path
+            return loaded.arrays("coordinator"), loaded.json("coordinator"), loaded.path
+        except CheckpointError as error:
+            if self._beginning is None:
+                raise
+            self.observer.event("warning", message=f"{error}; going back to the beginning")
+            return (*self._beginning, None)

@@ -40,6 +40,7 @@ class PythonGroup:
         self._valid_B = np.ones(num_envs, np.bool_)
         self.progress: Callable[[int], None] = lambda b: None  # told of each call of environment b while the group is restored
         self._flagged = False  # whether the three above hold anything but their defaults
+        self._told: Callable[[int], None] | None = None  # of each environment before the next step
 
     def restore(self, state: GroupState) -> list[int]:
         """Put every environment where `state` says; see EnvironmentGroup."""
@@ -55,7 +56,8 @@ class PythonGroup:
 
     def step(self, action_B: Array, out: Arrays) -> GroupStep:
         """Step every environment; see EnvironmentGroup."""
-        ended = self._advance_all(list(self._to_environment(action_B)))
+        actions = list(self._to_environment(action_B))
+        ended = self._advance_all(actions) if self._told is None else self._advance_one_by_one(actions)
         instances = self._instances
         self._reward_B[:] = [instance.reward for instance in instances]
         self._check_finite()
@@ -89,6 +91,10 @@ class PythonGroup:
         and the next one begins. For a fault that came again at the same step after re-stepping."""
         self._instances[b].give_up()
 
+    def name_next_step(self, told: Callable[[int], None]) -> None:
+        """At the next step only, call `told(b)` before environment b is stepped, one after the other: so that a hang or a crash has a name."""
+        self._told = told
+
     def close(self) -> None:
         for instance in self._instances:
             instance.close()
@@ -99,6 +105,19 @@ class PythonGroup:
     def _advance_all(self, actions: list[Any]) -> list[int]:
         """Step every environment with its action; the indices of those whose episode ended."""
         return [b for b, instance in enumerate(self._instances) if instance.advance(actions[b])]
+
+    def _advance_one_by_one(self, actions: list[Any]) -> list[int]:
+        assert self._told is not None
+        told, self._told = self._told, None
+        ended = []
+        for b, action in enumerate(actions):
+            told(b)
+            if self._advance(b, action):
+                ended.append(b)
+        return ended
+
+    def _advance(self, b: int, action: Any) -> bool:
+        return self._instances[b].advance(action)
 
     def _check_finite(self) -> None:
         for name, array in self._floats:

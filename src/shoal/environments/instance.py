@@ -85,7 +85,8 @@ class Instance:
         self._env: Any = None
         self._step: Callable[[Any], Any] = _not_open
         self._limit: float = float("inf")
-        self._given_up = self._failed = False
+        self._failed = False
+        self._given_up = 0  # times: so many episodes are passed over
         self._last_action: Any = None
         self.episode, self.seed, self.num_steps = 0, 0, 0
         self.episode_return = 0.0
@@ -182,15 +183,15 @@ class Instance:
         self.ended = Ended(self._index, final, self.seed, self.num_steps, self.episode_return)
 
     def _end_given_up(self) -> bool:
-        self._given_up = False
         self.reward, self.valid, self.terminated, self.truncated = 0.0, False, False, True
         self._keep_end(check=False)
-        self._begin(self.episode + 1)
+        passed, self._given_up = self._given_up, 0
+        self._begin(self.episode + passed)
         return True
 
     def give_up(self) -> None:
-        """End the running episode as invalid at the next step, without stepping it, and begin the next."""
-        self._given_up = True
+        """End the running episode as invalid at the next step, without stepping it, and begin the next; called n times, the n-th."""
+        self._given_up += 1
 
     def _begin(self, episode: int, seed: int | None = None) -> None:
         self.episode, self.num_steps, self.episode_return = episode, 0, 0.0
@@ -224,17 +225,26 @@ class Instance:
         progress()
         if self._env is None or self._failed:
             self.open()
-        self._given_up = False
+        self._given_up = 0
         progress()
         if snapshot is not None:
             same = self._restore_snapshot(snapshot)
             self.episode, self.seed = int(cursor["episode"]), int(cursor["seed"])
             self.num_steps, self.episode_return = int(cursor["num_steps"]), float(cursor["episode_return"])
         else:
-            same = self._restep(cursor, actions, progress)
+            same = self._restep(cursor, actions, progress) or self._restep_anew(cursor, actions, progress)
         if not same:
             self._begin(int(cursor["episode"]) + 1)
         return same
+
+    def _restep_anew(self, cursor: Array, actions: list[Any], progress: Callable[[], None]) -> bool:
+        """Once more in a new environment: what came otherwise may have been an accident, such as a NaN."""
+        if len(actions) != int(cursor["num_steps"]):
+            return False
+        progress()
+        self.open()
+        progress()
+        return self._restep(cursor, actions, progress)
 
     def _restep(self, cursor: Array, actions: list[Any], progress: Callable[[], None]) -> bool:
         num_steps = int(cursor["num_steps"])

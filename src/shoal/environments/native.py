@@ -159,6 +159,10 @@ class NativeGroup:
         """At the next step, end every environment's episode as an invalid row: a vector form can only be given up as a whole."""
         self._given_up = True
 
+    def name_next_step(self, told: Callable[[int], None]) -> None:
+        """A vector form steps all at once: whatever breaks goes by the name of its first environment."""
+        told(0)
+
     def _end_given_up(self, out: Arrays) -> GroupStep:
         self._given_up = False
         ended = [self._end_of(b, self._row(b)) for b in range(self.num_envs)]

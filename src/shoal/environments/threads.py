@@ -82,6 +82,14 @@ class ThreadedGroup(PythonGroup):
         ended = self._all([_advancing(instance, action) for instance, action in zip(self._instances, actions, strict=True)])
         return [b for b in range(self.num_envs) if ended[b]]
 
+    def _advance(self, b: int, action: Any) -> bool:
+        """In its own thread, alone."""
+        self._workers[b].submit(_advancing(self._instances[b], action))
+        done = self._done.get()
+        if done.error is not None:
+            raise done.error
+        return bool(done.result)
+
     def _all(self, tasks: list[_Task]) -> list[Any]:
         """Run one task per environment and wait for all; the error of the lowest index is raised."""
         for worker, task in zip(self._workers, tasks, strict=True):

@@ -3,7 +3,8 @@
 consumes    orders: the slots of one update, in the order in which they are trained
 waits for   nothing; it is called
 unblocks    whoever waits for the slots (they are free once `consume` returns) and for the next policy version
-on failure  DivergedError after repeated non-finite updates; otherwise it may die at any instant and be started from a checkpoint
+on failure  DivergedError after repeated updates without a finite gradient, or where parameters are not finite, which are then not
+            published; otherwise it may die at any instant and be started from a checkpoint
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from shoal.types import Array, Arrays, EnvironmentSpec
 from shoal.weights.board import WeightLayout
 
 _DIVERGED_UPDATES = 10  # updates in a row without one finite optimizer step
+_ADVICE = "lower --algorithm.learning-rate, or normalise observations and rewards"
 
 
 class WeightPublisher(Protocol):
@@ -123,17 +125,24 @@ class Learner:
         self._barren = self._barren + 1 if skipped and not steps else 0
         if self._barren >= _DIVERGED_UPDATES:
             raise DivergedError(
-                f"diverged: loss or gradient was not finite in {self._barren} updates in a row (update {self.version}); "
-                "lower --algorithm.learning-rate, or normalise observations and rewards"
+                f"diverged: loss or gradient was not finite in {self._barren} updates in a row (update {self.version}); {_ADVICE}"
             )
 
     # ---- weights -------------------------------------------------------------------------------------------------
     def publish(self) -> None:
-        """Put the current weights on the board as version `self.version`."""
-        views = self._layout.views(self._board.begin(self.version))
+        """Put the current weights on the board as version `self.version`.
+
+        Raises:
+          DivergedError: they are not finite; nobody gets to see them.
+        """
+        flat = self._board.begin(self.version)
+        views = self._layout.views(flat)
         with torch.no_grad():
             for name, tensor in named_tensors(self._policy).items():
                 torch.from_numpy(views[name]).copy_(tensor)
+        if not np.isfinite(flat).all():
+            bad = [name for name, view in views.items() if not np.isfinite(view).all()]
+            raise DivergedError(f"diverged: {', '.join(bad)} of version {self.version} are not finite; {_ADVICE}")
         self._board.commit(self.version)
 
     @property

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 RECORD_SECONDS = 0.5  # between two rows of metrics
 RATE_SECONDS = 5.0  # window of env steps per second
-_UNSPOKEN = frozenset({"checkpoint", "failed"})  # whoever called says why it failed
+_UNSPOKEN = frozenset({"checkpoint", "failed", "recovered"})  # whoever called says why it failed
 _ROLE_OF = {
     Activity.STEPPING: "environment",
     Activity.RESTORING: "environment",

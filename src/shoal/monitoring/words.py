@@ -61,6 +61,13 @@ def _not_restored(facts: _Facts) -> str:
     return f"group {facts['group']}: {counted(number, 'environment')} could not be put back to where it stood, and began a new episode"
 
 
+def _recovered(facts: _Facts) -> str:
+    who = f"group {facts['index']}" if facts["role"] == "group" else _role(facts)
+    restoring = facts["restoring_seconds"]
+    again = f", {restoring:.2f} s of it stepping episodes again" if restoring >= 0.01 else ""
+    return f"{who} is back after {facts['seconds']:.2f} s{again} ({facts['after']})"
+
+
 def _fault(facts: _Facts) -> str:
     report = facts.get("report") or {}
     where = ", ".join(
@@ -79,6 +86,12 @@ _SENTENCES: dict[str, Callable[[_Facts], str]] = {
     ),
     "rolled_back": _rolled_back,
     "resumed": _resumed,
+    "recovered": _recovered,
+    "woken": lambda facts: f"{_role(facts)} was stopped; it is continued",
+    "not_finite": lambda facts: (
+        f"warning: loss or gradient was not finite; {counted(int(facts['steps']), 'optimizer step')} of update {facts['update'] + 1:,} skipped"
+    ),
+    "diverged": lambda facts: f"{facts['message']}. Going back to the last good checkpoint, once, and on with other random numbers",
     "not_restored": _not_restored,
     "environment_fault": _fault,
     "failed": lambda facts: f"the run ended with {facts['error']}: {str(facts['message']).splitlines()[0]}",

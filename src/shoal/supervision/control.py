@@ -1,6 +1,7 @@
 """The control socket of a living run: a Unix socket in its directory (mode 0600), one JSON object per line in each direction.
 
     {"command": "state"}                 -> {"ok": true, "state": {...}}
+    {"command": "stalls"}                -> {"ok": true, "stalls": {...}}, once every process wrote its stack
     {"command": "save"}                  -> {"ok": true, "update": 123}, once the checkpoint is whole
     {"command": "pause"} / "continue"    -> {"ok": true}; a paused run orders no more rollouts
     {"command": "scale", "actors": 4}    -> {"ok": true, "actors": 4}

@@ -25,9 +25,10 @@ from typing import Any
 from shoal.errors import ProcessError
 from shoal.supervision.channel import Channel, wait
 from shoal.supervision.memory import anonymous_file
-from shoal.supervision.processes import kill_marked_processes
+from shoal.supervision.processes import kill_marked_processes, process_state
 
 MARK = "SHOAL_ZYGOTE"
+_CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSYS, signal.SIGTRAP}
 PASSIVE_THREADS = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "OMP_NUM_THREADS": "1",
@@ -87,6 +88,11 @@ class Exited:
     def exit_code(self) -> int | None:
         """What it returned; None where a signal killed it."""
         return os.WEXITSTATUS(self.status) if self.status is not None and os.WIFEXITED(self.status) else None
+
+    @property
+    def crashed(self) -> bool:
+        """It ended by its own doing: an exit, or a signal that a fault of its code brings, and nobody sends."""
+        return self.status is not None and (os.WIFEXITED(self.status) or os.WTERMSIG(self.status) in _CRASHES)
 
     def describe(self) -> str:
         """`exit code 3`, `killed by SIGKILL`, or the error."""
@@ -248,6 +254,29 @@ class Zygote:
         """
         self._request({"do": "kill", "pid": pid}, ())
 
+    def dump(self, pid: int) -> None:
+        """Have a role write its stacks into its log, whatever it does, but for one that is stopped (faulthandler, SIGUSR1).
+
+        Raises:
+          ProcessError: as `fork`.
+        """
+        self._request({"do": "dump", "pid": pid}, ())
+
+    def dump_own(self) -> None:
+        """The same of the zygote itself, once it is ready."""
+        self._process.send_signal(signal.SIGUSR1)
+
+    def wake(self) -> bool:
+        """Continue the zygote if somebody stopped it; says whether it was."""
+        stopped = process_state(self.pid) == "T"
+        if stopped:
+            self._process.send_signal(signal.SIGCONT)
+        return stopped
+
+    def give_up(self) -> None:
+        """SIGKILL it, since it does not do its work; all roles die with it, and `receive` tells."""
+        self._process.kill()
+
     def receive(self) -> list[Event]:
         """What happened since the last call; never blocks (but for a moment when the zygote is lost, to kill what it left)."""
         if self._control.fileno() < 0:
@@ -276,7 +305,7 @@ class Zygote:
             if self._control.send_with_fds(json.dumps(request).encode(), fds):
                 return
         except EOFError:
-            if request["do"] == "kill":
+            if request["do"] != "fork":
                 return  # all roles die with it; `receive` tells
             raise ProcessError("the helper process has died: call receive() for the reason, then start another one") from None
         raise ProcessError(f"the helper process {self.pid} does not read its requests; is it stopped?")

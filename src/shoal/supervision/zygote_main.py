@@ -119,7 +119,7 @@ def _send(control: Channel, message: dict[str, Any]) -> bool:
 
 
 class _Zygote:
-    """Serves FORK and KILL, reaps, reports.
+    """Serves FORK, KILL and DUMP, reaps, reports.
 
     Consumes requests of the control channel and SIGCHLD; waits for those two and for the end of the supervisor's process;
     unblocked by any of them. A fork that fails is told as an event; whatever else raises ends the zygote, and its roles with it.
@@ -184,7 +184,11 @@ class _Zygote:
             request = json.loads(message)
             if request["do"] == "fork":
                 self._fork(request, fds)
-            elif request["pid"] in self._children:
+            elif request["pid"] not in self._children:
+                pass  # it is dead, and its number may be another's
+            elif request["do"] == "dump":
+                os.kill(request["pid"], signal.SIGUSR1)
+            else:
                 self._kill(request["pid"])
         finally:
             for fd in fds:

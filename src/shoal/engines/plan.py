@@ -1,0 +1,74 @@
+"""The numbers that a run is planned by, and what the coordinator says to others: leases and episodes. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shoal.config import RunConfig
+from shoal.experience.envelope import Identity
+from shoal.types import GroupState
+
+BATCHES_AHEAD = 2  # async: batches that are unconsumed at most
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of a run that the coordinator goes by."""
+
+    mode: Literal["sync", "async"]
+    num_groups: int
+    group_size: int
+    rollout_length: int
+    batch_rollouts: int
+    max_policy_lag: int
+    slots_per_group: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Plan:
+        groups = config.sampling.groups or 1
+        sync = config.mode != "async"
+        batch = groups if sync else config.sampling.batch_rollouts or groups
+        return cls(
+            mode="sync" if sync else "async",
+            num_groups=groups,
+            group_size=config.sampling.group_size or 1,
+            rollout_length=config.sampling.rollout_length,
+            batch_rollouts=batch,
+            max_policy_lag=0 if sync else config.max_policy_lag,
+            slots_per_group=1 if sync else max(2, -(-batch // groups) + 1),
+        )
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_groups * self.slots_per_group
+
+    @property
+    def close_after_lag(self) -> int:
+        """An actor closes a rollout early once its first row is this many versions old: one more update takes it, in good time."""
+        return max(1, self.max_policy_lag - (1 if self.max_policy_lag < 3 else 2))
+
+
+@dataclass(frozen=True)
+class Lease:
+    """An order to an actor: make `identity` in `slot`; first restore the group to `restore`, where given."""
+
+    actor: int
+    slot: int
+    identity: Identity
+    restore: GroupState | None
+    give_up: tuple[tuple[int, int], ...] = ()  # (row, env): end that episode there as invalid, its fault came twice
+    give_up_steps: tuple[tuple[int, int, int], ...] = ()  # (env, episode, step): the same for a paced group that hung there twice
+    careful: tuple[int, ...] = ()  # rows at which each environment is to be named before it is stepped
+
+
+@dataclass
+class Episode:
+    """An episode that ended, as training saw it."""
+
+    group: int
+    env: int
+    episode_return: float
+    num_steps: int
+    seed: int
+    truncated: bool

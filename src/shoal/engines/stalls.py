@@ -1,0 +1,220 @@
+"""Who waits for whom, for how long, and where each process stands: what `shoal stalls` and SIGUSR1 say of a living run. No torch.
+
+Stacks come from each process itself: faulthandler writes them into its log on SIGUSR1, from a signal handler in C, so also from a process whose
+environment holds the interpreter. Only one that is stopped (SIGSTOP) cannot; that it is stopped is said instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal.engines.coordinator import Coordinator
+from shoal.engines.fleet import Fleet
+from shoal.engines.watch import Seen
+from shoal.errors import ProcessError
+from shoal.supervision.processes import process_state
+from shoal.types import Activity
+
+DUMP_SECONDS = 0.3  # all stacks are in the logs by then
+MAX_STACK_CHARS = 8_000
+MAX_STACKS_CHARS = 120_000  # of all together: the answer is one message
+_DOING = {
+    Activity.STARTING: "starting",
+    Activity.STEPPING: "stepping",
+    Activity.INFERRING: "choosing actions",
+    Activity.WAITING_FOR_LEASE: "waiting for a lease",
+    Activity.WAITING_FOR_BATCH: "waiting for a batch",
+    Activity.LEARNING: "learning",
+    Activity.SAVING: "saving",
+    Activity.RESTORING: "putting back",
+    Activity.PUBLISHING: "publishing weights",
+}
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Situation:
+    """All processes at one moment, the learner first, and what is decided about them."""
+
+    seen: Sequence[Seen]
+    coordinator: Coordinator
+    pids: Sequence[int]  # as `seen`, 0 where there is none now
+    paused: bool = False
+
+
+def look(fleet: Fleet, coordinator: Coordinator, *, saving: bool, paused: bool, now: float) -> Situation:
+    """What all processes do at this moment, and who has an order. `saving`: the learner's is a checkpoint."""
+    seen, busy = [], {group.actor for group in coordinator.groups if group.leased}
+    for process, record in zip(fleet.processes, fleet.activities(), strict=True):
+        ordered = process.index in busy if process.name == "actor" else coordinator.learner_busy or saving
+        state = process_state(process.pid) if process.pid else None
+        order_seconds = now - process.told_at if ordered and process.up else None
+        who = (process.name, process.index, process.incarnation)
+        seen.append(Seen(*who, state, record, now - process.asked_at, order_seconds, saving and process.name == "learner"))
+    return Situation(seen, coordinator, [process.pid for process in fleet.processes], paused)
+
+
+def _name(seen: Seen) -> str:
+    return f"{seen.name}-{seen.index}"
+
+
+def _starting(seen: Seen, pid: int) -> bool:
+    return not pid or seen.record.incarnation != seen.incarnation or seen.record.activity is Activity.STARTING
+
+
+def doing(seen: Seen, pid: int) -> tuple[str, float]:
+    """What a process does, in words, and for how long."""
+    if not pid:
+        return "not there", seen.up_seconds
+    if seen.state == "T":
+        return "stopped (SIGSTOP); nothing moves it but SIGCONT", seen.record.age_seconds
+    if _starting(seen, pid):
+        return "starting", seen.up_seconds
+    record = seen.record
+    group = f" group {record.group}" if record.group >= 0 else ""
+    row = f", row {record.row}" if record.row >= 0 else ""
+    env = f", environment {record.env}" if record.env >= 0 else ""
+    return f"{_DOING[record.activity]}{group}{row}{env}", record.age_seconds
+
+
+def waits(situation: Situation) -> Iterator[Facts]:
+    """Everybody who waits: who, for (names), seconds, why."""
+    learner, *actors = situation.seen
+    yield from _learner_waits(situation, learner)
+    for actor, pid in zip(actors, situation.pids[1:], strict=True):
+        idle = pid and not _starting(actor, pid) and actor.record.activity is Activity.WAITING_FOR_LEASE and actor.order_seconds is None
+        if idle:
+            blockers, why = _why_no_lease(situation, actor)
+            yield {"who": _name(actor), "for": blockers, "seconds": actor.record.age_seconds, "why": why}
+
+
+def _learner_waits(situation: Situation, learner: Seen) -> Iterator[Facts]:
+    c = situation.coordinator
+    if c.learner_busy or learner.saving or _starting(learner, situation.pids[0]):
+        return
+    missing = [index for index, group in enumerate(c.groups) if group.leased]
+    makers = list(dict.fromkeys(f"actor-{c.groups[index].actor}" for index in missing))
+    wanted = c.plan.num_groups if c.plan.mode == "sync" else c.plan.batch_rollouts
+    why = f"{len(c.ready)} of {wanted} rollouts of the next update are there"
+    if missing:
+        why += f"; being made: {', '.join(f'group {index} (actor {c.groups[index].actor})' for index in missing)}"
+    elif situation.paused:
+        why += "; the run is paused"
+    yield {"who": _name(learner), "for": makers, "seconds": learner.record.age_seconds, "why": why}
+
+
+def _why_no_lease(situation: Situation, actor: Seen) -> tuple[list[str], str]:
+    c, learner = situation.coordinator, situation.seen[0]
+    mine = [index for index, group in enumerate(c.groups) if group.actor == actor.index]
+    if situation.paused:
+        return [], "the run is paused"
+    if not mine:
+        return [], "it hosts no group"
+    if _starting(learner, situation.pids[0]):
+        return [_name(learner)], "the learner is not ready"
+    if learner.saving:
+        return [_name(learner)], "a checkpoint is being saved"
+    if c.learner_busy:
+        return [_name(learner)], "an update is being made" if c.plan.mode == "sync" else "enough is waiting to be learned from"
+    others = list(dict.fromkeys(f"actor-{group.actor}" for group in c.groups if group.leased and group.actor != actor.index))
+    return others, "the other rollouts of this update are not there"
+
+
+def report(situation: Situation, stacks: Sequence[str], others: Sequence[Facts] = ()) -> Facts:
+    """All that is known, JSON-able: update, waits, blamed (who is waited for and does not wait itself), processes with their stacks."""
+    found = list(waits(situation))
+    waiting = {each["who"] for each in found}
+    awaited = {name for each in found for name in each["for"]} - waiting
+    processes = []
+    for seen, pid, stack in zip(situation.seen, situation.pids, stacks, strict=True):
+        what, seconds = doing(seen, pid)
+        processes.append(
+            {
+                "name": _name(seen),
+                "pid": pid,
+                "incarnation": seen.incarnation,
+                "state": seen.state,
+                "doing": what,
+                "seconds": seconds,
+                "stack": stack,
+            }
+        )
+    blamed = [f"{p['name']}, {p['doing']} for {p['seconds']:.1f} s" for p in processes if p["name"] in awaited]
+    return {"update": situation.coordinator.version, "waits": found, "blamed": blamed, "processes": [*processes, *others]}
+
+
+def in_words(found: Facts) -> str:
+    """The report for a person."""
+    lines = [f"update {found['update']:,}"]
+    for each in found["waits"]:
+        whom = f" for {', '.join(each['for'])}" if each["for"] else ""
+        lines.append(f"  {each['who']} has waited{whom} for {each['seconds']:.1f} s: {each['why']}")
+    if not found["waits"]:
+        lines.append("  nobody waits")
+    lines += [f"  in the end it is {text}" for text in found["blamed"]]
+    for process in found["processes"]:
+        head = f"{process['name']} (process {process['pid'] or 'none'}): {process['doing']}"
+        lines += ["", head + (f" for {process['seconds']:.1f} s" if process["seconds"] is not None else "")]
+        lines += [f"    {line}" for line in (process["stack"] or "no stack").splitlines()]
+    return "\n".join(lines)
+
+
+class Inquiry:
+    """Asks every process for its stacks, and answers once they are there; never waits."""
+
+    def __init__(self, situation: Situation, fleet: Fleet, answer: Callable[[Facts], None]) -> None:
+        self._situation, self._answer = situation, answer
+        self._zygote_pid = fleet.zygote.pid
+        self._logs = [(path, _size(path)) for path in [*map(fleet.log_of, fleet.processes), fleet.log_of(None)]]
+        self._due = time.monotonic() + DUMP_SECONDS
+        with contextlib.suppress(ProcessError):
+            for pid in filter(None, situation.pids):
+                fleet.zygote.dump(pid)
+            fleet.zygote.dump_own()
+
+    def answered(self, now: float) -> bool:
+        """Whether it is done with."""
+        if now < self._due:
+            return False
+        room = min(MAX_STACK_CHARS, MAX_STACKS_CHARS // len(self._logs))
+        *stacks, zygotes = (_appended(path, size)[:room] for path, size in self._logs)
+        others = [
+            {"name": "zygote", "pid": self._zygote_pid, "doing": "waiting for orders", "seconds": None, "stack": zygotes},
+            {"name": "supervisor", "pid": os.getpid(), "doing": "answering this", "seconds": None, "stack": _own_stacks()[:room]},
+        ]
+        self._answer(report(self._situation, stacks, others))
+        return True
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _appended(path: Path, size: int) -> str:
+    """What a log got since, from the first stack on."""
+    try:
+        with path.open("rb") as file:
+            file.seek(size)
+            text = file.read(1 << 20).decode(errors="replace")
+    except OSError:
+        return ""
+    begins = [at for mark in ("Thread 0x", "Current thread 0x") if (at := text.find(mark)) >= 0]
+    return text[min(begins) :].rstrip() if begins else ""
+
+
+def _own_stacks() -> str:
+    """Other threads of this process; the one that answers is only here because it was asked."""
+    me, parts = threading.get_ident(), []
+    for thread, frame in sys._current_frames().items():
+        head = "main thread" if thread == threading.main_thread().ident else f"thread {thread:#x}"
+        parts.append(head + (" (this one)\n" if thread == me else "\n") + "".join(traceback.format_stack(frame)[-8:]))
+    return "\n".join(parts)

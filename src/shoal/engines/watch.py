@@ -1,0 +1,111 @@
+"""Watching: which process is stopped, hangs in its environment, or is stuck anywhere else. Pure: told what is seen, it says what is wrong.
+
+Every wait of a role has its limit here, so that none is without end:
+
+    stopped (SIGSTOP)                STOPPED_SECONDS; shorter pulses only slow it down
+    one step of an environment       env.step_timeout_seconds
+    putting a group back             RESTORE_TIMES that
+    choosing actions                 INFER_SECONDS
+    starting                         START_SECONDS
+    an order that is not taken up    UNHEARD_SECONDS
+    an update                        learner.timeout_seconds
+    a checkpoint                     SAVE_SECONDS
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from shoal.types import Activity, ActivityRecord
+
+STOPPED_SECONDS = 0.4
+RESTORE_TIMES = 10  # re-stepping an episode may take this many times as long as one step
+INFER_SECONDS = 60.0
+START_SECONDS = 120.0
+UNHEARD_SECONDS = 30.0
+SAVE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One process at one moment.
+
+    Attributes:
+      state: the kernel's letter (supervision.processes.process_state). record: of its own incarnation, or an older one's while it starts.
+      up_seconds: since its start was ordered. order_seconds: since its last order, None where it has none that is not answered.
+      saving: that order is a checkpoint.
+    """
+
+    name: str
+    index: int
+    incarnation: int
+    state: str | None
+    record: ActivityRecord
+    up_seconds: float
+    order_seconds: float | None = None
+    saving: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is wrong. `environment`: it hangs in an environment's code, which is that environment's fault."""
+
+    kind: Literal["stopped", "environment", "stuck"]
+    reason: str
+    limit_seconds: float = 0.0
+
+
+@dataclass
+class Watch:
+    """Looks at processes a few times a second. Keeps only since when which one stands still."""
+
+    step_timeout_seconds: float
+    update_timeout_seconds: float
+    _stopped: dict[tuple[str, int, int], tuple[float, int]] = field(default_factory=dict)  # -> (since, beats then)
+
+    def look(self, seen: Seen, now: float) -> Verdict | None:
+        """`now`: any clock that only goes forward, in seconds."""
+        if self._stands_still(seen, now):
+            return Verdict("stopped", "was stopped")
+        record = seen.record
+        if record.incarnation != seen.incarnation or record.activity is Activity.STARTING:
+            late = seen.up_seconds > START_SECONDS
+            return Verdict("stuck", f"was not there within {START_SECONDS:g} s of its start") if late else None
+        return self._actor(seen, record) if seen.name == "actor" else self._learner(seen)
+
+    def _stands_still(self, seen: Seen, now: float) -> bool:
+        """One that has nothing to do is left alone: it may be in the middle of a pulse, and shows itself once it is given an order."""
+        who = (seen.name, seen.index, seen.incarnation)
+        starting = seen.record.incarnation != seen.incarnation or seen.record.activity is Activity.STARTING
+        if seen.state != "T" or (seen.order_seconds is None and not starting):
+            self._stopped.pop(who, None)
+            return False
+        since, beats = self._stopped.setdefault(who, (now, seen.record.num_beats))
+        if seen.record.num_beats != beats:  # it ran between two looks: a pulse
+            self._stopped[who] = (now, seen.record.num_beats)
+            return False
+        return now - since >= STOPPED_SECONDS
+
+    def _actor(self, seen: Seen, record: ActivityRecord) -> Verdict | None:
+        if not record.whole:
+            return None
+        age, limit = record.age_seconds, self.step_timeout_seconds
+        if record.activity is Activity.STEPPING and age > limit:
+            where = f"row {record.row}" if record.env < 0 else f"row {record.row}, environment {record.env}"
+            return Verdict("environment", f"in one step ({where}) for {age:.1f} s", limit)
+        calls = 1 if record.env >= 0 else RESTORE_TIMES  # one that tells of each call is in one
+        if record.activity is Activity.RESTORING and age > calls * limit:
+            return Verdict("environment", f"being put back for {age:.1f} s", calls * limit)
+        if record.activity is Activity.INFERRING and age > INFER_SECONDS:
+            return Verdict("stuck", f"has been choosing actions for {age:.0f} s")
+        unheard = record.activity is Activity.WAITING_FOR_LEASE and seen.order_seconds is not None
+        if unheard and min(age, seen.order_seconds or 0.0) > UNHEARD_SECONDS:
+            return Verdict("stuck", f"has not taken up an order for {age:.0f} s")
+        return None
+
+    def _learner(self, seen: Seen) -> Verdict | None:
+        limit = SAVE_SECONDS if seen.saving else self.update_timeout_seconds
+        if seen.order_seconds is None or seen.order_seconds <= limit:
+            return None
+        return Verdict("stuck", f"did not {'save' if seen.saving else 'finish an update'} within {limit:g} s")

@@ -1,0 +1,221 @@
+"""Real faults in whole runs: processes that are killed and stopped, environments that crash and hang, numbers that diverge."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from walls import Wall
+
+import shoal
+from shoal.engines import environment_faults
+from shoal.errors import DivergedError, EnvironmentFault
+from shoal.monitoring.live import SilentView
+from shoal.monitoring.store import RunReader
+from shoal.runs import show
+from shoal.streams import episode_seed
+
+SMALL = {
+    "sampling": {"groups": 2, "group_size": 2, "rollout_length": 8},
+    "policy": {"hidden_sizes": [8]},
+    "algorithm": {"name": "ppo", "minibatch_size": 16, "epochs": 1},
+    "seed": 3,
+    "preset": "none",
+}
+ASYNC = {**SMALL, "algorithm": {"name": "appo", "minibatch_size": 16, "epochs": 1}}
+
+
+WALLS = f"{Path(__file__).parent / 'walls.py'}:Wall"
+
+
+def train(directory: Path, **settings: Any) -> Any:
+    chosen = {**SMALL, "actors": 2, "env": {"id": WALLS}, **settings}
+    return shoal.train(run_dir=str(directory), progress=SilentView(io.StringIO()), **chosen)
+
+
+def events(directory: Path, kind: str) -> list[dict[str, Any]]:
+    with RunReader(directory / "run.db") as reader:
+        return reader.events(kind)
+
+
+def pid_of(name: str) -> int:
+    """The living process of this name among the descendants of this one; it is waited for."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{entry}/comm").read_text().strip() == name and _descends(int(entry)):
+                    return int(entry)
+        time.sleep(0.01)
+    raise AssertionError(f"no process {name}")
+
+
+def _descends(pid: int) -> bool:
+    while pid > 1:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if fields[0] in "ZX":
+            return False
+        pid = int(fields[1])
+        if pid == os.getpid():
+            return True
+    return False
+
+
+def at(moments: dict[int, Callable[[], Any]]) -> Callable[[Any], None]:
+    """A callback that does things between updates, once each."""
+
+    def callback(facts: Any) -> None:
+        if action := moments.pop(facts["update"], None):
+            action()
+
+    return callback
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return train(tmp_path_factory.mktemp("undisturbed") / "run", actors=0, stop={"updates": 12}).result
+
+
+def test_actors_that_are_killed_and_stopped_are_replaced_and_one_that_wakes_harms_nothing(undisturbed, tmp_path):
+    stopped: list[int] = []
+
+    def stop() -> None:
+        stopped.append(pid_of("shoal:actor-1"))
+        os.kill(stopped[0], signal.SIGSTOP)
+
+    def wake() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(stopped[0], signal.SIGCONT)
+
+    moments = {3: lambda: os.kill(pid_of("shoal:actor-0"), signal.SIGKILL), 5: stop, 6: wake, 8: wake}
+    run = train(tmp_path / "run", stop={"updates": 12}, callbacks=[at(moments)])
+    assert run.result["weights_sha256"] == undisturbed["weights_sha256"]
+    assert run.result["restarts"] == 2
+    back = events(run.path, "recovered")
+    assert [(e["role"], e["index"], e["after"]) for e in back] == [("actor", 0, "killed by SIGKILL"), ("actor", 1, "was stopped")]
+    assert all(0 <= e["restoring_seconds"] <= e["seconds"] < 20 for e in back)
+    assert show(run.path)["recovery"]["actor"]["count"] == 2
+    assert "recovered" not in show(run.path)["faults"]["counts"]
+
+
+def test_a_stopped_learner_is_replaced_a_stopped_helper_is_woken_and_the_weights_are_the_same(undisturbed, tmp_path):
+    moments = {
+        4: lambda: os.kill(pid_of("shoal:learner-0"), signal.SIGSTOP),
+        9: lambda: os.kill(pid_of("shoal:zygote"), signal.SIGSTOP),
+        10: lambda: os.kill(pid_of("shoal:actor-0"), signal.SIGKILL),  # it needs the helper
+    }
+    run = train(tmp_path / "run", stop={"updates": 12}, callbacks=[at(moments)], checkpoint={"every_updates": 3})
+    assert run.result["weights_sha256"] == undisturbed["weights_sha256"]
+    assert [e["role"] for e in events(run.path, "woken")] == ["zygote"]
+    back = {e["role"]: e for e in events(run.path, "recovered")}
+    assert set(back) == {"learner", "actor"}
+    assert back["learner"]["after"] == "was stopped"
+    assert back["learner"]["ready_seconds"] <= back["learner"]["seconds"]
+    assert run.result["restarts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "actors", "whats", "deaths"),
+    [
+        ({**SMALL, "form": "python"}, 2, ["segfault", "grip", "raise"], 4),
+        ({**SMALL, "form": "threads"}, 2, ["exit", "hang"], 4),
+        ({**ASYNC, "form": "threads"}, 1, ["hang", "segfault"], 2),  # paced: the actor sees a hang itself
+    ],
+    ids=["one by one", "threads", "paced"],
+)
+def test_a_step_that_breaks_each_time_is_given_up_as_an_invalid_episode(settings, actors, whats, deaths, tmp_path, monkeypatch):
+    """Single episodes are poisoned, of environment 1 of both groups."""
+    monkeypatch.setattr(environment_faults, "EARLY_SECONDS", 0.0)
+    settings = dict(settings)
+    what = {str(episode_seed(3, n % 2, 1, 2 + n)): what for n, what in enumerate(whats)}
+    updates, step_seconds = (16, 0.0) if actors == 2 else (150, 0.003)  # a paced group goes on while one environment hangs
+    kwargs = {"what": what, "at": 5, "length": 7, "step_seconds": step_seconds}
+    chosen = {"id": WALLS, "form": settings.pop("form"), "step_timeout_seconds": 0.8, "kwargs": kwargs}
+    run = train(tmp_path / "run", **{**settings, "env": chosen}, actors=actors, stop={"updates": updates})
+    result = run.result
+    died = [e for e in events(run.path, "died") if e["role"] == "actor"]
+    faults = events(run.path, "environment_fault")
+    assert (len(died), len(faults), result["restarts"]) == (deaths, 2 * len(whats), 2 * len(whats))
+    places = {(fault["report"]["group"], fault["report"]["row"]): fault["report"].get("env") for fault in faults}
+    assert list(places.values()) == [1] * len(whats)  # the second time at the latest it has a name
+    assert (result["reason"], result["updates"]) == ("updates", updates)
+    assert result["ledger"]["dropped"]["environment_fault"] > 0
+    assert result["ledger"]["in_flight"] == 0
+    if actors == 2:  # one row of each has no value
+        assert result["env_steps"] == 16 * 2 * 2 * 8 - len(whats)
+
+
+@pytest.mark.parametrize(("what", "words"), [("segfault", "killed by SIGSEGV"), ("grip", "allowed are 0.8 s")])
+def test_an_environment_that_breaks_its_process_at_the_start_ends_the_run_with_a_message(what, words, tmp_path):
+    chosen = {"id": WALLS, "step_timeout_seconds": 0.8, "kwargs": {"what": what, "at": 5}}
+    with pytest.raises(EnvironmentFault, match=words) as caught:
+        train(tmp_path / "run", env=chosen, stop={"updates": 6})
+    assert caught.value.report["row"] == 4
+    assert "walls.py" in str(caught.value)
+    if what == "segfault":
+        assert "Fatal Python error: Segmentation fault" in str(caught.value)
+        assert "line" in str(caught.value.report["traceback"])
+
+
+def test_a_crash_loop_backs_off_and_ends_when_the_budget_is_spent(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment_faults, "EARLY_SECONDS", 0.0)
+    chosen = {"id": WALLS, "restart_budget": 3, "kwargs": {"what": "exit", "at": 2}}
+    with pytest.raises(EnvironmentFault, match="its process ended in a step"):
+        train(tmp_path / "run", env=chosen, stop={"updates": 6})
+    assert len(events(tmp_path / "run", "environment_fault")) == 4
+
+
+# ---- learning --------------------------------------------------------------------------------------------------------
+class Blowing(Wall):
+    """Its rewards are too large to be squared, in episodes whose seeds are on its list."""
+
+    seeds: frozenset[int] = frozenset()
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation, 1e30 if self._seed in self.seeds else reward, terminated, truncated, info
+
+
+class BlowingOnce(Blowing):
+    """With the streams of epoch 0, from the fourth episode on; with those of another epoch never."""
+
+    seeds = frozenset(episode_seed(3, g, b, n, 0) for g in range(2) for b in range(2) for n in range(4, 200))
+
+
+class BlowingAlways(Blowing):
+    seeds = frozenset(episode_seed(3, g, b, n, e) for g in range(2) for b in range(2) for n in range(4, 200) for e in (0, 1))
+
+
+@pytest.mark.parametrize("actors", [0, 1])
+def test_a_run_that_diverges_goes_back_once_and_another_way(actors, tmp_path):
+    settings = {**SMALL, "checkpoint": {"every_updates": 2}, "stop": {"updates": 30}, "actors": actors}
+    run = shoal.train(BlowingOnce, run_dir=str(tmp_path / "run"), progress=SilentView(io.StringIO()), **settings)
+    assert (run.result["reason"], run.result["updates"]) == ("updates", 30)
+    assert run.result["skipped_steps"] > 0
+    assert len(events(run.path, "diverged")) == 1
+    (back,) = events(run.path, "rolled_back")
+    assert back["updates_undone"] >= 9
+    assert events(run.path, "not_finite")
+    assert run.result["ledger"]["dropped"]["rolled_back"] > 0
+    assert run.result["ledger"]["trained"] == run.result["env_steps"]
+    if actors:  # the same on every engine
+        inline = shoal.train(BlowingOnce, run_dir=str(tmp_path / "inline"), progress=SilentView(io.StringIO()), **{**settings, "actors": 0})
+        assert inline.result["weights_sha256"] == run.result["weights_sha256"]
+
+
+@pytest.mark.parametrize("actors", [0, 2])
+def test_a_run_that_diverges_again_ends_and_leaves_finite_weights(actors, tmp_path):
+    settings = {**SMALL, "checkpoint": {"every_updates": 2}, "stop": {"updates": 60}, "actors": actors}
+    with pytest.raises(DivergedError, match="not finite in 10 updates in a row") as caught:
+        shoal.train(BlowingAlways, run_dir=str(tmp_path / "run"), progress=SilentView(io.StringIO()), **settings)
+    assert caught.value.exit_code == 4
+    assert len(events(tmp_path / "run", "rolled_back")) == 1
+    policy = shoal.load(tmp_path / "run", env=BlowingAlways).policy()
+    assert policy is not None

@@ -1,0 +1,57 @@
+"""An environment that does something dreadful at certain places, and only there."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+
+class Wall(gymnasium.Env):
+    """A counter with noise; in actors, dreadful things happen at step `at` of some episodes.
+
+    what: by an episode's seed (as text), or for all episodes: hang (sleeps), grip (hangs in C with the interpreter's lock), segfault, exit,
+    raise. length: steps of an episode.
+    """
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = spaces.Discrete(3)
+
+    def __init__(self, what: Mapping[str, str] | str = "", at: int = 3, length: int = 9, step_seconds: float = 0.0) -> None:
+        self._step_seconds = step_seconds
+        self._what, self._at, self._length = what, at, length
+        self._in_actor = Path("/proc/self/comm").read_text().startswith("shoal:actor")
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._seed, self.count = seed or 0, 0
+        return self._observe(), {}
+
+    def _observe(self) -> Any:
+        return np.array([self.count, self.np_random.random()], np.float32)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.count += 1
+        time.sleep(self._step_seconds)
+        if self._in_actor and self.count == self._at:
+            self._do(self._what if isinstance(self._what, str) else self._what.get(str(self._seed), ""))
+        return self._observe(), float(action), False, self.count >= self._length, {}
+
+    def _do(self, what: str) -> None:
+        if what == "hang":
+            time.sleep(1000)
+        elif what == "grip":
+            ctypes.PyDLL(None).sleep(1000)
+        elif what == "segfault":
+            ctypes.string_at(0)
+        elif what == "exit":
+            os._exit(0)
+        elif what == "raise":
+            raise RuntimeError("there is a wall")
