@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -35,6 +35,7 @@ from shoal.benching.measuring import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PEER_ATTEMPTS = 2
 START_SECONDS = 240.0  # a peer may take so long besides the seconds that are measured
 PACKAGES = ("gymnasium", "box2d", "ale-py", "opencv-python-headless", "pygame", "stable-baselines3", "ray[rllib]", "tensorboard")
 
@@ -70,31 +71,38 @@ class Comparison:
 
     @property
     def peer_name(self) -> str:
-        script, algorithm, *_ = self.peer.split()
-        return "sb3 ppo" if script.startswith("sb3") else f"rllib {algorithm}"
+        script, algorithm, *_, runners = self.peer.split()
+        return "sb3 ppo" if script.startswith("sb3") else f"rllib {algorithm} ({runners} runners)"
+
+    def peer_seconds(self, seconds: float) -> float:
+        """RLlib's asynchronous algorithms report every ten seconds or so, and the script's clock begins with the first report."""
+        return max(seconds, 45.0) if self.peer_name.startswith(("rllib appo", "rllib impala")) else seconds
 
 
 SB3 = "sb3_matched.py {} SECONDS dummy 1"
 COMPARISONS = (
     Comparison("CartPole-v1", "ppo", f"{MATCHED} {EPOCHS}", SB3.format("CartPole-v1"), times=3),
     Comparison("CartPole-v1", "appo", f"{MATCHED} {EPOCHS}", SB3.format("CartPole-v1"), times=4),
-    Comparison("CartPole-v1", "ppo", f"{MATCHED} {EPOCHS}", "rllib_matched.py ppo CartPole-v1 SECONDS 2", times=8),
-    Comparison("CartPole-v1", "appo", f"{MATCHED} {EPOCHS}", "rllib_matched.py ppo CartPole-v1 SECONDS 2", times=8),
-    Comparison("CartPole-v1", "appo", f"{MATCHED} {EPOCHS}", "rllib_matched.py appo CartPole-v1 SECONDS 2"),
-    Comparison("CartPole-v1", "impala", MATCHED, "rllib_matched.py impala CartPole-v1 SECONDS 2"),
+    *(
+        Comparison("CartPole-v1", algorithm, f"{MATCHED} {EPOCHS}", f"rllib_matched.py ppo CartPole-v1 SECONDS {runners}", times=8)
+        for runners in (0, 2)  # in the driver's process, or in two of their own: which is faster depends on the machine
+        for algorithm in ("ppo", "appo")
+    ),
+    Comparison("CartPole-v1", "appo", f"{MATCHED} {EPOCHS}", "rllib_matched.py appo CartPole-v1 SECONDS 0"),
+    Comparison("CartPole-v1", "impala", MATCHED, "rllib_matched.py impala CartPole-v1 SECONDS 0"),
     Comparison("LunarLander-v3", "ppo", f"{MATCHED} {EPOCHS}", SB3.format("LunarLander-v3"), times=3),
     Comparison(
         "CartPole-v1",
         "impala",
         f"{THROUGHPUT} --sampling.groups 4 --sampling.group-size 64 --sampling.rollout-length 32",
-        "rllib_matched.py impala CartPole-v1 SECONDS 2",
+        "rllib_matched.py impala CartPole-v1 SECONDS 0",
         floor=50_000,
     ),
     Comparison(
         "CartPole-v1",
         "impala",
         f"{THROUGHPUT} --env.form native --sampling.groups 4 --sampling.group-size 256 --sampling.rollout-length 32",
-        "rllib_matched.py impala CartPole-v1 SECONDS 2",
+        "rllib_matched.py impala CartPole-v1 SECONDS 0",
         floor=150_000,
     ),
 )
@@ -189,16 +197,28 @@ def measure(comparison: Comparison, pairs: int, seconds: float, scripts: Path, p
     for pair in range(pairs):
         load = os.getloadavg()[0]
         own, command = shoal_speed(comparison, seconds)
-        peer = peer_speed(comparison, seconds, scripts, python)
+        peer, failure = attempt(lambda: peer_speed(comparison, seconds, scripts, python))
         row = {
             "comparison": comparison.name, "measurement": measurement, "pair": pair, "seconds": seconds, "shoal": own, "peer": peer,
-            "ratio": own / peer, "times": comparison.times, "floor": comparison.floor, "command": command, "peer_command": comparison.peer,
+            "ratio": None if peer is None else own / peer, "peer_failure": failure, "times": comparison.times, "floor": comparison.floor, "command": command, "peer_command": comparison.peer,
             "versions": versions, "machine": machine(), "load": round(load, 2),
         }  # fmt: skip
         rows_file.parent.mkdir(parents=True, exist_ok=True)
         with rows_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        print(f"{comparison.name}: {own:,.0f} / {peer:,.0f} = {own / peer:.2f}", file=sys.stderr, flush=True)
+        told = f"the peer failed: {failure}" if peer is None else f"{peer:,.0f} = {own / peer:.2f}"
+        print(f"{comparison.name}: {own:,.0f} / {told}", file=sys.stderr, flush=True)
+
+
+def attempt(work: Callable[[], float]) -> tuple[float | None, str]:
+    """A peer's speed, tried again where it fails (RLlib reports an iteration without samples now and then, which its script does not survive)."""
+    failure = ""
+    for _ in range(PEER_ATTEMPTS):
+        try:
+            return work(), ""
+        except CommandError as error:
+            failure = str(error)[-500:]
+    return None, failure
 
 
 def shoal_speed(comparison: Comparison, seconds: float) -> tuple[float, str]:
@@ -219,12 +239,13 @@ def shoal_speed(comparison: Comparison, seconds: float) -> tuple[float, str]:
 
 
 def peer_speed(comparison: Comparison, seconds: float, scripts: Path, python: Path) -> float:
+    seconds = comparison.peer_seconds(seconds)
     script, *words = comparison.peer.replace("SECONDS", f"{seconds:g}").split()
     with tempfile.TemporaryDirectory(prefix="shoal-peers-") as scratch:
         said = run([str(python), str(scripts / script), *words], seconds, Path(scratch))
     found = re.findall(r"sps=(\d+)", said)
-    if not found:
-        raise CommandError(f"{script} printed no speed (sps=...):\n{said[-2000:]}")
+    if not found or int(found[-1]) == 0:
+        raise CommandError(f"{script} measured no speed in {seconds:g} s (sps=...):\n{said[-2000:]}")
     return float(found[-1])
 
 
@@ -287,18 +308,20 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def line(name: str, rows: list[dict[str, Any]]) -> str:
-    ratios, own = [row["ratio"] for row in rows], statistics.median(row["shoal"] for row in rows)
-    ratio, first = statistics.median(ratios), rows[0]
+    pairs, first = [row for row in rows if row["ratio"] is not None], rows[0]
+    own = statistics.median(row["shoal"] for row in rows)
+    ratio = statistics.median(row["ratio"] for row in pairs) if pairs else 0.0
     wanted = ""
     if first["times"] is not None:
         wanted = f">= {first['times']:g}x: {'yes' if ratio >= first['times'] else '**no**'}"
     if first["floor"] is not None:
         wanted = f">= {first['floor']:,} steps/s: {'yes' if own >= first['floor'] else '**no**'}"
-    peer = statistics.median(row["peer"] for row in rows)
+    peer = f"{statistics.median(row['peer'] for row in pairs):,.0f}" if pairs else "failed"
+    spread = f"{min(row['ratio'] for row in pairs):.2f}, {max(row['ratio'] for row in pairs):.2f}" if pairs else ""
     loads = ", ".join(f"{row['load']:g}" for row in rows)
     return (
-        f"| {name} | {own:,.0f} | {peer:,.0f} | {ratio:.2f} | {min(ratios):.2f}, {max(ratios):.2f} | {wanted} "
-        f"| {len(rows)} x {first['seconds']:g} s | {first['measurement'][:10]} | {loads} |"
+        f"| {name} | {own:,.0f} | {peer} | {f'{ratio:.2f}' if pairs else ''} | {spread} | {wanted} "
+        f"| {len(pairs) or len(rows)} x {first['seconds']:g} s | {first['measurement'][:10]} | {loads} |"
     )
 
 
