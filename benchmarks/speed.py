@@ -266,6 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__, "speed")
+    parser.add_argument("--repeats", type=int, help="measurements of each row (default: its own number)")
     parser.add_argument(
         "--seconds", type=float, default=20.0, help="of each training of waiting/* and throughput/* (atari/*: twice as long)"
     )
