@@ -84,17 +84,22 @@ def waiting(row: Row, repeat: int, options: argparse.Namespace) -> Figures:
     """Env steps per second against N / w."""
     make = exponential if "exponential" in row.name else fixed
     blocking = blocking_seconds(partial(make, WAIT_SECONDS), WAIT_SECONDS)
-    speed = speed_of(row, repeat, options)
-    return {"env_steps_per_second": speed, "blocking_ms": 1e3 * blocking, "fraction": speed * blocking / NUM_WAITING}
+    found = throughput(row, repeat, options)
+    return {**found, "blocking_ms": 1e3 * blocking, "fraction": found["env_steps_per_second"] * blocking / NUM_WAITING}
 
 
 def straggling(row: Row, repeat: int, options: argparse.Namespace) -> Figures:
     """What one slow environment costs each of the others, beside a run without one, made just before."""
-    without = speed_of(replace(row, environment=row.environment.replace("straggler", "fixed")), repeat, options)
+    without = throughput(replace(row, environment=row.environment.replace("straggler", "fixed")), repeat, options)
     with tempfile.TemporaryDirectory() as directory:
         lock = ("--env.kwargs.lock", str(Path(directory) / "lock"), "--env.kwargs.times", f"{STRAGGLER_TIMES:g}")
-        with_one = speed_of(replace(row, options=(*row.options, *lock)), repeat, options)
-    return {"env_steps_per_second": with_one, "without": without, "loss": loss_of_others(without, with_one)}
+        found = throughput(replace(row, options=(*row.options, *lock)), repeat, options)
+    return {
+        **found,
+        "without": without["env_steps_per_second"],
+        "update_without": without["steps_of_an_update"],
+        "loss": loss_of_others(without["env_steps_per_second"], found["env_steps_per_second"]),
+    }
 
 
 def loss_of_others(without: float, with_one: float) -> float:
@@ -103,13 +108,13 @@ def loss_of_others(without: float, with_one: float) -> float:
     return 1.0 - (with_one - alone / STRAGGLER_TIMES) / (NUM_WAITING - 1) / alone
 
 
-def speed_of(row: Row, seed: int, options: argparse.Namespace) -> float:
+def throughput(row: Row, seed: int, options: argparse.Namespace) -> Figures:
     """Env steps per second of one training, once it is warm."""
     with scratch(options.runs) as directory:
         run = directory / "run"
         length = ("--stop.seconds", f"{options.seconds:g}", "--seed", str(seed))
-        shoal(["train", row.environment, *row.options, *length, "--run-dir", str(run), "--json"])
-        return steady_rate(run)
+        trained = shoal(["train", row.environment, *row.options, *length, "--run-dir", str(run), "--json"])
+        return {"env_steps_per_second": steady_rate(run), "steps_of_an_update": trained["env_steps"] / trained["updates"]}
 
 
 # ---- start and end ---------------------------------------------------------------------------------------------------
@@ -161,10 +166,6 @@ def weights(row: Row, repeat: int, options: argparse.Namespace) -> Figures:
 
 def _weights(figures: Sequence[Figures]) -> str:
     return f"median {median(column(figures, 'median_ms')):.2f} ms, p99 {median(column(figures, 'p99_ms')):.2f} ms ({figures[0]['megabytes']:.1f} MB)"
-
-
-def throughput(row: Row, repeat: int, options: argparse.Namespace) -> Figures:
-    return {"env_steps_per_second": speed_of(row, repeat, options)}
 
 
 def against_ceiling(row: Row, repeat: int, options: argparse.Namespace) -> Figures:
@@ -227,7 +228,9 @@ def _start(figures: Sequence[Figures]) -> str:
 
 
 def _loss(figures: Sequence[Figures]) -> str:
-    return f"the others lose {median(column(figures, 'loss')):.1%} ({spread(column(figures, 'env_steps_per_second'), 'env steps/s')})"
+    lost, steps, without = (median(column(figures, name)) for name in ("loss", "steps_of_an_update", "update_without"))
+    speed = spread(column(figures, "env_steps_per_second"), "env steps/s")
+    return f"the others lose {lost:.1%} ({speed}); an update has {steps:,.0f} env steps, without it {without:,.0f}"
 
 
 ROWS = (
