@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -23,13 +22,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatch
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from shoal.settings import available_cores
+from shoal.benching.measuring import machine
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SHOAL = str(Path(sys.executable).with_name("shoal"))
 COMMAND_SECONDS = 3600.0
 
 Entry = dict[str, Any]
@@ -41,14 +41,14 @@ class CommandError(Exception):
 
 def shoal(arguments: Sequence[str], timeout_seconds: float = COMMAND_SECONDS) -> dict[str, Any]:
     """Run a command of shoal in a process of its own and return its JSON object. Raises CommandError."""
-    return answer_of([str(Path(sys.executable).with_name("shoal")), *arguments], timeout_seconds)
+    return answer_of([SHOAL, *arguments], timeout_seconds)
 
 
 def answer_of(command: Sequence[str], timeout_seconds: float = COMMAND_SECONDS) -> dict[str, Any]:
-    """Run a command and return the JSON object on its standard output. Raises CommandError, also where it takes too long."""
+    """Run a command in the checkout and return the JSON object on its standard output. Raises CommandError, also where it takes too long."""
     said = " ".join(command)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_seconds)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=timeout_seconds)
     except subprocess.TimeoutExpired as error:
         raise CommandError(f"{said} was ended after {timeout_seconds:g} s") from error
     if done.returncode != 0:
@@ -63,21 +63,11 @@ def answer_of(command: Sequence[str], timeout_seconds: float = COMMAND_SECONDS) 
 @contextmanager
 def scratch(directory: Path) -> Iterator[Path]:
     """A directory for a run, which is removed once it is measured."""
-    path = Path(tempfile.mkdtemp(prefix="shoal-bench-", dir=directory))
+    path = Path(tempfile.mkdtemp(prefix="shoal-bench-", dir=directory.resolve()))
     try:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def machine() -> dict[str, Any]:
-    """CPU model, cores that may be used, and the versions that figures depend on."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
-    return {"cpu": model, "cores": available_cores(), "torch": version("torch"), "python": platform.python_version()}
 
 
 def circumstances() -> Entry:

@@ -1,0 +1,123 @@
+"""What the rows of speed.py are read from: a run's own record, the clock on the wall, and the kernel's account of memory."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from rows import ROOT, SHOAL, CommandError
+
+from shoal.monitoring.store import MetricPoint, RunReader
+
+WARM_UP_SECONDS = 5.0
+
+
+# ---- speed -----------------------------------------------------------------------------------------------------------
+def steady_rate(run: Path) -> float:
+    """Env steps per second between two updates: the first after the warm-up, and the last."""
+    with RunReader(run / "run.db") as reader:
+        return rate(reader.series("time/total_timesteps"))
+
+
+def rate(points: Sequence[MetricPoint]) -> float:
+    """Env steps per second of a series that was recorded at updates, the last point apart, which is of the run's end."""
+    steady = [point for point in points[:-1] if point.seconds >= WARM_UP_SECONDS]
+    if len(steady) < 2:
+        raise CommandError(f"the run was too short: {len(steady)} points after {WARM_UP_SECONDS:g} s; raise --seconds")
+    return (steady[-1].env_steps - steady[0].env_steps) / (steady[-1].seconds - steady[0].seconds)
+
+
+# ---- starting --------------------------------------------------------------------------------------------------------
+def wall_seconds(command: Sequence[str]) -> float:
+    """From the prompt to the end of a command. Raises CommandError."""
+    begun = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise CommandError(f"{' '.join(command)} ended with code {done.returncode}:\n{done.stderr[-2000:]}")
+    return time.monotonic() - begun
+
+
+def first_update_seconds(arguments: Sequence[str], run: Path) -> float:
+    """From the prompt to the first update of a training that makes one."""
+    begun = time.time()
+    wall_seconds([SHOAL, *arguments, "--run-dir", str(run), "--json"])
+    return first_scalars_time(run / "tensorboard") - begun
+
+
+def first_scalars_time(directory: Path) -> float:
+    """Seconds since the epoch at which a run wrote its first numbers, which is at its first update: the wall time of the second event."""
+    content = next(directory.glob("events.out.tfevents.*")).read_bytes()
+    second = 16 + struct.unpack_from("<Q", content)[0]  # length, its checksum, the event (here the file's version), its checksum
+    field, seconds = struct.unpack_from("<Bd", content, second + 12)
+    if field != 0x09:  # field 1, a double
+        raise CommandError(f"{directory}: the second event does not begin with its wall time")
+    return float(seconds)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+def tree(pid: int) -> list[int]:
+    """A process and all that descend from it."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [pid]
+    for one in found:
+        found += children.get(one, ())
+    return found
+
+
+def pss_mb(pid: int) -> float:
+    """Proportional set size of a process, in MB (10^6 bytes); 0 where it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(text.split()[1]) for text in lines if text.startswith("Pss:")) * 1024 / 1e6
+
+
+def memory_of(arguments: Sequence[str], run: Path, seconds: float, every_seconds: float) -> list[tuple[float, float]]:
+    """(seconds since the prompt, PSS of the whole tree of processes in MB) of a training while it lives, which is then ended."""
+    with training(arguments, run) as process:
+        samples = []
+        for elapsed in _ticks(seconds, every_seconds):
+            if process.poll() is not None:
+                raise CommandError(f"the training ended after {elapsed:.0f} s by itself: {(run.parent / 'log').read_text()[-2000:]}")
+            samples.append((elapsed, sum(map(pss_mb, tree(process.pid)))))
+        return samples
+
+
+@contextlib.contextmanager
+def training(arguments: Sequence[str], run: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`shoal train` while it goes on; ended by Ctrl-C, and by force after a while."""
+    with (run.parent / "log").open("wb") as log:
+        process = subprocess.Popen([SHOAL, *arguments, "--run-dir", str(run), "--json"], cwd=ROOT, stdout=log, stderr=log)
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(60.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _ticks(seconds: float, every_seconds: float, clock: Callable[[], float] = time.monotonic) -> Iterator[float]:
+    begun = clock()
+    for k in range(1, int(seconds / every_seconds) + 1):
+        time.sleep(max(0.0, begun + k * every_seconds - clock()))
+        yield clock() - begun
+
+
+def growth_mb(samples: Sequence[tuple[float, float]], begin_seconds: float) -> tuple[float, float, float]:
+    """PSS at `begin_seconds` and at the end (medians of three samples there), and their difference, in MB."""
+    values = [mb for at, mb in samples if at >= begin_seconds - 0.5]
+    begin, end = sorted(values[:3])[len(values[:3]) // 2], sorted(values[-3:])[len(values[-3:]) // 2]
+    return begin, end, end - begin
