@@ -149,6 +149,18 @@ def test_what_follows_from_other_keys_is_filled_in() -> None:
         ({"algorithm.learning_rate": float("nan")}, ["algorithm.learning_rate"]),
         ({"env.id": "Acrobot-v1"}, ["two environments", "CartPole-v1", "Acrobot-v1"]),
         ({3: 4}, ["3 is no text"]),
+        ({"seed": 2**64}, ["seed", "less than 9223372036854775808"]),
+        ({"actors": 3, "sampling.groups": 2}, ["actors: 3 processes cannot share 2 groups", "--sampling.groups 3"]),
+        ({"algorithm.minibatch_size": 5000}, ["algorithm.minibatch_size: 5000 is more than the 1024 env steps", "sampling.groups"]),
+        ({"sampling.batch_rollouts": 3}, ["sampling.batch_rollouts belongs to async mode", "appo or impala"]),
+        ({"max_policy_lag": 3}, ["max_policy_lag belongs to async mode"]),
+        ({"algorithm": "appo", "max_policy_lag": 0}, ["max_policy_lag", "greater than 0", "got 0"]),
+        ({"sampling.rollout_length": "many"}, ["sampling.rollout_length: should be a whole number, got 'many'"]),
+        ({"algorithm.entropy_coefficient": float("inf")}, ["algorithm.entropy_coefficient", "finite"]),
+        ({"stop.return": float("nan")}, ["stop.return", "finite"]),
+        ({"policy.log_std_init": float("nan")}, ["policy.log_std_init", "finite"]),
+        ({"learner.threads": 100_000}, ["learner.threads", "less than or equal to 256"]),
+        ({"checkpoint.keep": 1}, ["checkpoint.keep", "greater than or equal to 2"]),
     ],
 )
 def test_a_wrong_setting_is_refused_by_its_name_with_what_is_allowed(overrides: dict[Any, Any], parts: list[str]) -> None:
@@ -156,6 +168,17 @@ def test_a_wrong_setting_is_refused_by_its_name_with_what_is_allowed(overrides: 
         resolve("CartPole-v1", overrides)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_a_minibatch_that_nobody_asked_for_is_cut_to_the_batch(tmp_path: Path) -> None:
+    config, _ = resolve("CartPole-v1", {"sampling.groups": 1, "sampling.rollout_length": 4})
+    assert config.algorithm.minibatch_size == 32  # type: ignore[attr-defined]
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(config))
+    assert resolve(str(file))[0] == config
+    older = config.model_dump(mode="json", by_alias=True)
+    older["algorithm"]["minibatch_size"] = 256
+    assert resolve(None, {}, older)[0].algorithm.minibatch_size == 256  # type: ignore[attr-defined]  # a run goes on as it began
 
 
 def test_a_linear_schedule_without_an_end_is_refused() -> None:

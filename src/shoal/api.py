@@ -20,7 +20,9 @@ from shoal.engines.coordinator import Coordinator
 from shoal.engines.local import LocalEngine
 from shoal.engines.plan import Plan
 from shoal.engines.session import ATTEMPTS_PER_PART, Session
+from shoal.engines.sizes import check_memory
 from shoal.engines.snippets import with_snippet
+from shoal.environments.make import check_registered
 from shoal.errors import CheckpointError, ConfigError, EnvironmentFault, RunError, ShoalError
 from shoal.experience.ring import Ring, allocate
 from shoal.experience.schema import Schema, rollout_schema
@@ -290,6 +292,8 @@ def _finish_profile(directory: Path, recorder: Recorder) -> None:
 def _run_inline(
     config: RunConfig, objects: dict[str, Any], directory: Path, loaded: Loaded | None, recorder: Recorder, wants_end: _Wants, traces: str
 ) -> dict[str, Any]:
+    if "env" not in objects:
+        check_registered(config.env)
     import torch
 
     from shoal.engines.alarm import CallClock, limited
@@ -336,6 +340,8 @@ def _run_local(
     run_id = _run_id(directory)
     with contextlib.closing(LocalEngine(config, _pickled(objects), directory, run_id, traces=traces)) as engine:
         engine.open()
+        if "env" not in objects:
+            check_registered(config.env)  # while the helper process imports torch
         session, _, _ = _session(config, engine.look(), directory, loaded, recorder, engine.allocate)
         wants_end.armed = True
         result = _result(session, engine.run(session, wants_end, wants_end.take_asked), directory)
@@ -372,6 +378,7 @@ def _session(
     write_text_atomically(directory / "config.yaml", dump_config(config))
     plan = Plan.of(config)
     schema = rollout_schema(spec, fields, plan.rollout_length, plan.group_size)
+    check_memory(plan, schema, facts["weights"], config.actors or 0)
     ring = make_ring(schema, plan, facts["weights"])
     session = Session(config, spec, Coordinator(plan, spec, ring, config.stop), directory, recorder)
     recorder.attach(session)

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validat
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -67,7 +69,7 @@ class PolicyConfig(Section):
     exploration: Literal["gaussian", "gsde"] = Field(
         "gaussian", description="continuous actions: independent noise, or state-dependent (Raffin et al. 2020)"
     )
-    log_std_init: float = Field(0.0, description="continuous actions: logarithm of the initial standard deviation")
+    log_std_init: FiniteFloat = Field(0.0, description="continuous actions: logarithm of the initial standard deviation")
     orthogonal_init: bool = Field(True, description="orthogonal initial weights, with small ones at the policy's head")
     network: str | None = Field(
         None, description="your own: package.module:factory or file.py:factory, called with (spec, config), returns a torch module"
@@ -85,8 +87,8 @@ class AlgorithmConfig(Section):
     schedule_env_steps: Positive | None = Field(None, description="env steps over which schedules run to zero (default: stop.env_steps)")
     adam_epsilon: PositiveFloat = Field(1e-5, description="of Adam, for numerical stability")
     gamma: Fraction = Field(0.99, description="discount")
-    entropy_coefficient: float = Field(0.0, ge=0, description="weight of the entropy bonus in the loss")
-    value_coefficient: float = Field(0.5, ge=0, description="weight of the value loss")
+    entropy_coefficient: Weight = Field(0.0, description="weight of the entropy bonus in the loss")
+    value_coefficient: Weight = Field(0.5, description="weight of the value loss")
     max_gradient_norm: PositiveFloat = Field(0.5, description="gradients are clipped to this global norm")
 
 
@@ -146,14 +148,14 @@ BUILT_IN: dict[str, type[AlgorithmConfig]] = {"ppo": PPOConfig, "impala": Impala
 
 
 class StopConfig(Section):
-    return_: float | None = Field(None, alias="return", description="mean return of the last 100 training episodes")
+    return_: FiniteFloat | None = Field(None, alias="return", description="mean return of the last 100 training episodes")
     env_steps: Positive | None = Field(None, description="environment steps trained")
     updates: Positive | None = Field(None, description="policy versions made")
     seconds: PositiveFloat | None = Field(None, description="seconds since the first environment step")
 
 
 class LearnerConfig(Section):
-    threads: Positive = Field(1, description="torch threads; part of what the bits of a run depend on")
+    threads: Annotated[int, Field(gt=0, le=256)] = Field(1, description="torch threads; part of what the bits of a run depend on")
     timeout_seconds: PositiveFloat = Field(600.0, description="an update that takes longer is a hang: the learner is made anew")
 
 

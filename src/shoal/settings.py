@@ -276,7 +276,8 @@ def _resolve(layers: list[_Layer]) -> tuple[RunConfig, str]:
             checked.pop("algorithm", None)
             checked.pop("mode", None)
         tree = _merge(tree, checked)
-    return _complete(_validated({**tree, "preset": name})), name
+    asked_for = [layer.tree for layer in layers]
+    return _complete(_validated({**tree, "preset": name}), asked_for, resumed=bool(layers[0].tree)), name
 
 
 def _replace_stop(preset: _Layer, layers: list[_Layer]) -> None:
@@ -334,8 +335,16 @@ def _expected(fault: str, message: str) -> str:
     return message.replace("Input should be", "should be")
 
 
-def _complete(config: RunConfig) -> RunConfig:
-    """Fill what follows from other keys, and refuse what cannot go together. Raises ConfigError."""
+def _asked(trees: list[Tree], section: str, key: str) -> bool:
+    """Whether a user gave this key (a preset or a default may be adapted, a wish may not)."""
+    return any(isinstance(part := tree.get(section), dict) and part.get(key) is not None for tree in trees)
+
+
+def _complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> RunConfig:
+    """Fill what follows from other keys, and refuse what cannot go together. Raises ConfigError.
+
+    asked_for: what the user gave, layer by layer; the last was given by hand. resumed: the first of them is the run's own configuration.
+    """
     algorithm, sampling = config.algorithm, config.sampling
     own = isinstance(algorithm, CustomConfig)  # whose modes its class says, once torch is there (engines.mains.look)
     if config.mode is None and not own:
@@ -346,6 +355,10 @@ def _complete(config: RunConfig) -> RunConfig:
         )
     sampling.groups = sampling.groups or DEFAULT_GROUPS
     sampling.group_size = sampling.group_size or DEFAULT_GROUP_SIZE
+    if config.actors is not None and config.actors > sampling.groups:
+        raise ConfigError(
+            f"actors: {config.actors} processes cannot share {sampling.groups} groups; give --actors {sampling.groups} or less, or --sampling.groups {config.actors}"
+        )
     if config.actors is None:
         config.actors = min(available_cores(), sampling.groups)
         if config.mode == "async":
@@ -357,4 +370,32 @@ def _complete(config: RunConfig) -> RunConfig:
                 f"algorithm.{schedules[0]} is linear, and nothing says where it ends: give algorithm.schedule_env_steps or stop.env_steps"
             )
         algorithm.schedule_env_steps = config.stop.env_steps
+    if config.mode == "sync" and not resumed:
+        _refuse_async_keys(config, asked_for[-1])
+    if not own and not resumed:
+        _fit_minibatch(config, _asked(asked_for, "algorithm", "minibatch_size"))
     return config
+
+
+def _refuse_async_keys(config: RunConfig, by_hand: Tree) -> None:
+    for key, given in (("sampling.batch_rollouts", config.sampling.batch_rollouts), ("max_policy_lag", by_hand.get("max_policy_lag"))):
+        if given is not None:
+            raise ConfigError(
+                f"{key} belongs to async mode, and this run is sync: an update takes one rollout of each of the {config.sampling.groups} groups, "
+                "without lag; leave it out, or take --mode async with --algorithm appo or impala"
+            )
+
+
+def _fit_minibatch(config: RunConfig, wanted: bool) -> None:
+    """A minibatch is no longer than the batch of an update: refused where the user asked for it, else cut."""
+    sampling, size = config.sampling, getattr(config.algorithm, "minibatch_size", None)
+    rollouts = sampling.batch_rollouts or sampling.groups or 1
+    batch = rollouts * (sampling.group_size or 1) * sampling.rollout_length
+    if size is None or size <= batch:
+        return
+    if wanted:
+        raise ConfigError(
+            f"algorithm.minibatch_size: {size} is more than the {batch} env steps of an update ({rollouts} rollouts of {sampling.group_size} environments "
+            f"and {sampling.rollout_length} steps); lower it, or raise sampling.groups, sampling.group_size or sampling.rollout_length"
+        )
+    config.algorithm.minibatch_size = batch  # type: ignore[attr-defined]

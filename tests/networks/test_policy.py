@@ -254,7 +254,8 @@ def test_gsde_draws_one_matrix_per_rollout() -> None:
     action, log_prob = policy.act(observation, noise(policy, 1).expand(3, -1))
     assert torch.equal(action[0], action[2])
     torch.testing.assert_close(log_prob, policy.distribution(observation).log_prob(action))
-    assert build_policy(spec(), PolicyConfig(exploration="gsde")).noise == NoiseSpec("uniform", 1)
+    with pytest.raises(ConfigError, match=r"^policy\.exploration: gsde is for continuous actions"):
+        build_policy(spec(), PolicyConfig(exploration="gsde"))
 
 
 class Trunk(nn.Module):

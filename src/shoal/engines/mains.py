@@ -22,6 +22,7 @@ from shoal.engines.messages import Kind, Word, to_json
 from shoal.engines.question import Answerer
 from shoal.engines.roles import Blueprint, UserObjects
 from shoal.engines.saving import load_learner, save_learner
+from shoal.engines.sizes import check_weights
 from shoal.environments.faults import cut
 from shoal.environments.probe import Tell, choose_form, probe, quiet
 from shoal.errors import ConfigError, EnvironmentFault, ShoalError
@@ -29,6 +30,7 @@ from shoal.experience.envelope import Identity
 from shoal.experience.group_state import from_bytes
 from shoal.experience.ring import Ring
 from shoal.learners.learner import Learner
+from shoal.networks.policy import policy_size
 from shoal.supervision.channel import MAX_MESSAGE_BYTES, Channel, wait
 from shoal.supervision.heartbeat import ActivityBoard
 from shoal.supervision.memory import SharedMemory
@@ -87,6 +89,9 @@ def look(config: RunConfig, objects: UserObjects, tell: Tell = quiet) -> dict[st
     found = probe(config.env, objects.env, tell=tell)
     tell("")
     blueprint = Blueprint(config, found.spec, objects, bytes(16))
+    blueprint.device()
+    if objects.network is None and config.policy.network is None:
+        check_weights(policy_size(found.spec, config.policy), f"policy.hidden_sizes {config.policy.hidden_sizes} on this observation")
     policy = blueprint.policy()
     fields = [vars(f) | {"shape": list(f.shape)} for f in policy.fields()]
     form = choose_form(config.env, found)

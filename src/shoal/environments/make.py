@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +20,12 @@ from shoal.types import EnvironmentGroup, EnvironmentSpec
 
 Factory = Callable[..., Any]
 
+# What environments need, by the beginning of their entry point, and the extra that brings it.
+_NEEDS = (
+    ("gymnasium.envs.mujoco", ("mujoco",), "mujoco"),
+    ("gymnasium.envs.box2d", ("Box2D",), "box2d"),
+    ("ale_py", ("cv2",), "atari"),
+)
 # Which extra brings a module that an environment asks for.
 _EXTRAS = {"ale_py": "atari", "cv2": "atari", "Box2D": "box2d", "pygame": "box2d", "mujoco": "mujoco", "imageio": "mujoco"}
 
@@ -67,8 +74,6 @@ def registered(env_id: str) -> Any:
         raise ConfigError("env.id is empty; give a Gymnasium id such as CartPole-v1, package.module:factory or file.py:factory")
     module, colon, name = env_id.rpartition(":")
     if colon:
-        import importlib
-
         try:
             importlib.import_module(module)
         except ImportError as error:
@@ -81,6 +86,30 @@ def registered(env_id: str) -> Any:
         raise ConfigError(
             f"env.id {env_id!r} is no registered environment{_nearest(name, list(gymnasium.registry))}. {_first_line(error)}"
         ) from None
+
+
+def check_registered(env: EnvConfig) -> None:
+    """What can be said of an environment from its id alone, without making it and without torch.
+
+    Raises:
+      ConfigError: no such id, with the nearest; or what it needs is not installed, with the command that installs it.
+    """
+    if not env.id or ":" in env.id:
+        return  # code of the user's own: it runs in the roles' processes only
+    spec = registered(env.id)
+    entry = spec.entry_point if isinstance(spec.entry_point, str) else ""
+    for prefix, modules, extra in _NEEDS:
+        if entry.startswith(prefix):
+            for module in modules if prefix != "ale_py" or env.atari_preprocessing else ():
+                if not _installed(module):
+                    raise ConfigError(f"env.id {env.id} needs {module}, which is not installed: pip install 'shoal[{extra}]'")
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _register_atari() -> bool:

@@ -49,8 +49,8 @@ def describe(
     Raises:
       ConfigError: a space that has no fixed-size array form (Text, Graph, Sequence, OneOf), or a Dict or Tuple action space.
     """
-    leaves = list(_leaves(observation_space, ()))
-    actions = list(_leaves(action_space, ()))
+    leaves = _all_leaves(name, "observation", observation_space)
+    actions = _all_leaves(name, "action", action_space)
     if len(actions) != 1 or actions[0].path:
         raise ConfigError(
             f"{name}: the action space is {action_space}, but shoal takes one Discrete, MultiDiscrete, MultiBinary or Box; "
@@ -81,6 +81,13 @@ def describe(
     )
 
 
+def _all_leaves(name: str, which: str, space: Any) -> list[LeafSpec]:
+    try:
+        return list(_leaves(space, ()))
+    except ConfigError as error:
+        raise ConfigError(f"env.id {name}: in its {which} space, {error}") from None
+
+
 def _leaves(space: Any, path: tuple[str | int, ...]) -> list[LeafSpec]:
     from gymnasium import spaces
 
@@ -97,8 +104,10 @@ def _leaves(space: Any, path: tuple[str | int, ...]) -> list[LeafSpec]:
         return [LeafSpec(path, "multi_discrete", "int64", tuple(space.shape), nvec=nvec, start=start)]
     if isinstance(space, spaces.MultiBinary):
         return [LeafSpec(path, "multi_binary", "int8", tuple(space.shape))]
-    where = "/".join(map(str, path)) or "the space"
-    raise ConfigError(f"{where} is {space}; shoal takes Box, Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of those")
+    where = "/".join(map(str, path)) + ": " if path else ""
+    raise ConfigError(
+        f"{where}{space} is no array of a fixed size; shoal takes Box, Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of those"
+    )
 
 
 def _bounds(values: Array) -> tuple[float, ...]:

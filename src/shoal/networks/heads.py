@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shoal.config import PolicyConfig
+from shoal.errors import ConfigError
 from shoal.networks.encoders import orthogonal
 from shoal.ops.distributions import Bernoulli, Categorical, DiagonalGaussian, Distribution, MultiCategorical, StateDependentGaussian
 from shoal.types import FieldSpec, LeafSpec
@@ -40,6 +41,10 @@ class ActionHead(nn.Module):
 
     def __init__(self, leaf: LeafSpec, num_features: int, config: PolicyConfig) -> None:
         super().__init__()
+        if config.exploration == "gsde" and leaf.kind != "box":
+            raise ConfigError(
+                f"policy.exploration: gsde is for continuous actions (a Box), and this environment's are {leaf.kind}; use gaussian"
+            )
         self.kind: str = "gsde" if leaf.kind == "box" and config.exploration == "gsde" else leaf.kind
         self._shape, self._nvec = leaf.shape, leaf.nvec
         gsde = self.kind == "gsde"

@@ -117,6 +117,8 @@ def build_policy(spec: EnvironmentSpec, config: PolicyConfig, network: Network |
     """
     if network is None and config.network is not None:
         network = load_object(config.network)
+        if not callable(network):
+            raise ConfigError(f"policy.network: {config.network} is {type(network).__name__}, not a callable (spec, config)")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         policy = _default_policy(spec, config) if network is None else _custom_policy(spec, config, network)
@@ -126,6 +128,19 @@ def build_policy(spec: EnvironmentSpec, config: PolicyConfig, network: Network |
                 f"policy tensor {name} is {tensor.dtype}; parameters and persistent buffers must be float32 (register constants with persistent=False)"
             )
     return policy
+
+
+def policy_size(spec: EnvironmentSpec, config: PolicyConfig) -> int:
+    """Numbers in the tensors of this package's policy, found without allocating any.
+
+    Raises:
+      ConfigError: as `build_policy`; also where a layer is larger than any tensor can be.
+    """
+    try:
+        with torch.device("meta"):
+            return sum(tensor.numel() for tensor in named_tensors(_default_policy(spec, config)).values())
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise ConfigError(f"policy.hidden_sizes: no layer can have {config.hidden_sizes} units: {str(error).splitlines()[0]}") from error
 
 
 def _image_fields(spec: EnvironmentSpec, config: PolicyConfig) -> frozenset[str]:

@@ -160,6 +160,7 @@ class Zygote:
         self._living: dict[int, Role] = {}
         self._failure = ""
         self._swept = False
+        self._ready = False
 
     @classmethod
     def start(
@@ -296,7 +297,7 @@ class Zygote:
         """Kill all roles and all they started, and the zygote. Returns when nothing is left; may be called twice."""
         self._control.close()
         self._watch.close()
-        self._finish(timeout_seconds)
+        self._finish(timeout_seconds if self._ready else 0.0)  # while it imports it hears nothing
 
     def _request(self, request: dict[str, Any], fds: Sequence[int]) -> None:
         if self._control.fileno() < 0:
@@ -313,6 +314,7 @@ class Zygote:
     def _decode(self, event: dict[str, Any]) -> list[Event]:
         kind = event["event"]
         if kind == "ready":
+            self._ready = True
             return [Ready(event["import_seconds"], event["num_threads"])]
         if kind == "failed":
             self._failure = event["error"]

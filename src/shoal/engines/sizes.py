@@ -1,0 +1,67 @@
+"""What a run needs of this machine's memory, said before anything is allocated. No torch.
+
+Counted is what grows with the configuration: rollouts (with the copy that the learner makes of a batch) and weights. Environments,
+activations and the processes themselves come on top.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from shoal.engines.plan import Plan
+from shoal.errors import ConfigError
+from shoal.experience.schema import Schema, numpy_dtype
+
+LEARNER_COPIES = 7  # of all weights: parameters, gradient, two moments, two halves of the board, what a checkpoint copies
+
+
+def available_bytes() -> int | None:
+    """Memory that is free on this machine, and in this container where it has a limit; None where nobody says."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
+    except (OSError, StopIteration, ValueError):
+        pass
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii").strip() for name in ("max", "current"))
+        found += [int(limit) - int(used)] if limit != "max" else []
+    except (OSError, ValueError):
+        pass
+    return min(found, default=None)
+
+
+def rollout_bytes(schema: Schema) -> int:
+    """Of one rollout; rows of ended episodes are sparse, and memory that nobody writes is not there."""
+    return sum(math.prod(schema.full_shape(f)) * numpy_dtype(f.dtype).itemsize for f in schema.fields if f.axis != "final")
+
+
+def check_weights(num_weights: int, what: str) -> None:
+    """Raise ConfigError where one set of float32 weights, as a learner holds them, does not fit."""
+    needed, free = num_weights * 4 * LEARNER_COPIES, available_bytes()
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"{what}: {num_weights:,} weights need {in_words(needed)} of memory with gradient and optimizer; {in_words(free)} are free here"
+        )
+
+
+def check_memory(plan: Plan, schema: Schema, num_weights: int, actors: int) -> None:
+    """Raise ConfigError where rollouts and weights do not fit; says what is needed, what is there, and which keys lower it."""
+    free = available_bytes()
+    rollouts = rollout_bytes(schema) * (plan.num_slots + plan.batch_rollouts)
+    weights = num_weights * 4 * (LEARNER_COPIES + actors)
+    if free is None or rollouts + weights <= free:
+        return
+    batch = "" if plan.mode == "sync" else f", {plan.batch_rollouts:,} rollouts of an update (sampling.batch_rollouts)"
+    raise ConfigError(
+        f"sampling: {plan.num_groups:,} groups (sampling.groups) of {plan.group_size:,} environments (sampling.group_size), "
+        f"{plan.rollout_length:,} steps of a rollout (sampling.rollout_length){batch} need {in_words(rollouts)} of memory, and "
+        f"{num_weights:,} weights (policy.hidden_sizes) in {actors + 1} processes {in_words(weights)}; {in_words(free)} are free here"
+    )
+
+
+def in_words(num_bytes: float) -> str:
+    """`1.5 GiB`."""
+    power = min(5, int(math.log(num_bytes, 1024))) if num_bytes >= 1 else 0
+    return f"{num_bytes / 1024**power:,.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[power]}"
