@@ -57,11 +57,11 @@ def test_check_names_what_hangs_or_dies_and_ends(fault: dict[str, Any], name: st
         ({"fault": "raises_long"}, ["--actors", "0"], "step() raised ValueError: the arm is stuck", "ValueError: the arm is stuck"),
         ({"fault": "sleeps", "where": "reset"}, ["--actors", "0"], "reset() raised TimeoutError", "Timeout"),
         ({"fault": "loops"}, ["--actors", "1"], "step() has not returned", "faulty.py"),
-        ({"fault": "segfaults"}, ["--actors", "1"], "killed by SIGSEGV", "Segmentation fault"),
         # only in training
         ({"fault": "shape", "hidden": True}, ["--actors", "0", "--algorithm", "impala"], "not in its space", "actual: float32 [2]"),
         ({"fault": "raises", "hidden": True}, ["--actors", "2"], "step() raised ValueError", "ValueError: the arm is stuck"),
         ({"fault": "loops", "hidden": True}, ["--actors", "1", "--algorithm", "impala"], "has not returned", "faulty.py"),
+        ({"fault": "segfaults", "hidden": True}, ["--actors", "1"], "killed by SIGSEGV", "Segmentation fault"),
         ({"fault": "exits", "hidden": True}, ["--actors", "1"], "exit code 7", "step 4 action"),
     ],
 )

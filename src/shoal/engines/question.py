@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.25
 OTHER_SECONDS = 120.0  # for what is no call of the environment: imports on a slow disk, building a policy
 _STACK_SECONDS = 1.0  # for a process to write down where it is
-_LOG_CHARACTERS = 4_000
+_LOG_CHARACTERS = 6_000
 
 Episode = tuple[int | None, list[Any]]  # seed, and the actions since
 

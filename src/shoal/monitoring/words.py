@@ -71,7 +71,9 @@ def _recovered(facts: _Facts) -> str:
 def _fault(facts: _Facts) -> str:
     report = facts.get("report") or {}
     where = ", ".join(
-        f"{words} {report[name]}" for name, words in (("group", "group"), ("env", "environment"), ("step", "step")) if name in report
+        f"{words} {report[name]}"
+        for name, words in (("group", "group"), ("env", "environment"), ("step", "step"))
+        if report.get(name) is not None
     )
     spent = f" {report['count']} (restarts allowed: {report['budget']})" if "count" in report else ""
     return f"environment fault{spent}: {str(facts['message']).splitlines()[0]}" + (f" ({where})" if where else "")
