@@ -31,11 +31,12 @@ class A2C(Algorithm[A2CConfig]):
         return {"policy_gradient_loss": policy_loss.item(), "value_loss": value_loss.item()}
 
 
-run = shoal.train(
-    "CartPole-v1",
-    algorithm={"name": A2C, "gae_lambda": 0.95, "learning_rate": 1e-3},
-    sampling={"rollout_length": 16},
-    stop={"updates": 20},
-    actors=2,
-)
-print(run.result["updates"], "updates, mean return", run.result["mean_return"])
+if __name__ == "__main__":  # so that it can be named, too: --algorithm own_algorithm.py:A2C
+    run = shoal.train(
+        "CartPole-v1",
+        algorithm={"name": A2C, "gae_lambda": 0.95, "learning_rate": 1e-3},
+        sampling={"rollout_length": 16},
+        stop={"updates": 20},
+        actors=2,
+    )
+    print(run.result["updates"], "updates, mean return", run.result["mean_return"])

@@ -24,5 +24,6 @@ class ResidualTrunk(nn.Module):
         return hidden + torch.relu(self.second(hidden))
 
 
-run = shoal.train("CartPole-v1", policy={"network": ResidualTrunk}, stop={"updates": 4}, actors=2)
-print(run.policy().network.actor)
+if __name__ == "__main__":  # so that it can be named, too: --policy.network own_network.py:ResidualTrunk
+    run = shoal.train("CartPole-v1", policy={"network": ResidualTrunk}, stop={"updates": 4}, actors=2)
+    print(run.policy().network.actor)

@@ -41,6 +41,15 @@ def test_an_example_runs_to_its_end(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.glob("runs/*/result.json"))
 
 
+@pytest.mark.parametrize("named", [("--policy.network", "own_network.py:ResidualTrunk"), ("--algorithm", "own_algorithm.py:A2C")])
+def test_what_an_example_defines_can_be_named_on_the_command_line(named: tuple[str, str], tmp_path: Path) -> None:
+    key, name = named
+    result = run(
+        "-m", "shoal", "train", "CartPole-v1", key, f"{EXAMPLES}/{name}", "--actors", "1", "--stop.updates", "1", "--json", cwd=tmp_path
+    )
+    assert json.loads(result)["updates"] == 1
+
+
 def test_callbacks_see_every_update_and_end_the_run(tmp_path: Path) -> None:
     said = run(str(EXAMPLES / "callbacks.py"), cwd=tmp_path).splitlines()
     assert [line.split(":")[0] for line in said if line.startswith("update")] == [f"update {update}" for update in range(1, 6)]

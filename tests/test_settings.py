@@ -258,3 +258,17 @@ def test_actors_are_one_per_core_but_never_fewer_than_two_that_run_async(monkeyp
         monkeypatch.setattr("shoal.settings.available_cores", lambda cores=cores: cores)
         assert resolve("Blackjack-v1")[0].actors == sync
         assert resolve("Blackjack-v1", {"algorithm": "appo"})[0].actors == asynchronous
+
+
+def test_a_key_that_is_given_twice_in_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "twice.yaml").write_text("env: {id: CartPole-v1}\nseed: 1\nstop: {updates: 3}\nseed: 2\n")
+    with pytest.raises(ConfigError, match=r"twice\.yaml is not valid YAML: the key seed is given twice.*line 4"):
+        resolve(str(tmp_path / "twice.yaml"))
+
+
+@pytest.mark.parametrize("ends", ["raise ValueError('first\\nsecond')", "raise SystemExit('first')"])
+def test_what_a_users_file_raises_is_one_line(ends: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(ends)
+    with pytest.raises(ConfigError, match=r"mine\.py raised \w+ while it was imported: first") as caught:
+        load_object(f"{tmp_path / 'mine.py'}:make")
+    assert "\n" not in str(caught.value)

@@ -40,7 +40,8 @@ class EnvConfig(Section):
     )
     step_timeout_seconds: PositiveFloat = Field(60.0, description="a step or reset that takes longer is a fault")
     restart_budget: Annotated[int, Field(ge=0)] = Field(
-        10, description="faults of the environment that are mended by a restart before the run ends with code 3"
+        10,
+        description="faults of the environment that are mended by a restart before the run ends with code 3; an episode that always breaks costs two",
     )
 
 

@@ -187,17 +187,17 @@ class CheckpointDirectory:
 
         Raises CheckpointError when none is whole, or when the newest was written by another version of the format.
         """
-        warnings: list[str] = []
+        torn: list[str] = []
         for path in reversed(self.paths()):
             try:
                 loaded = load_checkpoint(path)
             except _TornError as error:
-                warnings.append(f"checkpoint {path.name} is not whole ({error}); taking the one before it")
+                torn.append(f"checkpoint {path.name} is not whole ({error})")
                 continue
-            return Loaded(loaded.path, loaded.update, loaded.files, tuple(warnings))
-        if not warnings:
+            return Loaded(loaded.path, loaded.update, loaded.files, tuple(f"{what}; taking the one before it" for what in torn))
+        if not torn:
             raise CheckpointError(f"no checkpoint in {self.root}")
-        raise CheckpointError(f"no whole checkpoint in {self.root}: " + "; ".join(warnings))
+        raise CheckpointError(f"no whole checkpoint in {self.root}: " + "; ".join(torn))
 
     def sweep(self, keep: int) -> None:
         """Remove all but the newest `keep` updates, superseded revisions, and what dead processes left half made.

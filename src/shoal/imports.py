@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, ShoalError
 
 OPAQUE = "callable:"  # marks an object that no path leads to: a lambda, or something of `__main__`
 
@@ -86,10 +86,19 @@ def _load_file(path: Path) -> ModuleType:
     _reach(str(path.parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise ConfigError(f"{path} raised {type(error).__name__} while it was imported: {error}") from error
+        raise ConfigError(_raised(str(path), error)) from error
     return module
+
+
+def _raised(what: str, error: BaseException) -> str:
+    """One line; a script that trains when it is imported is told how not to."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    hint = (
+        '; what it is to do as a script belongs under `if __name__ == "__main__":`' if isinstance(error, (ShoalError, SystemExit)) else ""
+    )
+    return f"{what} raised {type(error).__name__} while it was imported: {first}{hint}"
 
 
 def _load_module(name: str) -> ModuleType:
@@ -98,5 +107,5 @@ def _load_module(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ConfigError(f"cannot import {name}: {error}; is it installed, or in the current directory?") from error
-    except Exception as error:
-        raise ConfigError(f"{name} raised {type(error).__name__} while it was imported: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(_raised(name, error)) from error

@@ -44,7 +44,16 @@ class Raw(str):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as PyYAML reads it, except that 3e-4 is a number."""
+    """YAML as PyYAML reads it, except that 3e-4 is a number, and that a key may not come twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} is given twice", key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -304,7 +313,7 @@ def _validate_part(model: type[BaseModel], tree: Tree, prefix: str, faults: list
     except ValidationError as error:
         for fault in error.errors(include_url=False):
             location = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("list["))
-            message = fault["msg"].replace("Input should be", "should be").replace("unable to parse string as a", "not a")
+            message = _expected(str(fault["type"]), fault["msg"])
             came = fault["input"]
             options = re.findall(r"'([^']+)'", message) if fault["type"] == "literal_error" else []
             hint = nearest(came, options) if isinstance(came, str) else ""
@@ -312,6 +321,17 @@ def _validate_part(model: type[BaseModel], tree: Tree, prefix: str, faults: list
             meaning = f"  [{info.description}]" if info is not None and info.description else ""
             faults.append(f"{prefix}{location}: {message}, got {came!r}{hint}{meaning}")
     return None
+
+
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "dict": "a mapping", "list": "a list", "string": "text"}
+
+
+def _expected(fault: str, message: str) -> str:
+    """What a value should be, from pydantic's name of a fault and its message."""
+    kind, _, how = fault.partition("_")
+    if how in ("type", "parsing", "from_float") and kind in _KINDS:
+        return f"should be {_KINDS[kind]}"
+    return message.replace("Input should be", "should be")
 
 
 def _complete(config: RunConfig) -> RunConfig:

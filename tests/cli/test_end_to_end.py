@@ -83,6 +83,16 @@ def test_a_run_can_be_listed_shown_evaluated_and_resumed(trained: tuple[Path, di
     straight = answer("train", "CartPole-v1", "--actors", "0", "--stop.updates", "6", "--seed", "3", "--evaluation.episodes", "5", cwd=cwd)
     assert straight["weights_sha256"] == resumed["weights_sha256"]
     assert straight["evaluation"]["episodes"] == 5
+    *older, newest = sorted((cwd / "runs/short/checkpoints").iterdir())
+    (newest / "learner.json").write_text("torn")
+    (said,) = shoal("evaluate", "short", "--episodes", "1", cwd=cwd).stderr.splitlines()
+    assert said.startswith(f"warning: checkpoint {newest.name} is not whole (learner.json has 4 bytes")
+    assert said.endswith("; taking the one before it")
+    for path in older:
+        (path / "learner.json").write_text("torn")
+    (said,) = shoal("evaluate", "short", "--episodes", "1", cwd=cwd, code=1).stderr.splitlines()
+    assert "no whole checkpoint" in said
+    assert "taking the one before" not in said
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "impala"])

@@ -57,6 +57,8 @@ def test_which_preset_was_taken_is_said(calls: list[Any], capfd: pytest.CaptureF
     assert "CartPole-v1: ppo (sync), preset CartPole-v1, seed 0, 1 actor, " in capfd.readouterr().err
     ends_with("train", "Blackjack-v1", "--actors", "0")
     assert "no preset for it, seed 0, all in this process" in capfd.readouterr().err
+    ends_with("train", "CartPole-v1", "--actors", "0", "--preset", "none")
+    assert "(sync), no preset, seed 0" in capfd.readouterr().err
 
 
 def test_with_json_standard_output_holds_one_object_whatever_else_prints(calls: list[Any], capfd: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +124,8 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capfd: pytes
         (["train", "CartPole-v1", "--sead", "3"], "did you mean seed?"),
         (["train", "CartPole-v1", "--algorithm", "pppo"], "did you mean ppo?"),
         (["train", "CartPole-v1", "--algorithm.epochs", "-1"], "algorithm.epochs: should be greater than 0, got '-1'"),
+        (["train", "CartPole-v1", "--algorithm.gamma", "abc"], "algorithm.gamma: should be a number, got 'abc'"),
+        (["train", "CartPole-v1", "--actors", "1.5"], "actors: should be a whole number, got '1.5'"),
         (["train", "CartPole-v1", "--stop.return"], "--stop.return needs a value"),
         (["train", "CartPole-v1", "Acrobot-v1"], "unexpected extra argument"),
         (["train", "CartPole-v1", "--view", "loud"], "'loud' is not one of"),

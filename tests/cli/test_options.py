@@ -17,7 +17,7 @@ OWN = {"--json": False, "--video": True}
         ("--seed 3 CartPole-v1 --json", ["CartPole-v1", "--json"], {"seed": "3"}),
         ("E --stop.env-steps=1e6", ["E"], {"stop.env_steps": "1e6"}),
         ("E --env.kwargs.gravity -3", ["E"], {"env.kwargs.gravity": "-3"}),
-        ("E --env.kwargs.render-mode x", ["E"], {"env.kwargs.render-mode": "x"}),
+        ("E --env.kwargs.enable-wind", ["E"], {"env.kwargs.enable_wind": "true"}),
         ("E --policy.normalise-observations --seed 3", ["E"], {"policy.normalise_observations": "true", "seed": "3"}),
         ("E --video out.mp4 --seed 3", ["E", "--video", "out.mp4"], {"seed": "3"}),
         ("E --seed 1 --seed 2", ["E"], {"seed": "2"}),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -65,7 +66,7 @@ def train(ctx: click.Context, env_or_config: str, as_json: bool, view: str, prof
         from shoal.settings import resolve
 
         config, preset = resolve(env_or_config, settings)
-        chosen = f"preset {preset}" if preset != "none" else "no preset for it"
+        chosen = f"preset {preset}" if preset != "none" else "no preset" if settings.get("preset") == "none" else "no preset for it"
         sampling = config.sampling
         say(
             f"{config.env.id}: {config.algorithm.name} ({config.mode or 'its own mode'}), {chosen}, seed {config.seed}, {_count(config.actors)}, "
@@ -262,6 +263,8 @@ def _finish_training(run: Any, as_json: bool) -> None:
 def main(args: list[str] | None = None) -> NoReturn:
     """Run one command and exit with its code."""
     args = sys.argv[1:] if args is None else args
+    if "--debug" not in args:
+        warnings.showwarning = _warn
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before anything imports torch: spinning threads starve the other processes
     try:
         cli.main(args, prog_name="shoal", standalone_mode=False)
@@ -282,6 +285,11 @@ def main(args: list[str] | None = None) -> NoReturn:
             sys.exit(1)  # the terminal was closed; what was to be printed is in result.json
         _fail(error, f"{type(error).__name__}: {error} (--debug shows where)", 1, args)
     sys.exit(0)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A Python warning as the views say one, without the line of source."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _fail(error: Exception | None, message: str, code: int, args: list[str], *, said: bool = False) -> NoReturn:

@@ -65,9 +65,8 @@ def split_settings(args: list[str], own: dict[str, bool]) -> tuple[list[str], di
 
 
 def _key(name: str) -> str:
-    """`--stop.env-steps` is the key stop.env_steps; names of an environment's own arguments stay as they are."""
-    key, kwargs, argument = name[2:].partition(".kwargs.")
-    return key.replace("-", "_") + kwargs + argument
+    """`--stop.env-steps` is the key stop.env_steps, `--env.kwargs.enable-wind` the argument enable_wind."""
+    return name[2:].replace("-", "_")
 
 
 def _alone(name: str) -> str:

@@ -181,8 +181,8 @@ def _emulator(game: str, max_frames: int, mode: int | None, difficulty: int | No
     path = roms.get_rom_path(game)
     if path is None:
         raise ConfigError(f"there is no Atari game {game!r}; names are written as in ms_pacman")
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # else each emulator prints a banner
     ale = ale_py.ALEInterface()
-    ale.setLoggerMode(ale_py.LoggerMode.Error)
     ale.setFloat("repeat_action_probability", 0.0)
     ale.setInt("max_num_frames_per_episode", max_frames)
     ale.setInt("random_seed", 0)

@@ -89,6 +89,7 @@ def _register_atari() -> bool:
         import gymnasium
     except ImportError:
         return False
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # before the first emulator, which prints a banner
     if "ALE/Pong-v5" not in gymnasium.registry:
         gymnasium.register_envs(ale_py)
     return True
@@ -177,7 +178,7 @@ def _not_installed(env: EnvConfig, error: BaseException) -> ConfigError | None:
         name = getattr(seen, "name", None) or ""
         extra = next((e for module, e in _EXTRAS.items() if module == name.split(".")[0] or module.lower() in str(seen).lower()), None)
         if extra:
-            return ConfigError(f"env.id {env.id}: {_first_line(seen)}; pip install 'shoal[{extra}]'")
+            return ConfigError(f"env.id {env.id} needs a package that is not installed: pip install 'shoal[{extra}]'")
         seen = seen.__cause__ or seen.__context__
     return None
 

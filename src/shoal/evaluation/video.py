@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +24,9 @@ class EpisodeVideo:
             raise ConfigError("a video needs the package imageio-ffmpeg: pip install imageio-ffmpeg") from None
         if path.suffix != ".mp4":
             raise ConfigError(f"video: {path} does not end in .mp4, the one format that is written")
+        if not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:  # no screen: pygame's SDL complains while it looks for one
+            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+            os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
         self._write_frames = imageio_ffmpeg.write_frames
         self._path = path
         self._writer: Generator[None, Any, None] | None = None
