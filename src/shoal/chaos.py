@@ -118,10 +118,10 @@ def chaos(
 
 
 def _wrapped(config: RunConfig, flags: Path) -> dict[str, Any]:
-    from shoal.environments.chaotic import chaotic_factory, make_flags
+    from shoal.environments.chaotic import ChaoticFactory, make_flags
 
     make_flags(flags)
-    return {"env": chaotic_factory(config.env, flags)}
+    return {"env": ChaoticFactory(config.env, flags)}
 
 
 def _with_stop(settings: dict[str, Any]) -> dict[str, Any]:

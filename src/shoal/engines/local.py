@@ -12,7 +12,6 @@ The supervisor's loop. It imports no torch, holds the coordinator, and is the on
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +23,8 @@ from shoal.engines.commands import obey
 from shoal.engines.environment_faults import EnvironmentFaults
 from shoal.engines.fleet import DEATHS_IN_A_ROW, STOP_SECONDS, Death, Fleet, Process, rebuild_error, tell, words
 from shoal.engines.messages import Kind, Word, to_json
-from shoal.engines.plan import Lease, Plan
+from shoal.engines.orders import actor_setup, learner_setup, send_lease, tell_of_weights
+from shoal.engines.plan import Plan
 from shoal.engines.poison import CERTAIN, DOUBTFUL, WHILE_RESTORED
 from shoal.engines.question import stack_of
 from shoal.engines.recovery import Recoveries
@@ -34,11 +34,9 @@ from shoal.engines.stalls import Inquiry, Situation, in_words, look
 from shoal.engines.watch import SAVE_SECONDS, START_SECONDS, Verdict, Watch
 from shoal.errors import CheckpointError, DivergedError, EnvironmentFault, ProcessError
 from shoal.experience.envelope import Fate, Identity
-from shoal.experience.group_state import to_bytes
 from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema
 from shoal.supervision.control import ControlServer, Reply
-from shoal.supervision.memory import anonymous_file
 from shoal.supervision.trace import Span, open_trace
 from shoal.supervision.zygote import Lost
 from shoal.types import Activity, ActivityRecord
@@ -160,22 +158,11 @@ class LocalEngine:
         if not self._paused:
             available = {p.index for p in self._fleet.actors if p.up and not p.doomed}
             for lease in self._coordinator.next_leases(available):
-                self._send_lease(self._fleet.actors[lease.actor], lease)
+                send_lease(self._fleet.actors[lease.actor], lease, self._coordinator.version)
             for index, group in self._coordinator.take_released():
                 tell(self._fleet.actors[index], Word(Kind.RELEASE, identity=Identity(group, 0, 0)).encode())
         if not self._saves.under_way and (batch := self._coordinator.next_batch()) is not None:
             self._tell_learner({"do": "train", "rollouts": [[slot, list(identity)] for slot, identity in batch]})
-
-    def _send_lease(self, actor: Process, lease: Lease) -> None:
-        special = {"give_up": lease.give_up, "give_up_steps": lease.give_up_steps, "careful": lease.careful}
-        body = to_json(special) if any(special.values()) else b""
-        actor.told_at = time.monotonic()
-        if lease.restore is not None:
-            with os.fdopen(anonymous_file("shoal-group"), "wb") as file:
-                file.write(to_bytes(lease.restore))
-                file.flush()
-                tell(actor, Word(Kind.RESTORE, 0, lease.identity).encode(), [file.fileno()])
-        tell(actor, Word(Kind.LEASE, lease.slot, lease.identity, self._coordinator.version, body).encode())
 
     def _tell_learner(self, order: dict[str, Any]) -> None:
         self._fleet.learner.told_at = time.monotonic()
@@ -214,14 +201,14 @@ class LocalEngine:
         if kind == "ready":
             self._fleet.learner.ready = True
             self._recoveries.ready("learner", 0, time.monotonic())
-            self._publish(said["version"])
+            tell_of_weights(self._session, self._fleet.actors, said["version"])
         elif kind == "consumed":
             self._coordinator.consumed({Identity(*identity): Fate(fate) for identity, fate in said["dropped"]})
         elif kind == "trained":
             self._reason = self._session.finish_update(said["metrics"])
             if self._coordinator.version > self._furthest:  # made again after a roll-back, an update is no progress
                 self._furthest, self._fleet.learner.deaths, self._zygote_deaths = self._coordinator.version, 0, 0
-            self._publish(said["version"])
+            tell_of_weights(self._session, self._fleet.actors, said["version"])
             self._back("learner", 0)
             if self._reason is None and self._saves.due:
                 self._saves.begin()
@@ -235,29 +222,16 @@ class LocalEngine:
                 raise error
             self._divergence = error
 
-    def _publish(self, version: int) -> None:
-        """Tell async actors of new weights. One whose channel is full hears of the next version, or by its next lease."""
-        if self._coordinator.plan.mode == "async":
-            message = Word(Kind.PUBLISHED, value=version).encode()
-            for actor in self._fleet.actors:
-                tell(actor, message, must_arrive=False)
-
     # ---- life and death ------------------------------------------------------------------------------------------
     def _start_learner(self) -> None:
-        path = self._session.checkpoint_path
-        checkpoint = None if path is None else str(path.absolute())
-        setup = {"checkpoint": checkpoint, "max_policy_lag": self._coordinator.plan.max_policy_lag, "epoch": self._session.epoch}
-        self._fleet.start(self._fleet.learner, {"spec": self._session.spec.to_json(), **setup})
+        self._fleet.start(self._fleet.learner, learner_setup(self._session))
 
     def _place(self) -> None:
         """Spread the groups over the actors that are not gone for good, and start those that are not up."""
         there = [a for a in self._fleet.actors if not a.gone_for_good]
-        plan = self._coordinator.plan
-        setup = {"spec": self._session.spec.to_json(), "close_after_lag": plan.close_after_lag, "sync": plan.mode == "sync"}
-        setup["epoch"] = self._session.epoch
         for actor in there:
             if not actor.up and time.monotonic() >= actor.not_before:
-                self._fleet.start(actor, setup, lambda body: Word(Kind.SETUP, body=body).encode())
+                self._fleet.start(actor, actor_setup(self._session), lambda body: Word(Kind.SETUP, body=body).encode())
         self._coordinator.place([a.index for a in there])
 
     def _kill(self, process: Process, why: str) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from shoal.environments.instance import unwrap
 from shoal.environments.make import environment_factory
 
 NUM_FLAGS = 1024
+_importing = threading.Lock()  # the environments of a group may be made in threads
 
 
 def make_flags(path: Path) -> None:
@@ -35,17 +37,21 @@ def _attach(path: Path) -> mmap.mmap:
         os.close(descriptor)
 
 
-def chaotic_factory(env: EnvConfig, flags: Path) -> Callable[..., Any]:
-    """A factory of what `env` names, to be handed over in its place."""
+@dataclass(frozen=True)
+class ChaoticFactory:
+    """Makes what `env` names, wrapped; to be handed over in its place."""
 
-    def create(**kwargs: Any) -> Any:
+    env: EnvConfig
+    flags: Path
+
+    def __call__(self, **kwargs: Any) -> Any:
         from gymnasium.wrappers import TimeLimit
 
-        bare, limit = unwrap(environment_factory(env.model_copy(update={"kwargs": kwargs}))())
-        made = Chaotic(bare, flags)
+        with _importing:
+            create = environment_factory(self.env.model_copy(update={"kwargs": kwargs}))
+        bare, limit = unwrap(create())
+        made = Chaotic(bare, self.flags)
         return made if limit is None else TimeLimit(made, limit)
-
-    return create
 
 
 class Chaotic(gymnasium.Wrapper[Any, Any, Any, Any]):

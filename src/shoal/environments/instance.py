@@ -24,6 +24,7 @@ from shoal.environments.spaces import MASK, SpaceMismatch, extend_crc, mask_writ
 from shoal.errors import ConfigError, EnvironmentFault
 from shoal.types import Array, Arrays, Ended, EnvironmentSpec
 
+_REWARD = struct.Struct("=d")
 _SNAPSHOT_HEADER = struct.Struct("<I")  # crc32 of the observation at the snapshot, compared after restoring
 
 
@@ -252,13 +253,15 @@ class Instance:
         if len(actions) != num_steps:
             return False
         crc, reward_crc = extend_crc(0, self._spec, self._current, self._index), 0
+        rows = [self._current[leaf.name("observation")][self._index : self._index + 1].data for leaf in self._spec.observation]
         for action in actions:
             progress()
-            ended = self.apply(action)
-            if any(ended):
+            terminated, truncated = self.apply(action)
+            if terminated or truncated:
                 return False
-            crc = extend_crc(crc, self._spec, self._current, self._index)
-            reward_crc = zlib.crc32(np.float64(self.reward).tobytes(), reward_crc)
+            for row in rows:
+                crc = zlib.crc32(row, crc)
+            reward_crc = zlib.crc32(_REWARD.pack(self.reward), reward_crc)
         if not cursor["observation_crc"] or (num_steps == 0 and self.seed != int(cursor["seed"])):
             return True  # nothing was recorded, or the episode begins here with a new seed
         return bool(crc == cursor["observation_crc"] and reward_crc == cursor["reward_crc"])

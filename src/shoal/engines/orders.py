@@ -1,0 +1,49 @@
+"""What the supervisor of a local run tells its roles: how to begin, what to make, and that there are new weights."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from shoal.engines.fleet import Process, tell
+from shoal.engines.messages import Kind, Word, to_json
+from shoal.engines.plan import Lease
+from shoal.engines.session import Session
+from shoal.experience.group_state import to_bytes
+from shoal.supervision.memory import anonymous_file
+
+
+def learner_setup(session: Session) -> dict[str, Any]:
+    path = session.checkpoint_path
+    checkpoint = None if path is None else str(path.absolute())
+    plan = session.coordinator.plan
+    return {"spec": session.spec.to_json(), "checkpoint": checkpoint, "max_policy_lag": plan.max_policy_lag, "epoch": session.epoch}
+
+
+def actor_setup(session: Session) -> dict[str, Any]:
+    plan = session.coordinator.plan
+    timing = {"close_after_lag": plan.close_after_lag, "sync": plan.mode == "sync"}
+    return {"spec": session.spec.to_json(), "epoch": session.epoch, **timing}
+
+
+def send_lease(actor: Process, lease: Lease, version: int) -> None:
+    """The group's state first, where the actor does not have it; it travels as a descriptor."""
+    special = {"give_up": lease.give_up, "give_up_steps": lease.give_up_steps, "careful": lease.careful}
+    body = to_json(special) if any(special.values()) else b""
+    actor.told_at = time.monotonic()
+    if lease.restore is not None:
+        with os.fdopen(anonymous_file("shoal-group"), "wb") as file:
+            file.write(to_bytes(lease.restore))
+            file.flush()
+            tell(actor, Word(Kind.RESTORE, 0, lease.identity).encode(), [file.fileno()])
+    tell(actor, Word(Kind.LEASE, lease.slot, lease.identity, version, body).encode())
+
+
+def tell_of_weights(session: Session, actors: Iterable[Process], version: int) -> None:
+    """Async actors hear of new weights. One whose channel is full hears of the next version, or by its next lease."""
+    if session.coordinator.plan.mode == "async":
+        message = Word(Kind.PUBLISHED, value=version).encode()
+        for actor in actors:
+            tell(actor, message, must_arrive=False)

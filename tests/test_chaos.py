@@ -1,0 +1,142 @@
+"""`shoal chaos`: faults that come, what is made of them, and how it is counted."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+import shoal.chaos
+from shoal.chaos import Stretches, chaos, recoveries
+from shoal.cli.chaos import Duration
+from shoal.config import EnvConfig
+from shoal.engines import environment_faults
+from shoal.environments.chaotic import spoil
+from shoal.environments.instance import offered_snapshot_bytes
+from shoal.environments.make import make_group
+from shoal.errors import ConfigError
+from shoal.monitoring.live import SilentView
+from shoal.supervision.injector import Injection
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "appo"])
+def test_a_training_under_all_faults_balances_and_learns_the_same(algorithm, tmp_path, monkeypatch):
+    monkeypatch.setattr(environment_faults, "EARLY_SECONDS", 0.0)
+    monkeypatch.setattr(shoal.chaos, "EARLY_SECONDS", 0.0)
+    every = {"kill": 0.8, "stop": 1.5, "slow": 1.5, "nan": 0.5, "learner": 3.0}
+    every = every if algorithm == "ppo" else {"kill": 0.8, "nan": 0.5}
+    settings: dict[str, Any] = {
+        "sampling": {"groups": 2, "group_size": 2, "rollout_length": 32}, "policy": {"hidden_sizes": [8]}, "seed": 3, "preset": "none",
+        "algorithm": {"name": algorithm, "minibatch_size": 64, "epochs": 1}, "actors": 2, "run_dir": str(tmp_path / "run"),
+        "env": {"kwargs": {"step_seconds": 0.0005}}, "checkpoint": {"every_updates": 10},
+    }  # fmt: skip
+    target = f"{Path(__file__).parent / 'engines' / 'walls.py'}:Wall"
+    found = chaos(target, every, 3.0, progress=SilentView(io.StringIO()), **settings)
+    assert found["ok"], found
+    assert found["balances"]
+    assert found["weights_equal"] is (True if algorithm == "ppo" else None)
+    assert set(found["faults"]) >= {"kill", "nan"}
+    assert found["faults"]["kill"]["recovered"] >= 1
+    assert found["faults"]["nan"]["recovered"] >= 1
+    assert found["restarts"] >= 2
+    assert found["seconds"]["faulty"] >= 3.0
+
+
+def test_stretches_take_turns_and_steps_count_where_they_were_trained():
+    now = 0.0
+    stretches = Stretches(6.0, 3.0, clock=lambda: now)
+    assert not stretches.faulty
+    goes_on, faulty = [], []
+    for second in range(1, 14):
+        now = float(second)
+        goes_on.append(stretches({"env_steps": 100 * second}))
+        faulty.append(stretches.faulty)
+    assert faulty == [False] * 3 + [True] * 3 + [False] * 3 + [True] * 3 + [False]
+    assert goes_on == [True] * 12 + [False]
+    assert stretches.seconds == {False: 6.0, True: 6.0}
+    assert stretches.steps == {False: 600, True: 600}
+    assert stretches.running_seconds == 12.0
+
+
+def event(role: str, index: int, time: float, seconds: float, restoring: float = 0.0, after: str = "killed by SIGKILL") -> dict[str, Any]:
+    return {"role": role, "index": index, "time": time, "seconds": seconds, "restoring_seconds": restoring, "after": after}
+
+
+def test_a_recovery_lasts_from_the_injection_or_of_a_stop_from_its_detection():
+    events = [
+        event("actor", 1, 9.0, 0.1),
+        event("actor", 0, 10.9, 0.4, 0.2),
+        event("group", 3, 11.0, 0.3, after="not_finite"),
+        event("actor", 1, 11.5, 0.6),
+    ]
+    assert recoveries([Injection("kill", "actor", 0, 10.0)], events) == pytest.approx(
+        {"injected": 1, "recovered": 1, "p50": 0.7, "p99": 0.7, "max": 0.7}
+    )
+    assert recoveries([Injection("stop", "actor", 1, 10.0)], events)["p50"] == pytest.approx(0.6)
+    assert recoveries([Injection("nan", "actor", 1, 10.0)], events)["p50"] == pytest.approx(0.3)
+    nobody = {"injected": 1, "recovered": 0, "p50": None, "p99": None, "max": None}
+    assert recoveries([Injection("slow", "actor", 0, 10.0)], events) == nobody
+    assert recoveries([Injection("kill", "actor", 2, 10.0)], events) == nobody
+
+
+def test_a_nan_takes_the_place_of_one_number_and_of_no_other():
+    given = {"camera": np.zeros((2, 2), np.uint8), "place": (3, np.ones(2, np.float32))}
+    spoiled = spoil(given)
+    assert np.isnan(spoiled["place"][1][0])
+    assert spoiled["place"][1][1] == 1
+    assert given["place"][1][0] == 1
+    assert spoil({"camera": np.zeros(3, np.uint8), "gear": 2}) is None
+
+
+class Saving(gymnasium.Env[Any, Any]):
+    """Counts; offers snapshots, so it is wrapped without losing them."""
+
+    observation_space = spaces.Box(-1e9, 1e9, (1,), np.float32)
+    action_space = spaces.Discrete(2)
+    snapshot_bytes = 8
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return np.zeros(1, np.float32), 0.0, False, False, {}
+
+    def snapshot(self) -> bytes:
+        return bytes(8)
+
+    def restore_snapshot(self, data: bytes) -> tuple[Any, dict[str, Any]]:
+        return np.zeros(1, np.float32), {}
+
+
+def test_what_is_wrapped_keeps_its_snapshots_and_its_time_limit(tmp_path):
+    from shoal.environments.chaotic import ChaoticFactory, make_flags
+
+    make_flags(tmp_path / "flags")
+    env = EnvConfig(id="test_chaos:Saving", max_episode_steps=3)
+    create = ChaoticFactory(env, tmp_path / "flags")
+    assert offered_snapshot_bytes(create()) == offered_snapshot_bytes(Saving())
+    group = make_group(env, 0, 1, 0, create)
+    assert group.spec.snapshot_bytes > 0
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("5s", 5.0), ("500ms", 0.5), ("2m", 120.0), ("7", 7.0), ("1.5h", 5400.0)])
+def test_times_are_written_with_their_unit(text, seconds):
+    assert Duration().convert(text, None, None) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "0s", "-1s", "5 parsecs"])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(Exception, match="is no time"):
+        Duration().convert(text, None, None)
+
+
+@pytest.mark.parametrize(("every", "settings", "words"), [({}, {}, "kind of fault"), ({"kill": 5.0}, {"actors": 0}, "--actors 1")])
+def test_chaos_that_cannot_be_is_refused(every, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        chaos("CartPole-v1", every, 1.0, **settings)
