@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: install demo test lint unit soak bench-learning bench-peers mutants docs clean
+.PHONY: install demo test lint unit soak bench-learning bench-peers bench-async bench-speed mutants docs clean
 
 install: $(STAMP)
 
@@ -43,6 +43,13 @@ bench-learning: install
 # Other libraries beside shoal, in turn. PEERS_ENV=DIR: their virtual environment (made where missing); PEERS_SCRIPTS=DIR: their scripts.
 bench-peers: install
 	$(BIN)/python benchmarks/peers.py
+
+bench-async: install
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/asynchrony.py
+
+bench-speed: install
+	$(BIN)/python benchmarks/speed.py
 
 mutants: install
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutants]'

@@ -169,7 +169,7 @@ def _weights(figures: Sequence[Figures]) -> str:
 
 
 def against_ceiling(row: Row, repeat: int, options: argparse.Namespace) -> Figures:
-    told = shoal(["bench", "train", row.environment, *row.options, "--stop.seconds", f"{2 * options.seconds:g}", "--json"])
+    told = shoal(["bench", "train", row.environment, *row.options, "--stop.seconds", f"{3 * options.seconds:g}", "--json"])
     return {name: told[name] for name in ("env_steps_per_second", "ceiling", "fraction")}
 
 
@@ -271,7 +271,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__, "speed")
     parser.add_argument("--repeats", type=int, help="measurements of each row (default: its own number)")
     parser.add_argument(
-        "--seconds", type=float, default=20.0, help="of each training of waiting/* and throughput/* (atari/*: twice as long)"
+        "--seconds", type=float, default=20.0, help="of each training of waiting/* and throughput/* (atari/*: three times as long)"
     )
     parser.add_argument("--memory-seconds", type=float, default=600.0, help="of the training of memory")
     for name, option in OVERRIDES.items():

@@ -1,0 +1,155 @@
+"""The arithmetic of `make bench-speed`, what it reads, and its table. No time is asserted."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import speed
+from observing import first_scalars_time, growth_mb, pss_mb, rate, tree
+from rows import CommandError, Store, circumstances
+from speed import ROWS, at_least, at_most, loss_of_others, page, settings_of, solved_seconds, with_options
+from waiting import EPISODE_STEPS, Waiting, fixed, straggler
+
+from shoal.monitoring.store import MetricPoint
+from shoal.monitoring.tensorboard import TensorBoardWriter
+from weights import summary
+
+BY_NAME = {row.name: row for row in ROWS}
+
+
+def test_the_rate_is_between_updates_after_the_warm_up() -> None:
+    points = [MetricPoint(u, steps, seconds, 0.0) for u, (seconds, steps) in enumerate([(1, 7), (6, 100), (8, 300), (10, 500), (99, 500)])]
+    assert rate(points) == 100.0
+    with pytest.raises(CommandError, match="too short"):
+        rate(points[:3])
+
+
+def test_others_lose_nothing_where_only_the_straggler_is_slow() -> None:
+    alone = 100.0
+    others = alone * (speed.NUM_WAITING - 1)
+    assert math.isclose(loss_of_others(alone * speed.NUM_WAITING, others + alone / speed.STRAGGLER_TIMES), 0.0, abs_tol=1e-12)
+    assert math.isclose(loss_of_others(alone * speed.NUM_WAITING, 0.9 * others + alone / speed.STRAGGLER_TIMES), 0.1)
+
+
+def test_a_seed_that_did_not_solve_it_never_got_there() -> None:
+    figures = [{"seconds": s, "mean_return": r} for s, r in ((8.0, 480.0), (9.0, 500.0), (5.0, 300.0))]
+    assert solved_seconds(figures, 475) == 9.0
+    assert solved_seconds(figures[1:], 475) == math.inf
+
+
+def test_growth_is_from_the_given_second_to_the_end() -> None:
+    samples = [(10.0, 50.0), (20.0, 400.0), (30.1, 300.0), (40.0, 302.0), (50.0, 301.0), (60.0, 299.0), (70.0, 350.0), (80.0, 305.0)]
+    assert growth_mb(samples, 30.0) == (301.0, 305.0, 4.0)
+
+
+def test_limits_hold_for_the_median() -> None:
+    figures = [{"a": 1.0, "b": 9.0}, {"a": 2.0, "b": 1.0}, {"a": 9.0, "b": 1.0}]
+    assert at_least("a", 2.0)(figures)
+    assert not at_least("a", 2.1)(figures)
+    assert at_most({"a": 2.0, "b": 1.0})(figures)
+    assert not at_most({"a": 2.0, "b": 0.5})(figures)
+
+
+def test_a_version_that_was_overtaken_counts_until_a_newer_one_was_there() -> None:
+    found = summary(np.array([0, 1, 2, 3, 4]) * 1_000_000, np.array([0, 3, 0, 7, 0]) * 1_000_000)
+    assert (found["versions"], found["overtaken"]) == (3, 2)  # the last one was not used before the end
+    assert (found["median_ms"], found["max_ms"]) == (4.0, 5.0)
+
+
+def test_the_time_of_the_first_numbers_is_read_from_the_event_file(tmp_path: Path) -> None:
+    writer = TensorBoardWriter(tmp_path)
+    time.sleep(0.02)  # the clock on the wall may be set back a little
+    before = time.time() - 0.01
+    writer.scalars(8, {"a": 1.0})
+    between = time.time() + 0.01
+    time.sleep(0.02)
+    writer.scalars(16, {"a": 2.0})
+    writer.close()
+    assert before <= first_scalars_time(tmp_path) <= between
+
+
+def test_memory_is_summed_over_a_process_and_its_descendants() -> None:
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(write)
+        os.read(read, 1)
+        os._exit(0)
+    assert {os.getpid(), child} <= set(tree(os.getpid()))
+    os.close(write)
+    os.waitpid(child, 0)
+    os.close(read)
+    assert child not in tree(os.getpid())
+    assert pss_mb(os.getpid()) > 1.0
+    assert pss_mb(child) == 0.0
+
+
+def test_of_all_stragglers_that_live_one_is_slow_and_another_takes_its_place(tmp_path: Path) -> None:
+    def asked(env: Waiting) -> float:
+        env.reset(seed=0)
+        env.step(np.int64(0))
+        return env.requested_seconds
+
+    lock = str(tmp_path / "lock")
+    first, second = straggler(lock, 1e-4, 3.0), straggler(lock, 1e-4, 3.0)
+    assert (asked(first), asked(second)) == pytest.approx((3e-4, 1e-4))
+    first.close()
+    assert asked(straggler(lock, 1e-4, 3.0)) == pytest.approx(3e-4)
+
+
+def test_waiting_environments_end_their_episodes() -> None:
+    env = fixed(0.0)
+    env.reset(seed=0)
+    assert [env.step(np.int64(1))[2] for _ in range(EPISODE_STEPS)] == [False] * (EPISODE_STEPS - 1) + [True]
+
+
+def test_options_of_the_command_line_replace_those_of_throughput_only() -> None:
+    given = argparse.Namespace(**dict.fromkeys(speed.OVERRIDES), **{})
+    given.groups = "8"
+    row = BY_NAME["throughput/impala-python"]
+    other = with_options(row, given)
+    assert other.options[other.options.index("--sampling.groups") + 1] == "8"
+    assert settings_of(other) != settings_of(row)
+    assert with_options(BY_NAME["memory"], given) is BY_NAME["memory"]
+
+
+def test_every_row_has_settings_and_presets_are_part_of_them() -> None:
+    assert len({settings_of(row) for row in ROWS}) == len(ROWS)
+    row = BY_NAME["atari/pong-cpu"]
+    assert settings_of(row) != settings_of(replace(row, options=("--preset", "none")))
+
+
+def test_the_table_says_command_figure_target_and_whether_it_is_reached(tmp_path: Path) -> None:
+    store = Store(tmp_path, "speed", lambda entry: (entry["row"], entry["seed"]), page)
+    made = {
+        "waiting/fixed": {"env_steps_per_second": 5900.0, "blocking_ms": 10.1, "fraction": 0.93},
+        "waiting/straggler": {
+            "env_steps_per_second": 5000.0,
+            "without": 6000.0,
+            "loss": 0.15,
+            "steps_of_an_update": 100.0,
+            "update_without": 4096.0,
+        },
+        "start": {"first_update": 4.0, "import_torch": 2.7, "more": 1.3, "help": 0.4},
+        "solve/CartPole-v1": {"seconds": 9.0, "mean_return": 470.0, "env_steps": 70000},
+        "memory": {"begin_mb": 300.0, "end_mb": 301.0, "growth_mb": 1.0, "most_mb": 310.0, "seconds": 600.0},
+        "weights": {"median_ms": 1.0, "p99_ms": 11.0, "megabytes": 7.0},
+        "throughput/impala-native": {"env_steps_per_second": 160_000.0, "steps_of_an_update": 16384.0},
+        "atari/pong": {"env_steps_per_second": 500.0, "ceiling": 600.0, "fraction": 0.83},
+    }
+    for name, figures in made.items():
+        store.append({"row": name, "seed": 0, "command": BY_NAME[name].command, "figures": figures} | circumstances())
+    lines = [text.split(" | ") for text in page(store) if text.startswith("| ")][2:]
+    answers = {cells[0].removeprefix("| "): cells[-1].removesuffix(" |") for cells in lines}
+    assert answers == {
+        "waiting/fixed": "yes", "waiting/straggler": "no", "start": "yes", "solve/CartPole-v1": "no", "memory": "yes", "weights": "no",
+        "throughput/impala-native": "yes", "atari/pong": "yes",
+    }  # fmt: skip
+    assert all(cells[1].startswith("`") for cells in lines)
