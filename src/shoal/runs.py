@@ -28,7 +28,7 @@ from shoal.monitoring.store import RunReader
 from shoal.settings import dump_config, read_yaml
 
 CONFIG, DATABASE, RESULT, CHECKPOINTS, LOGS, VIDEOS = "config.yaml", "run.db", "result.json", "checkpoints", "logs", "videos"
-_HARMLESS = frozenset({"started", "resumed", "checkpoint", "finished", "recovered"})  # events that are no faults
+_HARMLESS = frozenset({"checkpoint", "recovered"})  # events that are no faults
 _EVENTS_SHOWN = 20
 
 
