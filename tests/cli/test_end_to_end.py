@@ -20,7 +20,7 @@ from shoal.monitoring.store import RunReader
 
 RESULT = {
     "run", "reason", "env_steps", "updates", "seconds", "env_steps_per_second", "mean_return", "policy_version", "weights_sha256", "ledger",
-    "lag", "restarts",
+    "lag", "restarts", "skipped_steps",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from shoal.errors import CheckpointError, DivergedError, EnvironmentFault, Proce
 from shoal.experience.envelope import Fate, Identity
 from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema
+from shoal.supervision.channel import HasFileno
 from shoal.supervision.control import ControlServer, Reply
 from shoal.supervision.trace import Span, open_trace
 from shoal.supervision.zygote import Lost
@@ -132,6 +133,14 @@ class LocalEngine:
     def _listen(self, timeout_seconds: float) -> None:
         control = [] if self._control is None else self._control.sources()
         ready = self._fleet.listen(timeout_seconds, control)
+        self._trace.begin(Span.HEAR)
+        try:
+            self._take_in(ready, control)
+        finally:
+            self._trace.end()
+
+    def _take_in(self, ready: list[HasFileno], control: Sequence[HasFileno]) -> None:
+        """Everything that those have to say who are ready."""
         for process in self._fleet.processes:
             if process.channel in ready:
                 self._hear(process)
