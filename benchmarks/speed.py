@@ -165,7 +165,9 @@ def weights(row: Row, repeat: int, options: argparse.Namespace) -> Figures:
 
 
 def _weights(figures: Sequence[Figures]) -> str:
-    return f"median {median(column(figures, 'median_ms')):.2f} ms, p99 {median(column(figures, 'p99_ms')):.2f} ms ({figures[0]['megabytes']:.1f} MB)"
+    middle, p99, publish, wait, read = (median(column(figures, n)) for n in ("median_ms", "p99_ms", "publish_ms", "wait_ms", "read_ms"))
+    parts = f"publishing {publish:.2f}, words and the actor's step {wait:.2f}, reading {read:.2f}"
+    return f"{figures[0]['megabytes']:.1f} MB: median {middle:.2f} ms ({parts}), p99 {p99:.2f} ms"
 
 
 def against_ceiling(row: Row, repeat: int, options: argparse.Namespace) -> Figures:

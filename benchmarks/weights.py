@@ -52,22 +52,22 @@ def measure(megabytes: float, num_versions: int) -> dict[str, Any]:
     blueprint = Blueprint(config, probe(config.env).spec, UserObjects(), bytes(16))
     size = blueprint.layout(blueprint.policy()).size
     weights = SharedMemory.create(WeightBoard.size_bytes(size))
-    times = SharedMemory.create(16 * (num_versions + 1))
-    published_ns, used_ns = times.buffer.view(np.int64).reshape(2, num_versions + 1)
+    times = SharedMemory.create(32 * (num_versions + 1))
+    times_ns = times.buffer.view(np.int64).reshape(4, num_versions + 1)  # begun to publish, published, begun to read, used
     to_learner, of_learner = Channel.pair()
     to_actor, of_actor = Channel.pair()
     board = WeightBoard(size, weights.buffer)
     board.reset()
     children = [
-        _fork(lambda: _learn(blueprint, board, of_learner, published_ns), to_learner, to_actor, of_actor),
-        _fork(lambda: _act(blueprint, config, board, of_actor, used_ns), to_learner, of_learner, to_actor),
+        _fork(lambda: _learn(blueprint, board, of_learner, times_ns), to_learner, to_actor, of_actor),
+        _fork(lambda: _act(blueprint, config, board, of_actor, times_ns), to_learner, of_learner, to_actor),
     ]
     of_learner.close()
     of_actor.close()
     _supervise(to_learner, to_actor, num_versions)
     for pid in children:
         os.waitpid(pid, 0)
-    return summary(published_ns.copy(), used_ns.copy()) | {"megabytes": 4 * size / 1e6, "hidden_sizes": [width, width]}
+    return summary(times_ns.copy()) | {"megabytes": 4 * size / 1e6, "hidden_sizes": [width, width]}
 
 
 def width_of(megabytes: float) -> int:
@@ -75,21 +75,24 @@ def width_of(megabytes: float) -> int:
     return round((megabytes * 1e6 / 4 / 2) ** 0.5)
 
 
-def summary(published_ns: Any, used_ns: Any) -> dict[str, float]:
-    """Milliseconds from publication to first use; used_ns is 0 for versions that were overtaken. Version 0 is the start."""
-    overtaken = int((used_ns[1:] == 0).sum())
-    used = used_ns.astype(np.float64)
-    used[used == 0] = np.inf
-    first_use = np.minimum.accumulate(used[::-1])[::-1]  # of this version or a newer one
-    ms = ((first_use - published_ns) / 1e6)[1:]
+def summary(times_ns: Any) -> dict[str, float]:
+    """Milliseconds from publication to first use, and the medians of its three parts: publishing, words and the end of the actor's step, reading.
+
+    times_ns: [4, versions] begun to publish, published, begun to read, used; the last two are 0 for versions that were overtaken. Version 0 is the start.
+    """
+    begun, published, read, used = times_ns[:, 1:].astype(np.float64) / 1e6
+    direct = used > 0
+    first_use = np.minimum.accumulate(np.where(direct, used, np.inf)[::-1])[::-1]  # of this version or a newer one
+    ms = first_use - begun
     ms = ms[np.isfinite(ms)]
+    parts = {"publish_ms": published - begun, "wait_ms": read - published, "read_ms": used - read}
     return {
         "versions": len(ms),
-        "overtaken": overtaken,
+        "overtaken": int((~direct).sum()),
         "median_ms": float(np.median(ms)),
         "p99_ms": float(np.quantile(ms, 0.99)),
         "max_ms": float(ms.max()),
-    }
+    } | {name: float(np.median(part[direct])) for name, part in parts.items()}
 
 
 # ---- three processes -------------------------------------------------------------------------------------------------
@@ -123,7 +126,7 @@ def _supervise(learner: Channel, actor: Channel, num_versions: int) -> None:
     actor.send(Word(Kind.STOP).encode())
 
 
-def _learn(blueprint: Blueprint, board: WeightBoard, channel: Channel, published_ns: Any) -> None:
+def _learn(blueprint: Blueprint, board: WeightBoard, channel: Channel, times_ns: Any) -> None:
     ring = _ring(blueprint)
     learner = blueprint.learner(ring, board, max_policy_lag=4)
     learner.publish()
@@ -133,8 +136,9 @@ def _learn(blueprint: Blueprint, board: WeightBoard, channel: Channel, published
         if order["do"] == "stop":
             return
         learner.version = order["version"]
-        published_ns[learner.version] = time.monotonic_ns()
+        times_ns[0, learner.version] = time.monotonic_ns()
         learner.publish()
+        times_ns[1, learner.version] = time.monotonic_ns()
         channel.send(to_json({"is": "trained", "version": learner.version}))
 
 
@@ -143,7 +147,7 @@ def _ring(blueprint: Blueprint) -> Ring:
     return Ring(schema, 1, np.zeros(Ring.size_bytes(schema, 1), np.uint8))
 
 
-def _act(blueprint: Blueprint, config: RunConfig, board: WeightBoard, channel: Channel, used_ns: Any) -> None:
+def _act(blueprint: Blueprint, config: RunConfig, board: WeightBoard, channel: Channel, times_ns: Any) -> None:
     ring, behaviour = _ring(blueprint), blueprint.behaviour(board)
     actor = blueprint.actor(ring, behaviour)
     plan = Plan.of(config)
@@ -161,7 +165,9 @@ def _act(blueprint: Blueprint, config: RunConfig, board: WeightBoard, channel: C
             stopped = stopped or word.kind is Kind.STOP
             newest = max(newest, word.value)
         if newest > behaviour.version:
-            used_ns[behaviour.refresh()] = time.monotonic_ns()
+            begun = time.monotonic_ns()
+            version = behaviour.refresh()
+            times_ns[2:, version] = begun, time.monotonic_ns()
         return stopped
 
     sequence = 0

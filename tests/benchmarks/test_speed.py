@@ -58,9 +58,11 @@ def test_limits_hold_for_the_median() -> None:
 
 
 def test_a_version_that_was_overtaken_counts_until_a_newer_one_was_there() -> None:
-    found = summary(np.array([0, 1, 2, 3, 4]) * 1_000_000, np.array([0, 3, 0, 7, 0]) * 1_000_000)
+    times_ms = [[0, 1, 2, 3, 4], [0, 1.5, 2.5, 3.5, 4.5], [0, 2.5, 0, 6, 0], [0, 3, 0, 7, 0]]  # of versions 0 to 4
+    found = summary((np.array(times_ms) * 1e6).astype(np.int64))
     assert (found["versions"], found["overtaken"]) == (3, 2)  # the last one was not used before the end
     assert (found["median_ms"], found["max_ms"]) == (4.0, 5.0)
+    assert (found["publish_ms"], found["wait_ms"], found["read_ms"]) == (0.5, 1.75, 0.75)
 
 
 def test_the_time_of_the_first_numbers_is_read_from_the_event_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +141,7 @@ def test_the_table_says_command_figure_target_and_whether_it_is_reached(tmp_path
         "start": {"first_update": 4.0, "import_torch": 2.7, "more": 1.3, "help": 0.4},
         "solve/CartPole-v1": {"seconds": 9.0, "mean_return": 470.0, "env_steps": 70000},
         "memory": {"begin_mb": 300.0, "end_mb": 301.0, "growth_mb": 1.0, "most_mb": 310.0, "seconds": 600.0},
-        "weights": {"median_ms": 1.0, "p99_ms": 11.0, "megabytes": 7.0},
+        "weights": {"median_ms": 1.0, "p99_ms": 11.0, "publish_ms": 0.3, "wait_ms": 0.4, "read_ms": 0.3, "megabytes": 7.0},
         "throughput/impala-native": {"env_steps_per_second": 160_000.0, "steps_of_an_update": 16384.0},
         "atari/pong": {"env_steps_per_second": 500.0, "ceiling": 600.0, "fraction": 0.83},
     }
