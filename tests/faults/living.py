@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-TINY = [
-    "--preset", "none", "--sampling.groups", "2", "--sampling.group-size", "2", "--sampling.rollout-length", "16",
-    "--policy.hidden-sizes", "8", "--algorithm.epochs", "1", "--algorithm.minibatch-size", "64",
+SMALL = [
+    "--preset", "none", "--sampling.groups", "2", "--sampling.group-size", "2", "--sampling.rollout-length", "16", "--policy.hidden-sizes", "8"
 ]  # fmt: skip
+TINY = [*SMALL, "--algorithm.epochs", "1", "--algorithm.minibatch-size", "64"]
 SOURCES = [str(Path(__file__).resolve().parents[2] / "src"), str(Path(__file__).resolve().parents[1])]
 WAIT_SECONDS = 120.0
 MARK = "SHOAL_TEST_MARK"

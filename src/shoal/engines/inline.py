@@ -27,7 +27,7 @@ from shoal.weights.board import WeightBoard
 
 
 class InlineEngine:
-    """Runs a session to its end. `interrupted()` is asked between updates."""
+    """Runs a session to its end. `interrupted()` is asked between steps and between updates."""
 
     def __init__(self, blueprint: Blueprint, session: Session, ring: Ring, traces: str = "") -> None:
         self._session, self._ring = session, ring
@@ -69,10 +69,15 @@ class InlineEngine:
         session, coordinator = self._session, self._session.coordinator
         self._load()
         coordinator.place([0])
+        if session.checkpoint_path is None:
+            self._try_save()  # so that a run that fails leaves one
         reason = coordinator.stop_reason(session.seconds) if coordinator.version else None
         first_epoch, ticked = session.epoch, 0.0
         while reason is None:
-            self._fill()
+            self._fill(interrupted)
+            if interrupted():
+                reason = "interrupted"
+                break
             batch = coordinator.next_batch()
             if batch is None:
                 raise RuntimeError("no rollout may be begun and no update made: the coordinator is stuck")
@@ -119,36 +124,43 @@ class InlineEngine:
         self._begin(replace(self._blueprint, epoch=self._session.epoch))
         self._load()
 
-    def _fill(self) -> None:
-        """Everything that may be begun now, with one torch thread as in an actor's process: the numbers can depend on it."""
+    def _fill(self, interrupted: Callable[[], bool]) -> None:
+        """Everything that may be begun now, with one torch thread as in an actor's process: the numbers can depend on it.
+
+        What was begun when the run is interrupted stays unfinished, and ends as such in the ledger.
+        """
         with one_thread(self._blueprint.config.learner.threads):
-            while not self._fill_all():
+            while not self._fill_all(interrupted):
                 pass
 
-    def _fill_all(self) -> bool:
+    def _fill_all(self, interrupted: Callable[[], bool]) -> bool:
         """False where an environment broke its contract: its group is to be made anew."""
         whole = True
         for lease in self._session.coordinator.next_leases():
             if lease.restore is None and not self._actor.hosts(lease.identity.group):
                 continue  # the rollout before it was not finished, and this lease is void
             try:
-                self._make(lease)
+                self._make(lease, interrupted)
             except EnvironmentFault as fault:
                 self._faults.happened(fault, lease.identity)
                 self._faults.give_back(fault, lease.identity)
                 self._actor.release(lease.identity.group)
                 whole = False
+            if interrupted():
+                return True
         return whole
 
-    def _make(self, lease: Lease) -> None:
+    def _make(self, lease: Lease, interrupted: Callable[[], bool]) -> None:
         group = lease.identity.group
         if lease.restore is not None:
             lost = self._actor.restore(group, lease.restore)
             if lost:
                 self._session.observer.event("not_restored", group=group, environments=lost)
         self._trace.begin(Span.ROLLOUT)
-        slot = self._actor.fill(lease.slot, lease.identity, None, lease.give_up, lease.careful)
+        slot = self._actor.fill(lease.slot, lease.identity, lambda _: interrupted(), lease.give_up, lease.careful)
         self._trace.end(group, lease.identity.sequence)
+        if interrupted():
+            return
         self._session.begun(int(slot.envelope["begun_ns"]))
         self._session.coordinator.filled(lease.slot, lease.identity)
         self._faults.look_at(slot)

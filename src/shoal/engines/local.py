@@ -36,13 +36,15 @@ from shoal.errors import CheckpointError, DivergedError, EnvironmentFault, Proce
 from shoal.experience.envelope import Fate, Identity
 from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema
+from shoal.files import load_checkpoint
 from shoal.supervision.channel import HasFileno
 from shoal.supervision.control import ControlServer, Reply
 from shoal.supervision.trace import Span, open_trace
 from shoal.supervision.zygote import Lost
 from shoal.types import Activity, ActivityRecord
 
-END_SECONDS = 2.0
+END_SECONDS = 1.5  # for actors, once they are told to end
+UPDATE_SECONDS = 1.8  # for an update that is under way when somebody wants the run to end
 WATCH_SECONDS = 0.25
 ANSWER_SECONDS = 10.0  # the zygote forks or kills within this time, or is given up
 HANGS = "hangs in its environment"  # why the supervisor killed a process
@@ -66,6 +68,7 @@ class LocalEngine:
         self._reason: str | None = None
         self._ending = False  # actors that end are not replaced
         self._divergence: DivergedError | None = None  # that is to be mended
+        self._wanted_since = 0.0  # when somebody wanted the run to end
         self._zygote_deaths = 0
         self._furthest = 0  # newest version that this process saw
 
@@ -116,8 +119,8 @@ class LocalEngine:
                 session.wanted_end = session.wanted_end or "interrupted"
             if asked():
                 self._inquire(lambda found: print(in_words(found), file=sys.stderr, flush=True))
-            if session.wanted_end and not self._coordinator.learner_busy and not self._saves.under_way:
-                self._reason = session.wanted_end
+            if session.wanted_end and not self._saves.under_way:
+                self._reason, self._wanted_since = session.wanted_end, time.monotonic()
                 continue
             self._trace.begin(Span.DISPATCH)
             self._dispatch()
@@ -211,6 +214,8 @@ class LocalEngine:
             self._fleet.learner.ready = True
             self._recoveries.ready("learner", 0, time.monotonic())
             tell_of_weights(self._session, self._fleet.actors, said["version"])
+            if self._session.checkpoint_path is None and not self._saves.under_way and self._reason is None:
+                self._saves.begin()  # so that a run that fails or is ended early leaves one
         elif kind == "consumed":
             self._coordinator.consumed({Identity(*identity): Fate(fate) for identity, fate in said["dropped"]})
         elif kind == "trained":
@@ -420,9 +425,13 @@ class LocalEngine:
         False: the learner was lost on the way. The run went back to its last checkpoint, and goes on.
         """
         self._end_actors()
+        given_up = self._reason is not None and not self._update_ended()
+        if given_up:
+            self._give_up_update()
         if self._reason is not None:
             self._coordinator.shut_down()
-            self._save_last()
+            if not given_up:
+                self._save_last()
         if self._reason is None:
             return False
         self._tell_learner({"do": "stop"})
@@ -441,6 +450,22 @@ class LocalEngine:
                     self._kill(actor, "did not end")
             if time.monotonic() > deadline + STOP_SECONDS:
                 raise ProcessError("an actor could not be ended; see `ps` for a process in uninterruptible sleep")
+
+    def _update_ended(self) -> bool:
+        """Wait for the update that is under way, if there is one. False: it takes too long, and there is a checkpoint to fall back on."""
+        while self._reason is not None and self._coordinator.learner_busy:
+            if self._session.checkpoint_path is not None and time.monotonic() > self._wanted_since + UPDATE_SECONDS:
+                return False
+            self._listen(WATCH_SECONDS)
+        return True
+
+    def _give_up_update(self) -> None:
+        """Whoever pressed Ctrl-C does not wait for a long update: the run ends at its last checkpoint, from which `resume` goes on."""
+        self._fleet.kill(self._fleet.learner, "its update took too long to wait for")
+        self._fleet.wait_for_ends(time.monotonic() + END_SECONDS)
+        path = self._session.return_to_checkpoint()
+        assert path is not None
+        self._saves.weights_sha256 = load_checkpoint(path).json("learner")["weights_sha256"]
 
     def _save_last(self) -> None:
         """Wait for the learner (it may be loading still) and for its part of the checkpoint."""

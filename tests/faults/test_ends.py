@@ -1,0 +1,116 @@
+"""How a run ends: with a checkpoint, with its code, and with nothing left of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import shoal
+from faults.living import SMALL, TINY, command, living, saved
+from faults.simulated import make
+from shoal.errors import EnvironmentFault
+from shoal.files import CheckpointDirectory
+from shoal.monitoring.live import SilentView
+
+HERE = Path(__file__).parent / "simulated.py"
+ENDLESS = [*TINY, "--stop.updates", "1000000", "--checkpoint.every-updates", "2", "--json"]
+
+
+def in_shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+
+
+@pytest.mark.parametrize("how", ["once", "twice", "kill -9"])
+def test_a_run_ends_and_leaves_nothing_but_a_checkpoint(how: str, tmp_path: Path) -> None:
+    before = in_shared_memory()
+    with living("train", f"{HERE}:make", *ENDLESS, "--actors", "2", "--run-dir", "run", cwd=tmp_path) as run:
+        directory = tmp_path / "run"
+        run.until(lambda: len(saved(directory)) > 1, "checkpoint")
+        assert len(run.left()) > 4 + 2 * 2 * 2  # processes of the run, and simulators
+        begun = time.monotonic()
+        run.process.send_signal(signal.SIGKILL if how == "kill -9" else signal.SIGINT)
+        if how == "twice":
+            run.process.send_signal(signal.SIGINT)
+        assert run.ends() == (-signal.SIGKILL if how == "kill -9" else 130)
+        run.gone()
+        assert time.monotonic() - begun < 20  # 3 s are promised; the machine that tests may be busy
+        newest = CheckpointDirectory(directory / "checkpoints").newest()
+        assert not newest.warnings
+        if how == "once":
+            result = json.loads((directory / "result.json").read_text())
+            assert (result["reason"], result["updates"]) == ("interrupted", newest.update)
+    assert in_shared_memory() <= before
+    code, _, said = command("resume", "run", "--stop.updates", str(newest.update + 1), cwd=tmp_path)
+    assert code == 0, said
+
+
+def test_an_update_that_takes_long_is_not_waited_for(tmp_path: Path) -> None:
+    with living(
+        "train", "CartPole-v1", *SMALL, "--algorithm", f"{HERE}:Slow", "--actors", "1", "--run-dir", "run", cwd=tmp_path
+    ) as run:  # fmt: skip
+        directory = tmp_path / "run"
+        run.until(lambda: len(saved(directory)) > 0, "checkpoint")
+        time.sleep(1.0)  # the update is under way
+        run.process.send_signal(signal.SIGINT)
+        assert run.ends(30) == 130
+        run.gone()
+        result = json.loads((directory / "result.json").read_text())
+        newest = CheckpointDirectory(directory / "checkpoints").newest()
+        assert (result["reason"], result["updates"], newest.update) == ("interrupted", 0, 0)
+        assert result["weights_sha256"] == newest.json("learner")["weights_sha256"]
+        ledger = result["ledger"]
+        assert ledger["produced"] == ledger["trained"] + sum(ledger["dropped"].values()) + ledger["in_flight"]
+
+
+def test_all_in_one_process_ends_between_two_steps(tmp_path: Path) -> None:
+    args = [
+        f"{HERE}:make",
+        *ENDLESS,
+        "--env.kwargs.seconds",
+        "0.5",
+        "--env.kwargs.simulators",
+        "false",
+        "--actors",
+        "0",
+        "--run-dir",
+        "run",
+    ]
+    with living("train", *args, cwd=tmp_path) as run:
+        run.until(lambda: len(saved(tmp_path / "run")) > 0, "checkpoint")
+        run.process.send_signal(signal.SIGINT)
+        assert run.ends(60) == 130  # a rollout takes a good half minute
+        assert len(saved(tmp_path / "run")) >= 1
+
+
+def test_all_in_one_process_closes_environments_and_memory_on_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    note = tmp_path / "closed"
+
+    def breaks() -> object:
+        made = make(note=str(note), simulators=False)
+        made.step = lambda action: 1 / 0 if note.with_name("trained").exists() else type(made).step(made, action)  # type: ignore[method-assign]
+        return made
+
+    def train() -> None:
+        note.with_name("trained").unlink(missing_ok=True)
+        shoal.train(
+            breaks, actors=0, preset="none", progress=SilentView(io.StringIO()), callbacks=[lambda _: note.with_name("trained").touch()],
+            sampling={"groups": 1, "group_size": 1, "rollout_length": 8},
+        )  # fmt: skip
+
+    descriptors = []
+    for _ in range(2):
+        with pytest.raises(EnvironmentFault, match="division by zero"):
+            train()
+        assert note.exists()
+        note.unlink()
+        descriptors.append(len(os.listdir("/proc/self/fd")))
+    assert descriptors[0] == descriptors[1]
+    for run in (tmp_path / "runs").iterdir():
+        assert CheckpointDirectory(run / "checkpoints").newest().update == 0
