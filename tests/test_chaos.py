@@ -24,23 +24,19 @@ from shoal.monitoring.live import SilentView
 from shoal.supervision.injector import Injection
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "appo"])
-def test_a_training_under_all_faults_balances_and_learns_the_same(algorithm, tmp_path, monkeypatch):
+def test_a_training_under_all_faults_balances_and_learns_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(environment_faults, "EARLY_SECONDS", 0.0)
     monkeypatch.setattr(shoal.chaos, "EARLY_SECONDS", 0.0)
     every = {"kill": 0.8, "stop": 1.5, "slow": 1.5, "nan": 0.5, "learner": 3.0}
-    every = every if algorithm == "ppo" else {"kill": 0.8, "nan": 0.5}
     settings: dict[str, Any] = {
         "sampling": {"groups": 2, "group_size": 2, "rollout_length": 32}, "policy": {"hidden_sizes": [8]}, "seed": 3, "preset": "none",
-        "algorithm": {"name": algorithm, "minibatch_size": 64, "epochs": 1}, "actors": 2, "run_dir": str(tmp_path / "run"),
+        "algorithm": {"name": "ppo", "minibatch_size": 64, "epochs": 1}, "actors": 2, "run_dir": str(tmp_path / "run"),
         "env": {"kwargs": {"step_seconds": 0.0005}}, "checkpoint": {"every_updates": 10},
     }  # fmt: skip
     target = f"{Path(__file__).parent / 'engines' / 'walls.py'}:Wall"
     found = chaos(target, every, 3.0, progress=SilentView(io.StringIO()), **settings)
     assert found["ok"], found
-    assert found["balances"]
-    assert found["weights_equal"] is (True if algorithm == "ppo" else None)
-    assert set(found["faults"]) >= {"kill", "nan"}
+    assert (found["balances"], found["weights_equal"]) == (True, True)
     assert found["faults"]["kill"]["recovered"] >= 1
     assert found["faults"]["nan"]["recovered"] >= 1
     assert found["restarts"] >= 2

@@ -48,7 +48,8 @@ class Wall(gymnasium.Env):
         if what == "hang":
             time.sleep(1000)
         elif what == "grip":
-            ctypes.PyDLL(None).sleep(1000)
+            while True:  # a signal ends one of them
+                ctypes.PyDLL(None).sleep(1000)
         elif what == "segfault":
             ctypes.string_at(0)
         elif what == "exit":

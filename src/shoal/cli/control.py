@@ -16,8 +16,6 @@ def tell_run(directory: Path, command: str, number: int | None = None, timeout_s
     holder = run_holder(directory)
     if holder is None:
         raise RunError(f"{directory.name} is not running, so there is nobody to tell; `shoal resume {directory}` goes on with it")
-    if process_state(holder) == "T":
-        raise RunError(f"{directory.name} is stopped as a whole: its supervisor got SIGSTOP; `kill -CONT {holder}` lets it go on")
     if not (directory / NAME).exists():
         raise RunError(
             f"{directory.name} (process {holder}) takes no requests: it is starting or ending, or runs all roles in its own process (actors: 0)"
@@ -25,4 +23,14 @@ def tell_run(directory: Path, command: str, number: int | None = None, timeout_s
     request: dict[str, Any] = {"command": command}
     if number is not None:
         request["actors"] = number
-    return ask(directory, request, timeout_seconds)
+    _refuse_stopped(directory, holder)
+    try:
+        return ask(directory, request, timeout_seconds)
+    except RunError:
+        _refuse_stopped(directory, holder)  # it may just have been
+        raise
+
+
+def _refuse_stopped(directory: Path, holder: int) -> None:
+    if process_state(holder) == "T":
+        raise RunError(f"{directory.name} is stopped as a whole: its supervisor got SIGSTOP; `kill -CONT {holder}` lets it go on")

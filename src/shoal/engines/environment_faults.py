@@ -46,7 +46,8 @@ class EnvironmentFaults:
         """
         session, budget = self._session, self._session.config.env.restart_budget
         self.count += 1
-        session.restarts += fault.report.get("kind") not in ("hang", "died")  # those end a process, whose restart is counted
+        ends_process = fault.report.get("kind") in ("hang", "died") and "paced" not in fault.report  # whose restart is counted then
+        session.restarts += not ends_process
         full = self._in_full(fault, identity)
         early = session.seconds - seconds_ago < EARLY_SECONDS
         spent = self.count > budget
@@ -75,24 +76,29 @@ class EnvironmentFaults:
         groups = self._session.coordinator.groups
         return min(groups[group].leased.values(), default=None) if 0 <= group < len(groups) else None
 
-    def lost(self, kind: str, what: str, group: int, row: int, how: dict[str, str], stack: str) -> EnvironmentFault:
-        """The fault of a process that hung or died while it stepped a group: which of its environments it was is not known.
+    def lost(self, kind: str, what: str, place: tuple[int, int, int], how: dict[str, str], stack: str) -> EnvironmentFault:
+        """The fault of a process that hung or died while it stepped a group.
 
         Args:
+          place: group, row, and environment (UNNAMED where nobody knows which it was, the first time).
           kind: `hang` or `died`. what: in words. how: expected, actual, hint. stack: as faulthandler wrote it.
         """
+        group, row, suspect = place
         name, identity = self._session.config.env.id, self.place_of(group)
         lines = [f"{name}: {what}", f"  where: group {group}, row {row} of its rollout"]
         standing = self._standing(identity) if identity is not None else []
+        named = suspect if 0 <= suspect < len(standing) else 0 if len(standing) == 1 else None
         for env, (seed, steps, action) in enumerate(standing):
+            if named not in (None, env):
+                continue
             lines.append(f"    environment {env}: step {steps} of its episode, seed {seed}, last action {action!r:.80}")
         lines += [f"  {word}: {text}" for word, text in how.items()]
         if stack:
             lines += ["  traceback:", *("    " + line for line in stack.splitlines())]
-        first = standing[0] if len(standing) == 1 else (None, None, None)
+        seed, step, last_action = (None, None, None) if named is None else standing[named]
         report = {
-            "kind": kind, "what": what, "environment": name, "group": group, "row": row, "env": 0 if len(standing) == 1 else None,
-            "seed": first[0], "step": first[1], "last_action": first[2], "field": "", "traceback": stack, **how,
+            "kind": kind, "what": what, "environment": name, "group": group, "row": row, "env": named,
+            "seed": seed, "step": step, "last_action": last_action, "field": "", "traceback": stack, **how,
         }  # fmt: skip
         return EnvironmentFault("\n".join(lines), report)
 

@@ -376,7 +376,7 @@ class LocalEngine:
         self._kill(process, why)
 
     def _blame(self, kind: str, what: str, record: ActivityRecord, how: dict[str, str], stack: str, seconds_ago: float = 0.0) -> None:
-        fault = self._faults.lost(kind, what, record.group, record.row, how, stack)
+        fault = self._faults.lost(kind, what, (record.group, record.row, record.env), how, stack)
         self._faults.happened(fault, self._faults.place_of(record.group), seconds_ago)
 
     def _watch_zygote(self, now: float) -> None:

@@ -49,7 +49,7 @@ class Slot:
     def rows_used(self) -> Array:
         """Rows of each environment, [B]: all of them, but for a paced group, whose environments got differently far."""
         num_rows = int(self.envelope["num_rows"])
-        if not self.envelope["paced"]:
+        if not self.envelope["paced"] or num_rows == 0:
             return np.full(self.schema.num_envs, num_rows)
         valid = self.arrays["valid"][:num_rows]
         return np.where(valid.any(0), num_rows - valid[::-1].argmax(0), 0)

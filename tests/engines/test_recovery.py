@@ -16,7 +16,7 @@ from walls import Wall
 
 import shoal
 from shoal.engines import environment_faults
-from shoal.errors import DivergedError, EnvironmentFault
+from shoal.errors import DivergedError, EnvironmentFault, RunError
 from shoal.monitoring.live import SilentView
 from shoal.monitoring.store import RunReader
 from shoal.runs import show
@@ -143,8 +143,9 @@ def test_a_step_that_breaks_each_time_is_given_up_as_an_invalid_episode(settings
     died = [e for e in events(run.path, "died") if e["role"] == "actor"]
     faults = events(run.path, "environment_fault")
     assert (len(died), len(faults), result["restarts"]) == (deaths, 2 * len(whats), 2 * len(whats))
-    places = {(fault["report"]["group"], fault["report"]["row"]): fault["report"].get("env") for fault in faults}
-    assert list(places.values()) == [1] * len(whats)  # the second time at the latest it has a name
+    named = [fault["report"]["env"] for fault in faults if fault["report"]["env"] is not None]
+    assert set(named) == {1}
+    assert len(named) >= len(whats)  # the second time at the latest it has a name
     assert (result["reason"], result["updates"]) == ("updates", updates)
     assert result["ledger"]["dropped"]["environment_fault"] > 0
     assert result["ledger"]["in_flight"] == 0
@@ -152,24 +153,14 @@ def test_a_step_that_breaks_each_time_is_given_up_as_an_invalid_episode(settings
         assert result["env_steps"] == 16 * 2 * 2 * 8 - len(whats)
 
 
-@pytest.mark.parametrize(("what", "words"), [("segfault", "killed by SIGSEGV"), ("grip", "allowed are 0.8 s")])
-def test_an_environment_that_breaks_its_process_at_the_start_ends_the_run_with_a_message(what, words, tmp_path):
-    chosen = {"id": WALLS, "step_timeout_seconds": 0.8, "kwargs": {"what": what, "at": 5}}
-    with pytest.raises(EnvironmentFault, match=words) as caught:
-        train(tmp_path / "run", env=chosen, stop={"updates": 6})
-    assert caught.value.report["row"] == 4
-    assert "walls.py" in str(caught.value)
-    if what == "segfault":
-        assert "Fatal Python error: Segmentation fault" in str(caught.value)
-        assert "line" in str(caught.value.report["traceback"])
-
-
-def test_a_crash_loop_backs_off_and_ends_when_the_budget_is_spent(tmp_path, monkeypatch):
+def test_a_crash_loop_backs_off_and_ends_with_the_last_traceback_when_the_budget_is_spent(tmp_path, monkeypatch):
     monkeypatch.setattr(environment_faults, "EARLY_SECONDS", 0.0)
-    chosen = {"id": WALLS, "restart_budget": 3, "kwargs": {"what": "exit", "at": 2}}
-    with pytest.raises(EnvironmentFault, match="its process ended in a step"):
+    chosen = {"id": WALLS, "restart_budget": 3, "kwargs": {"what": "segfault", "at": 2}}
+    with pytest.raises(EnvironmentFault, match=r"its process ended in step\(\): killed by SIGSEGV") as caught:
         train(tmp_path / "run", env=chosen, stop={"updates": 6})
     assert len(events(tmp_path / "run", "environment_fault")) == 4
+    assert "Fatal Python error: Segmentation fault" in str(caught.value)
+    assert "walls.py" in str(caught.value)
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------
@@ -193,26 +184,28 @@ class BlowingAlways(Blowing):
     seeds = frozenset(episode_seed(3, g, b, n, e) for g in range(2) for b in range(2) for n in range(4, 200) for e in (0, 1))
 
 
-@pytest.mark.parametrize("actors", [0, 1])
-def test_a_run_that_diverges_goes_back_once_and_another_way(actors, tmp_path):
-    settings = {**SMALL, "checkpoint": {"every_updates": 2}, "stop": {"updates": 30}, "actors": actors}
-    run = shoal.train(BlowingOnce, run_dir=str(tmp_path / "run"), progress=SilentView(io.StringIO()), **settings)
-    assert (run.result["reason"], run.result["updates"]) == ("updates", 30)
-    assert run.result["skipped_steps"] > 0
-    assert len(events(run.path, "diverged")) == 1
-    (back,) = events(run.path, "rolled_back")
-    assert back["updates_undone"] >= 9
-    assert events(run.path, "not_finite")
-    assert run.result["ledger"]["dropped"]["rolled_back"] > 0
-    assert run.result["ledger"]["trained"] == run.result["env_steps"]
-    if actors:  # the same on every engine
-        inline = shoal.train(BlowingOnce, run_dir=str(tmp_path / "inline"), progress=SilentView(io.StringIO()), **{**settings, "actors": 0})
-        assert inline.result["weights_sha256"] == run.result["weights_sha256"]
+def test_a_run_that_diverges_goes_back_once_and_another_way_the_same_on_every_engine(tmp_path):
+    settings = {**SMALL, "checkpoint": {"every_updates": 2}, "stop": {"updates": 30}}
+    runs = [
+        shoal.train(BlowingOnce, run_dir=str(tmp_path / f"run-{n}"), progress=SilentView(io.StringIO()), **settings, actors=n)
+        for n in (0, 1)
+    ]
+    for run in runs:
+        assert (run.result["reason"], run.result["updates"]) == ("updates", 30)
+        assert run.result["skipped_steps"] > 0
+        assert len(events(run.path, "diverged")) == 1
+        (back,) = events(run.path, "rolled_back")
+        assert back["updates_undone"] >= 9
+        assert events(run.path, "not_finite")
+        assert run.result["ledger"]["dropped"]["rolled_back"] > 0
+        assert run.result["ledger"]["trained"] == run.result["env_steps"]
+    assert runs[0].result["weights_sha256"] == runs[1].result["weights_sha256"]
+    with pytest.raises(RunError, match="diverged once"):
+        shoal.replay(runs[0].path, env=BlowingOnce)
 
 
-@pytest.mark.parametrize("actors", [0, 2])
-def test_a_run_that_diverges_again_ends_and_leaves_finite_weights(actors, tmp_path):
-    settings = {**SMALL, "checkpoint": {"every_updates": 2}, "stop": {"updates": 60}, "actors": actors}
+def test_a_run_that_diverges_again_ends_and_leaves_a_policy(tmp_path):
+    settings = {**SMALL, "checkpoint": {"every_updates": 2}, "stop": {"updates": 60}, "actors": 1}
     with pytest.raises(DivergedError, match="not finite in 10 updates in a row") as caught:
         shoal.train(BlowingAlways, run_dir=str(tmp_path / "run"), progress=SilentView(io.StringIO()), **settings)
     assert caught.value.exit_code == 4
