@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from shoal import files
 from shoal.errors import CheckpointError, RunError, SchemaError
-from shoal.files import CheckpointDirectory, Loaded, arrays_from_bytes, lock_run, run_holder, write_text_atomically
+from shoal.files import CheckpointDirectory, Loaded, arrays_from_bytes, load_checkpoint, lock_run, run_holder, write_text_atomically
 from shoal.types import CURSOR
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
@@ -399,6 +400,18 @@ def test_a_forked_child_does_not_hold_the_run(tmp_path: Path) -> None:
             lock_run(tmp_path, wait_seconds=5).release()
         finally:
             os.killpg(parent.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name", ["../outside.json", "/etc/hostname", "policy/../../outside.json", "", "pipe"])
+def test_a_manifest_that_points_elsewhere_is_torn_whatever_its_hashes_say(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path / "checkpoints", 1)
+    (tmp_path / "outside.json").write_text("{}")
+    os.mkfifo(path / "pipe")
+    found = (path / name).read_bytes() if (path / name).is_file() else b""
+    entry = {"bytes": len(found), "sha256": hashlib.sha256(found).hexdigest()}
+    (path / files.MANIFEST).write_bytes(files._manifest_bytes({"format": files.FORMAT, "update": 1, "files": {name: entry}}))
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path)
 
 
 def test_a_manifest_is_what_its_documentation_says(tmp_path: Path) -> None:

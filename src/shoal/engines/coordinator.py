@@ -226,11 +226,17 @@ class Coordinator:
         return int(self.ring.slots[slot].envelope["version_min"])
 
     # ---- what happened -------------------------------------------------------------------------------------------
+    def check_place(self, slot: int, identity: Identity) -> None:
+        """Raise ValueError where a message names a slot or a group that this run does not have."""
+        if slot >= len(self.ring.slots) or identity.group >= len(self.groups):
+            raise ValueError(f"slot {slot} of {len(self.ring.slots)}, group {identity.group} of {len(self.groups)}")
+
     def filled(self, slot: int, identity: Identity) -> bool:
-        """An actor finished a rollout. False if nobody waits for it (an old incarnation's word)."""
+        """An actor finished a rollout. False if nobody waits for it (an old incarnation's word). Raises SchemaError for a header that cannot be."""
         group = self.groups[identity.group]
         if group.leased.get(slot) != identity:
             return False
+        self.ring.slots[slot].check_counts()
         del group.leased[slot]
         group.history.append(self.ring.slots[slot], keep_actions=self.spec.exact_restore and not self.spec.snapshot_bytes)
         self.ledger.finish(identity, int(self.ring.slots[slot].envelope["num_env_steps"]))

@@ -11,7 +11,6 @@ The supervisor's loop. It imports no torch, holds the coordinator, and is the on
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from shoal.config import RunConfig
 from shoal.engines.commands import obey
 from shoal.engines.environment_faults import EnvironmentFaults
 from shoal.engines.fleet import DEATHS_IN_A_ROW, STOP_SECONDS, Death, Fleet, Process, rebuild_error, tell, words
-from shoal.engines.messages import Kind, Word, to_json
+from shoal.engines.messages import Kind, Word, from_json, to_json
 from shoal.engines.orders import actor_setup, learner_setup, send_lease, tell_of_weights
 from shoal.engines.plan import Plan
 from shoal.engines.poison import CERTAIN, DOUBTFUL, WHILE_RESTORED
@@ -158,10 +157,19 @@ class LocalEngine:
 
     def _hear(self, process: Process) -> None:
         for message in words(process):
+            try:
+                if process.name == "learner":
+                    said = from_json(message)
+                else:
+                    word = Word.decode(message)
+                    self._coordinator.check_place(word.slot, word.identity)
+            except ValueError as error:  # its memory is not what it was: native code of an environment wrote where it should not
+                self._kill(process, f"sent what is no message ({error})")
+                return
             if process.name == "learner":
-                self._learner_said(json.loads(message))
+                self._learner_said(said)
             else:
-                self._actor_said(process, Word.decode(message))
+                self._actor_said(process, word)
 
     def _dispatch(self) -> None:
         """Order what may be ordered now."""

@@ -56,7 +56,19 @@ class Word:
 
     @property
     def json(self) -> dict[str, Any]:
-        return json.loads(self.body)  # type: ignore[no-any-return]
+        """What rides along. Raises ValueError where that is no JSON object."""
+        return from_json(self.body)
+
+
+def from_json(message: bytes) -> dict[str, Any]:
+    """The inverse of `to_json`. Raises ValueError for bytes that are no JSON object."""
+    try:
+        value = json.loads(message)
+    except RecursionError as error:
+        raise ValueError("JSON nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"a message is a JSON object, got {type(value).__name__}")
+    return value
 
 
 def to_json(value: dict[str, Any]) -> bytes:

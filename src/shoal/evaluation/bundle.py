@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
 from shoal.config import EnvConfig, PolicyConfig
 from shoal.environments.spaces import MASK, to_environment_action
-from shoal.errors import CheckpointError, RunError, SchemaError
+from shoal.errors import CheckpointError, ConfigError, RunError, SchemaError
 from shoal.files import MANIFEST, CheckpointDirectory, arrays_from_bytes, load_checkpoint, to_json, write_arrays
-from shoal.networks.policy import Network, Policy, build_policy, named_tensors
+from shoal.networks.policy import Network, Policy, build_policy, named_tensors, policy_size
 from shoal.types import Array, Arrays, EnvironmentSpec, LeafSpec
 
 FORMAT = 1
@@ -182,7 +181,9 @@ def load_policy(path: str | Path, *, network: Network | None = None, environment
         spec = EnvironmentSpec.from_json(description["spec"])
         policy_config = PolicyConfig.model_validate(description["policy"])
         env_config = EnvConfig.model_validate(description["env"])
-    except (KeyError, TypeError, ValidationError) as error:
+        if network is None and policy_config.network is None:
+            _fits(spec, policy_config, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ConfigError) as error:
         raise CheckpointError(f"{path}: {NAME}.json does not describe a policy that this version of shoal knows: {error}") from error
     module = build_policy(spec, policy_config, network)
     expected = {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
@@ -196,6 +197,14 @@ def load_policy(path: str | Path, *, network: Network | None = None, environment
     module.requires_grad_(False)
     module.eval()
     return LoadedPolicy(module, spec, policy_config, env_config, environment)
+
+
+def _fits(spec: EnvironmentSpec, config: PolicyConfig, tensors: Arrays) -> None:
+    """Raise ValueError, before anything is allocated, where the policy described has another size than the weights that are there."""
+    stored = sum(array.size for array in tensors.values())
+    choices = sum(n for leaf in spec.observation for n in leaf.nvec)  # each is an input, and so has weights
+    if choices > stored or (wanted := policy_size(spec, config)) != stored:
+        raise ValueError(f"it describes {choices if choices > stored else wanted:,} weights, and {stored:,} are there")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Arrays]:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from shoal.errors import SchemaError
 from shoal.experience.ring import Slot
 from shoal.types import CURSOR, Array, Arrays, GroupState
 
@@ -133,5 +135,9 @@ def to_bytes(state: GroupState) -> bytes:
 
 
 def from_bytes(data: bytes) -> GroupState:
-    arrays: dict[str, Any] = load(data)
-    return unpack(arrays)
+    """The inverse of `to_bytes`. Raises SchemaError for bytes that are no group's state."""
+    try:
+        arrays: dict[str, Any] = load(data)
+        return unpack(arrays)
+    except (SafetensorError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise SchemaError(f"not the state of a group: {error}") from error

@@ -72,10 +72,28 @@ class Slot:
             raise SchemaError(f"slot {self.index}: of run {e['run_id'].tobytes().hex()}, expected {run_id.hex()}")
         if identity is not None and self.identity != identity:
             raise SchemaError(f"slot {self.index}: holds {self.identity}, expected {identity}")
-        if not 0 < int(e["num_rows"]) <= self.schema.num_rows:
-            raise SchemaError(f"slot {self.index}: {int(e['num_rows'])} rows, expected 1 to {self.schema.num_rows}")
+        self.check_counts()
         if self.checksum() != int(e["checksum"]):
             raise SchemaError(f"slot {self.index}: observations or rewards changed after {self.identity} was finished")
+
+    def check_counts(self) -> None:
+        """Raise SchemaError unless all that the header counts, and the rows that it points to, lie within the slot."""
+        e, most = self.envelope, self.schema.num_rows * self.schema.num_envs
+        num_rows, num_episodes, num_finals = int(e["num_rows"]), int(e["num_episodes"]), int(e["num_finals"])
+        for what, found, least, limit in (
+            ("rows", num_rows, 1, self.schema.num_rows),
+            ("env steps", int(e["num_env_steps"]), 0, most),
+            ("episodes", num_episodes, 0, most),
+            ("last observations", num_finals, 0, most),
+        ):
+            if not least <= found <= limit:
+                raise SchemaError(f"slot {self.index}: {found} {what}, expected {least} to {limit}")
+        ended = self.arrays["episode"][:num_episodes]
+        for rows, envs in ((ended["row"], ended["env"]), (self.arrays["final/row"][:num_finals], self.arrays["final/env"][:num_finals])):
+            if len(rows) and not (min(rows) >= 0 and max(rows) < num_rows and min(envs) >= 0 and max(envs) < self.schema.num_envs):
+                raise SchemaError(
+                    f"slot {self.index}: an episode's end lies outside its {num_rows} rows and {self.schema.num_envs} environments"
+                )
 
 
 class Ring:

@@ -124,14 +124,11 @@ class ControlServer:
         *lines, client.pending = (client.pending + received).split(b"\n")
         requests: list[tuple[dict[str, Any], Reply]] = []
         for line in lines:
-            try:
-                request = json.loads(line)
-                if not isinstance(request, dict) or not isinstance(request.get("command"), str):
-                    raise ValueError('expected {"command": "..."}')
-            except (ValueError, RecursionError) as error:
-                client.reply({"ok": False, "error": f"not a request: {error}"})
-                continue
-            requests.append((request, client.reply))
+            request = _object(line)
+            if request is not None and isinstance(request.get("command"), str):
+                requests.append((request, client.reply))
+            else:
+                client.reply({"ok": False, "error": 'not a request: expected {"command": "..."}'})
         return requests
 
     def close(self) -> None:
@@ -166,11 +163,17 @@ def ask(directory: Path, request: dict[str, Any], timeout_seconds: float = 60.0)
             raise RunError(f"the run in {directory} is not alive: nobody listens on {NAME}") from error
         except TimeoutError as error:
             raise RunError(f"the run in {directory} did not answer within {timeout_seconds:g} s") from error
-    try:
-        said = json.loads(answer)
-        refused = not said.get("ok")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise RunError(f"who listens on {path} is no run: its answer is no JSON object") from error
-    if refused:
+    said = _object(answer)
+    if said is None:
+        raise RunError(f"who listens on {path} is no run: its answer is no JSON object")
+    if not said.get("ok"):
         raise RunError(f"the run in {directory} refused: {said.get('error')}")
-    return dict(said)
+    return said
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

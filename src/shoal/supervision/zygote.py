@@ -286,7 +286,7 @@ class Zygote:
         try:
             ended = self._process.poll() is not None  # asked first, so that its last words are read
             while (message := self._control.receive()) is not None:
-                events += self._decode(json.loads(message))
+                events += self._decode(message)
             if ended:
                 raise EOFError("a role that was stopped as it was forked holds the other end")
         except EOFError:
@@ -311,7 +311,13 @@ class Zygote:
             raise ProcessError("the helper process has died: call receive() for the reason, then start another one") from None
         raise ProcessError(f"the helper process {self.pid} does not read its requests; is it stopped?")
 
-    def _decode(self, event: dict[str, Any]) -> list[Event]:
+    def _decode(self, message: bytes) -> list[Event]:
+        try:
+            return self._event(json.loads(message))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ProcessError(f"the helper process {self.pid} sent what is no event: {message[:200]!r}") from error
+
+    def _event(self, event: dict[str, Any]) -> list[Event]:
         kind = event["event"]
         if kind == "ready":
             self._ready = True

@@ -1,0 +1,235 @@
+"""Everything that reads bytes which another process or a disk wrote, as functions of bytes that may raise nothing but the errors of their contract.
+
+`test_decoders.py` gives them what hypothesis thinks of, `benchmarks/fuzz.py` what atheris finds by coverage. Each function leaves no file behind but
+in the directory that it was made with, and a peak of memory that does not depend on any number within the bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+from safetensors.numpy import save
+
+from rollout_fakes import RUN_ID, scripted_schema, scripted_spec, write_rollout
+from shoal import files
+from shoal.config import EnvConfig, PolicyConfig, StopConfig
+from shoal.engines.coordinator import Coordinator
+from shoal.engines.messages import Word, from_json
+from shoal.engines.plan import Plan
+from shoal.environments.spaces import describe
+from shoal.errors import CheckpointError, RunError, SchemaError
+from shoal.evaluation.bundle import load_policy, save_bundle
+from shoal.experience.envelope import ENVELOPE
+from shoal.experience.group_state import from_bytes, to_bytes
+from shoal.experience.ring import allocate
+from shoal.networks.policy import build_policy, named_tensors
+from shoal.supervision.control import MAX_LINE_BYTES, NAME, ControlServer, ask
+from shoal.types import CURSOR, GroupState
+
+Decoder = Callable[[bytes], None]
+
+
+def word(content: bytes) -> None:
+    """What an actor says."""
+    with contextlib.suppress(ValueError):
+        decoded = Word.decode(content)
+        assert decoded.encode()[:1] == content[:1]
+        assert isinstance(decoded.json, dict)
+
+
+def json_message(content: bytes) -> None:
+    """What the learner says."""
+    with contextlib.suppress(ValueError):
+        assert isinstance(from_json(content), dict)
+
+
+def group_state(content: bytes) -> None:
+    """What a group is put back from."""
+    with contextlib.suppress(SchemaError):
+        from_bytes(content)
+
+
+def arrays(content: bytes) -> None:
+    """A checkpoint's safetensors; also with a length in front that is right."""
+    for given in (content, len(content).to_bytes(8, "little") + content):
+        with contextlib.suppress(CheckpointError):
+            files.arrays_from_bytes(given)
+
+
+class Envelope:
+    """A finished rollout whose header, and then whose every byte, is overwritten: nothing beyond the slot is touched, and it is refused or taken."""
+
+    def __init__(self) -> None:
+        self._schema = scripted_schema(4, 2)
+
+    def __call__(self, content: bytes) -> None:
+        plan = Plan("sync", 1, 2, 4, 1, 0, 1)
+        ring = allocate(self._schema, 1)
+        coordinator = Coordinator(plan, scripted_spec(), ring, StopConfig())
+        coordinator.place([0])
+        (lease,) = coordinator.next_leases()
+        slot = ring.slots[0]
+        write_rollout(slot, lease.identity)
+        begin = ENVELOPE.fields["policy_id"][1]  # type: ignore[index]  # schema and run are right: those are compared first
+        header = slot.arrays["envelope"].reshape(1).view(np.uint8)
+        written = np.frombuffer(content[: len(header) - begin], np.uint8)
+        header[begin : begin + len(written)] = written
+        rest = np.frombuffer(content[len(written) :], np.uint8)
+        target = slot.arrays["episode"].reshape(-1).view(np.uint8)
+        target[: len(rest)] = rest[: len(target)]
+        with contextlib.suppress(SchemaError, ValueError):
+            slot.check(RUN_ID)
+        with contextlib.suppress(SchemaError, ValueError):
+            coordinator.filled(0, lease.identity)
+            coordinator.next_batch()
+
+
+class Control:
+    """The control socket's requests, and the answers that `ask` reads."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._server = ControlServer(directory)
+
+    def __call__(self, content: bytes) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.connect(str(self._directory / NAME))
+            client.setblocking(False)
+            with contextlib.suppress(OSError):
+                client.send(content + b"\n")
+            for request, reply in [*self._server.receive(), *self._server.receive()]:
+                assert isinstance(request["command"], str)
+                reply({"ok": True})
+        self._server.receive()
+        for connected in self._server._clients:
+            assert len(connected.pending) <= MAX_LINE_BYTES
+
+    def close(self) -> None:
+        self._server.close()
+
+
+class Answer:
+    """What `ask` is answered by somebody who is no run."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(directory / NAME))
+        self._listener.listen(8)
+
+    def __call__(self, content: bytes) -> None:
+        import threading
+
+        def answer() -> None:
+            connection, _ = self._listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(4096)
+                connection.sendall(content.replace(b"\n", b"") + b"\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            with contextlib.suppress(RunError):
+                assert isinstance(ask(self._directory, {"command": "state"}, 5.0), dict)
+        finally:
+            thread.join()
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+class Manifest:
+    """A checkpoint's manifest: as bytes, and as JSON whose hash of itself is right."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "update-000000001"
+        self._path.mkdir()
+        (self._path / "state.json").write_text("{}")
+
+    def __call__(self, content: bytes) -> None:
+        manifests = [content]
+        with contextlib.suppress(ValueError, RecursionError):
+            manifests.append(files._manifest_bytes(json.loads(content)))
+            manifests.append(files._manifest_bytes({"format": files.FORMAT, "update": 1, "files": json.loads(content)}))
+        for manifest in manifests:
+            (self._path / files.MANIFEST).write_bytes(manifest)
+            with contextlib.suppress(CheckpointError):
+                loaded = files.load_checkpoint(self._path)
+                assert all((self._path / name).is_file() for name in loaded.files)
+
+
+class Bundle:
+    """`policy.json`: parts of a true one replaced by the JSON given. Weights that are not there are not allocated."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory
+        spec = describe("x", gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32), gymnasium.spaces.Discrete(3))
+        config = PolicyConfig(hidden_sizes=[4])
+        tensors = {name: tensor.detach().numpy() for name, tensor in named_tensors(build_policy(spec, config)).items()}
+        save_bundle(directory, tensors, spec, config, EnvConfig(id="x"))
+        self._true = json.loads((directory / "policy.json").read_text())
+
+    def __call__(self, content: bytes) -> None:
+        try:
+            given = json.loads(content)
+        except (ValueError, RecursionError):
+            given = None
+        candidates = [content]
+        if given is not None:
+            for part in ("spec", "policy", "env"):
+                changed = {**self._true[part], **given} if isinstance(given, dict) else given
+                candidates.append(json.dumps({**self._true, part: changed}).encode())
+        for candidate in candidates:
+            (self._path / "policy.json").write_bytes(candidate)
+            with contextlib.suppress(CheckpointError):
+                load_policy(self._path)
+
+
+def decoders(directory: Path) -> dict[str, Decoder]:
+    """All of them by name. `directory` is emptied first."""
+    shutil.rmtree(directory, ignore_errors=True)
+    places = {name: directory / name for name in ("control", "answer", "manifest", "bundle")}
+    for place in places.values():
+        place.mkdir(parents=True)
+    return {
+        "word": word,
+        "json message": json_message,
+        "group state": group_state,
+        "safetensors": arrays,
+        "envelope": Envelope(),
+        "control": Control(places["control"]),
+        "answer": Answer(places["answer"]),
+        "manifest": Manifest(places["manifest"]),
+        "bundle": Bundle(places["bundle"]),
+    }
+
+
+def examples() -> dict[str, list[bytes]]:
+    """Whole ones, from which a fuzzer begins."""
+    state = GroupState(np.zeros(2, CURSOR), [np.zeros((3,), np.int64)] * 2, [b"snapshot", None], {})
+    manifest = {"format": files.FORMAT, "update": 1, "files": {"state.json": {"bytes": 2, "sha256": "44136fa3"}}}
+    return {
+        "word": [Word.decode(bytes([17]) + bytes(31)).encode(), bytes([19]) + bytes(31) + b'{"error": "x", "report": {}}'],
+        "json message": [b'{"is": "trained", "version": 3, "metrics": {"loss": 0.5}}'],
+        "group state": [
+            to_bytes(state),
+            save({"cursor": np.zeros(3, np.uint8)}),
+            save({"cursor": np.zeros((2, CURSOR.itemsize), np.uint8)}),
+        ],
+        "safetensors": [to_bytes(state)],
+        "envelope": [bytes(200), b"\xff" * 400],
+        "control": [b'{"command": "scale", "actors": 4}', b'{"command": "state"}\n{"command": "stop"}'],
+        "answer": [b'{"ok": true, "state": {}}', b'{"ok": false, "error": "no"}'],
+        "manifest": [files._manifest_bytes(manifest), json.dumps(manifest).encode(), json.dumps(manifest["files"]).encode()],
+        "bundle": [
+            b'{"hidden_sizes": [1000000, 1000000]}',
+            b'{"action": {"path": [], "kind": "discrete", "dtype": "int64", "shape": [], "nvec": [9]}}',
+        ],
+    }
