@@ -160,7 +160,7 @@ def test_a_run_that_is_interrupted_before_its_first_update_ends_well(name: str, 
     said = json.loads(done.stdout)
     if name == "ends_in_the_first_rollout":
         assert (said["reason"], said["updates"]) == ("interrupted", 0)
-        assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["update-000000000"]
+        assert {path.name.partition(".")[0] for path in (tmp_path / "run/checkpoints").iterdir()} == {"update-000000000"}
         assert answer("resume", "run", "--stop.updates", "1", cwd=tmp_path)["updates"] == 1
     else:
         assert said["error"]["message"] == "interrupted before training began: nothing was kept"

@@ -96,7 +96,8 @@ class RunStore:
             found = self._connection.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
         except sqlite3.Error as error:
             self._connection.close()
-            raise RunError(f"cannot open {path}: {error}. {_ADVICE}") from error
+            advice = "is the disk full?" if isinstance(error, sqlite3.OperationalError) else _ADVICE
+            raise RunError(f"cannot open {path}: {error}; {advice}") from error
         if found is not None and found[0] != str(FORMAT):
             self._connection.close()
             raise RunError(f"{path} has format {found[0]}; this version of shoal writes {FORMAT}: go on with the version that wrote it")
