@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: install demo test lint unit soak bench-learning bench-peers bench-async bench-speed mutants docs clean
+.PHONY: install demo test lint unit soak fuzz bench-learning bench-peers bench-async bench-speed mutants docs clean
 
 install: $(STAMP)
 
@@ -35,7 +35,12 @@ unit: lint
 	$(BIN)/pytest -m 'not soak' $(PYTEST_ARGS)
 
 soak: install
-	$(BIN)/python benchmarks/soak.py
+	$(BIN)/python benchmarks/soak.py; first=$$?; $(BIN)/python benchmarks/soak_files.py && exit $$first
+
+# Minutes of atheris on everything that reads bytes. FUZZ_ARGS="--seconds 600 word" for one decoder, longer.
+fuzz: install
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python benchmarks/fuzz.py $(FUZZ_ARGS)
 
 bench-learning: install
 	$(BIN)/python benchmarks/learning.py

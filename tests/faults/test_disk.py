@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import resource
 import signal
 import subprocess
 from pathlib import Path
@@ -15,6 +17,7 @@ from shoal.errors import RunError
 from shoal.files import CheckpointDirectory
 from shoal.monitoring.live import SilentView
 from shoal.runs import show
+from shoal.supervision.control import ask
 
 CHATTY = str(Path(__file__).parent / "chatty.py") + ":make"
 ENDLESS = [*TINY, "--stop.updates", "1000000", "--checkpoint.every-updates", "2"]
@@ -75,3 +78,22 @@ def test_a_run_without_a_place_for_its_socket_goes_on(tmp_path: Path) -> None:
     code, _, said = command("train", "CartPole-v1", *TINY, "--actors", "1", "--stop.updates", "2", "--run-dir", "run", cwd=tmp_path)
     assert code == 0, said
     assert "takes no requests" in said
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux only")
+def test_a_run_without_descriptors_left_goes_on_and_saves_again_once_there_are(tmp_path: Path) -> None:
+    with living("train", "CartPole-v1", *ENDLESS, "--actors", "1", "--run-dir", "run", cwd=tmp_path) as run:
+        directory, pid = tmp_path / "run", run.process.pid
+        run.until(lambda: len(saved(directory)) > 1, "checkpoint")
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        held = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(1000)) - held), before[1]))  # not one more
+        run.until(lambda: "no checkpoint could be saved" in run.said, "alarm")
+        last = saved(directory)[-1]
+        with pytest.raises(RunError, match="did not answer within 1 s"):
+            ask(directory, {"command": "state"}, 1.0)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        run.until(lambda: saved(directory)[-1] > last, "checkpoint once there are descriptors")
+        run.process.send_signal(signal.SIGINT)
+        assert run.ends() == 130
+        run.gone()
