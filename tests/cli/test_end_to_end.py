@@ -150,7 +150,10 @@ def ends_while_it_is_looked_at():
 @pytest.mark.parametrize("name", ["ends_in_the_first_rollout", "ends_while_it_is_looked_at"])
 def test_a_run_that_is_interrupted_before_its_first_update_ends_well(name: str, tmp_path: Path) -> None:
     (tmp_path / "env.py").write_text(SIGNALLING)
-    script = "import os\nopen('supervisor', 'w').write(str(os.getpid()))\nfrom shoal.cli import main\nmain()"
+    script = (  # whoever started the tests may have SIGHUP ignored (nohup)
+        "import os, signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\nopen('supervisor', 'w').write(str(os.getpid()))\n"
+        "from shoal.cli import main\nmain()"
+    )
     command = ["train", f"env.py:{name}", "--actors", "1", "--run-dir", "run", "--json", "--sampling.rollout-length", "4096"]
     done = subprocess.run(
         [sys.executable, "-c", script, *command], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,

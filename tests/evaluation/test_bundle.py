@@ -209,7 +209,7 @@ def test_what_is_no_policy_is_refused(tmp_path: Path) -> None:
         ({"format": 99}, "bundle format 99"),
         ({"weights_file_sha256": "0"}, "SHA-256"),
         ({"spec": {}}, "does not describe a policy"),
-        ({"policy": {"hidden_sizes": [8, 8]}}, "does not fit the weights"),
+        ({"policy": {"hidden_sizes": [8, 8]}}, "it describes 253 weights, and 9,157 are there"),
         ({"policy": {"unknown": 1}}, "does not describe a policy"),
     ]:
         file.write_text(json.dumps(description | change))
