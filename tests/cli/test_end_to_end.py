@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -111,10 +112,18 @@ def test_what_a_killed_run_made_after_its_checkpoint_is_rolled_back_by_identity(
         return 0, 0, 0
 
     with subprocess.Popen([sys.executable, "-m", "shoal", *command], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
-        deadline = time.monotonic() + 120
-        while known()[0] == 0 and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.02)
-        process.kill()
+        try:
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline and process.poll() is None:
+                if known()[0] > 0:
+                    process.send_signal(signal.SIGSTOP)  # a checkpoint may have come since: look again while it stands still
+                    time.sleep(0.1)  # for a save that the learner is at
+                    if known()[0] > 0:
+                        break
+                    process.send_signal(signal.SIGCONT)
+                time.sleep(0.02)
+        finally:
+            process.kill()
     checkpoint, newest, steps = known()
     assert checkpoint > 0
     for _ in range(2):  # the second time, nothing is booked twice
