@@ -67,9 +67,14 @@ ROWS = (
     *(Row("LunarLander-v3", algorithm, 200, env_steps_limit=1_000_000) for algorithm in ("ppo", "appo")),
     Row("HalfCheetah-v5", "ppo", 1500, seeds=1, note="published PPO figures: 1,500 to 3,000"),
     Row(
-        "ALE/Pong-v5", "ppo", None, seeds=1, options=("--preset", "ALE-cpu", "--stop.seconds", "1800"), curve=True,
+        "ALE/Pong-v5",
+        "ppo",
+        None,
+        seeds=1,
+        options=("--preset", "ALE-cpu", "--stop.seconds", "1800"),
+        curve=True,
         note="30 minutes, the preset for machines without a GPU; the curve has to rise",
-    ),  # fmt: skip
+    ),
 )
 
 
