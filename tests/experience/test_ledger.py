@@ -48,6 +48,18 @@ def test_a_rollouts_way_shows_in_the_balance():
     ledger.check()
 
 
+def test_the_listener_is_told_of_every_end_with_its_steps():
+    heard = []
+    ledger = Ledger()
+    ledger.listener = lambda *told: heard.append(told)
+    ledger.begin(A0)
+    ledger.begin(A1)
+    ledger.finish(A0, 12)
+    ledger.settle(A0, Fate.TRAINED)
+    ledger.settle(A1, Fate.ACTOR_DIED)
+    assert heard == [(A0, Fate.TRAINED, 12), (A1, Fate.ACTOR_DIED, 0)]
+
+
 def test_finishing_again_corrects_the_steps():
     ledger = Ledger()
     ledger.begin(A0)

@@ -150,3 +150,44 @@ def test_every_environment_used_all_rows_unless_the_group_is_paced():
 @pytest.mark.parametrize("num_rows", [1, 4])
 def test_one_row_and_all_rows_are_rollouts(num_rows):
     finished(num_rows).check(RUN_ID, ME)
+
+
+def with_end(kind: str, row: int, env: int):
+    """A finished slot of 3 rows and its environments, with one end (or last observation) noted at a place."""
+    slot = finished(3)
+    slot.envelope[kind] = 1
+    if kind == "num_episodes":
+        slot.arrays["episode"]["row"][0], slot.arrays["episode"]["env"][0] = row, env
+    else:
+        slot.arrays["final/row"][0], slot.arrays["final/env"][0] = row, env
+    return slot
+
+
+@pytest.mark.parametrize("kind", ["num_episodes", "num_finals"])
+def test_check_refuses_ends_outside_the_rollout(kind):
+    last = finished(3).schema.num_envs - 1
+    for row, env in ((0, 0), (2, 0), (0, last), (2, last)):
+        with_end(kind, row, env).check_counts()
+    for row, env in ((-1, 0), (3, 0), (0, -1), (0, last + 1)):
+        slot = with_end(kind, row, env)
+        with pytest.raises(SchemaError, match=rf"^slot 0: an episode's end lies outside its 3 rows and {last + 1} environments$"):
+            slot.check_counts()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("num_env_steps", "env steps"), ("num_episodes", "episodes"), ("num_finals", "last observations")]
+)
+def test_check_refuses_counts_that_cannot_be(name, said):
+    most = finished().schema.num_rows * finished().schema.num_envs
+    for count in (-1, most + 1):
+        slot = finished()
+        slot.envelope[name] = count
+        with pytest.raises(SchemaError, match=rf"^slot 0: {count} {said}, expected 0 to {most}$"):
+            slot.check_counts()
+
+
+def test_a_paced_rollout_of_one_row_tells_who_used_it():
+    slot = finished(1)
+    slot.envelope["paced"] = True
+    slot.arrays["valid"][0] = [True, False, True]
+    assert slot.rows_used().tolist() == [1, 0, 1]
