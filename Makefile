@@ -44,10 +44,12 @@ fuzz: install
 
 bench-learning: install
 	$(BIN)/python benchmarks/learning.py
+	$(BIN)/python benchmarks/summary.py
 
 # Other libraries beside shoal, in turn. PEERS_ENV=DIR: their virtual environment (made where missing); PEERS_SCRIPTS=DIR: their scripts.
 bench-peers: install
 	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/summary.py
 
 bench-async: install
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
