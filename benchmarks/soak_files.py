@@ -1,8 +1,9 @@
-"""The second half of `make soak`: kills and disks that refuse while files are written, and what is left after a run's end.
+"""The second part of `make soak`: kills and disks that refuse while files are written, and what is left after a run's end.
 
     python benchmarks/soak_files.py                  all of it
     python benchmarks/soak_files.py saves bytes      only these sections (saves, bytes, disk, descriptors, cycles, kills, together)
     python benchmarks/soak_files.py --scale 0.1      a tenth of the cycles and kills
+    python benchmarks/soak_files.py cycles --scale 0.25 --add    a quarter more, counted together with those before
 
 Each section says what was injected, how often, what was to come of it and the figure; the table is results/soak_files.md. Exits with 1 where one
 did not come out so. `saves` needs strace (it is installed where apt-get may), `disk` a file system that may be mounted; else they are skipped.
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -43,6 +44,7 @@ SIMULATED = str(ROOT / "tests" / "faults" / "simulated.py") + ":make"
 ENDLESS = [*TINY, "--stop.updates", "1000000", "--checkpoint.every-updates", "2"]
 PROMISED_SECONDS = 3.0  # from Ctrl-C to the end
 GONE_SECONDS = 2.0
+SMALL_KIB, LARGE_KIB = 16_384, 262_144  # of disks; what an environment prints in a minute fills the small one
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Row:
     outcome: str
     figure: str
     held: bool = True
+    seconds: list[float] = field(default_factory=list)  # of each time, where `--add` may add to them
 
 
 class Skipped(Exception):
@@ -232,13 +235,14 @@ def disk(scale: float) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as place:
         for actors, environment in (("0", "CartPole-v1"), ("1", str(ROOT / "tests" / "faults" / "chatty.py") + ":make")):
             times = max(1, round(10 * scale))
-            with mounted(Path(place) / f"disk{actors}") as small:
+            with mounted(Path(place) / f"disk{actors}", LARGE_KIB if "chatty" in environment else SMALL_KIB) as small:
                 run_directory = small.path / "run"
                 with living("train", environment, *ENDLESS, "--actors", actors, "--run-dir", str(run_directory), cwd=Path(place)) as run:
                     run.until(lambda: len(saved(run_directory)) > 1, "checkpoint")  # noqa: B023
-                    for number in range(1, times + 1):
+                    for _ in range(times):
+                        alarms = run.said.count("no checkpoint could be saved")
                         small.fill()
-                        run.until(lambda: run.said.count("no checkpoint could be saved") >= number, "alarm")  # noqa: B023
+                        run.until(lambda: run.said.count("no checkpoint could be saved") > alarms, "alarm")  # noqa: B023
                         CheckpointDirectory(run_directory / "checkpoints").newest()
                         before = saved(run_directory)
                         small.free()
@@ -253,11 +257,11 @@ def disk(scale: float) -> Iterator[Row]:
 
 
 @contextlib.contextmanager
-def mounted(path: Path) -> Iterator[object]:
+def mounted(path: Path, size_kib: int) -> Iterator[object]:
     import _pytest.outcomes
 
     try:
-        with small_disk(path) as small:
+        with small_disk(path, size_kib) as small:
             yield small
     except _pytest.outcomes.Skipped as reason:
         raise Skipped(str(reason)) from None
@@ -300,22 +304,28 @@ def cycles(scale: float) -> Iterator[Row]:
                 begun = time.monotonic()
                 run.process.send_signal(signal.SIGINT)
                 assert run.ends() == 130, run.said[-2000:]
-                seconds.append(time.monotonic() - begun)
+                seconds.append(round(time.monotonic() - begun, 3))
                 run.gone(GONE_SECONDS)
             assert not CheckpointDirectory(run_directory / "checkpoints").newest().warnings
             shutil.rmtree(run_directory)
     assert in_shared_memory() <= before
     assert semaphore_sets() <= semaphores
+    yield cycles_row(seconds)
+
+
+def cycles_row(seconds: list[float]) -> Row:
     late = sum(one > PROMISED_SECONDS for one in seconds)
-    yield Row(
-        "start, train, Ctrl-C", times, f"code 130 and a checkpoint within {PROMISED_SECONDS:g} s; no process, /dev/shm entry or semaphore is left",
-        f"p50 {percentile(seconds, 50):.2f} s, p99 {percentile(seconds, 99):.2f} s, {late} over {PROMISED_SECONDS:g} s", late <= times // 100,
+    return Row(
+        "start, train, Ctrl-C", len(seconds),
+        f"code 130 and a checkpoint within {PROMISED_SECONDS:g} s; no process, /dev/shm entry or semaphore is left",
+        f"p50 {percentile(seconds, 50):.2f} s, p99 {percentile(seconds, 99):.2f} s, {late} over {PROMISED_SECONDS:g} s",
+        late <= len(seconds) // 100, seconds,
     )  # fmt: skip
 
 
 def kills(scale: float) -> Iterator[Row]:
     """kill -9 of the parent at any moment, from its first line on; simulators included."""
-    times, before, rng, seconds, resumed = max(2, round(50 * scale)), in_shared_memory(), random.Random(7), [], 0
+    times, before, rng, seconds = max(2, round(50 * scale)), in_shared_memory(), random.Random(), []
     semaphores = semaphore_sets()
     with tempfile.TemporaryDirectory() as place:
         for number in range(times):
@@ -330,18 +340,21 @@ def kills(scale: float) -> Iterator[Row]:
                 run.process.kill()
                 run.process.wait()
                 run.gone(GONE_SECONDS)
-                seconds.append(time.monotonic() - begun)
+                seconds.append(round(time.monotonic() - begun, 3))
             if saved(run_directory):
                 newest = CheckpointDirectory(run_directory / "checkpoints").newest()
                 if number % 5 == 0:
                     code, _, said = command("resume", str(run_directory), "--stop.updates", str(newest.update + 1), cwd=Path(place))
                     assert code == 0, said
-                    resumed += 1
     assert in_shared_memory() <= before
     assert semaphore_sets() <= semaphores
-    yield Row(
-        "kill -9 of the parent, with simulators", times, f"nothing is left after {GONE_SECONDS:g} s; `resume` works",
-        f"gone after p50 {percentile(seconds, 50):.2f} s, at most {max(seconds):.2f} s; {resumed} of {resumed} resumed",
+    yield kills_row(seconds)
+
+
+def kills_row(seconds: list[float]) -> Row:
+    return Row(
+        "kill -9 of the parent, with simulators", len(seconds), f"nothing is left after {GONE_SECONDS:g} s; `resume` works, where there is a checkpoint",
+        f"gone after p50 {percentile(seconds, 50):.2f} s, at most {max(seconds):.2f} s; every fifth resumed", seconds=seconds,
     )  # fmt: skip
 
 
@@ -380,12 +393,14 @@ def percentile(values: list[float], percent: int) -> float:
 SECTIONS: dict[str, Callable[[float], Iterator[Row]]] = {
     "saves": saves, "bytes": damaged, "disk": disk, "descriptors": descriptors, "cycles": cycles, "kills": kills, "together": together,
 }  # fmt: skip
+ADDED: dict[str, Callable[[list[float]], Row]] = {"cycles": cycles_row, "kills": kills_row}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("sections", nargs="*")
     parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--add", action="store_true", help=f"count what was measured before, too ({', '.join(ADDED)})")
     options = parser.parse_args()
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
@@ -395,6 +410,8 @@ def main() -> int:
         begun, rows = time.monotonic(), list[Row]()
         try:
             for row in SECTIONS[name](options.scale):
+                if options.add and name in ADDED:
+                    row = ADDED[name]([*earlier(name), *row.seconds])
                 rows.append(row)
                 print(f"{name}: {row.fault}: {row.figure}", flush=True)
         except Skipped as reason:
@@ -413,6 +430,10 @@ def main() -> int:
 def kept() -> dict[str, list[dict[str, object]]]:
     """Rows of every section's last run."""
     return dict(json.loads(line) for line in ROWS.read_text().splitlines()) if ROWS.exists() else {}
+
+
+def earlier(section: str) -> list[float]:
+    return [float(one) for row in kept().get(section, ()) for one in row.get("seconds", ())]  # type: ignore[attr-defined]
 
 
 def keep(section: str, rows: list[Row], at: str) -> None:

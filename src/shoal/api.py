@@ -218,11 +218,12 @@ def replay(
     with RunReader(directory / "run.db") as reader:
         log = dict(reader.consumed())
         spec = EnvironmentSpec.from_json(reader.meta()["spec"])
+        given_up = {(event["group"], event["sequence"]): event["places"] for event in reader.events("given_up")}
     threads = torch.get_num_threads()
     torch.set_num_threads(config.learner.threads)
     try:
         objects = UserObjects(env=env, network=network, algorithm=algorithm)
-        sha = execute(Blueprint(config, spec, objects, _run_id(directory)), log, int(expected["version"]), progress)
+        sha = execute(Blueprint(config, spec, objects, _run_id(directory)), log, int(expected["version"]), progress, given_up)
     finally:
         torch.set_num_threads(threads)
     wanted = expected["weights_sha256"]

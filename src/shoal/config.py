@@ -185,7 +185,8 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="names every random stream of the run")
     actors: Annotated[int, Field(ge=0, le=1024)] | None = Field(
-        None, description="processes that host environments; 0 runs all in this process (default: one per core)"
+        None,
+        description="processes that host environments; 0 runs all in this process, which an environment that crashes takes along (default: one per core)",
     )
     mode: Literal["sync", "async"] | None = Field(
         None,

@@ -48,3 +48,8 @@ def episode_seed(run_seed: int, group: int, env: int, episode: int, epoch: int =
     """What the n-th episode of an environment is reset with: in [0, 2**31), which every simulator accepts."""
     block, place = divmod(episode, _BLOCK)
     return _episode_seed_block(run_seed, group, env, block, epoch)[place]
+
+
+def group_seed(run_seed: int, group: int, episodes: int, epoch: int = 0) -> int:
+    """What all environments of a group in its native form are reset with, which began so many episodes before (of all together)."""
+    return int(stream(run_seed, Purpose.ENVIRONMENT, group, index=episodes, epoch=epoch).integers(2**31 - 2**16))

@@ -55,7 +55,7 @@ def test_check_names_what_hangs_or_dies_and_ends(fault: dict[str, Any], name: st
     [
         # seen by the look before training
         ({"fault": "raises_long"}, ["--actors", "0"], "step() raised ValueError: the arm is stuck", "ValueError: the arm is stuck"),
-        ({"fault": "sleeps", "where": "reset"}, ["--actors", "0"], "reset() raised TimeoutError", "Timeout"),
+        ({"fault": "sleeps", "where": "reset"}, ["--actors", "0"], "reset() has not returned", "Timeout"),
         ({"fault": "loops"}, ["--actors", "1"], "step() has not returned", "faulty.py"),
         # only in training
         ({"fault": "shape", "hidden": True}, ["--actors", "0", "--algorithm", "impala"], "not in its space", "actual: float32 [2]"),

@@ -352,6 +352,30 @@ def test_a_fault_while_a_group_is_put_back_is_no_fault_of_its_first_row():
         c.faulted(lease.identity, WHILE_RESTORED, 0)
 
 
+def test_a_group_is_put_back_while_its_next_rollout_may_not_begin():
+    c = coordinator_of(plan_of("sync", groups=2))
+    c.place([0, 1])
+    first = c.next_restores({0, 1})
+    assert [(r.actor, r.identity) for r in first] == [(0, Identity(0, 0, 0)), (1, Identity(1, 0, 0))]
+    assert c.next_restores({0, 1}) == []
+    leases = c.next_leases({0, 1})
+    assert [lease.restore for lease in leases] == [None, None]
+    for lease in leases:
+        finish(c, lease)
+    assert c.next_batch() is not None  # the learner is at work
+    c.lost(1)
+    c.place([0, 1])
+    assert c.next_leases({0, 1}) == []
+    assert c.next_restores({0}) == []
+    (restore,) = c.next_restores({0, 1})
+    assert (restore.actor, restore.identity) == (1, Identity(1, 1, 0))
+    assert c.faulted(restore.identity, WHILE_RESTORED, 0) == []  # it broke there: it is made anew
+    assert len(c.next_restores({0, 1})) == 1
+    c.consumed({})
+    c.trained({"num_env_steps": 16.0})
+    assert [lease.restore for lease in c.next_leases({0, 1})] == [None, None]
+
+
 def test_groups_move_when_actors_come_and_go_once_their_leases_are_done():
     c = coordinator_of(plan_of("sync", 3))
     c.place([0, 1, 2])
@@ -474,13 +498,14 @@ class Fleet(RuleBasedStateMachine):
         self.attempts: set[Identity] = set()
         self.history: list[tuple[Identity, int]] = []  # trained and not undone: identity, update
         self.dropped_over_lag = 0
+        self.put_back: dict[int, Identity] = {}  # before their time, with the identity that was named
         self.with_learner: list[tuple[int, Identity]] | None = None
         self.taken = False  # the learner copied its batch
         self.saved: Checkpoint | None = None
         self.save()
 
     # What the engine does after everything that happens.
-    def dispatch(self):
+    def dispatch(self, early=True):
         for actor, group in self.c.take_released():
             if self.actors[actor].up:
                 self.actors[actor].stands.pop(group, None)
@@ -497,6 +522,14 @@ class Fleet(RuleBasedStateMachine):
                 assert lease.restore.cursor["episode"].tolist() == [sequence] * B, "restored to the start of this sequence"
             actor.stands[group] = sequence + 1
             actor.queue.append(lease)
+        if early:
+            for restore in self.c.next_restores(available):
+                group, sequence, _ = restore.identity
+                assert self.actors[restore.actor].up
+                assert group not in self.actors[restore.actor].stands
+                assert restore.state.cursor["episode"].tolist() == [sequence] * B, "put back to where its next rollout begins"
+                self.actors[restore.actor].stands[group] = sequence
+                self.put_back[group] = restore.identity
 
     def order_training(self):
         if self.with_learner is None and (batch := self.c.next_batch()) is not None:
@@ -609,6 +642,17 @@ class Fleet(RuleBasedStateMachine):
         actor.stands.pop(identity.group)
         assert self.c.faulted(identity, row, env) == []
         self.dispatch()
+        self.order_training()
+
+    @precondition(lambda self: self.put_back)
+    @rule(data=st.data())
+    def an_environment_breaks_while_it_is_put_back(self, data):
+        group = data.draw(st.sampled_from(sorted(self.put_back)))
+        identity, host = self.put_back.pop(group), self.actors[self.c.groups[group].actor]
+        if host.stands.get(group) == identity.sequence and identity not in [lease.identity for lease in host.queue]:
+            assert self.c.faulted(identity, WHILE_RESTORED, 0) == []
+            host.stands.pop(group, None)
+        self.dispatch(early=data.draw(st.booleans()))
         self.order_training()
 
     @rule(data=st.data())

@@ -21,6 +21,7 @@ from shoal.errors import EnvironmentFault
 from shoal.monitoring.live import SilentView
 from shoal.monitoring.store import RunReader
 from shoal.runs import show
+from shoal.streams import group_seed
 from shoal.supervision.channel import MAX_MESSAGE_BYTES
 
 ZOO = f"{Path(__file__).parents[1] / 'environments' / 'faulty.py'}:make"
@@ -70,6 +71,53 @@ class TestALaterFault:
         assert text.count("environment") > 2
         episodes = eval(text.split("EPISODES = ")[1].split("\n\nfor")[0])
         assert [len(played[-1][1]) for played in episodes.values()] == [5, 5]
+
+
+@pytest.mark.parametrize("snapshots", [False, True])
+def test_the_snippet_of_a_vector_form_plays_the_whole_group(snapshots: bool, tmp_path: Path, never_early: None) -> None:
+    kwargs = {"fault": "snapshots_raise", "at": 2} if snapshots else {"fault": "nan", "at": 5}
+    with pytest.raises(EnvironmentFault) as caught:
+        shoal.train(
+            ZOO.replace(":make", ":vector"), env={"kwargs": kwargs, "form": "native", "restart_budget": 0}, actors=0, preset="none",
+            sampling={"groups": 2, "group_size": 2, "rollout_length": 16}, run_dir=str(tmp_path), progress=SilentView(io.StringIO()),
+        )  # fmt: skip
+    done = subprocess.run([sys.executable, str(caught.value.report["snippet"])], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    assert ("cannot be saved now" if snapshots else "the observation is not finite") in done.stderr
+    assert str(caught.value).splitlines()[0] in done.stderr
+
+
+def test_a_vector_form_that_ends_its_process_is_told_with_the_seed_that_it_was_reset_with(tmp_path: Path, never_early: None) -> None:
+    with pytest.raises(EnvironmentFault) as caught:
+        shoal.train(
+            ZOO.replace(":make", ":vector"), env={"kwargs": {"fault": "exits"}, "form": "native", "restart_budget": 0}, actors=1, preset="none",
+            sampling={"groups": 1, "group_size": 2, "rollout_length": 16}, run_dir=str(tmp_path), progress=SilentView(io.StringIO()),
+        )  # fmt: skip
+    assert f"environment 1: step 4 of its episode, seed {group_seed(0, 0, 0)}" in str(caught.value)
+
+
+@pytest.mark.usefixtures("never_early")
+def test_a_hang_in_one_process_is_a_hang_with_its_limit(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFault, match=r"step\(\) has not returned for 1\.\d s") as caught:
+        train(tmp_path, 0, env={"restart_budget": 0}, fault="sleeps", hidden=True)
+    assert {"kind": "hang", "expected": "at most 1 s"}.items() <= caught.value.report.items()
+    assert "faulty.py" in str(caught.value.report["traceback"])
+
+
+@pytest.mark.usefixtures("never_early")
+def test_a_hang_among_environments_that_act_on_their_own_is_told_in_full(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFault) as caught:
+        shoal.train(
+            ZOO, env={"kwargs": {"fault": "sleeps", "hidden": True}, "form": "threads", "step_timeout_seconds": 1.0, "restart_budget": 0}, actors=1,
+            algorithm="appo", sampling={"groups": 2, "group_size": 2, "rollout_length": 16}, preset="none", run_dir=str(tmp_path),
+            progress=SilentView(io.StringIO()),
+        )  # fmt: skip
+    report = caught.value.report
+    assert {"kind": "hang", "environment": ZOO, "step": 4, "expected": "at most 1 s"}.items() <= report.items()
+    assert report["last_action"] in (0, 1)
+    assert report["hint"]
+    assert "faulty.py" in str(report["traceback"])
+    assert "allowed are 1 s" in str(report["actual"])
 
 
 def test_a_value_outside_of_its_box_and_a_seed_that_does_not_repeat_are_said_once(tmp_path: Path) -> None:

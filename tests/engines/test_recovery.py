@@ -16,6 +16,7 @@ from walls import Wall
 
 import shoal
 from shoal.engines import environment_faults
+from shoal.engines.fleet import Fleet, Process
 from shoal.errors import DivergedError, EnvironmentFault, RunError
 from shoal.monitoring.live import SilentView
 from shoal.monitoring.store import RunReader
@@ -121,6 +122,50 @@ def test_a_stopped_learner_is_replaced_a_stopped_helper_is_woken_and_the_weights
     assert run.result["restarts"] == 2
 
 
+def test_a_killed_helper_process_and_all_roles_with_it_are_made_again(undisturbed, tmp_path):
+    killed: list[int] = []
+
+    def kill() -> None:
+        killed.append(pid_of("shoal:zygote"))
+        os.kill(killed[-1], signal.SIGKILL)
+
+    run = train(tmp_path / "run", stop={"updates": 12}, callbacks=[at({4: kill, 9: kill})], checkpoint={"every_updates": 3})
+    assert len(set(killed)) == 2
+    assert run.result["weights_sha256"] == undisturbed["weights_sha256"]
+    assert [e["role"] for e in events(run.path, "died")] == ["zygote", "zygote"]
+    assert [e["role"] for e in events(run.path, "recovered")] == ["learner", "learner"]
+
+
+def test_a_role_that_is_killed_before_it_hears_its_first_word_is_replaced(undisturbed, tmp_path, monkeypatch):
+    kept, start = [], Fleet.start
+
+    def killed_at_once(self: Fleet, process: Process, setup: dict[str, Any], *more: Any) -> None:
+        """The supervisor gets no processor until the new process is dead."""
+        if process.incarnation == 1 and process.name not in kept:
+            kept.append(process.name)
+            fork = self.zygote.fork
+
+            def forked(*args: Any) -> int:
+                request = fork(*args)
+                os.kill(pid_of(f"shoal:{process.name}-0"), signal.SIGKILL)
+                time.sleep(0.1)
+                return request
+
+            monkeypatch.setattr(self.zygote, "fork", forked)
+            start(self, process, setup, *more)
+            monkeypatch.setattr(self.zygote, "fork", fork)
+        else:
+            start(self, process, setup, *more)
+
+    monkeypatch.setattr(Fleet, "start", killed_at_once)
+    moments = {
+        3: lambda: os.kill(pid_of("shoal:actor-0"), signal.SIGKILL), 7: lambda: os.kill(pid_of("shoal:learner-0"), signal.SIGKILL)
+    }  # fmt: skip
+    run = train(tmp_path / "run", stop={"updates": 12}, callbacks=[at(moments)], checkpoint={"every_updates": 3}, actors=1)
+    assert sorted(kept) == ["actor", "learner"]
+    assert run.result["weights_sha256"] == undisturbed["weights_sha256"]
+
+
 @pytest.mark.parametrize(
     ("settings", "actors", "whats", "deaths"),
     [
@@ -149,6 +194,9 @@ def test_a_step_that_breaks_each_time_is_given_up_as_an_invalid_episode(settings
     assert (result["reason"], result["updates"]) == ("updates", updates)
     assert result["ledger"]["dropped"]["environment_fault"] > 0
     assert result["ledger"]["in_flight"] == 0
+    if settings["algorithm"]["name"] == "ppo":
+        assert {len(e["places"]) for e in events(run.path, "given_up")} == {1}
+        assert shoal.replay(run.path)["equal"]
     if actors == 2:  # one row of each has no value
         assert result["env_steps"] == 16 * 2 * 2 * 8 - len(whats)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from gymnasium.vector import SyncVectorEnv
 
 
 class Sound(gymnasium.Env):
@@ -76,10 +79,14 @@ RETURNS = {
 
 class Faulty(Sound):
     """One fault at step `at` of its life (0: the first) and at every later one; with `marker`, a file, once in all processes;
-    `hidden`: at the fifth step of every episode with a seed as training has them, so that a short look does not see it."""
+    `hidden`: at the fifth step of every episode with a seed as training has them, so that a short look does not see it;
+    `told`: a file that holds the time of the first fault."""
 
-    def __init__(self, fault: str, at: int = 0, where: str = "step", marker: str | None = None, hidden: bool = False) -> None:
+    def __init__(
+        self, fault: str, at: int = 0, where: str = "step", marker: str | None = None, hidden: bool = False, told: str | None = None
+    ) -> None:
         self.fault, self.at, self.where, self.marker, self.life, self.hidden, self.seed = fault, at, where, marker, 0, hidden, 0
+        self.told = told
         self.act("init")
 
     def act(self, where: str) -> None:
@@ -89,12 +96,10 @@ class Faulty(Sound):
     def due(self) -> bool:
         if self.life < self.at or (self.hidden and (self.seed < 1000 or self.count != 5)):
             return False
-        if self.marker is None:
-            return True
-        try:
-            os.close(os.open(self.marker, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
+        if self.marker is not None and not first(self.marker):
             return False
+        if self.told is not None:
+            first(self.told)
         return True
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
@@ -115,6 +120,64 @@ class Faulty(Sound):
 
     def close(self) -> None:
         self.act("close")
+
+
+def first(path: str) -> bool:
+    """Whether nobody made this file before; it holds the time."""
+    with contextlib.suppress(FileExistsError), open(path, "x", encoding="ascii") as file:
+        file.write(repr(time.time()))
+        return True
+    return False
+
+
+class Rare(Sound):
+    """Each of `faults` (names with a + between them) once in all processes, `every` seconds apart, the first `since` seconds after training began.
+    `directory` holds when each came."""
+
+    def __init__(self, faults: str, directory: str, since: float, every: float) -> None:
+        self.faults, self.directory, self.since, self.every = faults.split("+"), Path(directory), since, every
+        self.begun = float("inf")
+        self.next, self.seed = 0, 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        result = super().reset(seed=seed)
+        if (seed or 0) >= 1000:  # a look before training has small ones
+            first(str(self.directory / "begun"))
+            self.begun = float((self.directory / "begun").read_text() or "inf")
+        return result
+
+    def step(self, action: Any) -> Any:
+        result = super().step(action)
+        passed = time.time() - self.begun - self.since
+        while self.next < len(self.faults) and passed > self.next * self.every:
+            fault = self.faults[self.next]
+            self.next += 1
+            if first(str(self.directory / f"{self.next}-{fault}")):
+                if fault in ACTS:
+                    ACTS[fault]()
+                return RETURNS[fault](*result)
+        return result
+
+
+class Snapshots(Sound):
+    """Its snapshots raise, or hold more than it says, from the `at`-th on."""
+
+    snapshot_bytes = 64
+
+    def __init__(self, fault: str, at: int) -> None:
+        self.fault, self.at, self.taken = fault, at, 0
+
+    def snapshot(self) -> bytes:
+        self.taken += 1
+        if self.taken > self.at:
+            if self.fault == "snapshot_raises":
+                raise RuntimeError("the simulator cannot be saved now")
+            return bytes(65)
+        return bytes([self.count, self.length])
+
+    def restore_snapshot(self, data: bytes) -> Any:
+        self.count, self.length = data
+        return np.zeros(3, np.float32), {}
 
 
 class Refuses(Sound):
@@ -155,7 +218,82 @@ class Wide(Sound):
 SPECIES = {"refuses": Refuses, "reuses": Reuses, "unseeded": Unseeded, "choices": OutOfChoices, "wide": Wide, "sound": Sound}
 
 
-def make(fault: str = "sound", at: int = 0, where: str = "step", marker: str | None = None, hidden: bool = False) -> Any:
+def make(
+    fault: str = "sound",
+    at: int = 0,
+    where: str = "step",
+    marker: str | None = None,
+    hidden: bool = False,
+    told: str | None = None,
+) -> Any:
     if fault in SPECIES:
         return SPECIES[fault]()
-    return Faulty(fault, at, where, marker, hidden)
+    if fault.startswith("snapshot"):
+        return Snapshots(fault, at)
+    return Faulty(fault, at, where, marker, hidden, told)
+
+
+def rare(faults: str, directory: str, since: float = 11.0, every: float = 2.0) -> Any:
+    return Rare(faults, directory, since, every)
+
+
+class FaultyVector(SyncVectorEnv):
+    """B sound environments in one vector form; `fault` comes in environment 1 at its `at`-th step, or in `where`. With `snapshots`, it offers them."""
+
+    def __init__(self, num_envs: int, fault: str, at: int, where: str, told: str | None) -> None:
+        self.fault, self.at, self.where, self.told, self.life = fault, at, where, told, 0
+        if where == "init":
+            self.act()
+        super().__init__([Sound] * num_envs)
+
+    def act(self) -> None:
+        if self.told is not None and (self.fault in ACTS or self.fault in RETURNS):
+            first(self.told)
+        if self.fault in ACTS:
+            ACTS[self.fault]()
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        result = super().reset(seed=seed, options=options)
+        if self.where == "reset":
+            self.act()
+            return {"none": None, "info": (result[0], None)}.get(self.fault, result)
+        return result
+
+    def step(self, actions: Any) -> Any:
+        observation, reward, terminated, truncated, info = super().step(actions)
+        self.life += 1
+        if self.where != "step" or self.life < self.at:
+            return observation, reward, terminated, truncated, info
+        self.act()
+        if self.fault in ("nan", "inf"):
+            observation[1] = np.nan if self.fault == "nan" else np.inf
+        elif self.fault == "reward_nan":
+            reward[1] = np.nan
+        elif self.fault == "info":
+            info = None
+        elif self.fault in RETURNS:
+            return RETURNS[self.fault](observation, reward, terminated, truncated, info)
+        return observation, reward, terminated, truncated, info
+
+
+class SavedVector(FaultyVector):
+    """Offers snapshots, from the `at`-th on broken ones."""
+
+    snapshot_bytes = 4096
+
+    def snapshots(self) -> Any:
+        self.life += 1
+        if self.life > self.at:
+            if self.fault == "snapshots_raise":
+                raise RuntimeError("the simulators cannot be saved now")
+            return [bytes(5000)] * self.num_envs
+        return [bytes([env.count, env.length]) for env in self.envs]
+
+    def restore_snapshots(self, given: list[bytes]) -> Any:
+        self.reset(seed=0)
+        return np.zeros((self.num_envs, 3), np.float32), {}
+
+
+def vector(num_envs: int, fault: str = "sound", at: int = 5, where: str = "step", told: str | None = None) -> Any:
+    kind = SavedVector if fault.startswith("snapshots") else FaultyVector
+    return kind(num_envs, fault, at, where, told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulty
 import numpy as np
 import pytest
 from environment_fakes import Recorder, VectorWalk, same_rows
@@ -170,3 +171,44 @@ def test_a_mask_in_a_batched_dict_observation_is_read():
 
 def test_probe_reads_the_spec_of_a_native_form():
     assert probe(EnvConfig(id="CartPole-v1", form="native")).spec.exact_restore
+
+
+# ---- what a vector form does wrong ------------------------------------------------------------------------------------
+def broken(fault, where="step", at=3):
+    group = group_of(faulty.vector, num_envs=2, fault=fault, where=where, at=at)
+    played(group, 10)
+    return group
+
+
+@pytest.mark.parametrize(
+    ("fault", "where", "kind", "says", "env"),
+    [
+        ("raises", "init", "raised", "making the environment raised ValueError: the arm is stuck", 0),
+        ("raises", "reset", "raised", "reset() raised ValueError", 0),
+        ("raises", "step", "raised", "step() raised ValueError", 0),
+        ("none", "reset", "api", "reset() returned something else than (observation, info)", 0),
+        ("info", "reset", "api", "reset() returned something else", 0),
+        ("info", "step", "api", "step() returned something else", 0),
+        ("nan", "step", "not_finite", "the observation is not finite", 1),
+        ("reward_nan", "step", "reward", "the reward is not finite", 1),
+        ("structure", "step", "shape", "step() returned an observation that is not in its space", 0),
+        ("snapshots_raise", "", "snapshot", "snapshots() raised RuntimeError: the simulators cannot be saved", 0),
+        ("snapshots_long", "", "snapshot", "snapshots() broke its promise", 0),
+    ],
+)
+def test_whatever_a_vector_form_does_is_a_fault_with_its_kind(fault, where, kind, says, env):
+    with pytest.raises(EnvironmentFault) as caught:
+        broken(fault, where).snapshots()
+    report = caught.value.report
+    assert says in str(caught.value)
+    assert (report["kind"], report["env"]) == (kind, env)
+    assert "raised" in str(caught.value) or (report["expected"] and report["actual"] and report["field"])
+
+
+def test_a_vector_form_that_cannot_be_made_is_found_by_the_look_before_training():
+    env = EnvConfig(id="fake", form="native", kwargs={"fault": "raises", "where": "init"})
+    with pytest.raises(EnvironmentFault, match="making the environment raised ValueError"):
+        probe(env, faulty.vector)
+    env = EnvConfig(id="fake", form="native", kwargs={"spin": 3})
+    with pytest.raises(ConfigError, match=r"env\.kwargs of fake: .*'spin'"):
+        probe(env, faulty.vector)

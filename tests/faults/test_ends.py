@@ -114,3 +114,13 @@ def test_all_in_one_process_closes_environments_and_memory_on_an_error(tmp_path:
     assert descriptors[0] == descriptors[1]
     for run in (tmp_path / "runs").iterdir():
         assert CheckpointDirectory(run / "checkpoints").newest().update == 0
+
+
+@pytest.mark.parametrize(("fault", "says"), [("segfaults", "Fatal Python error: Segmentation fault"), ("loops", "Timeout (0:00:02)!")])
+def test_all_in_one_process_shows_the_stack_of_what_it_cannot_survive(fault: str, says: str, tmp_path: Path) -> None:
+    zoo = HERE.parents[1] / "environments" / "faulty.py"
+    args = ["--actors", "0", "--env.kwargs.fault", fault, "--env.kwargs.hidden", "true", "--env.step-timeout-seconds", "1"]
+    with living("train", f"{zoo}:make", *TINY, *args, cwd=tmp_path) as run:
+        run.until(lambda: says in run.said and "faulty.py" in run.said, "stack") if fault == "loops" else run.ends()
+        assert says in run.said
+        assert "faulty.py" in run.said

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from shoal.config import StopConfig
-from shoal.engines.plan import BATCHES_AHEAD, Episode, Lease, Plan
+from shoal.engines.plan import BATCHES_AHEAD, Episode, Lease, Plan, Restore
 from shoal.engines.poison import ANY_ROW, CERTAIN, UNNAMED, WHILE_RESTORED, Suspects
 from shoal.experience.envelope import Fate, Identity
 from shoal.experience.group_state import GroupHistory, pack, unpack
@@ -125,8 +125,10 @@ class Coordinator:
           step: (episode, step) of an environment of a paced group that hung, perhaps since an earlier rollout.
         """
         group = self.groups[identity.group]
-        if identity not in group.leased.values():
-            return []  # an old attempt's word
+        if identity not in group.leased.values():  # an old attempt's word; or it was put back before its time, and nothing was being made
+            if (identity.sequence, identity.attempt) == (group.next_sequence, group.attempt) and not group.leased:
+                group.hosted = False
+            return []
         if step is None:
             group.suspects.add(identity.sequence, row, env)
         else:
@@ -179,6 +181,16 @@ class Coordinator:
             special = suspects.given_up(sequence), suspects.given_up_steps(), suspects.careful(sequence)
             leases.append(Lease(group.actor, slot, identity, restore, *special))
         return leases
+
+    def next_restores(self, available: Container[int]) -> list[Restore]:
+        """Groups that nobody hosts yet and whose next rollout may not be begun now: an available actor puts them back while it waits."""
+        restores = []
+        for index, group in enumerate(self.groups):
+            if not group.hosted and not group.leased and group.actor == group.target and group.actor in available:
+                group.hosted = True
+                identity = Identity(index, group.next_sequence, group.attempt)
+                restores.append(Restore(group.actor, identity, group.history.state_at(group.next_sequence)))
+        return restores
 
     def _order(self) -> list[int]:
         """Groups that are behind come first; each as often as it has slots."""

@@ -12,11 +12,11 @@ import numpy as np
 
 from shoal.engines.poison import UNNAMED, WHILE_RESTORED
 from shoal.engines.session import Session
-from shoal.engines.snippets import with_snippet
+from shoal.engines.snippets import PlayedVector, with_snippet
 from shoal.errors import EnvironmentFault
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Slot
-from shoal.streams import episode_seed
+from shoal.streams import episode_seed, group_seed
 from shoal.types import Array, EnvironmentSpec
 
 EARLY_SECONDS = 10.0  # since the first environment step
@@ -48,6 +48,8 @@ class EnvironmentFaults:
         self.count += 1
         ends_process = fault.report.get("kind") in ("hang", "died") and "paced" not in fault.report  # whose restart is counted then
         session.restarts += not ends_process
+        if "paced" in fault.report and identity is not None:
+            fault = self._paced(fault, identity)
         full = self._in_full(fault, identity)
         early = session.seconds - seconds_ago < EARLY_SECONDS
         spent = self.count > budget
@@ -70,6 +72,20 @@ class EnvironmentFaults:
             default if report.get(name) is None else int(str(report[name])) for name, default in (("row", WHILE_RESTORED), ("env", UNNAMED))
         )
         self._session.coordinator.faulted(identity, row, env, tuple(step) if isinstance(step, (list, tuple)) else None)
+
+    def _paced(self, fault: EnvironmentFault, identity: Identity) -> EnvironmentFault:
+        """The hang of one environment of a paced group, which its actor saw, with what only the supervisor knows."""
+        from shoal.environments.faults import environment_fault  # brings gymnasium, which nobody else here needs
+
+        report = fault.report
+        env, played = int(str(report["env"])), self._episodes(identity, int(str(report["env"])))
+        limit = self._session.config.env.step_timeout_seconds
+        whole = environment_fault(
+            "hang", "step() has not returned", environment=self._session.config.env.id, group=identity.group, env=env,
+            step=int(str(report["step"])), seed=int(str(report["seed"])), last_action=played[-1][1][-1] if played and played[-1][1] else None,
+            expected=f"at most {limit:g} s", actual=str(fault).splitlines()[0], stack=str(report.get("traceback") or ""),
+        )  # fmt: skip
+        return EnvironmentFault(str(whole), {**report, **whole.report})
 
     def place_of(self, group: int) -> Identity | None:
         """The rollout that is being made of a group: the first that is leased."""
@@ -132,6 +148,8 @@ class EnvironmentFaults:
         if "snippet" in fault.report:
             return fault
         session, report = self._session, fault.report
+        if session.config.env.form == "native":
+            return with_snippet(fault, session.config, session.directory, {}, vector=self._vector_played(identity))
         env = report.get("env")
         episodes: dict[int, list[Episode]] = {}
         if identity is not None and identity in session.coordinator.groups[identity.group].leased.values():
@@ -145,11 +163,14 @@ class EnvironmentFaults:
         return with_snippet(fault, session.config, session.directory, episodes or {0: []}, mask_in_info)
 
     def _standing(self, identity: Identity) -> list[tuple[int | None, int, Any]]:
-        """(seed, step, last action) of each environment of the group."""
+        """(seed, step, last action) of each environment of the group; in its native form all have one seed."""
+        vector = self._vector_played(identity) if self._session.config.env.form == "native" else None
         out: list[tuple[int | None, int, Any]] = []
         for b in range(self._session.coordinator.plan.group_size):
             played = self._episodes(identity, b)
             begin, actions = played[-1] if played else (None, [])
+            if vector is not None:
+                begin = vector.seed
             out.append((begin if isinstance(begin, int) else None, max(0, len(actions) - 1), actions[-1] if actions else None))
         return out
 
@@ -175,6 +196,34 @@ class EnvironmentFaults:
                     played.append((self._seed(identity.group, b, first, None), []))
         leaf = session.spec.action
         return [(begin, [to_environment_action(leaf, action[None])[0].tolist() for action in actions]) for begin, actions in played[-2:]]
+
+    def _vector_played(self, identity: Identity | None) -> PlayedVector:
+        """What the group in its native form was given since its rollout began; a group that nobody leased, at its start."""
+        session, coordinator = self._session, self._session.coordinator
+        if identity is None:
+            return PlayedVector(0, 0, session.config.seed, session.epoch, [0] * coordinator.plan.group_size, [], [])
+        group = coordinator.groups[identity.group]
+        state = group.history.state_at(identity.sequence)
+        snapshots = [one for one in state.snapshots if one is not None]
+        whole = len(snapshots) == len(state.snapshots)
+        inside = state.cursor["num_steps"] > 0
+        episodes = state.cursor["episode"] + (0 if whole else inside)
+        slot = next((slot for slot, leased in group.leased.items() if leased == identity), None)
+        actions = []
+        if slot is not None and coordinator.ring.slots[slot].identity == identity:
+            actions = coordinator.ring.slots[slot].arrays["action"][: self._rows(slot, 0)].tolist()
+        stands = int(state.cursor["seed"][0])
+        seed = stands if whole and stands else group_seed(session.config.seed, identity.group, int(episodes.sum()), session.epoch)
+        return PlayedVector(
+            seed,
+            identity.group,
+            session.config.seed,
+            session.epoch,
+            episodes.tolist(),
+            snapshots if whole else [],
+            actions,
+            bool(inside.any()) and not whole,
+        )
 
     def _rows(self, slot: int, b: int) -> int:
         """Rows of environment b that hold an action: those that are done, and the one that is under way."""

@@ -10,6 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,8 @@ class Fleet:
         self.zygote.fork("shoal.engines.mains:evaluator_main", "evaluator", 0, 0, theirs)
         sources: list[HasFileno] = [ours, self.zygote]
         try:
-            ours.send(to_json({"path": str(path), **self._config.evaluation.model_dump()}))
+            with suppress(EOFError):
+                ours.send(to_json({"path": str(path), **self._config.evaluation.model_dump()}))
             while True:
                 wait(sources, POLL_SECONDS)
                 events = self.zygote.receive()
@@ -204,7 +206,8 @@ class Fleet:
         with os.fdopen(anonymous_file("shoal-setup"), "wb") as file:  # the bounds of a large space are more than a message holds
             file.write(to_json({"config": config, **self._common, **setup}))
             file.flush()
-            ours.send_with_fds(encode(b"{}"), [file.fileno()])
+            with suppress(EOFError):  # it was killed already; its death is told by `happened`
+                ours.send_with_fds(encode(b"{}"), [file.fileno()])
 
     def kill(self, process: Process, why: str) -> None:
         """SIGKILL; its death is told by `happened`."""

@@ -22,7 +22,7 @@ from shoal.engines.commands import obey
 from shoal.engines.environment_faults import EnvironmentFaults
 from shoal.engines.fleet import DEATHS_IN_A_ROW, STOP_SECONDS, Death, Fleet, Process, rebuild_error, tell, words
 from shoal.engines.messages import Kind, Word, from_json, to_json
-from shoal.engines.orders import actor_setup, learner_setup, send_lease, tell_of_weights
+from shoal.engines.orders import actor_setup, learner_setup, send_lease, send_restore, tell_of_weights
 from shoal.engines.plan import Plan
 from shoal.engines.poison import CERTAIN, DOUBTFUL, WHILE_RESTORED
 from shoal.engines.question import stack_of
@@ -172,15 +172,19 @@ class LocalEngine:
                 self._actor_said(process, word)
 
     def _dispatch(self) -> None:
-        """Order what may be ordered now."""
-        if not self._fleet.learner.ready or self._reason is not None:
+        """Order what may be ordered now. Groups are put back also while the learner is at work, or not there yet."""
+        if self._reason is not None:
             return
-        if not self._paused:
-            available = {p.index for p in self._fleet.actors if p.up and not p.doomed}
+        available = {p.index for p in self._fleet.actors if p.up and not p.doomed}
+        if self._fleet.learner.ready and not self._paused:
             for lease in self._coordinator.next_leases(available):
                 send_lease(self._fleet.actors[lease.actor], lease, self._coordinator.version)
             for index, group in self._coordinator.take_released():
                 tell(self._fleet.actors[index], Word(Kind.RELEASE, identity=Identity(group, 0, 0)).encode())
+        for restore in self._coordinator.next_restores(available):
+            send_restore(self._fleet.actors[restore.actor], restore.identity, restore.state)
+        if not self._fleet.learner.ready:
+            return
         if not self._saves.under_way and (batch := self._coordinator.next_batch()) is not None:
             self._tell_learner({"do": "train", "rollouts": [[slot, list(identity)] for slot, identity in batch]})
 
@@ -267,10 +271,11 @@ class LocalEngine:
             if isinstance(event, Death):
                 self._hear(event.process)
                 event.process.ended()
+        if lost := next((event for event in happened if isinstance(event, Lost)), None):
+            self._lost_zygote(lost)  # and with it all that died
+            return
         for event in happened:
-            if isinstance(event, Lost):
-                self._lost_zygote(event)
-            elif not event.process.up:  # else it was started anew with all others
+            if isinstance(event, Death) and not event.process.up:  # else it was started anew with all others
                 self._died(event)
 
     def _died(self, death: Death) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -235,6 +237,8 @@ class _ActorProcess:
             elif word.kind is Kind.LEASE and self._actor.hosts(group):  # else it crossed our FAULT, and is void
                 self._fill(word)
         except EnvironmentFault as fault:
+            if "paced" in fault.report:
+                fault.report["traceback"] = _other_threads()
             self._say(Word(Kind.FAULT, word.slot, word.identity, 0, encoded(describe_error(fault))))
             self._work = deque(entry for entry in self._work if entry[0].identity.group != group)
             self._actor.release(group)  # said first: closing what is broken may hang
@@ -269,6 +273,12 @@ class _ActorProcess:
                 wait([], 0.01, writable=[self._channel])
         except EOFError:
             raise _Stopped from None
+
+
+def _other_threads() -> str:
+    """Where the threads of this process stand, but for the one that asks: one of them is in the step that hangs."""
+    frames, mine = sys._current_frames(), threading.get_ident()
+    return "\n".join("".join(traceback.format_stack(frame)) for ident, frame in frames.items() if ident != mine)
 
 
 def _read_and_close(fd: int) -> bytes:

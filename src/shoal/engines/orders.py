@@ -11,8 +11,10 @@ from shoal.engines.fleet import Process, tell
 from shoal.engines.messages import Kind, Word, to_json
 from shoal.engines.plan import Lease
 from shoal.engines.session import Session
+from shoal.experience.envelope import Identity
 from shoal.experience.group_state import to_bytes
 from shoal.supervision.memory import anonymous_file
+from shoal.types import GroupState
 
 
 def learner_setup(session: Session) -> dict[str, Any]:
@@ -34,11 +36,15 @@ def send_lease(actor: Process, lease: Lease, version: int) -> None:
     body = to_json(special) if any(special.values()) else b""
     actor.told_at = time.monotonic()
     if lease.restore is not None:
-        with os.fdopen(anonymous_file("shoal-group"), "wb") as file:
-            file.write(to_bytes(lease.restore))
-            file.flush()
-            tell(actor, Word(Kind.RESTORE, 0, lease.identity).encode(), [file.fileno()])
+        send_restore(actor, lease.identity, lease.restore)
     tell(actor, Word(Kind.LEASE, lease.slot, lease.identity, version, body).encode())
+
+
+def send_restore(actor: Process, identity: Identity, state: GroupState) -> None:
+    with os.fdopen(anonymous_file("shoal-group"), "wb") as file:
+        file.write(to_bytes(state))
+        file.flush()
+        tell(actor, Word(Kind.RESTORE, 0, identity).encode(), [file.fileno()])
 
 
 def tell_of_weights(session: Session, actors: Iterable[Process], version: int) -> None:

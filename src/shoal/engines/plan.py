@@ -62,6 +62,15 @@ class Lease:
     careful: tuple[int, ...] = ()  # rows at which each environment is to be named before it is stepped
 
 
+@dataclass(frozen=True)
+class Restore:
+    """An order to an actor: put the group where its next rollout begins, before that may be made."""
+
+    actor: int
+    identity: Identity
+    state: GroupState
+
+
 @dataclass
 class Episode:
     """An episode that ended, as training saw it."""

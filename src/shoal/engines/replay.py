@@ -2,12 +2,13 @@
 
 An async run's weights depend on which rollouts each update consumed, and with which policy version each of their rows was made. The
 log holds both, and everything else is a function of the configuration: so the same weights come out, bit for bit. A sync run needs
-no log: update k consumes rollout k of every group, made with version k.
+no log: update k consumes rollout k of every group, made with version k. Where an episode was given up, since the same step broke twice, is an
+event of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from shoal.experience.ring import allocate
 from shoal.types import Array
 
 Entry = dict[str, Any]
+GivenUp = Mapping[tuple[int, int], Sequence[Sequence[int]]]
 
 
 class WeightHistory:
@@ -48,12 +50,19 @@ class WeightHistory:
         self._versions = {v: w for v, w in self._versions.items() if v >= version}
 
 
-def replay(blueprint: Blueprint, log: dict[int, list[Entry]], num_updates: int, told: Callable[[int], None] = lambda update: None) -> str:
+def replay(
+    blueprint: Blueprint,
+    log: dict[int, list[Entry]],
+    num_updates: int,
+    told: Callable[[int], None] = lambda update: None,
+    given_up: GivenUp | None = None,
+) -> str:
     """Execute updates 1 to `num_updates` again. Returns weights_sha256.
 
     Args:
       log: by update, what it consumed in order; empty for a sync run.
       told: called after each update.
+      given_up: of a sync run, by (group, sequence), the places (row, env) at which episodes were ended as invalid.
     Raises:
       RunError: the log has a gap, or the environments acted as they were ready, which no log can repeat.
     """
@@ -64,7 +73,7 @@ def replay(blueprint: Blueprint, log: dict[int, list[Entry]], num_updates: int, 
     plan = Plan.of(blueprint.config)
     policy = blueprint.policy()
     schema = blueprint.schema(policy)
-    updates = list(_updates(plan, log, num_updates))
+    updates = list(_updates(plan, log, num_updates, given_up or {}))
     ring = allocate(schema, max(len(entries) for entries in updates) if updates else 1)
     weights = WeightHistory(blueprint.layout(policy).size)
     behaviour = blueprint.behaviour(weights)
@@ -95,11 +104,14 @@ def replay(blueprint: Blueprint, log: dict[int, list[Entry]], num_updates: int, 
     return learner.weights_sha256
 
 
-def _updates(plan: Plan, log: dict[int, list[Entry]], num_updates: int) -> Iterator[list[Entry]]:
+def _updates(plan: Plan, log: dict[int, list[Entry]], num_updates: int, given_up: GivenUp) -> Iterator[list[Entry]]:
     for update in range(1, num_updates + 1):
         if plan.mode == "sync":
             versions = [[update - 1, plan.rollout_length]]
-            yield [{"id": [g, update - 1, 0], "versions": versions, "fate": "trained"} for g in range(plan.num_groups)]
+            yield [
+                {"id": [g, update - 1, 0], "versions": versions, "fate": "trained", "give_up": given_up.get((g, update - 1), ())}
+                for g in range(plan.num_groups)
+            ]
         elif update in log:
             yield log[update]
         else:

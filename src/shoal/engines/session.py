@@ -94,6 +94,10 @@ class Session:
         self.may_save = stepped > 0 or not skipped
         version, consumption = c.version, c.consumption
         episodes = c.trained(metrics)
+        for entry in consumption if c.version > version else ():
+            if places := entry.get("give_up"):
+                group, sequence, _ = entry["id"]
+                self.observer.event("given_up", group=group, sequence=sequence, places=places)
         report = UpdateReport(c.version, c.env_steps, self.seconds, metrics, episodes, consumption)
         if c.version > version and self.observer.updated(report):
             self.wanted_end = self.wanted_end or "interrupted"

@@ -13,6 +13,14 @@ from shoal.errors import EnvironmentFault
 RAISED = (Exception, SystemExit)
 
 
+class TookTooLong(TimeoutError):
+    """Raised inside of a call of an environment, by whoever limits how long it may take (engines/alarm.py)."""
+
+    def __init__(self, seconds: float, limit_seconds: float) -> None:
+        super().__init__(f"has not returned for {seconds:.1f} s, allowed are {limit_seconds:g} s (--env.step-timeout-seconds)")
+        self.seconds, self.limit_seconds = seconds, limit_seconds
+
+
 _LONGEST_TEXT = 6_000  # characters of one text in a report: a report fits into one message between processes
 _MOST_NUMBERS = 200  # of an action in a report
 
@@ -103,3 +111,27 @@ def environment_fault(
         "traceback": trace,
     }
     return EnvironmentFault("\n".join(lines), report)
+
+
+def raised_in(call: str, error: BaseException, kind: FaultKind = "raised") -> dict[str, Any]:
+    """Kind and words, for `environment_fault`, of what came out of a call."""
+    if isinstance(error, TookTooLong):
+        what = f"{call} has not returned for {error.seconds:.1f} s"
+        return {
+            "kind": "hang",
+            "what": what,
+            "expected": f"at most {error.limit_seconds:g} s",
+            "actual": f"{error.seconds:.1f} s",
+            "error": error,
+        }
+    return {"kind": kind, "what": f"{call} raised {type(error).__name__}: {error}", "error": error}
+
+
+def wrong_result(call: str, expected: str, result: Any) -> tuple[str, str, str, str, str]:
+    """What, field, expected, actual and hint of the fault of a call that returned something else."""
+    if isinstance(result, tuple):
+        actual = f"a tuple of {len(result)}"
+        hint = "this is the old Gym interface: split done into terminated and truncated" if len(result) == 4 else ""
+    else:
+        actual, hint = type(result).__name__, "return (observation, info)" if call == "reset()" else ""
+    return f"{call} returned something else than {expected}", call, expected, actual, hint

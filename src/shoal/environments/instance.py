@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from shoal.environments.faults import RAISED, FaultKind, environment_fault
+from shoal.environments.faults import RAISED, FaultKind, environment_fault, raised_in, wrong_result
 from shoal.environments.spaces import MASK, SpaceMismatch, extend_crc, mask_writer, observation_writer
 from shoal.errors import ConfigError, EnvironmentFault
 from shoal.types import Array, Arrays, Ended, EnvironmentSpec
@@ -104,7 +104,7 @@ class Instance:
         except (ConfigError, EnvironmentFault):
             raise
         except RAISED as error:
-            raise self._fault("raised", f"making the environment raised {type(error).__name__}: {error}", error=error) from error
+            raise self._fault(**raised_in("making the environment", error)) from error
         bare, limit = unwrap(self._env)
         self._bare, self._step = bare, bare.step
         self._limit = float("inf") if limit is None else float(limit)
@@ -138,10 +138,10 @@ class Instance:
         try:
             result = self._step(action)
         except RAISED as error:
-            raise self._fault("raised", f"step() raised {type(error).__name__}: {error}", error=error) from error
+            raise self._fault(**raised_in("step()", error)) from error
         self.num_steps += 1
         if result.__class__ is not tuple or len(result) != 5:
-            raise self._fault("api", *_wrong_result("step()", "(observation, reward, terminated, truncated, info)", result))
+            raise self._fault("api", *wrong_result("step()", "(observation, reward, terminated, truncated, info)", result))
         observation, reward, terminated, truncated, info = result
         if reward.__class__ is not float:
             reward = self._scalar(reward)
@@ -200,9 +200,9 @@ class Instance:
         try:
             result = self._bare.reset(seed=self.seed)
         except RAISED as error:
-            raise self._fault("raised", f"reset() raised {type(error).__name__}: {error}", error=error) from error
+            raise self._fault(**raised_in("reset()", error)) from error
         if result.__class__ is not tuple or len(result) != 2 or not isinstance(result[1], dict):
-            raise self._fault("api", *_wrong_result("reset()", "(observation, info)", result))
+            raise self._fault("api", *wrong_result("reset()", "(observation, info)", result))
         self._take("reset()", *result)
 
     def _take(self, where: str, observation: Any, info: Any) -> None:
@@ -277,7 +277,7 @@ class Instance:
         try:
             taken = self._bare.snapshot()
         except RAISED as error:
-            raise self._fault("snapshot", f"snapshot() raised {type(error).__name__}: {error}", error=error) from error
+            raise self._fault(**raised_in("snapshot()", error, "snapshot")) from error
         longest = self._spec.snapshot_bytes - _SNAPSHOT_HEADER.size
         if not isinstance(taken, (bytes, bytearray, memoryview)) or len(taken) > longest:
             actual = f"{len(taken)} bytes" if isinstance(taken, (bytes, bytearray, memoryview)) else f"{type(taken).__name__} {taken!r:.60}"
@@ -291,7 +291,7 @@ class Instance:
         try:
             observation, info = self._bare.restore_snapshot(snapshot[_SNAPSHOT_HEADER.size :])
         except RAISED as error:
-            raise self._fault("snapshot", f"restore_snapshot() raised {type(error).__name__}: {error}", error=error) from error
+            raise self._fault(**raised_in("restore_snapshot()", error, "snapshot")) from error
         self._take("restore_snapshot()", observation, info)
         return bool(extend_crc(0, self._spec, self._current, self._index) == crc)
 
@@ -338,12 +338,3 @@ class Instance:
 
 def _not_open(action: Any) -> Any:
     raise RuntimeError("restore() puts a group somewhere before it can be stepped")
-
-
-def _wrong_result(call: str, expected: str, result: Any) -> tuple[str, str, str, str, str]:
-    if isinstance(result, tuple):
-        actual = f"a tuple of {len(result)}"
-        hint = "this is the old Gym interface: split done into terminated and truncated" if len(result) == 4 else ""
-    else:
-        actual, hint = type(result).__name__, "return (observation, info)" if call == "reset()" else ""
-    return f"{call} returned something else than {expected}", call, expected, actual, hint

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, Literal
 
 from shoal.config import EnvConfig
-from shoal.environments.faults import RAISED, environment_fault
+from shoal.environments.faults import RAISED, environment_fault, raised_in
 from shoal.environments.group import PythonGroup
 from shoal.environments.instance import offered_snapshot_bytes, unwrap
 from shoal.environments.spaces import MASK, describe
@@ -46,13 +46,13 @@ def environment_factory(
     if callable_ is None and (is_path(env.id) or env.id.startswith(OPAQUE)):
         callable_ = load_object(env.id)
     if callable_ is not None:
-        return _checked(env, _user_factory(env, callable_, render_mode))
+        return explained(env, _user_factory(env, callable_, render_mode))
     spec = registered(env.id)
     if is_atari(spec) and env.atari_preprocessing:
         from shoal.environments.atari import atari_factory
 
-        return _checked(env, atari_factory(spec, env, training=training, render_mode=render_mode))
-    return _checked(env, _gymnasium_factory(env, spec, render_mode))
+        return explained(env, atari_factory(spec, env, training=training, render_mode=render_mode))
+    return explained(env, _gymnasium_factory(env, spec, render_mode))
 
 
 def is_path(env_id: str) -> bool:
@@ -175,7 +175,7 @@ def _accepts(factory: Factory, name: str) -> bool:
     return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _checked(env: EnvConfig, create: Callable[[], Any]) -> Callable[[], Any]:
+def explained(env: EnvConfig, create: Callable[[], Any]) -> Callable[[], Any]:
     """`create`, with errors that the configuration explains turned into ConfigError."""
 
     def create_checked() -> Any:
@@ -232,8 +232,8 @@ def open_environment(env: EnvConfig, factory: Factory | None = None, *, training
     except ShoalError:
         raise
     except RAISED as error:
-        what = f"making the environment raised {type(error).__name__}: {error}"
-        raise environment_fault("raised", what, environment=env.id, group=0, env=0, step=0, seed=0, error=error) from error
+        said = raised_in("making the environment", error)
+        raise environment_fault(**said, environment=env.id, group=0, env=0, step=0, seed=0) from error
 
 
 def close_quietly(made: Any) -> None:
@@ -252,8 +252,7 @@ def describe_instance(name: str, made: Any) -> EnvironmentSpec:
     try:
         result = bare.reset(seed=0)
     except RAISED as error:
-        what = f"reset() raised {type(error).__name__}: {error}"
-        raise environment_fault("raised", what, environment=name, group=0, env=0, step=0, seed=0, error=error) from error
+        raise environment_fault(**raised_in("reset()", error), environment=name, group=0, env=0, step=0, seed=0) from error
     info = result[1] if isinstance(result, tuple) and len(result) == 2 else {}
     mask_in_info = isinstance(info, dict) and MASK in info
     return describe(name, bare.observation_space, bare.action_space, mask_in_info=mask_in_info, snapshot_bytes=offered_snapshot_bytes(bare))

@@ -15,7 +15,6 @@ The environments share one seed, so a group is exactly restorable only with snap
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -24,10 +23,10 @@ import numpy as np
 
 from shoal import streams
 from shoal.config import EnvConfig
-from shoal.environments.faults import RAISED, FaultKind, environment_fault
-from shoal.environments.generators import STATE_BYTES, pack_generator, unpack_generator
+from shoal.environments.faults import RAISED, FaultKind, environment_fault, raised_in, wrong_result
 from shoal.environments.spaces import MASK, SpaceMismatch, action_map, allocate, describe, flatten_batch
-from shoal.errors import ConfigError, EnvironmentFault
+from shoal.environments.vector_snapshots import snapshots_of
+from shoal.errors import ConfigError, EnvironmentFault, ShoalError
 from shoal.types import CURSOR, Array, Arrays, Ended, EnvironmentSpec, GroupState, GroupStep
 
 
@@ -37,7 +36,7 @@ def native_factory(env: EnvConfig, callable_: Callable[..., Any] | None = None) 
     Raises:
       ConfigError: the id has no vector form; as `make.registered`.
     """
-    from shoal.environments.make import is_atari, is_path, registered
+    from shoal.environments.make import explained, is_atari, is_path, registered
 
     if callable_ is None and is_path(env.id):
         from shoal.imports import load_object
@@ -45,7 +44,7 @@ def native_factory(env: EnvConfig, callable_: Callable[..., Any] | None = None) 
         callable_ = load_object(env.id)
     if callable_ is not None:
         factory = callable_
-        return lambda num_envs: factory(num_envs=num_envs, **env.kwargs)
+        return lambda num_envs: explained(env, lambda: factory(num_envs=num_envs, **env.kwargs))()
     import gymnasium
 
     spec = registered(env.id)
@@ -58,29 +57,56 @@ def native_factory(env: EnvConfig, callable_: Callable[..., Any] | None = None) 
             raise ConfigError("env.max_episode_steps: the native Atari form counts frames; set env.kwargs.max_num_frames_per_episode")
     elif env.max_episode_steps is not None:
         kwargs["max_episode_steps"] = env.max_episode_steps
-    return lambda num_envs: gymnasium.make_vec(spec, num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)
+    return lambda num_envs: explained(
+        env, lambda: gymnasium.make_vec(spec, num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)
+    )()
 
 
 def native_spec(env: EnvConfig, factory: Callable[..., Any] | None = None) -> EnvironmentSpec:
-    """The spec of an environment in its native form."""
-    vector = _checked(env.id, native_factory(env, factory)(1))
+    """The spec of an environment in its native form. Raises ConfigError and EnvironmentFault, as NativeGroup."""
+    vector = _made(env.id, 0, lambda: native_factory(env, factory)(1))
     try:
-        return _describe(env.id, vector)
+        return _describe(env.id, 0, vector)
     finally:
-        vector.close()
+        with suppress(*RAISED):
+            vector.close()
 
 
-def _checked(name: str, vector: Any) -> Any:
+def _made(name: str, group: int, create: Callable[[], Any]) -> Any:
     import gymnasium
 
+    vector = _guarded(name, group, "making the environment", create)
     if not isinstance(vector, gymnasium.vector.VectorEnv):
         raise ConfigError(f"env.form is native, but {name} made {type(vector).__name__}; a gymnasium.vector.VectorEnv was expected")
     return vector
 
 
-def _describe(name: str, vector: Any) -> EnvironmentSpec:
-    snapshots = _snapshots_of(vector)
-    _, info = vector.reset(seed=0)
+_RESET, _STEP = "(observation, info)", "(observation, reward, terminated, truncated, info)"
+
+
+def _is_reset(result: Any) -> bool:
+    return isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
+
+
+def _guarded(name: str, group: int, call: str, action: Callable[[], Any]) -> Any:
+    """Before the first episode: what it raises is a fault."""
+    try:
+        return action()
+    except ShoalError:
+        raise
+    except RAISED as error:
+        raise environment_fault(**raised_in(call, error), environment=name, group=group, env=0, step=0, seed=0) from error
+
+
+def _describe(name: str, group: int, vector: Any) -> EnvironmentSpec:
+    snapshots = snapshots_of(vector)
+    result = _guarded(name, group, "reset()", lambda: vector.reset(seed=0))
+    if not _is_reset(result):
+        what, field, expected, actual, hint = wrong_result("reset()", _RESET, result)
+        raise environment_fault(
+            "api", what, environment=name, group=group, env=0, step=0, seed=0, field=field, expected=expected, actual=actual, hint=hint
+        )
+    info = result[1]
     return describe(
         name, vector.single_observation_space, vector.single_action_space,
         mask_in_info=MASK in info, snapshot_bytes=snapshots.snapshot_bytes + 1 if snapshots else 0, exact_restore=snapshots is not None,
@@ -105,7 +131,7 @@ class NativeGroup:
         self._create, self._name, self._group, self.num_envs = create, name, group, num_envs
         self._key = (run_seed, group, epoch)
         self._open()
-        self.spec = _describe(name, self._vector)
+        self.spec = _describe(name, group, self._vector)
         self._current = allocate(self.spec, num_envs)
         self._to_environment = action_map(self.spec.action)
         self._cursor = np.zeros(num_envs, CURSOR)
@@ -116,8 +142,8 @@ class NativeGroup:
     def _open(self) -> None:
         from gymnasium.vector import AutoresetMode
 
-        self._vector = _checked(self._name, self._create())
-        self._snapshots = _snapshots_of(self._vector)
+        self._vector = _made(self._name, self._group, self._create)
+        self._snapshots = snapshots_of(self._vector)
         mode = self._vector.metadata.get("autoreset_mode")
         if mode is None:
             raise ConfigError(
@@ -133,7 +159,7 @@ class NativeGroup:
         self._pending_B[:] = False
         if self._snapshots and all(one is not None for one in state.snapshots):
             bodies = [one[1:] for one in state.snapshots if one is not None]
-            observation, info = self._guard("restore_snapshots()", lambda: self._snapshots.restore_snapshots(bodies))
+            observation, info = self._reset("restore_snapshots()", lambda: self._snapshots.restore_snapshots(bodies))
             self._cursor[:] = state.cursor
             self._pending_B[:] = [one[0] for one in state.snapshots if one is not None]
             lost: list[int] = []
@@ -149,11 +175,9 @@ class NativeGroup:
     def _begin_all(self) -> tuple[Any, dict[str, Any]]:
         """Reset all, with a seed that depends on how many episodes were begun before."""
         run_seed, group, epoch = self._key
-        index = int(self._cursor["episode"].sum())
-        seed = int(streams.stream(run_seed, streams.Purpose.ENVIRONMENT, group, index=index, epoch=epoch).integers(2**31 - 2**16))
+        seed = streams.group_seed(run_seed, group, int(self._cursor["episode"].sum()), epoch)
         self._cursor["seed"], self._cursor["num_steps"], self._cursor["episode_return"] = seed, 0, 0.0
-        result: tuple[Any, dict[str, Any]] = self._guard("reset()", lambda: self._vector.reset(seed=seed))
-        return result
+        return self._reset("reset()", lambda: self._vector.reset(seed=seed))
 
     def give_up(self, b: int) -> None:
         """At the next step, end every environment's episode as an invalid row: a vector form can only be given up as a whole."""
@@ -186,8 +210,8 @@ class NativeGroup:
             return self._end_given_up(out)
         self._last_action = self._to_environment(action_B)
         result = self._guard("step()", lambda: self._vector.step(self._last_action))
-        if not isinstance(result, tuple) or len(result) != 5:
-            raise self._fault("api", "step() returned something else than (observation, reward, terminated, truncated, info)")
+        if not isinstance(result, tuple) or len(result) != 5 or not isinstance(result[4], dict):
+            raise self._fault("api", *wrong_result("step()", _STEP, result))
         observation, reward, terminated, truncated, info = result
         reward_B, terminated_B, truncated_B = self._outcome(reward, terminated, truncated)
         valid_B = ~self._pending_B
@@ -202,7 +226,7 @@ class NativeGroup:
             self._pending_B = ended_B
         elif self._mode is AutoresetMode.DISABLED and ended_B.any():
             ended = [self._end_of(b, self._row(b)) for b in map(int, np.flatnonzero(ended_B))]
-            observation, info = self._guard("reset()", lambda: self._vector.reset(options={"reset_mask": ended_B.copy()}))
+            observation, info = self._reset("reset()", lambda: self._vector.reset(options={"reset_mask": ended_B.copy()}))
             self._take_some(observation, info, ended_B)
         self._cursor["episode"][ended_B] += 1
         self._cursor["num_steps"][ended_B] = 0
@@ -224,7 +248,13 @@ class NativeGroup:
         """One per environment, or None where the vector form offers none."""
         if not self._snapshots:
             return [None] * self.num_envs
-        return [bytes([int(pending)]) + one for pending, one in zip(self._pending_B, self._snapshots.snapshots(), strict=True)]
+        taken, longest = self._guard("snapshots()", self._snapshots.snapshots), self.spec.snapshot_bytes - 1
+        whole = isinstance(taken, (list, tuple)) and len(taken) == self.num_envs
+        if not whole or not all(isinstance(one, bytes) and len(one) <= longest for one in taken):
+            actual = f"{type(taken).__name__} {taken!r:.100}"
+            expected = f"{self.num_envs} times bytes, at most {longest} each"
+            raise self._fault("snapshot", "snapshots() broke its promise", "snapshots", expected, actual)
+        return [bytes([int(pending)]) + one for pending, one in zip(self._pending_B, taken, strict=True)]
 
     def close(self) -> None:
         if self._open_now:
@@ -246,7 +276,8 @@ class NativeGroup:
                 )
             arrays.append(array.astype(np.float64 if field == "reward" else np.bool_))
         if not np.isfinite(arrays[0]).all():
-            raise self._fault("reward", "the reward is not finite", "reward", "finite numbers", f"{arrays[0].tolist()}")
+            b = int(np.flatnonzero(~np.isfinite(arrays[0]))[0])
+            raise self._fault("reward", "the reward is not finite", "reward", "finite numbers", f"{arrays[0].tolist()}", env=b)
         return arrays[0], arrays[1], arrays[2]
 
     def _count(self, reward_B: Array, valid_B: Array) -> None:
@@ -286,7 +317,12 @@ class NativeGroup:
             if self.spec.action_mask == "info" and MASK in info:
                 out[MASK][...] = np.stack([np.concatenate([np.ravel(p) for p in np.atleast_1d(m)]) for m in info[MASK]]) != 0
         except SpaceMismatch as mismatch:
-            raise self._fault(mismatch.kind, f"{where}: {mismatch}", mismatch.field, mismatch.expected, mismatch.actual) from None
+            what = f"{where} returned an observation that is not in its space"
+            raise self._fault(mismatch.kind, what, mismatch.field, mismatch.expected, mismatch.actual, mismatch.hint) from None
+        except Exception as error:
+            what = f"what {where} returned cannot be read: {type(error).__name__}: {error}"
+            promised = "what the spaces promise, and a dict"
+            raise self._fault("structure", what, "observation, info", promised, type(observation).__name__, error=error) from error
         for name, array in out.items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 b = int(np.flatnonzero(~np.isfinite(array.reshape(self.num_envs, -1)).all(1))[0])
@@ -294,11 +330,17 @@ class NativeGroup:
                     "not_finite", "the observation is not finite", name, "finite numbers", f"{array[b].ravel()[:16].tolist()}", env=b
                 )
 
+    def _reset(self, call: str, action: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+        result: tuple[Any, dict[str, Any]] = self._guard(call, action)
+        if not _is_reset(result):
+            raise self._fault("api", *wrong_result(call, _RESET, result))
+        return result
+
     def _guard(self, call: str, action: Callable[[], Any]) -> Any:
         try:
             return action()
         except RAISED as error:
-            raise self._fault("raised", f"{call} raised {type(error).__name__}: {error}", error=error) from error
+            raise self._fault(**raised_in(call, error, "snapshot" if "snapshots" in call else "raised")) from error
 
     def _fault(
         self,
@@ -307,6 +349,8 @@ class NativeGroup:
         field: str = "",
         expected: str = "",
         actual: str = "",
+        hint: str = "",
+        *,
         env: int = 0,
         error: BaseException | None = None,
     ) -> EnvironmentFault:
@@ -314,7 +358,7 @@ class NativeGroup:
         row = self._cursor[env]
         return environment_fault(
             kind, what, environment=self._name, group=self._group, env=env, step=int(row["num_steps"]), seed=int(row["seed"]),
-            last_action=self._last_action, field=field, expected=expected, actual=actual, error=error,
+            last_action=self._last_action, field=field, expected=expected, actual=actual, hint=hint, error=error,
         )  # fmt: skip
 
 
@@ -338,36 +382,3 @@ def _batch_of_one(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_batch_of_one(part) for part in value)
     return np.asarray(value)[None]
-
-
-def _snapshots_of(vector: Any) -> Any:
-    """The object that takes and restores snapshots of a vector environment, or None."""
-    from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
-
-    inner = vector.unwrapped
-    if isinstance(inner, CartPoleVectorEnv):
-        return CartPoleSnapshots(inner)
-    return inner if hasattr(inner, "restore_snapshots") and hasattr(inner, "snapshots") else None
-
-
-class CartPoleSnapshots:
-    """Snapshots of gymnasium's CartPole in its vector form: each holds one column and the generator that all share."""
-
-    _LAYOUT = struct.Struct(f"<4di?{STATE_BYTES}s")
-    snapshot_bytes = _LAYOUT.size
-
-    def __init__(self, vector: Any) -> None:
-        self._vector = vector
-
-    def snapshots(self) -> list[bytes]:
-        v, generator = self._vector, pack_generator(self._vector.np_random)
-        return [self._LAYOUT.pack(*v.state[:, b], v.steps[b], v.prev_done[b], generator) for b in range(v.num_envs)]
-
-    def restore_snapshots(self, given: list[bytes]) -> tuple[Array, dict[str, Any]]:
-        v, rows = self._vector, [self._LAYOUT.unpack(one) for one in given]
-        v.reset(seed=0)  # sets what is not state
-        v.state = np.array([row[:4] for row in rows]).T.copy()
-        v.steps = np.array([row[4] for row in rows], np.int32)
-        v.prev_done = np.array([row[5] for row in rows], np.bool_)
-        v.np_random = unpack_generator(rows[0][6])
-        return v.state.T.astype(np.float32), {}

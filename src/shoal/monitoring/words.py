@@ -96,6 +96,9 @@ _SENTENCES: dict[str, Callable[[_Facts], str]] = {
     "diverged": lambda facts: f"{facts['message']}. Going back to the last good checkpoint, once, and on with other random numbers",
     "not_restored": _not_restored,
     "environment_fault": _fault,
+    "given_up": lambda facts: (
+        f"group {facts['group']}: {counted(len(facts['places']), 'episode')} ended as invalid, since the same step broke twice"
+    ),
     "failed": lambda facts: f"the run ended with {facts['error']}: {str(facts['message']).splitlines()[0]}",
     "warning": lambda facts: f"warning: {facts['message']}",
     "scaled": lambda facts: f"now {counted(int(facts['actors']), 'actor')}",

@@ -227,7 +227,8 @@ class Zygote:
         Returns:
           The number that the `Forked` for it (or an `Exited` with pid 0) carries as `request`.
         Raises:
-          ProcessError: the zygote is gone, or has not read for thousands of requests.
+          ProcessError: the loss of the zygote was told already, or it has not read for thousands of requests. One that is dead and was not
+            told yet takes the request: `receive` tells `Exited` and `Lost`.
         """
         self._num_requests += 1
         role = Role(name, index, incarnation)
@@ -306,9 +307,7 @@ class Zygote:
             if self._control.send_with_fds(json.dumps(request).encode(), fds):
                 return
         except EOFError:
-            if request["do"] != "fork":
-                return  # all roles die with it; `receive` tells
-            raise ProcessError("the helper process has died: call receive() for the reason, then start another one") from None
+            return  # it is dead, and all roles with it; `receive` tells
         raise ProcessError(f"the helper process {self.pid} does not read its requests; is it stopped?")
 
     def _decode(self, message: bytes) -> list[Event]:
