@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SerializeAsAny, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -185,7 +185,8 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="names every random stream of the run")
     actors: Annotated[int, Field(ge=0, le=1024)] | None = Field(
-        None, description="processes that host environments; 0 runs all in this process (default: one per core)"
+        None,
+        description="processes that host environments; 0 runs all in this process (default: one per core; where environments wait, one per group)",
     )
     mode: Literal["sync", "async"] | None = Field(
         None,
@@ -195,6 +196,7 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the learner computes")
     run_dir: str | None = Field(None, description="directory of this run (default: runs/{env}__{algorithm}__{seed}__{time})")
     preset: str | None = Field(None, description="the preset that was taken; `none` takes none")
+    _actors_by_default: bool = PrivateAttr(default=False)  # nobody asked for their number
 
     @model_validator(mode="before")
     @classmethod

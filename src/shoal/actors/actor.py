@@ -89,7 +89,9 @@ class Actor:
         return group in self._hosted
 
     def release(self, group: int) -> None:
-        """Stop hosting `group`: it lives elsewhere from now on."""
+        """Stop hosting `group`: it lives elsewhere from now on. What hangs in it is left behind, which takes a moment (not a step's)."""
+        if group in self._broken or group in self._hosted:
+            self._recorder.enter(Activity.RESTORING, group)
         if group in self._broken:
             self._broken.pop(group).close()
         if group in self._hosted:
