@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SerializeAsAny, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -196,7 +196,6 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the learner computes")
     run_dir: str | None = Field(None, description="directory of this run (default: runs/{env}__{algorithm}__{seed}__{time})")
     preset: str | None = Field(None, description="the preset that was taken; `none` takes none")
-    _actors_by_default: bool = PrivateAttr(default=False)  # nobody asked for their number
 
     @model_validator(mode="before")
     @classmethod

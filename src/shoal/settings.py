@@ -362,10 +362,10 @@ def _complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> Run
             f"actors: {config.actors} processes cannot share {sampling.groups} groups; give --actors {sampling.groups} or less, or --sampling.groups {config.actors}"
         )
     if config.actors is None:
-        config._actors_by_default = True
         config.actors = min(available_cores(), sampling.groups)
         if config.mode == "async":
             config.actors = max(config.actors, min(2, sampling.groups))
+        config.model_fields_set.discard("actors")  # nobody asked for it
     schedules = [key for key in ("learning_rate_schedule", "clip_range_schedule") if getattr(algorithm, key, "constant") == "linear"]
     if schedules and algorithm.schedule_env_steps is None:
         if config.stop.env_steps is None:
@@ -383,7 +383,7 @@ def _complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> Run
 def adapt_actors(config: RunConfig) -> bool:
     """Once its form is known: environments that wait leave the cores idle, and a process steps one group at a time, so each group gets a process
     of its own, up to `WAITING_ACTORS_PER_CORE`, unless somebody asked for another number. Returns whether that changed it."""
-    if config.env.form != "threads" or not config._actors_by_default:
+    if config.env.form != "threads" or "actors" in config.model_fields_set:
         return False
     before = config.actors
     config.actors = max(before or 0, min(config.sampling.groups or 1, WAITING_ACTORS_PER_CORE * available_cores()))

@@ -125,3 +125,10 @@ def test_the_next_value_is_that_of_the_true_successor():
     next_value = batch.next_value_TN(value_T1N, torch.tensor([50.0]))
     assert next_value.tolist() == [[3, 50, 5], [6, 7, 8]]
     assert value_T1N.tolist() == torch.arange(9.0).reshape(3, 3).tolist()
+
+
+def test_rows_that_are_too_old_are_not_valid():
+    slots = slots_of([4])
+    batch = assemble(slots, version=9, max_lag=7)  # the rows have versions 0 to 3
+    assert batch.valid_TN[:, 0].tolist() == [False, False, True, True]
+    assert batch.policy_lag_TN[:, 0].tolist() == [0, 0, 7, 6]
