@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from shoal.config import BUILT_IN, APPOConfig, PPOConfig, RunConfig
 from shoal.errors import ConfigError
 from shoal.keys import all_keys
-from shoal.settings import PRESETS, Raw, dump_config, load_config, load_object, object_path, preset_names, read_yaml, resolve
+from shoal.settings import PRESETS, Raw, adapt_actors, dump_config, load_config, load_object, object_path, preset_names, read_yaml, resolve
 
 TUNED = read_yaml(PRESETS / "CartPole-v1.yaml")["algorithms"]["ppo"]["algorithm"]["learning_rate"]
 
@@ -295,3 +295,24 @@ def test_what_a_users_file_raises_is_one_line(ends: str, tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"mine\.py raised \w+ while it was imported: first") as caught:
         load_object(f"{tmp_path / 'mine.py'}:make")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("form", "asked", "expected"),
+    [
+        ("threads", {}, 6),
+        ("python", {}, 1),
+        ("threads", {"actors": 2}, 2),
+        ("threads", {"actors": 0}, 0),
+        ("threads", {"sampling.groups": 40}, 8),
+    ],
+)
+def test_groups_of_environments_that_wait_get_an_actor_each_unless_asked_otherwise(
+    form: Any, asked: dict[str, int], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.settings.available_cores", lambda: 1)
+    config, _ = resolve("Blackjack-v1", {"sampling.groups": 6, **asked})
+    before = config.actors
+    config.env.form = form
+    assert adapt_actors(config) == (expected != before)
+    assert config.actors == expected

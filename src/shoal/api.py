@@ -31,7 +31,7 @@ from shoal.monitoring.live import SilentView, View, open_view
 from shoal.monitoring.profile import TRACES, begin_profile, finish_profile
 from shoal.monitoring.recorder import Callback, Recorder, lag_summary
 from shoal.runs import find_run, new_run
-from shoal.settings import dump_config, load_config, resolve
+from shoal.settings import adapt_actors, dump_config, load_config, resolve
 from shoal.types import EnvironmentSpec, FieldSpec
 
 if TYPE_CHECKING:
@@ -375,6 +375,7 @@ def _session(
     fields = [FieldSpec(f["name"], f["dtype"], tuple(f["shape"]), f["axis"]) for f in facts["fields"]]
     config.mode = facts["mode"]
     config.env.form = facts["form"]  # measured once: a resumed run keeps it
+    more_actors = adapt_actors(config)
     (directory / "result.json").unlink(missing_ok=True)  # of an earlier part, which may have had another configuration
     write_text_atomically(directory / "config.yaml", dump_config(config))
     plan = Plan.of(config)
@@ -383,6 +384,14 @@ def _session(
     ring = make_ring(schema, plan, facts["weights"])
     session = Session(config, spec, Coordinator(plan, spec, ring, config.stop), directory, recorder)
     recorder.attach(session)
+    if more_actors:
+        recorder.event("scaled", actors=config.actors, reason="its environments wait")
+    elif config.env.form == "threads" and 0 < (config.actors or 0) < plan.num_groups:
+        recorder.event(
+            "warning",
+            message=f"the environments wait, and an actor steps its groups one after the other: {plan.num_groups} groups in {config.actors} actors "
+            f"take {-(-plan.num_groups // (config.actors or 1))} times as long as with --actors {plan.num_groups}",
+        )
     run_id = _run_id(directory)
     known = _known_facts(directory)
     build = facts["build"]

@@ -186,7 +186,8 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="names every random stream of the run")
     actors: Annotated[int, Field(ge=0, le=1024)] | None = Field(
         None,
-        description="processes that host environments; 0 runs all in this process, which an environment that crashes takes along (default: one per core)",
+        description="processes that host environments; 0 runs all in this process, which an environment that crashes takes along "
+        "(default: one per core; where environments wait, one per group)",
     )
     mode: Literal["sync", "async"] | None = Field(
         None,

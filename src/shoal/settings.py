@@ -24,6 +24,7 @@ from shoal.keys import Tree, algorithm_model, check_keys, fields_by_key, section
 
 __all__ = [
     "Raw",
+    "adapt_actors",
     "available_cores",
     "dump_config",
     "load_config",
@@ -37,6 +38,7 @@ __all__ = [
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_GROUPS, DEFAULT_GROUP_SIZE = 4, 8
+WAITING_ACTORS_PER_CORE = 8
 
 
 class Raw(str):
@@ -363,6 +365,7 @@ def _complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> Run
         config.actors = min(available_cores(), sampling.groups)
         if config.mode == "async":
             config.actors = max(config.actors, min(2, sampling.groups))
+        config.model_fields_set.discard("actors")  # nobody asked for it
     schedules = [key for key in ("learning_rate_schedule", "clip_range_schedule") if getattr(algorithm, key, "constant") == "linear"]
     if schedules and algorithm.schedule_env_steps is None:
         if config.stop.env_steps is None:
@@ -375,6 +378,16 @@ def _complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> Run
     if not own and not resumed:
         _fit_minibatch(config, _asked(asked_for, "algorithm", "minibatch_size"))
     return config
+
+
+def adapt_actors(config: RunConfig) -> bool:
+    """Once its form is known: environments that wait leave the cores idle, and a process steps one group at a time, so each group gets a process
+    of its own, up to `WAITING_ACTORS_PER_CORE`, unless somebody asked for another number. Returns whether that changed it."""
+    if config.env.form != "threads" or "actors" in config.model_fields_set:
+        return False
+    before = config.actors
+    config.actors = max(before or 0, min(config.sampling.groups or 1, WAITING_ACTORS_PER_CORE * available_cores()))
+    return config.actors != before
 
 
 def _refuse_async_keys(config: RunConfig, by_hand: Tree) -> None:

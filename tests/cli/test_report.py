@@ -41,7 +41,8 @@ def test_a_run_is_shown_with_what_was_configured_and_what_went_wrong(capsys: pyt
     shown: dict[str, Any] = {
         "run": "runs/x", "status": "running", "process": 12345, "configuration": config.model_dump(mode="json", by_alias=True),
         "results": {"env_steps": 512, "updates": 2, "seconds": 1.0, "mean_return": None},
-        "ledger": {"steps": RESULT["ledger"], "groups": {"0": {"produced": 10, "trained": 9, "in_flight": 1, "dropped": {}, "trained_share": 0.9}}},
+        "ledger": {"steps": RESULT["ledger"], "groups": {"0": {"produced": 10, "trained": 9, "in_flight": 1, "dropped": {}, "trained_share": 0.9,
+                                                                  "by_environment": {"trained": [4, 3, 2], "late": [0, 1, 1234]}}}},
         "lag": None, "checkpoint": None, "warnings": ["run.db is torn"], "schema": [{"name": "reward", "dtype": "float64", "shape": [32, 2], "axis": "T"}],
         "faults": {"counts": {"died": 1}, "newest": [{"time": 0.0, "kind": "died", "update": 1, "role": "actor", "index": 0, "how": "killed", "reason": ""}]},
     }  # fmt: skip
@@ -55,6 +56,9 @@ def test_a_run_is_shown_with_what_was_configured_and_what_went_wrong(capsys: pyt
         "32x2",
         "actor 0 died, killed",
         "trained_share",
+        "2 (environment 2)",
+        "4 (environment 0)",
+        "1 of environment 1, 1,234 of environment 2",
     ):
         assert part in text
     assert "gae_lambda" not in text  # as by default

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,21 @@ def test_the_same_configuration_gives_the_same_training(actors, straight, tmp_pa
     assert run.result["lag"] == {"mean": 0.0, "p99": 0.0, "max": 0}
     assert [facts["update"] for facts in seen] == [1, 2, 3, 4, 5, 6]
     assert [facts["env_steps"] for facts in seen] == [48 * k for k in range(1, 7)]
+
+
+class Dawdling(Drift):
+    """Waits at each step, as long as it likes."""
+
+    def step(self, action: Any) -> Any:
+        time.sleep(random.random() * 0.003)
+        return super().step(action)
+
+
+def test_environments_that_act_as_soon_as_they_are_ready_give_the_same_training(actors, straight, tmp_path):
+    settings = {**PPO, "env": {"form": "threads"}}
+    run = shoal.train(Dawdling, actors=actors, run_dir=str(tmp_path / "run"), progress=quiet(), **settings, stop={"updates": 6})
+    assert {k: run.result[k] for k in COMPARED} == {k: straight.result[k] for k in COMPARED}
+    assert shoal.replay(run.path, env=Dawdling)["equal"]
 
 
 def test_a_training_that_was_interrupted_goes_on_as_if_it_had_not_been(actors, straight, tmp_path):

@@ -184,6 +184,38 @@ def test_a_rollout_that_is_dropped_frees_its_slot_and_says_why():
     assert (c.version, c.env_steps) == (1, 8)
 
 
+def test_of_a_rollout_whose_environments_acted_on_their_own_each_ones_share_is_kept():
+    c = coordinator_of(plan_of(groups=2, batch=2, lag=2))
+    c.place([0])
+    leases = c.next_leases()[:2]
+    c.version = 5
+    for lease in leases:
+        finish(c, lease)
+        held = c.ring.slots[lease.slot]
+        held.envelope["paced"] = True
+        held.arrays["policy_version"][0, 1] = 2  # environment 1 began its first step long ago
+    c.next_batch()
+    c.consumed({leases[1].identity: Fate.OVER_LAG})
+    c.trained({"num_env_steps": 7.0})
+    groups = c.ledger.by_group()
+    assert groups[0]["by_environment"] == {"trained": [4, 3], "late": [0, 1]}
+    assert groups[1]["by_environment"] == {"trained": [0, 0], "late": [4, 4]}
+    assert c.env_steps == c.ledger.balance()["trained"] == 7
+    c.ledger.check()
+
+
+def test_a_crash_while_actions_are_chosen_is_seen_as_one_of_a_group_whose_environments_act_meanwhile():
+    c = coordinator_of(plan_of(groups=1))
+    c.place([0])
+    lease = c.next_leases()[0]
+    write_rollout(c.ring.slots[lease.slot], lease.identity, num_rows=2, version=0)
+    assert [c.is_paced(g) for g in (0, -1, 1)] == [False] * 3
+    c.ring.slots[lease.slot].envelope["paced"] = True
+    assert c.is_paced(0)
+    c.ring.slots[lease.slot].envelope["attempt"] += 1  # another's
+    assert not c.is_paced(0)
+
+
 def test_an_update_of_which_nothing_is_left_makes_no_version():
     c = coordinator_of(plan_of(groups=1, batch=1))
     c.place([0])

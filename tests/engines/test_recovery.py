@@ -170,10 +170,10 @@ def test_a_role_that_is_killed_before_it_hears_its_first_word_is_replaced(undist
     ("settings", "actors", "whats", "deaths"),
     [
         ({**SMALL, "form": "python"}, 2, ["segfault", "grip", "raise"], 4),
-        ({**SMALL, "form": "threads"}, 2, ["exit", "hang"], 4),
-        ({**ASYNC, "form": "threads"}, 1, ["hang", "segfault"], 2),  # paced: the actor sees a hang itself
+        ({**SMALL, "form": "threads"}, 2, ["exit", "hang"], 2),  # the actor sees a hang itself
+        ({**ASYNC, "form": "threads"}, 1, ["hang", "segfault"], 2),
     ],
-    ids=["one by one", "threads", "paced"],
+    ids=["one by one", "threads", "threads, async"],
 )
 def test_a_step_that_breaks_each_time_is_given_up_as_an_invalid_episode(settings, actors, whats, deaths, tmp_path, monkeypatch):
     """Single episodes are poisoned, of environment 1 of both groups."""

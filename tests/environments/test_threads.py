@@ -15,8 +15,8 @@ from shoal.environments.spaces import allocate
 from shoal.errors import EnvironmentFault
 
 
-def group_of(factory, form="threads", mode="sync", num_envs=4):
-    return make_group(EnvConfig(id="fake", form=form), 5, num_envs, 7, factory, mode)
+def group_of(factory, form="threads", num_envs=4):
+    return make_group(EnvConfig(id="fake", form=form), 5, num_envs, 7, factory)
 
 
 def played(group, actions, state=None):
@@ -127,7 +127,7 @@ def test_paced_environments_act_on_their_own_and_give_the_same_episodes():
         made[-1].slow = False
         return made[-1]
 
-    group = group_of(factory, mode="async", num_envs=2)
+    group = group_of(factory, num_envs=2)
     group.restore(fresh_state(group.spec, 2))
     python = played(group_of(Walk, "python", num_envs=2), np.ones((6, 2), np.int64))
     slow = next(env for env in made if getattr(env, "seed", None) == python.rows[0]["observation"][0, 0])

@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from shoal.errors import LedgerError
 from shoal.experience.envelope import REMADE, Fate, Identity
-from shoal.experience.ledger import Ledger
+from shoal.experience.ledger import Ledger, Shares
 
 A0, A1 = Identity(0, 0, 0), Identity(0, 1, 0)
 SETTLING = [fate for fate in Fate if fate is not Fate.IN_FLIGHT]
@@ -366,3 +367,50 @@ class LedgerMachine(RuleBasedStateMachine):
 
 LedgerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestLedgerAgainstAListOfEveryRollout = LedgerMachine.TestCase
+
+
+# ---- what each environment contributed -------------------------------------------------------------------------------
+def shares(trained: list[int], late: list[int]) -> Shares:
+    return Shares(np.array(trained), np.array(late))
+
+
+def test_late_steps_of_a_rollout_that_was_trained_count_as_dropped():
+    ledger = Ledger()
+    for identity, fate, share in (
+        (A0, Fate.TRAINED, shares([6, 1], [0, 2])),
+        (A1, Fate.OVER_LAG, shares([0, 0], [0, 1])),
+    ):
+        ledger.begin(identity)
+        ledger.finish(identity, int(sum(share.trained_B) + sum(share.late_B)))
+        ledger.settle(identity, fate, share)
+        ledger.check()
+    assert ledger.balance() == {"produced": 10, "trained": 7, "dropped": {"over_lag": 3}, "in_flight": 0}
+    assert ledger.balance_rollouts() == {"produced": 2, "trained": 1, "dropped": {"over_lag": 1}, "in_flight": 0}
+    assert ledger.by_group()[0]["by_environment"] == {"trained": [6, 1], "late": [0, 3]}
+
+
+def test_shares_that_are_not_all_of_a_rollout_are_an_error():
+    ledger = Ledger()
+    ledger.begin(A0)
+    ledger.finish(A0, 9)
+    with pytest.raises(LedgerError, match="has 9 steps, 7 trained and 1 late"):
+        ledger.settle(A0, Fate.TRAINED, shares([7], [1]))
+
+
+def test_shares_go_through_a_checkpoint_and_back():
+    ledger = Ledger()
+    ledger.begin(A0)
+    ledger.finish(A0, 4)
+    ledger.settle(A0, Fate.TRAINED, shares([2, 1], [0, 1]))
+    mark = json.loads(json.dumps(ledger.get_state()))
+    ledger.begin(A1)
+    ledger.finish(A1, 5)
+    ledger.settle(A1, Fate.TRAINED, shares([2, 0], [0, 3]))
+    ledger.roll_back(mark)
+    ledger.check()
+    assert ledger.balance() == {"produced": 9, "trained": 3, "dropped": {"over_lag": 1, "rolled_back": 5}, "in_flight": 0}
+    again = Ledger()
+    again.set_state(mark)
+    again.check()
+    for one in (ledger, again):
+        assert one.by_group()[0]["by_environment"] == {"trained": [2, 1], "late": [0, 1]}

@@ -22,7 +22,7 @@ def slots_of(rows: list[int], **schema):
 
 @pytest.mark.parametrize("rows", [[4, 4, 4], [4, 1, 3], [2, 2], [1], [3, 4]])
 def test_each_number_stands_in_its_column_and_below_the_last_row_stand_zeros(rows):
-    batch = assemble(slots_of(rows), version=9)
+    batch = assemble(slots_of(rows), version=9, max_lag=9)
     t_max, columns = max(rows), len(rows) * B
     assert batch.num_env_steps == sum(rows) * B
     assert batch.observation["observation/camera"].shape == (t_max + 1, columns, 2, 3)
@@ -65,7 +65,7 @@ def test_true_last_observations_point_to_their_columns():
     add_episode(slots[2], 0, 2, final=observation_of(2, 8))
     add_episode(slots[2], 1, 0, truncated=True, final=observation_of(3, 9))
     add_episode(slots[2], 2, 0, truncated=True)  # a NEXT_STEP autoreset: row 3 holds its last observation
-    batch = assemble(slots, version=20)
+    batch = assemble(slots, version=20, max_lag=20)
     assert batch.final_index.tolist() == [[3, 1], [0, 6 + 2], [1, 6 + 0]]
     assert batch.final_index.dtype == torch.int64
     for i, (seed, step) in enumerate([(1, 7), (2, 8), (3, 9)]):
@@ -77,7 +77,7 @@ def test_true_last_observations_point_to_their_columns():
 
 
 def test_without_finals_masks_and_memory_their_places_are_empty():
-    batch = assemble(slots_of([4, 4], mask=False, state=False), version=0)
+    batch = assemble(slots_of([4, 4], mask=False, state=False), version=0, max_lag=0)
     assert batch.action_mask is None
     assert batch.policy_state == {}
     assert batch.final_index.shape == (0, 2)
@@ -92,7 +92,7 @@ def test_a_batch_shares_no_memory_with_the_slots(rows):
     """The slots are free again at once, and written by the next actor while the learner computes."""
     slots = slots_of(rows)
     add_episode(slots[0], 1, 1, final=observation_of(1, 7))
-    batch = assemble(slots, version=9)
+    batch = assemble(slots, version=9, max_lag=9)
     before = {name: value.clone() for name, value in flat(batch).items()}
     for slot in slots:
         for array in slot.arrays.values():
@@ -112,7 +112,7 @@ def test_an_invalid_row_inside_has_no_lag():
     slots = slots_of([4])
     slots[0].arrays["valid"][1, 2] = False
     slots[0].arrays["policy_version"][1, 2] = -1
-    batch = assemble(slots, version=9)
+    batch = assemble(slots, version=9, max_lag=9)
     assert batch.policy_lag_TN[:, 2].tolist() == [9, 0, 7, 6]
     assert batch.num_env_steps == 11
 
@@ -120,8 +120,15 @@ def test_an_invalid_row_inside_has_no_lag():
 def test_the_next_value_is_that_of_the_true_successor():
     slots = slots_of([2])
     add_episode(slots[0], 0, 1, truncated=True, final=observation_of(1, 7))
-    batch = assemble(slots, version=9)
+    batch = assemble(slots, version=9, max_lag=9)
     value_T1N = torch.arange(9.0).reshape(3, 3)
     next_value = batch.next_value_TN(value_T1N, torch.tensor([50.0]))
     assert next_value.tolist() == [[3, 50, 5], [6, 7, 8]]
     assert value_T1N.tolist() == torch.arange(9.0).reshape(3, 3).tolist()
+
+
+def test_rows_that_are_too_old_are_not_valid():
+    slots = slots_of([4])
+    batch = assemble(slots, version=9, max_lag=7)  # the rows have versions 0 to 3
+    assert batch.valid_TN[:, 0].tolist() == [False, False, True, True]
+    assert batch.policy_lag_TN[:, 0].tolist() == [0, 0, 7, 6]

@@ -118,6 +118,20 @@ def test_the_oldest_row_decides_about_the_lag():
     assert world.learner.consume([(0, Identity(0, 0, 0))]).dropped == {Identity(0, 0, 0): Fate.OVER_LAG}
 
 
+def test_of_a_rollout_whose_environments_acted_on_their_own_only_late_rows_are_left_out():
+    world = World(noting=True, max_policy_lag=3)
+    world.learner.version = 6
+    orders = world.rollouts(0, versions=[6, 6])
+    for slot, late in zip(world.ring.slots, (slice(0, 1), slice(None)), strict=False):
+        slot.envelope["paced"] = True
+        slot.arrays["policy_version"][late, 1 if late.stop else slice(None)] = 2
+        slot.envelope["version_min"] = 2
+    consumed = world.learner.consume(orders)
+    assert consumed.dropped == {Identity(1, 0, 0): Fate.OVER_LAG}  # nothing of it was in time
+    assert consumed.batch.valid_TN.tolist() == [[True, False, True], *[[True] * 3] * 3]
+    assert consumed.batch.policy_lag_TN.max() == 0
+
+
 def test_nothing_left_is_no_batch():
     world = World(noting=True, max_policy_lag=0)
     world.learner.version = 1

@@ -52,10 +52,11 @@ class Actor:
         epoch: int = 0,
         recorder: ActivityRecorder | None = None,
         step_timeout_seconds: float = float("inf"),
+        whole: bool = False,
     ) -> None:
-        """step_timeout_seconds: of a step of a paced group; whoever supervises sees a plain one hang by its activity."""
+        """step_timeout_seconds, whole: of paced groups, see actors.paced.Pace; whoever supervises sees a plain one hang by its activity."""
         self._recorder = recorder or NullRecorder()
-        self._step_timeout_seconds = step_timeout_seconds
+        self._step_timeout_seconds, self._whole = step_timeout_seconds, whole
         self._ring = ring
         self._behaviour = behaviour
         self._make_group = make_group
@@ -88,7 +89,9 @@ class Actor:
         return group in self._hosted
 
     def release(self, group: int) -> None:
-        """Stop hosting `group`: it lives elsewhere from now on."""
+        """Stop hosting `group`: it lives elsewhere from now on. What hangs in it is left behind, which takes a moment (not a step's)."""
+        if group in self._broken or group in self._hosted:
+            self._recorder.enter(Activity.RESTORING, group)
         if group in self._broken:
             self._broken.pop(group).close()
         if group in self._hosted:
@@ -122,7 +125,7 @@ class Actor:
         self._behaviour.begin(identity.group, identity.sequence)
         try:
             if isinstance(hosted.group, Paced):
-                how = Pace(self._recorder, self._step_timeout_seconds, Counter(give_up), bool(careful))
+                how = Pace(self._recorder, self._whole, self._step_timeout_seconds, Counter(give_up), bool(careful))
                 fill_paced(slot, hosted.group, self._behaviour, hosted.carried, between_rows, how)
             else:
                 self._step_rows(slot, hosted, between_rows, give_up, careful)

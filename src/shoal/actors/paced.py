@@ -1,9 +1,13 @@
 """Rollouts of a group whose environments wait (a simulator behind a socket, a sleep): each acts as soon as it is ready.
 
 Every environment has its own row; those that are ready are answered together, with one inference over the whole group, so that the
-numbers do not depend on who was ready with whom. The rollout is closed once an environment has filled its rows, or when the caller
-says so. Steps that are under way then are not waited for: their rows are taken over as the first rows of the next rollout, with the
-action, the outputs and the version they were begun with.
+numbers do not depend on who was ready with whom.
+
+    whole (sync)    each environment makes all T rows, and the rollout is what stepping the group row by row gives, bit for bit
+    else (async)    it is closed once the first environment has filled its rows, or when the caller says so. Steps that are under way
+                    then are not waited for: their rows are taken over as the first rows of the next rollout, with the action, the
+                    outputs and the version they were begun with. A step so slow that its version grew too old costs its own row
+                    (learners/learner.py leaves it out), and never closes the rollout of the others
 
 Legend: T rows, B environments of the group.
 """
@@ -24,6 +28,7 @@ from shoal.experience.ring import Slot
 from shoal.types import Activity, ActivityRecorder, Array, Arrays, Behaviour, Ended
 
 READY_SECONDS = 0.05  # between two looks at the caller's wishes while nobody is ready
+_NONE_YET = 1 << 62  # in place of a version
 
 
 @runtime_checkable
@@ -54,12 +59,14 @@ class Pace:
     """How a paced rollout is made.
 
     Attributes:
+      whole: the rollout ends when every environment has filled its rows.
       step_timeout_seconds: a step that is under way for longer hangs.
       give_up: (row of that environment, env), or (env, episode, step), at which so many episodes are passed over as invalid.
       careful: one environment is stepped at a time, and named to the recorder before it.
     """
 
     recorder: ActivityRecorder
+    whole: bool = False
     step_timeout_seconds: float = float("inf")
     give_up: Counter[tuple[int, ...]] = field(default_factory=Counter)
     careful: bool = False
@@ -74,25 +81,23 @@ def fill_paced(
     how: Pace,
 ) -> None:
     """Fill the rows of a slot. `carried` is what the rollout before left under way, and holds at the end what this one leaves."""
-    a, num_envs, num_rows = slot.arrays, slot.schema.num_envs, slot.schema.num_rows
+    num_envs, num_rows = slot.schema.num_envs, slot.schema.num_rows
     slot.envelope["paced"] = True
-    a["valid"][:] = False
+    slot.arrays["valid"][:] = False
     row_B = np.zeros(num_envs, np.int64)
-    under_way = _begin(slot, group, carried)
-    began = {b: step.begun for b, step in carried.items()}
+    began = _begin(slot, group, carried)
     outputs = _output_names(slot)
-    to_answer = [b for b in range(num_envs) if b not in under_way]
+    to_answer = [b for b in range(num_envs) if b not in began]
     index, closing = int(slot.envelope["group"]), False
     ends: list[tuple[int, Ended]] = []
-    oldest = min([c.version for c in carried.values()], default=1 << 62)
+    first_version = _NONE_YET
     carried.clear()
     while True:
-        if to_answer and not closing:
+        if to_answer:
             how.recorder.enter(Activity.INFERRING, index, -1, int(row_B.max()))
-            version = _answer(slot, group, behaviour, to_answer, row_B, outputs)
+            version = _answer(slot, behaviour, to_answer, row_B, outputs)
             _send(slot, group, to_answer, row_B, how)
-            oldest = min(oldest, version)
-            under_way.update(to_answer)
+            first_version = min(first_version, version)
             began.update(dict.fromkeys(to_answer, time.monotonic()))
             slot.envelope["num_rows"] = max(int(slot.envelope["num_rows"]), int(row_B[to_answer].max()) + 1)
         if not how.careful:
@@ -101,25 +106,17 @@ def fill_paced(
         for b in ready:
             _take(slot, group, b, int(row_B[b]), ends)
             row_B[b] += 1
-            under_way.discard(b)
-        to_answer = ready
-        _refuse_hangs(slot, group, {b: began[b] for b in under_way}, row_B, how.step_timeout_seconds)
-        if closing or not (row_B < num_rows).all():
+            del began[b]
+        _refuse_hangs(slot, group, began, row_B, how.step_timeout_seconds)
+        full = row_B == num_rows
+        if closing or (full.all() if how.whole else full.any()):
             break
-        closing = bool(between_rows is not None and row_B.any() and between_rows(oldest))
-        if closing and not row_B.any():
-            closing = False
-    for b in under_way:
-        t = row_B[b]
-        carried[b] = Carried(
-            {n: a[n][t, b].copy() for n in slot.observation_names},
-            a["action"][t, b].copy(),
-            {n: a[n][t, b].copy() for n in outputs},
-            int(a["policy_version"][t, b]),
-            began[b],
-        )
+        closing = bool(between_rows is not None and row_B.any() and between_rows(first_version))
+        to_answer = [] if closing else [b for b in ready if not full[b]]
+    carried.update((b, _carry(slot, b, int(row_B[b]), outputs, since)) for b, since in began.items())
     _blank(slot, row_B)
-    record_ends(slot, ends)
+    slot.envelope["paced"] = not (how.whole and full.all())
+    record_ends(slot, sorted(ends, key=lambda end: (end[0], end[1].env)))
 
 
 def _output_names(slot: Slot) -> list[str]:
@@ -127,8 +124,8 @@ def _output_names(slot: Slot) -> list[str]:
     return [f.name for f in slot.schema.fields if f.axis == "T" and f.name not in fixed]
 
 
-def _begin(slot: Slot, group: Paced, carried: dict[int, Carried]) -> set[int]:
-    """Row 0: where every environment stands, and the steps that are under way."""
+def _begin(slot: Slot, group: Paced, carried: dict[int, Carried]) -> dict[int, float]:
+    """Row 0: where every environment stands, and the steps that are under way. Returns since when, of those."""
     a = slot.arrays
     group.observe(slot.rows[0])
     for b, step in carried.items():
@@ -139,10 +136,21 @@ def _begin(slot: Slot, group: Paced, carried: dict[int, Carried]) -> set[int]:
             a[name][0, b] = value
     if carried:
         slot.envelope["num_rows"] = 1
-    return set(carried)
+    return {b: step.begun for b, step in carried.items()}
 
 
-def _answer(slot: Slot, group: Paced, behaviour: Behaviour, ready: list[int], row_B: Array, outputs: list[str]) -> int:
+def _carry(slot: Slot, b: int, t: int, outputs: list[str], since: float) -> Carried:
+    a = slot.arrays
+    return Carried(
+        {n: a[n][t, b].copy() for n in slot.observation_names},
+        a["action"][t, b].copy(),
+        {n: a[n][t, b].copy() for n in outputs},
+        int(a["policy_version"][t, b]),
+        since,
+    )
+
+
+def _answer(slot: Slot, behaviour: Behaviour, ready: list[int], row_B: Array, outputs: list[str]) -> int:
     """One inference over the whole group, each environment at its own row; only those that are ready are told."""
     a, every = slot.arrays, np.arange(slot.schema.num_envs)
     observation = {n: a[n][row_B, every] for n in slot.observation_names}

@@ -104,6 +104,23 @@ def _print_groups(groups: Any) -> None:
         columns = ["produced", "trained", "in_flight", "dropped", "trained_share"]
         rows = [{"group": int(group), **{name: row.get(name) for name in columns}} for group, row in groups.items()]
         print_table(rows, ["group", *columns], indent=2)
+        paced = {group: row["by_environment"] for group, row in groups.items() if row.get("by_environment")}
+        if paced:
+            print("\nof these by environment, each of which acted as soon as it was ready")
+            shares = [_spread(int(group), by) for group, by in paced.items()]
+            print_table(shares, list(shares[0]), indent=2)
+
+
+def _spread(group: int, by_environment: Mapping[str, list[int]]) -> dict[str, Any]:
+    """Who of a group contributed least and most, and whose steps were too old to be trained."""
+    trained, late = by_environment["trained"], by_environment["late"]
+    least, most = (trained.index(bound) for bound in (min(trained), max(trained)))
+    return {
+        "group": group,
+        "least trained": f"{trained[least]:,} (environment {least})",
+        "most trained": f"{trained[most]:,} (environment {most})",
+        "too late": ", ".join(f"{steps:,} of environment {b}" for b, steps in enumerate(late) if steps) or "0",
+    }
 
 
 def _print_faults(faults: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from shoal.engines.plan import BATCHES_AHEAD, Episode, Lease, Plan, Restore
 from shoal.engines.poison import ANY_ROW, CERTAIN, UNNAMED, WHILE_RESTORED, Suspects
 from shoal.experience.envelope import Fate, Identity
 from shoal.experience.group_state import GroupHistory, pack, unpack
-from shoal.experience.ledger import Ledger
+from shoal.experience.ledger import Ledger, Shares
 from shoal.experience.ring import Ring
 from shoal.types import Array, Arrays, EnvironmentSpec
 
@@ -66,6 +66,7 @@ class Coordinator:
         self.training: list[tuple[int, Identity]] = []  # with the learner
         self.learner_busy = False  # from `next_batch` to `trained`, also where all of its batch was dropped
         self._episodes: list[Episode] = []
+        self._shares: dict[Identity, Shares] = {}  # of paced rollouts that are being trained
         self.consumption: list[dict[str, Any]] = []  # since the last version, for the log that replay follows
         self.released: list[tuple[int, int]] = []
 
@@ -104,12 +105,17 @@ class Coordinator:
         broken = self.groups[group] if 0 <= group < len(self.groups) else None
         if broken is None or broken.actor != actor or not broken.leased:
             return False
-        slot, identity = next(iter(broken.leased.items()))
-        held = self.ring.slots[slot]
-        if env == UNNAMED and row != WHILE_RESTORED and held.identity == identity and held.envelope["paced"]:
+        if env == UNNAMED and row != WHILE_RESTORED and self.is_paced(group):
             row = ANY_ROW
-        broken.suspects.add(identity.sequence, row, env, points)
+        broken.suspects.add(next(iter(broken.leased.values())).sequence, row, env, points)
         return True
+
+    def is_paced(self, group: int) -> bool:
+        """Whether the rollout that is being made of this group is one whose environments act each on its own."""
+        if not 0 <= group < len(self.groups) or not self.groups[group].leased:
+            return False
+        slot, identity = next(iter(self.groups[group].leased.items()))
+        return self.ring.slots[slot].identity == identity and bool(self.ring.slots[slot].envelope["paced"])
 
     def lost(self, actor: int, broke: int = -1) -> list[Identity]:
         """An actor died: what it was making counts as such (in group `broke`: as its environment's fault) and will be made again.
@@ -259,8 +265,11 @@ class Coordinator:
         """The learner copied its batch: the slots are free. `dropped` did not stand its checks."""
         for slot, identity in self.training:
             self.groups[identity.group].free.append(slot)
+            shares = self._shares_of(slot, whole=identity in dropped)
             if identity in dropped:
-                self.ledger.settle(identity, dropped[identity])
+                self.ledger.settle(identity, dropped[identity], shares)
+            elif shares is not None:
+                self._shares[identity] = shares
         self.training = [(slot, i) for slot, i in self.training if i not in dropped]
         for entry in self.consumption:
             fate = dropped.get(Identity(*entry["id"]))
@@ -276,7 +285,7 @@ class Coordinator:
         if not self.training:
             return []
         for _, identity in self.training:
-            self.ledger.settle(identity, Fate.TRAINED)
+            self.ledger.settle(identity, Fate.TRAINED, self._shares.pop(identity, None))
         self.version += 1
         self.env_steps += int(metrics["num_env_steps"])
         for name, count in metrics.items():
@@ -358,7 +367,7 @@ class Coordinator:
             group.next_sequence = saved["sequence"]
             group.attempt = max(saved["attempt"], attempts[index]) + 1
             group.actor = group.target = actors[index] if live else -1
-        self.ready, self.training, self._episodes = [], [], []
+        self.ready, self.training, self._episodes, self._shares = [], [], [], {}
         self.learner_busy = False
         self.consumption = list(facts.get("consumption", []))
         self.version, self.env_steps = facts["version"], facts["env_steps"]
@@ -373,6 +382,15 @@ class Coordinator:
             group.attempt = max(group.attempt, attempt)
 
     # ---- reading slots -------------------------------------------------------------------------------------------
+    def _shares_of(self, slot: int, *, whole: bool) -> Shares | None:
+        """What each environment of a paced rollout contributes to the update; `whole`: nothing, it was dropped."""
+        held = self.ring.slots[slot]
+        if not held.envelope["paced"]:
+            return None
+        made_B = held.timely(0).sum(0)
+        timely_B = 0 * made_B if whole else held.timely(self.version - self.plan.max_policy_lag).sum(0)
+        return Shares(timely_B, made_B - timely_B)
+
     def _episodes_in(self, slot: int) -> list[Episode]:
         held = self.ring.slots[slot]
         rows = held.arrays["episode"][: int(held.envelope["num_episodes"])]

@@ -102,7 +102,7 @@ class Fleet:
         self._memory: SharedMemory | None = None
         self._activities: ActivityBoard | None = None
         self.learner = Process("learner", 0)
-        self.actors = [Process("actor", i) for i in range(config.actors or 0)]
+        self.actors: list[Process] = []
 
     @property
     def processes(self) -> list[Process]:
@@ -139,7 +139,8 @@ class Fleet:
         return self._zygote
 
     def allocate(self, schema: Schema, plan: Plan, weights: int) -> Ring:
-        """The memory that all roles share."""
+        """The memory that all roles share, and the actors' places: their number is final now."""
+        self.actors = [Process("actor", i) for i in range(self._config.actors or 0)]
         ring_bytes = -(-Ring.size_bytes(schema, plan.num_slots) // 4096) * 4096
         memory_bytes = ring_bytes + WeightBoard.size_bytes(weights)
         self._common |= {"ring_bytes": ring_bytes, "memory_bytes": memory_bytes, "num_slots": plan.num_slots}

@@ -302,7 +302,7 @@ class LocalEngine:
 
     def _actor_died(self, actor: Process, death: Death) -> None:
         record, broke = death.record, -1
-        if record.whole and record.incarnation == actor.incarnation - 1 and record.activity in _IN_ENVIRONMENT:
+        if record.whole and record.incarnation == actor.incarnation - 1 and self._in_environment(record):
             certain = death.crashed or death.why == HANGS
             suspected = self._suspect(actor, record, certain)
             broke = suspected if certain else -1
@@ -318,6 +318,11 @@ class LocalEngine:
                 {"how": death.how},
             )
         self._place()
+
+    def _in_environment(self, record: ActivityRecord) -> bool:
+        """Whether code of an environment ran: that of a paced group also runs while actions are chosen for others of it."""
+        infers = record.activity is Activity.INFERRING
+        return record.activity in _IN_ENVIRONMENT or (infers and self._coordinator.is_paced(record.group))
 
     def _suspect(self, actor: Process, record: ActivityRecord, certain: bool) -> int:
         """Remember where its process ended. Returns the group, -1 where it was making none."""
@@ -498,4 +503,4 @@ class LocalEngine:
 
 def _call(record: ActivityRecord) -> str:
     """Which of the environment's calls a process is in."""
-    return "step()" if record.activity is Activity.STEPPING else "making it, reset() or a step while it was put back"
+    return "making it, reset() or a step while it was put back" if record.activity is Activity.RESTORING else "step()"

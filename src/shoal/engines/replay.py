@@ -94,7 +94,8 @@ def replay(
             weights.wanted = rows[0]
             behaviour.refresh()
             with one_thread(blueprint.config.learner.threads):
-                actor.fill(slot, identity, _follow(rows, weights, behaviour.refresh), [tuple(g) for g in entry.get("give_up", ())])
+                follow = None if plan.mode == "sync" else _follow(rows, weights, behaviour.refresh)
+                actor.fill(slot, identity, follow, [tuple(g) for g in entry.get("give_up", ())])
             if entry["fate"] == "trained":
                 orders.append((slot, identity))
         if orders:

@@ -91,7 +91,6 @@ class Blueprint:
             num_envs=c.sampling.group_size or 1,
             run_seed=c.seed,
             factory=self.objects.env,
-            mode=c.mode or "sync",
             epoch=self.epoch,
             spec=self.spec,
             progress=lambda b: recorder.enter(Activity.RESTORING, index, b),
@@ -113,7 +112,7 @@ class Blueprint:
     ) -> Actor:
         return Actor(
             ring, behaviour, partial(self.group, recorder=recorder), run_id=self.run_id, actor=actor, incarnation=incarnation, epoch=self.epoch, recorder=recorder,
-            step_timeout_seconds=self.config.env.step_timeout_seconds,
+            step_timeout_seconds=self.config.env.step_timeout_seconds, whole=self.config.mode != "async",
         )  # fmt: skip
 
     def learner(self, ring: Ring, board: WeightPublisher, max_policy_lag: int, recorder: ActivityRecorder | None = None) -> Learner:

@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any
 
 from shoal.config import EnvConfig
 from shoal.environments.faults import RAISED, environment_fault, raised_in
@@ -264,7 +264,6 @@ def make_group(
     num_envs: int,
     run_seed: int,
     factory: Factory | None = None,
-    mode: Literal["sync", "async"] = "sync",
     *,
     epoch: int = 0,
     spec: EnvironmentSpec | None = None,
@@ -274,7 +273,6 @@ def make_group(
 
     Args:
       factory: the user's own callable, as in `environment_factory`.
-      mode: async gives threads their paced form.
       epoch: raised by a roll-back after divergence; part of every episode's seed.
       spec: as `probe` found it; without it one more environment is made to find out.
       progress: told, while the group is restored, before each call of environment b (python form only).
@@ -286,10 +284,9 @@ def make_group(
     create = environment_factory(env, factory)
     spec = spec or environment_spec(env, factory)
     if env.form == "threads":
-        from shoal.environments.threads import PacedGroup, ThreadedGroup
+        from shoal.environments.threads import PacedGroup
 
-        form = PacedGroup if mode == "async" else ThreadedGroup
-        return form(create, spec, group, num_envs, run_seed, epoch)
+        return PacedGroup(create, spec, group, num_envs, run_seed, epoch)
     made = PythonGroup(create, spec, group, num_envs, run_seed, epoch)
     made.progress = progress
     return made

@@ -3,8 +3,8 @@
 An environment is made, stepped and closed in the same thread, which some simulators demand. Since environments share nothing, the
 results are those of PythonGroup, bit for bit.
 
-    consumes    actions [B] as stored (ThreadedGroup); one action at a time (PacedGroup)
-    waits for   all environments of the group (step, restore); any of them (PacedGroup.ready)
+    consumes    actions [B] as stored (step); one action at a time (send)
+    waits for   all environments of the group (step, restore); any of them (ready)
     on failure  waits for the others, then raises the first environment's EnvironmentFault; `restore` must follow
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from shoal.environments.group import PythonGroup
 from shoal.environments.instance import Instance
-from shoal.types import Array, Arrays, Ended, EnvironmentSpec, GroupState
+from shoal.types import Array, Arrays, Ended, EnvironmentSpec, GroupState, GroupStep
 
 _Task = Callable[[], Any]
 
@@ -59,48 +59,6 @@ class _Worker:
                 self._done.put(_Done(self._env, None, error))
 
 
-class ThreadedGroup(PythonGroup):
-    """PythonGroup whose environments step, reset and are rebuilt concurrently."""
-
-    def __init__(self, create: Callable[[], Any], spec: EnvironmentSpec, group: int, num_envs: int, run_seed: int, epoch: int = 0) -> None:
-        super().__init__(create, spec, group, num_envs, run_seed, epoch)
-        self._done: SimpleQueue[_Done] = SimpleQueue()
-        self._workers = [_Worker(b, self._done) for b in range(num_envs)]
-
-    def close(self) -> None:
-        """Close every environment in its own thread; one that hangs is left behind after a second."""
-        for worker, instance in zip(self._workers, self._instances, strict=True):
-            worker.submit(instance.close)
-        end = time.monotonic() + 1.0
-        for worker in self._workers:
-            worker.stop(max(0.0, end - time.monotonic()))
-
-    def _restore_all(self, arguments: list[tuple[Array, list[Any], bytes | None]]) -> list[bool]:
-        return self._all([_restoring(instance, given) for instance, given in zip(self._instances, arguments, strict=True)])
-
-    def _advance_all(self, actions: list[Any]) -> list[int]:
-        ended = self._all([_advancing(instance, action) for instance, action in zip(self._instances, actions, strict=True)])
-        return [b for b in range(self.num_envs) if ended[b]]
-
-    def _advance(self, b: int, action: Any) -> bool:
-        """In its own thread, alone."""
-        self._workers[b].submit(_advancing(self._instances[b], action))
-        done = self._done.get()
-        if done.error is not None:
-            raise done.error
-        return bool(done.result)
-
-    def _all(self, tasks: list[_Task]) -> list[Any]:
-        """Run one task per environment and wait for all; the error of the lowest index is raised."""
-        for worker, task in zip(self._workers, tasks, strict=True):
-            worker.submit(task)
-        done = sorted((self._done.get() for _ in tasks), key=lambda one: one.env)
-        for one in done:
-            if one.error is not None:
-                raise one.error
-        return [one.result for one in done]
-
-
 class PacedStep(NamedTuple):
     """What one environment's step gave; see GroupStep."""
 
@@ -111,17 +69,19 @@ class PacedStep(NamedTuple):
     ended: Ended | None  # what the episode came to, where it ended
 
 
-class PacedGroup(ThreadedGroup):
-    """For async mode: each environment acts as soon as it is ready, and none waits for another.
+class PacedGroup(PythonGroup):
+    """PythonGroup whose environments step, reset and are rebuilt concurrently, and act each as soon as it is ready:
 
         observe(out); for b in range(B): send(b, action)
         for b in ready(timeout): step = take(b, out); ...; send(b, action)
 
-    `step` works as before while no environment is under way.
+    `step` and `restore` are for while no environment is under way.
     """
 
     def __init__(self, create: Callable[[], Any], spec: EnvironmentSpec, group: int, num_envs: int, run_seed: int, epoch: int = 0) -> None:
         super().__init__(create, spec, group, num_envs, run_seed, epoch)
+        self._done: SimpleQueue[_Done] = SimpleQueue()
+        self._workers = [_Worker(b, self._done) for b in range(num_envs)]
         self._under_way: set[int] = set()
         self._finished: dict[int, _Done] = {}
         self._taken = super().cursor()
@@ -131,9 +91,22 @@ class PacedGroup(ThreadedGroup):
         self._taken = super().cursor()
         return lost
 
+    def step(self, action_B: Array, out: Arrays) -> GroupStep:
+        step = super().step(action_B, out)
+        self._taken = super().cursor()
+        return step
+
     def cursor(self) -> Array:
         """Where each environment stood when its last step was taken; a step under way does not count yet."""
         return self._taken.copy()
+
+    def snapshots(self) -> list[bytes | None]:
+        """As PythonGroup's, but None for an environment whose step is under way: nobody may look into it, and it does not stand at its cursor."""
+        if not self.spec.snapshot_bytes:
+            return [None] * self.num_envs
+        idle = [b for b in range(self.num_envs) if b not in self._under_way and b not in self._finished]
+        taken = self._run({b: self._instances[b].snapshot for b in idle})
+        return [taken.get(b) for b in range(self.num_envs)]
 
     def send(self, b: int, action: Array) -> None:
         """Begin environment b's step with one action as stored ([*shape])."""
@@ -148,9 +121,7 @@ class PacedGroup(ThreadedGroup):
         try:
             while self._under_way:
                 wait = timeout_seconds if not self._finished else 0.0
-                done = self._done.get(timeout=wait) if wait > 0 else self._done.get_nowait()
-                self._under_way.discard(done.env)
-                self._finished[done.env] = done
+                self._keep(self._done.get(timeout=wait) if wait > 0 else self._done.get_nowait())
         except Empty:
             pass
         return sorted(self._finished)
@@ -177,6 +148,46 @@ class PacedGroup(ThreadedGroup):
             return PacedStep(instance.reward, False, False, True, None)
         valid, instance.valid = instance.valid, True
         return PacedStep(instance.reward, instance.terminated, instance.truncated, valid, instance.ended)
+
+    def close(self) -> None:
+        """Close every environment in its own thread; one that hangs is left behind after a second."""
+        for worker, instance in zip(self._workers, self._instances, strict=True):
+            worker.submit(instance.close)
+        end = time.monotonic() + 1.0
+        for worker in self._workers:
+            worker.stop(max(0.0, end - time.monotonic()))
+
+    def _keep(self, done: _Done) -> None:
+        self._under_way.discard(done.env)
+        self._finished[done.env] = done
+
+    def _restore_all(self, arguments: list[tuple[Array, list[Any], bytes | None]]) -> list[bool]:
+        same = self._run({b: _restoring(self._instances[b], given) for b, given in enumerate(arguments)})
+        return [same[b] for b in range(self.num_envs)]
+
+    def _advance_all(self, actions: list[Any]) -> list[int]:
+        ended = self._run({b: _advancing(self._instances[b], action) for b, action in enumerate(actions)})
+        return [b for b in range(self.num_envs) if ended[b]]
+
+    def _advance(self, b: int, action: Any) -> bool:
+        """In its own thread, alone."""
+        return bool(self._run({b: _advancing(self._instances[b], action)})[b])
+
+    def _run(self, tasks: dict[int, _Task]) -> dict[int, Any]:
+        """Run tasks of environments that are not under way, and wait for all of them; the error of the lowest index is raised."""
+        for b, task in tasks.items():
+            self._workers[b].submit(task)
+        found: dict[int, _Done] = {}
+        while len(found) < len(tasks):
+            done = self._done.get()
+            if done.env in tasks:
+                found[done.env] = done
+            else:
+                self._keep(done)
+        for b in sorted(found):
+            if (error := found[b].error) is not None:
+                raise error
+        return {b: done.result for b, done in found.items()}
 
 
 def _advancing(instance: Instance, action: Any) -> _Task:

@@ -10,10 +10,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from shoal.errors import LedgerError
 from shoal.experience.envelope import REMADE, Fate, Identity
+from shoal.types import Array
+
+
+class Shares(NamedTuple):
+    """What each environment of a group contributed to a rollout, in steps: int64 [B] each."""
+
+    trained_B: Array
+    late_B: Array  # left out, since they were too old
 
 
 @dataclass
@@ -24,6 +34,8 @@ class _Account:
     produced_steps: int = 0
     rollouts: dict[Fate, int] = field(default_factory=lambda: defaultdict(int))
     steps: dict[Fate, int] = field(default_factory=lambda: defaultdict(int))
+    late_steps: int = 0  # of rollouts that were trained without them: dropped as over_lag
+    shares: Shares | None = None  # of a group whose environments act each on its own
     next_sequence: int = 0  # the first that was never begun
     final: int = 0  # high-water mark: every sequence below has one final attempt
     final_ahead: set[int] = field(default_factory=set)  # final ones above the mark
@@ -58,14 +70,20 @@ class Ledger:
         self._accounts[identity.group].produced_steps += num_env_steps - self._in_flight[identity]
         self._in_flight[identity] = num_env_steps
 
-    def settle(self, identity: Identity, fate: Fate) -> None:
-        """The attempt came to its end."""
+    def settle(self, identity: Identity, fate: Fate, shares: Shares | None = None) -> None:
+        """The attempt came to its end.
+
+        Args:
+          shares: by environment, where they acted each on its own. Late steps of a rollout that was trained count as dropped.
+        """
         if identity not in self._in_flight:
             raise LedgerError(f"group {identity.group}: {identity} is to be {fate.label}, but is not in flight: a duplicate")
         steps = self._in_flight.pop(identity)
         account = self._accounts[identity.group]
         account.rollouts[fate] += 1
         account.steps[fate] += steps
+        if shares is not None:
+            self._share(identity, account, fate, steps, shares)
         if self.listener is not None:
             self.listener(identity, fate, steps)
         if fate not in REMADE:
@@ -73,6 +91,17 @@ class Ledger:
             while account.final in account.final_ahead:
                 account.final_ahead.discard(account.final)
                 account.final += 1
+
+    @staticmethod
+    def _share(identity: Identity, account: _Account, fate: Fate, steps: int, shares: Shares) -> None:
+        late, trained = int(shares.late_B.sum()), int(shares.trained_B.sum())
+        if late + trained != steps:
+            raise LedgerError(f"group {identity.group}: {identity} has {steps} steps, {trained} trained and {late} late are accounted for")
+        if fate is Fate.TRAINED:
+            account.steps[fate] -= late
+            account.late_steps += late
+        before = account.shares
+        account.shares = shares if before is None else Shares(before.trained_B + shares.trained_B, before.late_B + shares.late_B)
 
     def roll_back(self, mark: dict[str, Any]) -> None:
         """Return to a checkpoint's state: what was trained since counts as rolled back, its sequences are open again.
@@ -90,6 +119,8 @@ class Ledger:
                 for now, then in ((account.rollouts, old.rollouts), (account.steps, old.steps)):
                     now[Fate.ROLLED_BACK] += now[undone] - then[undone]
                     now[undone] = then[undone]
+            account.steps[Fate.ROLLED_BACK] += account.late_steps - old.late_steps
+            account.late_steps, account.shares = old.late_steps, old.shares
             account.next_sequence = account.final = old.final
             account.final_ahead = set()
 
@@ -127,7 +158,7 @@ class Ledger:
         for group, account in self._accounts.items():
             mine = {i: s for i, s in self._in_flight.items() if i.group == group}
             rollouts = sum(account.rollouts.values()) + len(mine)
-            steps = sum(account.steps.values()) + sum(mine.values())
+            steps = sum(account.steps.values()) + account.late_steps + sum(mine.values())
             if rollouts != account.produced_rollouts:
                 raise LedgerError(f"group {group}: {account.produced_rollouts} rollouts produced, {rollouts} accounted for")
             if steps != account.produced_steps:
@@ -135,19 +166,22 @@ class Ledger:
 
     def balance(self) -> dict[str, Any]:
         """Totals in environment steps: {produced, trained, dropped: {reason: n}, in_flight}."""
-        return self._summed([(a.produced_steps, a.steps) for a in self._accounts.values()], sum(self._in_flight.values()))
+        return self._summed([(a.produced_steps, _steps_by_fate(a)) for a in self._accounts.values()], sum(self._in_flight.values()))
 
     def balance_rollouts(self) -> dict[str, Any]:
         """Totals in rollouts."""
         return self._summed([(a.produced_rollouts, a.rollouts) for a in self._accounts.values()], len(self._in_flight))
 
     def by_group(self) -> dict[int, dict[str, Any]]:
-        """Environment steps per group, with the share of what the group produced that was trained."""
+        """Environment steps per group, with the share of what the group produced that was trained. Where its environments act each on its
+        own, also `by_environment`: {trained, late: [B]}."""
         out = {}
         for group, account in sorted(self._accounts.items()):
             waiting = sum(s for i, s in self._in_flight.items() if i.group == group)
-            row = self._summed([(account.produced_steps, account.steps)], waiting)
+            row = self._summed([(account.produced_steps, _steps_by_fate(account))], waiting)
             row["trained_share"] = row["trained"] / row["produced"] if row["produced"] else 0.0
+            if account.shares is not None:
+                row["by_environment"] = _listed(account.shares)
             out[group] = row
         return out
 
@@ -178,6 +212,8 @@ class Ledger:
                 "steps": {f.label: n for f, n in a.steps.items()},
                 "final": a.final,
             }
+            if a.shares is not None:
+                out[str(group)] |= {"late_steps": a.late_steps, "by_environment": _listed(a.shares)}
         return out
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -190,3 +226,13 @@ class Ledger:
             for name in ("rollouts", "steps"):
                 getattr(account, name).update({Fate[k.upper()]: n for k, n in row[name].items()})
             account.next_sequence = account.final = row["final"]
+            account.late_steps, by = row.get("late_steps", 0), row.get("by_environment")
+            account.shares = None if by is None else Shares(np.array(by["trained"], np.int64), np.array(by["late"], np.int64))
+
+
+def _steps_by_fate(account: _Account) -> dict[Fate, int]:
+    return {**account.steps, Fate.OVER_LAG: account.steps.get(Fate.OVER_LAG, 0) + account.late_steps}
+
+
+def _listed(shares: Shares) -> dict[str, list[int]]:
+    return {"trained": shares.trained_B.tolist(), "late": shares.late_B.tolist()}

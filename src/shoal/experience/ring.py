@@ -54,6 +54,12 @@ class Slot:
         valid = self.arrays["valid"][:num_rows]
         return np.where(valid.any(0), num_rows - valid[::-1].argmax(0), 0)
 
+    def timely(self, oldest_version: int) -> Array:
+        """Valid rows that this policy version or a newer one chose, bool [num_rows, B]."""
+        num_rows = int(self.envelope["num_rows"])
+        timely: Array = self.arrays["valid"][:num_rows] & (self.arrays["policy_version"][:num_rows] >= oldest_version)
+        return timely
+
     def checksum(self) -> int:
         """crc32 over the observations and rewards of the rows that were written."""
         num_rows = int(self.envelope["num_rows"])

@@ -15,11 +15,12 @@ from shoal.experience.ring import Slot
 from shoal.types import Array
 
 
-def assemble(slots: Sequence[Slot], version: int) -> Batch:
+def assemble(slots: Sequence[Slot], version: int, max_lag: int) -> Batch:
     """The batch of `slots`, columns in their order.
 
     Args:
       version: the learner's policy version now; policy lag is counted from it.
+      max_lag: rows whose lag is larger are not valid in the batch (a straggler's in a paced rollout; others were refused as a whole).
     """
     num_rows = [int(s.envelope["num_rows"]) for s in slots]
     t_max = max(num_rows)
@@ -47,7 +48,8 @@ def assemble(slots: Sequence[Slot], version: int) -> Batch:
         for s, f, offset in zip(slots, finals, offsets, strict=True)
     ]
     states = [f.name for f in first.schema.fields if f.axis == "B" and f.name.startswith("policy_state/") and not f.name.endswith("/end")]
-    valid = beside("valid")
+    lag = version - beside("policy_version")
+    valid = beside("valid") & (lag <= max_lag)
     tensor = torch.from_numpy
     return Batch(
         observation={n: tensor(beside(n, 1)) for n in observations},
@@ -58,7 +60,7 @@ def assemble(slots: Sequence[Slot], version: int) -> Batch:
         terminated_TN=tensor(beside("terminated")),
         truncated_TN=tensor(beside("truncated")),
         valid_TN=tensor(valid),
-        policy_lag_TN=tensor(np.where(valid, version - beside("policy_version"), 0)),
+        policy_lag_TN=tensor(np.where(valid, lag, 0)),
         final_observation={n: tensor(_finals(slots, finals, n)) for n in observations},
         final_index=tensor(np.concatenate(index).astype(np.int64)),
         policy_state={n: tensor(np.concatenate([s.arrays[n] for s in slots])) for n in states},

@@ -81,18 +81,22 @@ class Learner:
     # ---- one update ----------------------------------------------------------------------------------------------
     @np.errstate(over="ignore", invalid="ignore")  # numbers beyond float32 become infinite, and show in loss and gradient
     def consume(self, orders: Sequence[tuple[int, Identity]]) -> Consumed:
-        """Check and copy the rollouts of the next update. Their slots are free afterwards."""
+        """Check and copy the rollouts of the next update. Their slots are free afterwards.
+
+        What is too old is not trained: a rollout as a whole, but of one whose environments acted each on its own only the rows that are.
+        """
         slots, dropped = [], {}
         for index, identity in orders:
             slot = self._ring.slots[index]
             slot.check(self._run_id, identity)
             slot.envelope["consumed_ns"] = time.monotonic_ns()
-            if self.version - int(slot.envelope["version_min"]) > self._max_lag:
+            oldest = self.version - self._max_lag
+            if int(slot.envelope["version_min"]) < oldest and not (slot.envelope["paced"] and slot.timely(oldest).any()):
                 dropped[identity] = Fate.OVER_LAG
             else:
                 slots.append(slot)
         groups = [int(s.envelope["group"]) for s in slots]
-        return Consumed(assemble(slots, self.version) if slots else None, groups, dropped)
+        return Consumed(assemble(slots, self.version, self._max_lag) if slots else None, groups, dropped)
 
     @np.errstate(over="ignore", invalid="ignore")
     def update(self, consumed: Consumed) -> dict[str, float]:

@@ -101,7 +101,7 @@ _SENTENCES: dict[str, Callable[[_Facts], str]] = {
     ),
     "failed": lambda facts: f"the run ended with {facts['error']}: {str(facts['message']).splitlines()[0]}",
     "warning": lambda facts: f"warning: {facts['message']}",
-    "scaled": lambda facts: f"now {counted(int(facts['actors']), 'actor')}",
+    "scaled": lambda facts: f"now {counted(int(facts['actors']), 'actor')}" + (f": {facts['reason']}" if facts.get("reason") else ""),
     "pause": lambda facts: "paused: no more rollouts are ordered until `shoal control RUN continue`",
     "continue": lambda facts: "going on",
     "checkpoint": lambda facts: f"checkpoint of update {facts['update']:,}",
