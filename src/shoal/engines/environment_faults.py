@@ -67,7 +67,8 @@ class EnvironmentFaults:
     def give_back(self, fault: EnvironmentFault, identity: Identity) -> None:
         """The group is made anew; the second time that a fault comes at the same step, its episode is given up there."""
         report = fault.report
-        step = report.get("paced")  # of an environment that acts on its own
+        # In async mode it may have hung since an earlier rollout, so the step of its episode is the place; else its row is.
+        step = report.get("paced") if self._session.coordinator.plan.mode == "async" else None
         row, env = (
             default if report.get(name) is None else int(str(report[name])) for name, default in (("row", WHILE_RESTORED), ("env", UNNAMED))
         )
