@@ -35,6 +35,9 @@ def main(arguments: list[str]) -> int:
         command = [sys.executable, "-m", "pytest", "-m", "soak", *arguments]
         code = subprocess.run(command, cwd=ROOT, env={**os.environ, "SHOAL_SOAK_LOG": str(log)}, check=False).returncode
         found = read(log)
+    if not found:
+        print(f"nothing was measured; {RESULT.relative_to(ROOT)} stays as it was", file=sys.stderr)
+        return code or 1
     here = {"at": f"{datetime.now(UTC):%Y-%m-%d %H:%M}", "machine": machine(), "load": round(os.getloadavg()[0])}
     rows = {row["test"]: row for row in read(ROWS)} if keep else {}
     rows |= {row["test"]: {**row, **here} for row in found}

@@ -220,6 +220,13 @@ def test_a_resumed_run_may_end_otherwise_and_goes_on_where_it_was():
     assert resumed.path == run.path.resolve() or resumed.path == run.path
 
 
+def test_a_run_stands_for_its_directory():
+    run = train(algorithm=PPO, stop={"updates": 1})
+    assert shoal.load(run).path == run.path
+    assert shoal.resume(run, stop={"updates": 2}, progress=SilentView(io.StringIO())).result["updates"] == 2
+    assert shoal.replay(run, env=Drift)["equal"]
+
+
 def test_a_run_that_met_its_end_ends_at_once_when_resumed():
     run = train(stop={"updates": 2}, run_dir="mine")
     resumed = resume("mine", env=Drift)

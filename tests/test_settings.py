@@ -170,6 +170,15 @@ def test_a_wrong_setting_is_refused_by_its_name_with_what_is_allowed(overrides: 
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("algorithm", ["appo", "impala"])
+def test_what_a_preset_says_of_async_mode_does_not_count_in_sync_mode(algorithm: str) -> None:
+    assert resolve("CartPole-v1", {"algorithm": algorithm})[0].sampling.batch_rollouts is not None
+    config, preset = resolve("CartPole-v1", {"algorithm": algorithm, "mode": "sync"})
+    assert (preset, config.sampling.batch_rollouts) == ("CartPole-v1", None)
+    with pytest.raises(ConfigError, match=r"sampling\.batch_rollouts belongs to async mode"):
+        resolve("CartPole-v1", {"algorithm": algorithm, "mode": "sync", "sampling.batch_rollouts": 2})
+
+
 def test_a_minibatch_that_nobody_asked_for_is_cut_to_the_batch(tmp_path: Path) -> None:
     config, _ = resolve("CartPole-v1", {"sampling.groups": 1, "sampling.rollout_length": 4})
     assert config.algorithm.minibatch_size == 32  # type: ignore[attr-defined]

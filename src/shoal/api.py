@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import secrets
 import signal
 import threading
@@ -54,6 +55,10 @@ class Run:
     result: Mapping[str, Any]
     objects: Mapping[str, Any]
 
+    def __fspath__(self) -> str:
+        """A run stands for its directory, wherever one is asked for."""
+        return str(self.path)
+
     def policy(self) -> LoadedPolicy:
         """The policy of the newest whole checkpoint."""
         from shoal.evaluation import load_policy
@@ -100,7 +105,7 @@ def train(
 
 
 def resume(
-    path: str | Path,
+    path: str | os.PathLike[str],
     *,
     env: Callable[..., Any] | None = None,
     callbacks: Sequence[Callback] = (),
@@ -121,6 +126,8 @@ def resume(
     directory = find_run(path)
     base = load_config(directory / "config.yaml")
     objects, _, settings = _split_objects(env, settings)
+    if isinstance(path, Run):
+        objects = {**path.objects, **objects}
     tree = base.model_dump(mode="json", by_alias=True)
     if any(str(key).startswith("stop") for key in settings):
         tree["stop"] = {}
@@ -132,7 +139,7 @@ def resume(
     return execute(config, objects, directory, callbacks, progress, profile)
 
 
-def load(path: str | Path, *, env: Callable[..., Any] | None = None, network: Callable[..., Any] | None = None) -> Run:
+def load(path: str | os.PathLike[str], *, env: Callable[..., Any] | None = None, network: Callable[..., Any] | None = None) -> Run:
     """A run that was made earlier. Raises RunError.
 
     Args:
@@ -145,7 +152,7 @@ def load(path: str | Path, *, env: Callable[..., Any] | None = None, network: Ca
 
 
 def evaluate(
-    run: Run | str | Path,
+    run: str | os.PathLike[str],
     episodes: int = 100,
     seed: int = 0,
     video: str | Path | None = None,
@@ -184,7 +191,7 @@ def check(target: str | Callable[..., Any], **settings: Any) -> CheckReport:
 
 
 def replay(
-    path: str | Path,
+    path: str | os.PathLike[str],
     *,
     env: Callable[..., Any] | None = None,
     network: Callable[..., Any] | None = None,

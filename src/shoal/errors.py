@@ -5,6 +5,7 @@
     ├── EnvironmentFault            3   the environment raised, hung, died or returned something wrong
     ├── DivergedError               4   learning produced non-finite numbers, update after update
     ├── RunError                    1   a run directory that cannot be read, or is in use
+    │   ├── NoRunError              2   what was named is no run
     │   └── CheckpointError         1   a checkpoint that is missing, torn or of another format
     ├── LedgerError                 1   a rollout unaccounted for: a gap, a duplicate, two final attempts
     ├── SchemaError                 1   an array whose dtype, shape or name is not what the schema says
@@ -46,7 +47,13 @@ class DivergedError(ShoalError):
 
 
 class RunError(ShoalError):
-    """A run directory that does not exist, is not a run, or is in use by a living run."""
+    """A run directory that cannot be read, or is in use by a living run."""
+
+
+class NoRunError(RunError):
+    """What was named does not exist or is not a run: bad usage."""
+
+    exit_code = 2
 
 
 class CheckpointError(RunError):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.config import RunConfig
-from shoal.errors import ConfigError, RunError, ShoalError
+from shoal.errors import ConfigError, NoRunError, ShoalError
 from shoal.files import CheckpointDirectory, run_holder, write_text_atomically
 from shoal.monitoring.store import RunReader
 from shoal.settings import dump_config, read_yaml
@@ -106,13 +107,13 @@ def create_run(config: RunConfig, runs: str | Path = "runs") -> Path:
     return path.resolve()
 
 
-def find_run(path: str | Path) -> Path:
-    """The directory of the run that `path` is, or lies in (its config.yaml, one of its checkpoints). Raises RunError where there is none."""
+def find_run(path: str | os.PathLike[str]) -> Path:
+    """The directory of the run that `path` is, or lies in (its config.yaml, one of its checkpoints). Raises NoRunError where there is none."""
     given = Path(path).expanduser()
     for candidate in (given, *given.absolute().parents[:2]) if given.exists() else ():
         if (candidate / CONFIG).is_file():
             return candidate.resolve()
-    raise RunError(
+    raise NoRunError(
         f"{path} {'is no run: it has no ' + CONFIG if given.exists() else 'does not exist'}; `shoal runs` lists the runs of a directory"
     )
 
@@ -121,11 +122,11 @@ def list_runs(directory: str | Path = "runs") -> list[dict[str, Any]]:
     """One row per run in `directory`, oldest first: run, env, algorithm, seed, status, env_steps, updates, seconds, mean_return.
 
     status: running, why it ended (return, env_steps ...), failed (an error ended it), stopped (it died; resume goes on), or damaged.
-    Raises RunError where `directory` does not exist.
+    Raises NoRunError where `directory` does not exist.
     """
     root = Path(directory)
     if not root.is_dir():
-        raise RunError(f"there is no directory {root}; runs are made under runs/ where shoal was started, or where --run-dir says")
+        raise NoRunError(f"there is no directory {root}; runs are made under runs/ where shoal was started, or where --run-dir says")
     found = sorted(root.glob(f"*/{CONFIG}"), key=lambda file: file.stat().st_mtime)
     return [_row(file.parent) for file in found]
 

@@ -374,7 +374,7 @@ def _complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> Run
             )
         algorithm.schedule_env_steps = config.stop.env_steps
     if config.mode == "sync" and not resumed:
-        _refuse_async_keys(config, asked_for[-1])
+        _refuse_async_keys(config, asked_for)
     if not own and not resumed:
         _fit_minibatch(config, _asked(asked_for, "algorithm", "minibatch_size"))
     return config
@@ -390,9 +390,13 @@ def adapt_actors(config: RunConfig) -> bool:
     return config.actors != before
 
 
-def _refuse_async_keys(config: RunConfig, by_hand: Tree) -> None:
-    for key, given in (("sampling.batch_rollouts", config.sampling.batch_rollouts), ("max_policy_lag", by_hand.get("max_policy_lag"))):
-        if given is not None:
+def _refuse_async_keys(config: RunConfig, asked_for: list[Tree]) -> None:
+    """What a user asked for is refused; what a preset says of async mode does not count in sync mode."""
+    wanted = (("sampling.batch_rollouts", _asked(asked_for, "sampling", "batch_rollouts")),
+              ("max_policy_lag", asked_for[-1].get("max_policy_lag") is not None))  # fmt: skip
+    config.sampling.batch_rollouts = None
+    for key, given in wanted:
+        if given:
             raise ConfigError(
                 f"{key} belongs to async mode, and this run is sync: an update takes one rollout of each of the {config.sampling.groups} groups, "
                 "without lag; leave it out, or take --mode async with --algorithm appo or impala"

@@ -179,14 +179,17 @@ def test_a_run_that_is_interrupted_before_its_first_update_ends_well(name: str, 
         assert not (tmp_path / "run").exists()
 
 
-def test_a_reward_beyond_float32_neither_ends_the_run_nor_makes_noise(tmp_path: Path) -> None:
+def test_a_reward_beyond_float32_makes_no_noise_and_a_run_that_ends_without_a_finite_step_diverged(tmp_path: Path) -> None:
     (tmp_path / "huge.py").write_text(
         "import gymnasium\n"
         "def make():\n"
         "    return gymnasium.wrappers.TransformReward(gymnasium.make('CartPole-v1'), lambda reward: 1e300)\n"
     )
-    done = shoal("train", "huge.py:make", "--actors", "0", "--stop.updates", "2", "--sampling.rollout-length", "64", cwd=tmp_path)
+    done = shoal("train", "huge.py:make", "--actors", "0", "--stop.updates", "2", "--sampling.rollout-length", "64", cwd=tmp_path, code=4)
     assert "Warning" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Going back to the last good checkpoint, once" in done.stderr
+    assert "in its last update no loss or gradient was finite" in done.stderr.splitlines()[-1]
 
 
 def test_a_factory_in_a_file_gets_its_arguments_and_its_printing_stays_out_of_the_answer(tmp_path: Path) -> None:
@@ -209,8 +212,8 @@ def test_a_factory_in_a_file_gets_its_arguments_and_its_printing_stays_out_of_th
         (["train", "CartPole-v9"], 2, "CartPole"),
         (["train", "nowhere.py:make"], 2, "nowhere.py"),
         (["train", "CartPole-v1", "--algorithm.epoch", "3"], 2, "did you mean algorithm.epochs"),
-        (["resume", "nothing"], 1, "there is no run nothing"),
-        (["show", "."], 1, "no run"),
+        (["resume", "nothing"], 2, "there is no run nothing"),
+        (["show", "."], 2, "no run"),
     ],
 )
 def test_an_error_is_one_clear_message_with_its_code(args: list[str], code: int, part: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 
@@ -164,3 +165,32 @@ def test_a_snippet_of_many_numbers_keeps_them_in_a_file_beside_it(tmp_path: Path
     shown = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert shown.returncode == 0, shown.stderr
     assert "no fault this time" in shown.stdout
+
+
+class OutOfRange(gymnasium.Env[Any, Any]):
+    """Its observation leaves its bounds at the fourth step of every episode only."""
+
+    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.count = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.count += 1
+        return np.array([0, 9 * (self.count == 4)], np.float32), 0.0, self.count == 8, False, {}
+
+
+@pytest.mark.parametrize("most", [environment_faults.LOOKED_AT_NUMBERS, 0])
+def test_an_observation_out_of_its_bounds_is_told_once_whichever_row_it_is_in(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment_faults, "LOOKED_AT_NUMBERS", most)
+    run = shoal.train(
+        OutOfRange, actors=0, sampling={"groups": 1, "group_size": 2, "rollout_length": 8}, policy={"hidden_sizes": [4]}, stop={"updates": 10},
+        preset="none", run_dir=str(tmp_path), progress=SilentView(io.StringIO()),
+    )  # fmt: skip
+    (warning,) = events(run, "warning")
+    assert "observation[1] was 9 in group 0" in warning["message"]

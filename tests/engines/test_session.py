@@ -11,7 +11,7 @@ from shoal.config import RunConfig
 from shoal.engines.coordinator import Coordinator
 from shoal.engines.plan import Plan
 from shoal.engines.session import Session
-from shoal.errors import CheckpointError
+from shoal.errors import CheckpointError, DivergedError
 from shoal.files import CheckpointDirectory
 
 
@@ -284,3 +284,16 @@ def test_a_checkpoint_without_a_part_is_refused_in_one_line(tmp_path):
     resumed, _, _ = session_in(tmp_path)
     with pytest.raises(CheckpointError, match=r"^[^\n]*does not hold the state that this run needs \(KeyError: 'ledger'\)[^\n]*$"):
         resumed.load(CheckpointDirectory(tmp_path / "checkpoints").newest())
+
+
+def test_a_run_whose_last_update_had_no_finite_step_did_not_end_well(tmp_path):
+    session, _, _ = session_in(tmp_path, updates=2)
+    assert update(session) is None
+    c = session.coordinator
+    for lease in c.next_leases():
+        write_rollout(c.ring.slots[lease.slot], lease.identity, version=c.version)
+        c.filled(lease.slot, lease.identity)
+    c.next_batch()
+    c.consumed({})
+    with pytest.raises(DivergedError, match=r"met its stop condition \(updates\)"):
+        session.finish_update({"num_env_steps": 16.0, "skipped_steps": 4.0, "optimizer_steps": 0.0})

@@ -103,6 +103,20 @@ def fails():
     raise RuntimeError("no display")
 
 
+class SharedGenerator(Scaled):
+    """Its numbers come from a space of the class, which every instance seeds and draws from."""
+
+    drawn: ClassVar[spaces.Box] = spaces.Box(-1.0, 1.0, (), np.float64)
+
+    def reset(self, *, seed=None, options=None):
+        self.drawn.seed(seed)
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        o, _, x, t, i = super().step(action)
+        return o, float(self.drawn.sample()), x, t, i
+
+
 @pytest.mark.parametrize(
     ("factory", "name"),
     [
@@ -121,6 +135,7 @@ def fails():
         (Refuses, "raised"),
         (Forgetful, "same_seed_differs"),
         (Shared, "shared_buffer"),
+        (SharedGenerator, "instances_share_state"),
         (BadSnapshot, "snapshot"),
         (NoSnapshot, "snapshot"),
         (LongSnapshot, "snapshot"),

@@ -159,9 +159,10 @@ def learn(observation: str, action: str, algorithm: str, run_dir: Path, *, seed:
     continuous, pixels = action.startswith("box"), observation in ("image", "nested")
     if algorithm == "impala":  # nothing bounds its steps, so they are smaller; on Gaussians, fewer per batch too
         own: dict[str, Any] = {"minibatch_size": 256 if continuous else 64, "learning_rate": 5e-4 if pixels and continuous else 1e-3}
-        own |= {"learning_rate_schedule": "linear", "entropy_coefficient": 0.003} if continuous else {"entropy_coefficient": 0.03}
+        own |= {"learning_rate_schedule": "linear", "entropy_coefficient": 0.003 if continuous else 0.06}
     else:
         own = {"minibatch_size": 128, "epochs": 4, "learning_rate": 1e-3 if pixels else 3e-3}
+        own |= {"learning_rate_schedule": "linear" if pixels else "constant"}
         own |= {} if continuous else {"entropy_coefficient": 0.01}  # without it a choice that was good by chance becomes certain
     run = shoal.train(
         lambda: IdentityWorld(observation, action),

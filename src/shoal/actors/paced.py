@@ -96,11 +96,13 @@ def fill_paced(
         if to_answer:
             how.recorder.enter(Activity.INFERRING, index, -1, int(row_B.max()))
             version = _answer(slot, behaviour, to_answer, row_B, outputs)
+            if not how.careful:  # said first: a step that takes the interpreter's lock leaves nobody to say it
+                how.recorder.enter(Activity.STEPPING, index, -1, int(row_B.max()))
             _send(slot, group, to_answer, row_B, how)
             first_version = min(first_version, version)
             began.update(dict.fromkeys(to_answer, time.monotonic()))
             slot.envelope["num_rows"] = max(int(slot.envelope["num_rows"]), int(row_B[to_answer].max()) + 1)
-        if not how.careful:
+        elif not how.careful:
             how.recorder.enter(Activity.STEPPING, index, -1, int(row_B.max()))
         ready = group.ready(0.0 if closing else READY_SECONDS)
         for b in ready:

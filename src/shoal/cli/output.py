@@ -97,18 +97,18 @@ def word(value: Any) -> str:
 
 
 def find_run(name: str, runs: Path = Path("runs")) -> Path:
-    """The directory of a run: a path to it or into it, its name in `runs`, or `latest`. Raises RunError."""
-    from shoal.errors import RunError
+    """The directory of a run: a path to it or into it, its name in `runs`, or `latest`. Raises NoRunError."""
+    from shoal.errors import NoRunError
     from shoal.imports import nearest
     from shoal.runs import find_run as run_at
 
     known = sorted(runs.glob("*/config.yaml"), key=lambda file: file.stat().st_mtime)
     if name == "latest" and not Path(name).exists():
         if not known:
-            raise RunError(f"there is no run in {runs}/ yet; `shoal train CartPole-v1` makes one")
+            raise NoRunError(f"there is no run in {runs}/ yet; `shoal train CartPole-v1` makes one")
         return known[-1].parent
     if Path(name).expanduser().exists():
         return run_at(name)
     if (runs / name).exists():
         return run_at(runs / name)
-    raise RunError(f"there is no run {name}{nearest(name, [file.parent.name for file in known])}; `shoal runs` lists those in {runs}/")
+    raise NoRunError(f"there is no run {name}{nearest(name, [file.parent.name for file in known])}; `shoal runs` lists those in {runs}/")

@@ -21,6 +21,7 @@ from shoal.types import Array, EnvironmentSpec
 
 EARLY_SECONDS = 10.0  # since the first environment step
 
+LOOKED_AT_NUMBERS = 100_000  # of a rollout's observations, whose bounds are looked at in every row
 LONG_EPISODE = 100_000  # steps, after which it is said that an episode does not end
 
 Episode = tuple[int | bytes | None, list[Any]]  # seed or snapshot, and the actions since, as the environment takes them
@@ -121,16 +122,19 @@ class EnvironmentFaults:
 
     # ---- what is no fault, but is said once --------------------------------------------------------------------------
     def look_at(self, slot: Slot) -> None:
-        """Look at one row of a finished rollout: a value outside of its Box is trained on as it is, an endless episode has no return."""
+        """Look at a finished rollout: a value outside of its Box is trained on as it is, an endless episode has no return."""
+        num_rows, sequence = int(slot.envelope["num_rows"]), int(slot.envelope["sequence"])
         for name, (low, high) in list(self._bounds.items()):
-            values_B = slot.arrays[name][0]
-            out = (values_B < low) | (values_B > high)
+            values_TB, valid_TB = slot.arrays[name][:num_rows], slot.arrays["valid"][:num_rows]
+            if values_TB.size > LOOKED_AT_NUMBERS:  # of a large observation, another row of each rollout
+                values_TB, valid_TB = (array[sequence % num_rows :][:1] for array in (values_TB, valid_TB))
+            out = ((values_TB < low) | (values_TB > high)) & valid_TB.reshape(valid_TB.shape + (1,) * (values_TB.ndim - 2))
             if out.any():
                 del self._bounds[name]
-                b, *place = (int(i[0]) for i in np.nonzero(out))
+                t, b, *place = (int(i[0]) for i in np.nonzero(out))
                 at = f"{name}{place}" if place else name
                 self._warn(
-                    f"{at} was {values_B[(b, *place)]:g} in group {int(slot.envelope['group'])}, environment {b}, and its space says "
+                    f"{at} was {values_TB[(t, b, *place)]:g} in group {int(slot.envelope['group'])}, environment {b}, and its space says "
                     f"{low[tuple(place)]:g} to {high[tuple(place)]:g}; it is trained on as it is: widen the bounds of observation_space, or clip"
                 )
         longest = int(slot.arrays["cursor/end"]["num_steps"].max())

@@ -231,7 +231,11 @@ class LocalEngine:
         elif kind == "consumed":
             self._coordinator.consumed({Identity(*identity): Fate(fate) for identity, fate in said["dropped"]})
         elif kind == "trained":
-            self._reason = self._session.finish_update(said["metrics"])
+            try:
+                self._reason = self._session.finish_update(said["metrics"])
+            except DivergedError as diverged:
+                self._diverged(diverged)
+                return
             if self._coordinator.version > self._furthest:  # made again after a roll-back, an update is no progress
                 self._furthest, self._fleet.learner.deaths, self._zygote_deaths = self._coordinator.version, 0, 0
             tell_of_weights(self._session, self._fleet.actors, said["version"])
@@ -244,9 +248,15 @@ class LocalEngine:
             self._saves.not_saved(said["message"])
         elif kind == "failed":
             error = rebuild_error(said)
-            if not isinstance(error, DivergedError) or self._session.epoch > self._first_epoch:
+            if not isinstance(error, DivergedError):
                 raise error
-            self._divergence = error
+            self._diverged(error)
+
+    def _diverged(self, error: DivergedError) -> None:
+        """To be mended, once."""
+        if self._session.epoch > self._first_epoch:
+            raise error
+        self._divergence = error
 
     # ---- life and death ------------------------------------------------------------------------------------------
     def _start_learner(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from shoal.config import RunConfig
 from shoal.engines.coordinator import Coordinator
 from shoal.engines.plan import Episode
-from shoal.errors import CheckpointError
+from shoal.errors import CheckpointError, DivergedError
 from shoal.files import CheckpointDirectory, Loaded, Staging, whole_state
 from shoal.types import ActivityRecord, Arrays, EnvironmentSpec
 
@@ -101,7 +101,13 @@ class Session:
         report = UpdateReport(c.version, c.env_steps, self.seconds, metrics, episodes, consumption)
         if c.version > version and self.observer.updated(report):
             self.wanted_end = self.wanted_end or "interrupted"
-        return c.stop_reason(self.seconds) or self.wanted_end
+        reason = c.stop_reason(self.seconds)
+        if reason is not None and not self.may_save:
+            raise DivergedError(
+                f"diverged: the run met its stop condition ({reason}), and in its last update no loss or gradient was finite; "
+                "lower algorithm.learning_rate, or set policy.normalise_rewards"
+            )
+        return reason or self.wanted_end
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
     def checkpoint_due(self) -> bool:

@@ -125,6 +125,9 @@ def _check_same_seed(report: CheckReport, create: Callable[[], Any], spec: Envir
         traces = {episode: first.trace(episode, num_steps // 4, seconds / 8) for episode in (0, 1, 2)}
         fresh = _difference(traces[0], second.trace(0, num_steps // 4, seconds))
         used = [_difference(traces[episode], first.trace(episode, num_steps // 4, seconds)) for episode in (0, 1, 2)]
+        # Side by side, as environments of a group are stepped: another one's resets and steps between its own.
+        beside = zip(first.steps(0, num_steps // 4, seconds), second.steps(1, num_steps // 4, seconds), strict=False)
+        shared = _difference(traces[0], [one for one, _ in beside])
     finally:
         first.instance.close()
         second.instance.close()
@@ -132,6 +135,9 @@ def _check_same_seed(report: CheckReport, create: Callable[[], Any], spec: Envir
     if fresh is not None:
         hint = f"call super().reset(seed=seed), and draw only from self.np_random; {promise}"
         report.add("error", "same_seed_differs", f"the same seed and actions gave another {fresh} in a second instance", hint)
+    elif shared is not None and all(one is None for one in used):
+        hint = f"let each instance have its own state, spaces and generators, none of them in the class or the module; {promise}"
+        report.add("error", "instances_share_state", f"stepped beside another instance, it gave another {shared}", hint)
     elif any(one is not None for one in used):
         found = next(one for one in used if one is not None)
         hint = f"reset() must set everything that an episode depends on; {promise}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -39,15 +39,22 @@ class Player:
 
     def trace(self, episode: int, num_steps: int, seconds: float) -> list[tuple[int, float, bool]]:
         """(checksum of the observation, reward, ended) of each step of one episode, the reset first."""
+        return list(self.steps(episode, num_steps, seconds))
+
+    def steps(self, episode: int, num_steps: int, seconds: float) -> Iterator[tuple[int, float, bool]]:
+        """The same one by one, each made when it is asked for."""
         self.begin(episode)
         rng, end = np.random.default_rng(episode), time.perf_counter() + seconds
-        trace = [(extend_crc(0, self.spec, self.current, 0), 0.0, False)]
-        while len(trace) <= num_steps and not trace[-1][2] and time.perf_counter() < end:
+        yield extend_crc(0, self.spec, self.current, 0), 0.0, False
+        for _ in range(num_steps):
+            if time.perf_counter() >= end:
+                return
             ended = self.act(rng)
             last = self.instance.ended
             crc = _crc(last.final or {}) if ended and last else extend_crc(0, self.spec, self.current, 0)
-            trace.append((crc, self.instance.reward, ended))
-        return trace
+            yield crc, self.instance.reward, ended
+            if ended:
+                return
 
 
 def _crc(arrays: Arrays) -> int:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from shoal.engines.session import Session, UpdateReport
 
 RECORD_SECONDS = 0.5  # between two rows of metrics
-RATE_SECONDS = 5.0  # window of env steps per second
+RATE_SECONDS = 5.0  # window of env steps per second, and of time by role
 _UNSPOKEN = frozenset({"checkpoint", "failed", "recovered"})  # whoever called says why it failed
 _ROLE_OF = {
     Activity.STEPPING: "environment",
@@ -48,6 +48,14 @@ _ROLE_OF = {
 Callback = Callable[[Mapping[str, Any]], Any]
 
 
+class _Spent(NamedTuple):
+    """What all roles together had spent at a moment (monotonic clock), by role, and how many updates there were."""
+
+    at: float
+    update: int
+    seconds: dict[str, float]
+
+
 class Recorder:
     """Watches one run. `attach` names the session once it exists."""
 
@@ -59,7 +67,7 @@ class Recorder:
         self._session: Session | None = None
         self._recorded = self._ticked = 0.0
         self._rate: deque[tuple[float, int]] = deque()
-        self._spent: dict[str, float] = {}
+        self._spent: deque[_Spent] = deque()
         self._shares: dict[str, float] = {}
         self._metrics: dict[str, float] = {}
         self._activities: list[ActivityRecord] = []
@@ -128,8 +136,13 @@ class Recorder:
             for activity, seconds in record.seconds.items():
                 if activity in _ROLE_OF:
                     spent[_ROLE_OF[activity]] = spent.get(_ROLE_OF[activity], 0.0) + seconds
-        self._shares = {k: max(0.0, v - self._spent.get(k, 0.0)) for k, v in spent.items()}  # what a dead role was in is not counted
-        self._spent = spent
+        now, update = time.monotonic(), self._coordinator.version if self._session is not None else 0
+        self._spent.append(_Spent(now, update, spent))
+        # Whole updates: in sync mode roles take turns, and a shorter stretch shows whose turn it was.
+        while len(self._spent) > 2 and now - self._spent[1].at > RATE_SECONDS and self._spent[1].update < update - 1:
+            self._spent.popleft()
+        before = self._spent[0].seconds
+        self._shares = {k: max(0.0, v - before.get(k, 0.0)) for k, v in spent.items()}  # what a dead role was in is not counted
         self._keep(self.store.tick)
         self._view(self.snapshot())
 

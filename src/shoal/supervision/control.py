@@ -161,6 +161,8 @@ def ask(directory: Path, request: dict[str, Any], timeout_seconds: float = 60.0)
                     raise RunError(f"who listens on {path} is no run: its answer does not end")
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise RunError(f"the run in {directory} is not alive: nobody listens on {NAME}") from error
+        except BlockingIOError as error:
+            raise RunError(f"the run in {directory} has too many connections waiting on {NAME}; close them, or try again") from error
         except TimeoutError as error:
             raise RunError(f"the run in {directory} did not answer within {timeout_seconds:g} s") from error
     said = _object(answer)

@@ -1,0 +1,43 @@
+"""What the recorder says of time by role."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from shoal.config import RunConfig
+from shoal.monitoring import recorder as recording
+from shoal.monitoring.live import SilentView
+from shoal.monitoring.recorder import Recorder
+from shoal.types import Activity, ActivityRecord
+
+
+class Session(SimpleNamespace):
+    coordinator: Any
+
+
+def test_time_by_role_is_told_of_whole_updates_however_long_they_are(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Roles take turns for ten seconds each; a look at any moment sees both turns."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(recording.time, "monotonic", lambda: clock.now)
+    watcher = Recorder(RunConfig(), tmp_path, SilentView(io.StringIO()))
+    monkeypatch.setattr(watcher, "snapshot", lambda: None)
+    monkeypatch.setattr(watcher, "_view", lambda shown: None)
+    coordinator = SimpleNamespace(version=0)
+    watcher._session = Session(coordinator=coordinator)  # type: ignore[assignment]
+    spent = {Activity.STEPPING: 0.0, Activity.LEARNING: 0.0}
+    for update in range(4):
+        for activity in spent:
+            for _ in range(40):
+                clock.now += 0.25
+                spent[activity] += 0.25
+                record = ActivityRecord(activity, 0, -1, -1, -1, 0.0, 0, dict(spent))
+                watcher.tick([record])
+                shares = watcher._shares
+                if update > 1:
+                    assert min(shares["environment"], shares["learning"]) >= 10.0
+        coordinator.version += 1
+    watcher.store.close()
