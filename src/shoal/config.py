@@ -156,6 +156,12 @@ class StopConfig(Section):
 
 class LearnerConfig(Section):
     threads: Annotated[int, Field(gt=0, le=256)] = Field(1, description="torch threads; part of what the bits of a run depend on")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the encoders while learning; weights, optimizer, log-probabilities and losses are float32 with either"
+    )
+    compile: bool = Field(
+        False, description="torch.compile for the learner's policy; needs a C++ compiler, and up to half a minute at each start"
+    )
     timeout_seconds: PositiveFloat = Field(600.0, description="an update that takes longer is a hang: the learner is made anew")
 
 

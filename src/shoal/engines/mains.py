@@ -95,6 +95,7 @@ def look(config: RunConfig, objects: UserObjects, tell: Tell = quiet) -> dict[st
     if objects.network is None and config.policy.network is None:
         check_weights(policy_size(found.spec, config.policy), f"policy.hidden_sizes {config.policy.hidden_sizes} on this observation")
     policy = blueprint.policy()
+    blueprint.check_computing(policy)
     fields = [vars(f) | {"shape": list(f.shape)} for f in policy.fields()]
     form = choose_form(config.env, found)
     measured = {k: v for k, v in found.to_json().items() if k != "spec"}
@@ -105,7 +106,7 @@ def look(config: RunConfig, objects: UserObjects, tell: Tell = quiet) -> dict[st
         "form": form,
         "mode": chosen_mode(config, objects),
         "measured": measured,
-        "build": build_facts(),
+        "build": blueprint.build_facts(),
     }
 
 
@@ -116,14 +117,6 @@ def chosen_mode(config: RunConfig, objects: UserObjects) -> str:
     if mode not in modes:
         raise ConfigError(f"mode: {config.algorithm.name} runs in {' or '.join(modes)} mode, not {mode}")
     return mode
-
-
-def build_facts() -> dict[str, str]:
-    """What else the bits of a run depend on."""
-    import numpy
-    import torch
-
-    return {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "numpy": numpy.__version__}
 
 
 # ---- evaluator -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from shoal.actors.actor import Actor
@@ -19,6 +20,7 @@ from shoal.errors import ConfigError
 from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema, rollout_schema
 from shoal.learners.learner import Learner, WeightPublisher
+from shoal.networks.computing import check_compiler, check_precision, compute_facts
 from shoal.networks.policy import Policy, build_policy, named_tensors
 from shoal.streams import Purpose, seed_sequence
 from shoal.types import Activity, ActivityRecorder, Array, Behaviour, EnvironmentGroup, EnvironmentSpec, NullRecorder
@@ -117,11 +119,30 @@ class Blueprint:
 
     def learner(self, ring: Ring, board: WeightPublisher, max_policy_lag: int, recorder: ActivityRecorder | None = None) -> Learner:
         policy = self.policy().to(self.device())
+        self.compute(policy)
         algorithm = build_algorithm(policy, self.config.algorithm, self.objects.algorithm)
         publisher = board if recorder is None else _TimedPublisher(board, recorder)
         return Learner(
             self.config, self.spec, policy, algorithm, ring, publisher, run_id=self.run_id, max_policy_lag=max_policy_lag, epoch=self.epoch
         )
+
+    def compute(self, policy: Policy) -> None:
+        """Have a learner's policy compute as the configuration says. Raises ConfigError where it cannot."""
+        policy.compute(mixed=self.config.learner.precision == "bfloat16", compile=self.config.learner.compile)
+
+    def check_computing(self, policy: Policy) -> None:
+        """Raise ConfigError where the learner could not compute with `policy` as the configuration says; before anything runs."""
+        self.compute(policy)
+        if self.config.learner.precision == "bfloat16":
+            check_precision(self.device())
+        if self.config.learner.compile:
+            check_compiler(self.device())
+
+    def build_facts(self) -> dict[str, str]:
+        """What else the bits of a run depend on."""
+        learner = self.config.learner
+        facts = {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "numpy": np.__version__}
+        return facts | compute_facts(self.device(), learner.precision, learner.compile)
 
     def device(self) -> torch.device:
         """The learner's device: `auto` takes a GPU for images only, since small networks learn faster without."""
