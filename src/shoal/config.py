@@ -71,6 +71,11 @@ class PolicyConfig(Section):
     )
     log_std_init: FiniteFloat = Field(0.0, description="continuous actions: logarithm of the initial standard deviation")
     orthogonal_init: bool = Field(True, description="orthogonal initial weights, with small ones at the policy's head")
+    inference: Literal["auto", "actor", "server"] = Field(
+        "auto",
+        description="who chooses actions: each actor on the processor, or one process on the learner's device for all of them; "
+        "auto: a server where that device is a GPU and the network is large (images, or a million weights)",
+    )
     network: str | None = Field(
         None, description="your own: package.module:factory or file.py:factory, called with (spec, config), returns a torch module"
     )

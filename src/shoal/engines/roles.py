@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from shoal.actors.actor import Actor
-from shoal.actors.behaviour import LocalPolicy, WeightSource
+from shoal.actors.behaviour import Inference, LocalPolicy, PolicyCopy, RemotePolicy, RolloutNoise, VersionSource, WeightSource
 from shoal.algorithms import build_algorithm
 from shoal.config import RunConfig
 from shoal.environments.make import make_group
@@ -21,10 +21,15 @@ from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema, rollout_schema
 from shoal.learners.learner import Learner, WeightPublisher
 from shoal.networks.computing import check_compiler, check_precision, compute_facts
+from shoal.networks.fast import fast_actor
 from shoal.networks.policy import Policy, build_policy, named_tensors
 from shoal.streams import Purpose, seed_sequence
 from shoal.types import Activity, ActivityRecorder, Array, Behaviour, EnvironmentGroup, EnvironmentSpec, NullRecorder
 from shoal.weights.board import WeightLayout
+
+# A group of 8 costs one core 16 multiplications and additions per weight: half a millisecond for a million weights at 30 billion a second, which is
+# more than an actor's question to a server and its answer cost (docs/performance.md). Below that, the way costs more than the network.
+SERVED_WEIGHTS = 1_000_000
 
 
 @contextmanager
@@ -99,10 +104,37 @@ class Blueprint:
         )
 
     def behaviour(self, source: WeightSource) -> LocalPolicy:
-        sampling = self.config.sampling
+        """Chooses in this process, with the numbers that an inference server would give each group where the configuration says so."""
+        copy = self.policy_copy(source)
+        # By policy and group size only, never by placement: the two agree to rounding, not to the bit.
+        fast = None if self.served else fast_actor(copy.policy, self.config.sampling.group_size or 1)
+        return LocalPolicy(copy, self._noise(copy.policy), fast)
+
+    def remote_behaviour(self, server: Inference, versions: VersionSource, policy: Policy) -> RemotePolicy:
+        """Has a server choose. policy: only looked at."""
+        return RemotePolicy(server, versions, self._noise(policy), exact=self.config.mode != "async")
+
+    def policy_copy(self, source: WeightSource) -> PolicyCopy:
         policy = self.policy()
         policy.eval()
-        return LocalPolicy(policy, source, self.config.seed, sampling.rollout_length, sampling.group_size or 1, self.epoch)
+        return PolicyCopy(policy, source, self.device() if self.served else torch.device("cpu"))
+
+    def _noise(self, policy: Policy) -> RolloutNoise:
+        sampling = self.config.sampling
+        return RolloutNoise(policy.noise, self.config.seed, sampling.rollout_length, sampling.group_size or 1, self.epoch)
+
+    @property
+    def served(self) -> bool:
+        """Whether actions are chosen on the learner's device, for all actors by one process; once the configuration is resolved."""
+        return self.config.policy.inference == "server"
+
+    def inference(self, policy: Policy) -> Literal["actor", "server"]:
+        """Who chooses actions: what was asked for, or what `auto` means here."""
+        wanted = self.config.policy.inference
+        if wanted != "auto":
+            return wanted
+        large = any(leaf.is_image for leaf in self.spec.observation) or self.layout(policy).size > SERVED_WEIGHTS
+        return "server" if large and self.device().type == "cuda" else "actor"
 
     def actor(
         self,
