@@ -383,7 +383,7 @@ class LocalEngine:
 
     def _begin_again(self) -> None:
         self._saves.abandon()
-        self._recoveries.forget("actor", "group")
+        self._recoveries.forget("actor", "group", "inference")
         self._session.return_to_checkpoint()
         self._reason, self._ending = None, False
         self._start_learner()

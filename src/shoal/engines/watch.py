@@ -112,7 +112,8 @@ class Watch:
             return None
         if record.activity is Activity.INFERRING and record.age_seconds > INFER_SECONDS:
             return Verdict("stuck", f"has been choosing actions for {record.age_seconds:.0f} s")
-        if min(record.age_seconds, seen.order_seconds or 0.0) > UNHEARD_SECONDS:
+        waits = record.activity is Activity.WAITING_FOR_BATCH
+        if waits and min(record.age_seconds, seen.order_seconds or 0.0) > UNHEARD_SECONDS:
             return Verdict("stuck", f"has not taken up a question for {record.age_seconds:.0f} s")
         return None
 
