@@ -136,6 +136,30 @@ def test_an_inference_server_that_is_stopped_or_killed_with_the_helper_is_made_a
     assert back["learner"].startswith("the helper process is gone")
 
 
+class Seeing(SilentView):
+    """Keeps whom it was told of."""
+
+    def __init__(self) -> None:
+        super().__init__(io.StringIO())
+        self.roles: list[str] = []
+        self.num_actors: set[int] = set()
+        self.answering = 0.0
+
+    def __call__(self, snapshot: Any) -> None:
+        self.roles = [role.role for role in snapshot.roles]
+        self.num_actors.add(len(snapshot.actors))
+        self.answering = max([self.answering, *(r.seconds.get("inferring", 0.0) for r in snapshot.roles if r.role == "inference")])
+
+
+def test_the_server_is_told_apart_from_the_actors(tmp_path):
+    served = {**SMALL, "policy": {"hidden_sizes": [8], "inference": "server"}, "device": "cpu", "actors": 2, "env": {"id": WALLS}}
+    view = Seeing()
+    shoal.train(run_dir=str(tmp_path / "run"), progress=view, stop={"updates": 100}, **served)
+    assert view.roles == ["learner", "actor 0", "actor 1", "inference"]
+    assert view.num_actors - {0} == {2}
+    assert view.answering > 0
+
+
 def test_a_server_that_dies_again_and_again_ends_the_run_with_its_log(tmp_path):
     network = tmp_path / "network.py"
     network.write_text(

@@ -27,8 +27,8 @@ from shoal.streams import Purpose, seed_sequence
 from shoal.types import Activity, ActivityRecorder, Array, Behaviour, EnvironmentGroup, EnvironmentSpec, NullRecorder
 from shoal.weights.board import WeightLayout
 
-# A group of 8 costs one core 16 multiplications and additions per weight: half a millisecond for a million weights at 30 billion a second, which is
-# more than an actor's question to a server and its answer cost (docs/performance.md). Below that, the way costs more than the network.
+# From about here on a group of 8 costs a core more (0.25 ms; 0.36 ms at 1.4 million weights, actor's and critic's together) than the way to a server
+# and back (0.1 ms, measured: docs/performance.md) with as much again for a GPU's calls (assumed, not measured).
 SERVED_WEIGHTS = 1_000_000
 
 
