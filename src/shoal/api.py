@@ -382,12 +382,13 @@ def _session(
     fields = [FieldSpec(f["name"], f["dtype"], tuple(f["shape"]), f["axis"]) for f in facts["fields"]]
     config.mode = facts["mode"]
     config.env.form = facts["form"]  # measured once: a resumed run keeps it
+    config.policy.inference = facts["inference"]
     more_actors = adapt_actors(config)
     (directory / "result.json").unlink(missing_ok=True)  # of an earlier part, which may have had another configuration
     write_text_atomically(directory / "config.yaml", dump_config(config))
     plan = Plan.of(config)
     schema = rollout_schema(spec, fields, plan.rollout_length, plan.group_size)
-    check_memory(plan, schema, facts["weights"], config.actors or 0)
+    check_memory(plan, schema, facts["weights"], (config.actors or 0) + (config.policy.inference == "server"))
     ring = make_ring(schema, plan, facts["weights"])
     session = Session(config, spec, Coordinator(plan, spec, ring, config.stop), directory, recorder)
     recorder.attach(session)

@@ -71,6 +71,11 @@ class PolicyConfig(Section):
     )
     log_std_init: FiniteFloat = Field(0.0, description="continuous actions: logarithm of the initial standard deviation")
     orthogonal_init: bool = Field(True, description="orthogonal initial weights, with small ones at the policy's head")
+    inference: Literal["auto", "actor", "server"] = Field(
+        "auto",
+        description="who chooses actions: each actor on the processor, or one process on the learner's device for all of them; "
+        "auto: a server where that device is a GPU and the network is large (images, or a million weights)",
+    )
     network: str | None = Field(
         None, description="your own: package.module:factory or file.py:factory, called with (spec, config), returns a torch module"
     )
@@ -156,6 +161,12 @@ class StopConfig(Section):
 
 class LearnerConfig(Section):
     threads: Annotated[int, Field(gt=0, le=256)] = Field(1, description="torch threads; part of what the bits of a run depend on")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the encoders while learning; weights, optimizer, log-probabilities and losses are float32 with either"
+    )
+    compile: bool = Field(
+        False, description="torch.compile for the learner's policy; needs a C++ compiler, and up to half a minute at each start"
+    )
     timeout_seconds: PositiveFloat = Field(600.0, description="an update that takes longer is a hang: the learner is made anew")
 
 

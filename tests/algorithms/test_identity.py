@@ -24,8 +24,9 @@ ALGORITHMS: dict[str, AlgorithmConfig] = {
 SAMPLE = list(product(OBSERVATIONS, ACTIONS, ALGORITHMS))[::17]
 
 
-def learn(observation: str, action: str, algorithm: str, policy_config: PolicyConfig) -> float:
+def learn(observation: str, action: str, algorithm: str, policy_config: PolicyConfig, *, mixed: bool = False) -> float:
     policy = build_policy(spec_of(observation, action), policy_config, seed=1)
+    policy.compute(mixed=mixed)
     config = ALGORITHMS[algorithm]
     if action == "box":
         config = config.model_copy(update={"learning_rate": 1e-3, "entropy_coefficient": 0.0})
@@ -47,3 +48,8 @@ def test_learns_with_state_dependent_exploration() -> None:
 
 def test_learns_with_a_shared_encoder() -> None:
     assert learn("multi_binary", "multi_discrete", "ppo", PolicyConfig(share_encoder=True, activation="relu")) >= 0.95
+
+
+def test_learns_in_bfloat16() -> None:
+    assert learn("multi_binary", "multi_discrete", "ppo", PolicyConfig(), mixed=True) >= 0.95
+    assert learn("box", "discrete", "impala", PolicyConfig(), mixed=True) >= 0.95

@@ -32,7 +32,7 @@ def test_a_word_without_body_has_a_fixed_size_and_layout():
 
 def test_kinds_have_fixed_numbers():
     assert {k.name: k.value for k in Kind} == {
-        "SETUP": 1, "LEASE": 2, "RESTORE": 3, "RELEASE": 4, "PUBLISHED": 5, "STOP": 6, "FILLED": 17, "RESTORED": 18, "FAULT": 19,
+        "SETUP": 1, "LEASE": 2, "RESTORE": 3, "RELEASE": 4, "PUBLISHED": 5, "STOP": 6, "CONNECT": 7, "FILLED": 17, "RESTORED": 18, "FAULT": 19,
     }  # fmt: skip
 
 

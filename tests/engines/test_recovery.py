@@ -17,7 +17,7 @@ from walls import Wall
 import shoal
 from shoal.engines import environment_faults
 from shoal.engines.fleet import Fleet, Process
-from shoal.errors import DivergedError, EnvironmentFault, RunError
+from shoal.errors import DivergedError, EnvironmentFault, ProcessError, RunError
 from shoal.monitoring.live import SilentView
 from shoal.monitoring.store import RunReader
 from shoal.runs import show
@@ -120,6 +120,72 @@ def test_a_stopped_learner_is_replaced_a_stopped_helper_is_woken_and_the_weights
     assert back["learner"]["after"] == "was stopped"
     assert back["learner"]["ready_seconds"] <= back["learner"]["seconds"]
     assert run.result["restarts"] == 2
+
+
+def test_an_inference_server_that_is_stopped_or_killed_with_the_helper_is_made_again(tmp_path):
+    served = {"policy": {"hidden_sizes": [8], "inference": "server"}, "device": "cpu", "stop": {"updates": 12}}
+    alone = train(tmp_path / "alone", actors=0, **served)
+    moments = {
+        3: lambda: os.kill(pid_of("shoal:inference"), signal.SIGSTOP),
+        7: lambda: os.kill(pid_of("shoal:zygote"), signal.SIGKILL),
+    }
+    run = train(tmp_path / "run", **served, callbacks=[at(moments)], checkpoint={"every_updates": 3})
+    assert run.result["weights_sha256"] == alone.result["weights_sha256"]
+    back = {e["role"]: e["after"] for e in events(run.path, "recovered")}
+    assert back["inference"] == "was stopped"
+    assert back["learner"].startswith("the helper process is gone")
+
+
+class Seeing(SilentView):
+    """Keeps whom it was told of."""
+
+    def __init__(self) -> None:
+        super().__init__(io.StringIO())
+        self.roles: list[str] = []
+        self.num_actors: set[int] = set()
+        self.answering = 0.0
+
+    def __call__(self, snapshot: Any) -> None:
+        self.roles = [role.role for role in snapshot.roles]
+        self.num_actors.add(len(snapshot.actors))
+        self.answering = max([self.answering, *(r.seconds.get("inferring", 0.0) for r in snapshot.roles if r.role == "inference")])
+
+
+def test_the_server_is_told_apart_from_the_actors(tmp_path):
+    served = {**SMALL, "policy": {"hidden_sizes": [8], "inference": "server"}, "device": "cpu", "actors": 2, "env": {"id": WALLS}}
+    view = Seeing()
+    shoal.train(run_dir=str(tmp_path / "run"), progress=view, stop={"updates": 100}, **served)
+    assert view.roles == ["learner", "actor 0", "actor 1", "inference"]
+    assert view.num_actors - {0} == {2}
+    assert view.answering > 0
+
+
+def test_a_server_that_dies_again_and_again_ends_the_run_with_its_log(tmp_path):
+    network = tmp_path / "network.py"
+    network.write_text(
+        """
+import torch
+
+
+class Trunk(torch.nn.Module):
+    num_features = 4
+
+    def forward(self, prepared):
+        if open("/proc/self/comm").read().startswith("shoal:inference"):
+            raise RuntimeError("no memory is left on this device")
+        return self.layer(torch.cat([value.flatten(1) for value in prepared.values()], 1))
+
+
+def make(spec, config):
+    trunk = Trunk()
+    trunk.layer = torch.nn.Linear(sum(leaf.size for leaf in spec.observation), 4)
+    return trunk
+"""
+    )
+    policy = {"network": f"{network}:make", "inference": "server"}
+    with pytest.raises(ProcessError, match=r"(?s)the inference server died 5 times .*exit code 1.*no memory is left on this device"):
+        train(tmp_path / "run", policy=policy, device="cpu", stop={"updates": 12})
+    assert len(events(tmp_path / "run", "died")) == 5
 
 
 def test_a_killed_helper_process_and_all_roles_with_it_are_made_again(undisturbed, tmp_path):

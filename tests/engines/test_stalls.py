@@ -69,6 +69,28 @@ def test_what_is_not_there_starts_is_paused_or_stopped_is_said_so():
     assert said["blamed"] == []
 
 
+def test_who_waits_for_an_inference_server_is_said_and_it_is_to_blame():
+    c = coordinator_of(plan_of("sync", 2))
+    c.place([0, 1])
+    c.next_leases()
+    asking = seen("actor-0", Activity.INFERRING, 4.0, group=0, order_seconds=5.0, served=True)
+    stepping = seen("actor-1", Activity.STEPPING, 0.1, group=1, order_seconds=5.0, served=True)
+    stopped = seen("inference-0", Activity.WAITING_FOR_BATCH, 4.5, state="T", order_seconds=4.0)
+    said = found(c, seen("learner-0", Activity.WAITING_FOR_BATCH, 6.0), asking, stepping, stopped)
+    assert [(w["who"], w["for"], w["seconds"]) for w in said["waits"]] == [
+        ("learner-0", ["actor-0", "actor-1"], 6.0),
+        ("actor-0", ["inference-0"], 4.0),
+    ]
+    assert said["blamed"] == [
+        "actor-1, stepping group 1 for 0.1 s",
+        "inference-0, stopped (SIGSTOP); nothing moves it but SIGCONT for 4.5 s",
+    ]
+    assert "actor-0 has waited for inference-0 for 4.0 s: it is to choose actions for group 0, row -1" in in_words(said)
+    idle = seen("inference-0", Activity.WAITING_FOR_BATCH, 0.2)
+    said = found(c, seen("learner-0", Activity.LEARNING, order_seconds=0.1), stepping, idle)
+    assert [p["doing"] for p in said["processes"]][2] == "waiting for a question"
+
+
 def test_nobody_waits_while_all_work():
     c = coordinator_of(plan_of(groups=1, batch=1))
     c.place([0])

@@ -54,7 +54,7 @@ def test_an_actor_that_waits_without_an_order_may_wait_for_ever_and_one_with_an_
     assert watch().look(seen(**just_began, order_seconds=9e9), 0.0) is None
 
 
-@pytest.mark.parametrize("name", ["actor", "learner"])
+@pytest.mark.parametrize("name", ["actor", "learner", "inference"])
 @pytest.mark.parametrize("how", [{"record_of": 1}, {"activity": Activity.STARTING}])
 def test_a_process_that_does_not_come_up_is_seen(name, how):
     assert watch().look(seen(name, **how, up_seconds=START_SECONDS - 1), 0.0) is None
@@ -69,6 +69,26 @@ def test_a_learner_that_does_not_finish_is_seen_and_one_without_an_order_is_not(
         assert verdict is not None
         assert ("save" in verdict.reason) is saving
     assert watch().look(seen("learner", Activity.WAITING_FOR_BATCH, 9e9, order_seconds=None), 0.0) is None
+
+
+def test_an_inference_server_that_does_not_answer_is_seen_and_one_that_nobody_asks_is_not():
+    for activity, limit in ((Activity.INFERRING, INFER_SECONDS), (Activity.WAITING_FOR_BATCH, UNHEARD_SECONDS)):
+        assert watch().look(seen("inference", activity, limit - 1, order_seconds=9e9), 0.0) is None
+        verdict = watch().look(seen("inference", activity, limit + 1, order_seconds=9e9), 0.0)
+        assert verdict is not None
+        assert verdict.kind == "stuck"
+    just_asked = {"activity": Activity.WAITING_FOR_BATCH, "age": 9e9}
+    assert watch().look(seen("inference", **just_asked, order_seconds=0.1), 0.0) is None
+    assert watch().look(seen("inference", **just_asked, order_seconds=None), 0.0) is None
+    assert (
+        looks(watch(), *((at, {"name": "inference", "state": "T", **just_asked, "order_seconds": at}) for at in (0.1, 0.6)))[1] == "stopped"
+    )
+
+
+def test_an_actor_that_has_a_server_choose_waits_until_that_can_be_made_anew():
+    limit = INFER_SECONDS + START_SECONDS
+    assert watch().look(seen(activity=Activity.INFERRING, age=limit - 1, served=True), 0.0) is None
+    assert watch().look(seen(activity=Activity.INFERRING, age=limit + 1, served=True), 0.0) is not None
 
 
 def test_a_torn_record_accuses_nobody():

@@ -25,7 +25,7 @@ from shoal.files import CheckpointDirectory
 HERE = Path(__file__).resolve().parent
 TIMEOUT_SECONDS = 1800.0  # of one part of a run: generous, it only ends what hangs
 POLL_SECONDS = 0.004
-ROLES = ("shoal:actor", "shoal:learner")
+ROLES = ("shoal:actor", "shoal:learner", "shoal:inference")
 SAMPLING = ["--preset", "none", "--sampling.groups", "4", "--sampling.group-size", "4", "--sampling.rollout-length", "24"]
 SAVING = ["--checkpoint.every-updates", "2"]
 PPO = [*SAMPLING, "--algorithm", "ppo", "--algorithm.epochs", "2", "--algorithm.minibatch-size", "128", *SAVING]

@@ -1,4 +1,4 @@
-"""What an update is given: successors' values, counts, and the way to another device."""
+"""What an update is given: successors' values, counts, and a function of all of it."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def test_an_episode_ended_where_it_was_terminated_or_truncated_and_valid_rows_ar
     assert isinstance(batch.num_env_steps, int)
 
 
-def test_everything_moves_to_the_device_and_nothing_else_changes():
+def test_every_tensor_is_mapped_and_nothing_else_changes():
     batch = batch_of([(0, 1)], mask=torch.ones((3, 3, 2), dtype=torch.bool))
-    moved = batch.to(torch.device("meta"))
+    moved = batch.mapped(lambda tensor: tensor.to("meta"))
     for name, value in vars(batch).items():
         found = getattr(moved, name)
         pairs = [(value[k], found[k]) for k in value] if isinstance(value, dict) else [(value, found)]
         for before, after in pairs:
             assert after.device.type == "meta", name
             assert (after.shape, after.dtype) == (before.shape, before.dtype)
-    assert batch_of([]).to(torch.device("meta")).action_mask is None
-    same = batch.to(torch.device("cpu"))
+    assert batch_of([]).mapped(lambda tensor: tensor.to("meta")).action_mask is None
+    same = batch.mapped(torch.Tensor.clone)
     assert same.observation["observation"].tolist() == batch.observation["observation"].tolist()
     assert same.valid_TN.tolist() == batch.valid_TN.tolist()

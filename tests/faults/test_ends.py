@@ -26,13 +26,16 @@ def in_shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
 
 
-@pytest.mark.parametrize("how", ["once", "twice", "kill -9"])
-def test_a_run_ends_and_leaves_nothing_but_a_checkpoint(how: str, tmp_path: Path) -> None:
+SERVER = ("--policy.inference", "server", "--device", "cpu")
+
+
+@pytest.mark.parametrize(("how", "more"), [("once", ()), ("twice", ()), ("kill -9", ()), ("once", SERVER), ("kill -9", SERVER)])
+def test_a_run_ends_and_leaves_nothing_but_a_checkpoint(how: str, more: tuple[str, ...], tmp_path: Path) -> None:
     before = in_shared_memory()
-    with living("train", f"{HERE}:make", *ENDLESS, "--actors", "2", "--run-dir", "run", cwd=tmp_path) as run:
+    with living("train", f"{HERE}:make", *ENDLESS, *more, "--actors", "2", "--run-dir", "run", cwd=tmp_path) as run:
         directory = tmp_path / "run"
         run.until(lambda: len(saved(directory)) > 1, "checkpoint")
-        assert len(run.left()) > 4 + 2 * 2 * 2  # processes of the run, and simulators
+        assert len(run.left()) > 4 + bool(more) + 2 * 2 * 2  # processes of the run, and simulators
         begun = time.monotonic()
         run.process.send_signal(signal.SIGKILL if how == "kill -9" else signal.SIGINT)
         if how == "twice":

@@ -116,6 +116,10 @@ def shoal(*args: str, cwd: Path) -> dict[str, Any]:
         (["--actors", "2", "--algorithm", "ppo"], ["supervisor", "learner", "actor 0", "actor 1"]),
         (["--actors", "1", "--algorithm", "impala"], ["supervisor", "learner", "actor 0"]),
         (["--actors", "0", "--algorithm", "ppo"], ["all roles"]),
+        (
+            ["--actors", "1", "--algorithm", "ppo", "--policy.inference", "server", "--device", "cpu"],
+            ["supervisor", "learner", "inference", "actor 0"],
+        ),
     ],
 )
 def test_every_process_of_a_run_is_on_one_time_line(options: list[str], tracks: list[str], tmp_path: Path) -> None:
@@ -134,6 +138,8 @@ def test_every_process_of_a_run_is_on_one_time_line(options: list[str], tracks: 
     if "supervisor" in names:
         assert {"dispatch", "hear", "checkpoint"} <= names["supervisor"]
         assert "wait for a batch" in names["learner"]
+    if "inference" in names:
+        assert {"answer", "wait for a batch"} <= names["inference"]
     updates = [event for event in found[tracks[1] if len(tracks) > 1 else tracks[0]] if event["name"] == "update"]
     assert [event["args"]["version"] for event in updates] == list(range(1, 16))
     assert not (tmp_path / "run" / "profile").exists()

@@ -20,7 +20,7 @@ MATRIX = LeafSpec((), "box", "float64", (2, 3), low=(-math.inf,), high=(math.inf
 
 def by_graph(policy: Policy, observation: dict[str, torch.Tensor], action: torch.Tensor, mask: torch.Tensor | None) -> GraphEvaluation:
     distribution, value = policy.distribution_and_value(observation, mask)
-    return GraphEvaluation(distribution, action, value)
+    return GraphEvaluation(distribution.log_prob(action), distribution.entropy(), value)
 
 
 @pytest.mark.parametrize("share", [False, True])

@@ -1,13 +1,15 @@
-"""Behaviours: who chooses the actions. Today a local copy of the policy, fed from the weight board."""
+"""Behaviours: who chooses the actions. A copy of the policy in this process, or one in a process that serves all actors."""
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from shoal.networks.fast import fast_actor
+from shoal.networks.fast import FastActor
+from shoal.networks.heads import NoiseSpec
 from shoal.networks.policy import Policy, named_tensors
 from shoal.streams import Purpose, stream
 from shoal.types import Acted, Array, Arrays
@@ -21,64 +23,133 @@ class WeightSource(Protocol):
         """Copy the newest version into `out` (float32 [size]) and return it."""
 
 
-class LocalPolicy:
-    """A policy in this process, whose tensors are views of one flat array, so that new weights are one copy.
+class VersionSource(Protocol):
+    """What says which version is the newest."""
 
-    Exploration noise of a rollout is drawn at its beginning from a stream of its own, so what is sampled depends on
+    @property
+    def version(self) -> int: ...
+
+
+class Inference(Protocol):
+    """A policy elsewhere."""
+
+    def ask(self, observation: Arrays, noise_B: Array) -> tuple[Array, Arrays, int]:
+        """Actions as stored [B, ...], outputs by field name [B, ...], and the version that chose; arrays are valid until the next call."""
+
+
+class RolloutNoise:
+    """Exploration noise, drawn at a rollout's beginning from a stream of its own, so what is sampled depends on
     (run seed, group, sequence, row) and the weights, and on nothing else.
     """
 
-    def __init__(self, policy: Policy, source: WeightSource, run_seed: int, num_rows: int, num_envs: int, epoch: int = 0) -> None:
-        self._policy = policy
-        self._source = source
-        self._seed, self._epoch = run_seed, epoch
-        self._per_step = policy.noise.per == "step"
-        self._shape = (num_rows if self._per_step else 1, num_envs)
-        layout = WeightLayout.of((name, tuple(t.shape)) for name, t in named_tensors(policy).items())
-        self._flat = np.zeros(layout.size, np.float32)
-        bind(policy, layout, self._flat)
+    def __init__(self, spec: NoiseSpec, run_seed: int, num_rows: int, num_envs: int, epoch: int = 0) -> None:
+        self._spec, self._seed, self._epoch = spec, run_seed, epoch
+        self._per_step = spec.per == "step"
+        self._shape = (num_rows if self._per_step else 1, num_envs, spec.size)
         self._noise: Array = np.empty(0, np.float32)
-        # By policy and group size only, never by placement: the two agree to rounding, not to the bit.
-        self._fast = fast_actor(policy, num_envs)
-        self.version = -1
-
-    def refresh(self) -> int:
-        """Take the newest weights; returns their version."""
-        self.version = self._source.read(self._flat)
-        return self.version
 
     def begin(self, group: int, sequence: int) -> None:
         generator = stream(self._seed, Purpose.ACTION, group, index=sequence, epoch=self._epoch)
-        shape = (*self._shape, self._policy.noise.size)
-        if self._policy.noise.kind == "uniform":
-            noise = generator.random(shape, np.float32)
-        else:
-            noise = generator.standard_normal(shape, np.float32)
-        self._noise = noise
+        uniform = self._spec.kind == "uniform"
+        self._noise = generator.random(self._shape, np.float32) if uniform else generator.standard_normal(self._shape, np.float32)
 
-    def act(self, observation: Arrays, state: Arrays, row: int | Array) -> Acted:
-        noise = self._noise_of(row)
-        if self._fast is not None:
-            mask_B = observation.get("action_mask")
-            action_B, log_prob_B = self._fast.act(observation, noise, mask_B)
-            return Acted(action_B, {"log_prob": log_prob_B}, state, self.version)
-        with torch.inference_mode():
-            inputs = {name: torch.from_numpy(array) for name, array in observation.items()}
-            mask = inputs.pop("action_mask", None)
-            action, log_prob = self._policy.act(inputs, torch.from_numpy(noise), mask)
-        return Acted(action.numpy(), {"log_prob": log_prob.numpy()}, state, self.version)
-
-    def _noise_of(self, row: int | Array) -> Array:
+    def of(self, row: int | Array) -> Array:
+        """[B, size] for one row, or for a row per environment ([B])."""
         if not self._per_step:
             row = 0
         chosen: Array = self._noise[row] if isinstance(row, int) else self._noise[row, np.arange(len(row))]
         return chosen
 
 
-def bind(policy: torch.nn.Module, layout: WeightLayout, flat: Array) -> None:
-    """Make the policy's parameters and buffers views of `flat`, without gradient."""
-    views = layout.views(flat)
+class PolicyCopy:
+    """A policy on a device, whose tensors are views of one flat array, so that new weights are one copy.
+
+    version: of its weights; -1 before the first `refresh`.
+    """
+
+    def __init__(self, policy: Policy, source: WeightSource, device: torch.device) -> None:
+        self.policy = policy.to(device)
+        self.version = -1
+        self._source, self._device = source, device
+        layout = WeightLayout.of((name, tuple(t.shape)) for name, t in named_tensors(policy).items())
+        self._host = np.zeros(layout.size, np.float32)
+        self._flat = torch.from_numpy(self._host).to(device)  # on the processor the same memory
+        bind(policy, layout, self._flat)
+
+    def refresh(self) -> int:
+        """Take the newest weights; returns their version."""
+        self.version = self._source.read(self._host)
+        if self._device.type != "cpu":
+            self._flat.copy_(torch.from_numpy(self._host))
+        return self.version
+
+    def act(self, observation: Arrays, noise: Array) -> tuple[Array, Arrays]:
+        """Actions as stored [N, ...] and outputs by field name [N, ...], for `observation[name]` [N, ...] (mask included) and noise [N, size]."""
+        with torch.inference_mode():
+            inputs = {name: torch.from_numpy(array).to(self._device) for name, array in observation.items()}
+            mask = inputs.pop("action_mask", None)
+            action, log_prob = self.policy.act(inputs, torch.from_numpy(noise).to(self._device), mask)
+        return action.cpu().numpy(), {"log_prob": log_prob.cpu().numpy()}
+
+
+class LocalPolicy:
+    """A policy in this process. `fast` acts in its place, where it can (see networks/fast.py)."""
+
+    def __init__(self, copy: PolicyCopy, noise: RolloutNoise, fast: FastActor | None = None) -> None:
+        self._copy, self._noise, self._fast = copy, noise, fast
+
+    @property
+    def version(self) -> int:
+        return self._copy.version
+
+    def refresh(self) -> int:
+        """Take the newest weights; returns their version."""
+        return self._copy.refresh()
+
+    def begin(self, group: int, sequence: int) -> None:
+        self._noise.begin(group, sequence)
+
+    def act(self, observation: Arrays, state: Arrays, row: int | Array) -> Acted:
+        noise = self._noise.of(row)
+        if self._fast is not None:
+            action_B, log_prob_B = self._fast.act(observation, noise, observation.get("action_mask"))
+            return Acted(action_B, {"log_prob": log_prob_B}, state, self._copy.version)
+        action_B, outputs = self._copy.act(observation, noise)
+        return Acted(action_B, outputs, state, self._copy.version)
+
+
+class RemotePolicy:
+    """A policy in another process, asked once a row. What it samples depends on the same things as a local one's, since the noise is drawn here.
+
+    version: the newest that is known here. With `exact`, an answer of another version is an error.
+    """
+
+    def __init__(self, server: Inference, versions: VersionSource, noise: RolloutNoise, *, exact: bool) -> None:
+        self._server, self._versions, self._noise, self._exact = server, versions, noise, exact
+        self.version = -1
+
+    def refresh(self) -> int:
+        """Look which version is the newest; it is the server that takes its weights."""
+        self.version = max(self.version, self._versions.version)
+        return self.version
+
+    def begin(self, group: int, sequence: int) -> None:
+        self._noise.begin(group, sequence)
+
+    def act(self, observation: Arrays, state: Arrays, row: int | Array) -> Acted:
+        action_B, outputs, version = self._server.ask(observation, self._noise.of(row))
+        if self._exact and version != self.version:
+            raise RuntimeError(f"the inference server answered with version {version}, this rollout is made with {self.version}")
+        self.version = max(self.version, version)
+        return Acted(action_B, outputs, state, version)
+
+
+def bind(policy: torch.nn.Module, layout: WeightLayout, flat: torch.Tensor) -> None:
+    """Make the policy's parameters and buffers views of `flat` (float32 [size]), without gradient."""
+    tensors, at = named_tensors(policy), 0
     with torch.no_grad():
-        for name, tensor in named_tensors(policy).items():
-            tensor.requires_grad_(False)
-            tensor.data = torch.from_numpy(views[name])
+        for name, shape in layout.entries:
+            size = math.prod(shape)
+            tensors[name].requires_grad_(False)
+            tensors[name].data = flat[at : at + size].view(shape)
+            at += size

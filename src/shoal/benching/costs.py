@@ -39,7 +39,7 @@ def bench_costs(
     config, _ = resolve(target, settings)
     told("costs: looking at the environment")
     facts = look(config, UserObjects())
-    config.mode, config.env.form = facts["mode"], facts["form"]
+    config.mode, config.env.form, config.policy.inference = facts["mode"], facts["form"], facts["inference"]
     blueprint = Blueprint(config, EnvironmentSpec.from_json(facts["spec"]), UserObjects(), bytes(16))
     cores = available_cores()
     parts = measure_parts(blueprint, cores, seconds, told)

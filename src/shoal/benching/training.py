@@ -177,7 +177,7 @@ def processor(watch: Watch, cores: int) -> dict[str, float]:
         spent = _cpu(watch.first, watch.last, name)
         if spent is None:
             return {}
-        role = "actors" if name.startswith("actor") else name
+        role = "actors" if name.startswith("actor") or name == "inference" else name  # whose inference it is
         shares[role] = shares.get(role, 0.0) + 100.0 * spent.cpu / whole
         queued += 100.0 * spent.queued / whole
     return {**shares, "idle": max(0.0, 100.0 - sum(shares.values())), "queued": queued}

@@ -93,20 +93,21 @@ class Death:
 
 
 class Fleet:
-    """One learner, any number of actors, the zygote they come from and the memory they share."""
+    """One learner, any number of actors, an inference server or none, the zygote they come from and the memory they share."""
 
     def __init__(self, config: RunConfig, pickled: bytes | None, directory: Path, run_id: bytes, traces: str = "") -> None:
         self._config, self._pickled, self._directory = config, pickled, directory
-        self._common: dict[str, Any] = {"run_id": run_id.hex(), "num_roles": 1 + MAX_ACTORS, "traces": traces}
+        self._common: dict[str, Any] = {"run_id": run_id.hex(), "num_roles": 2 + MAX_ACTORS, "traces": traces}
         self._zygote: Zygote | None = None
         self._memory: SharedMemory | None = None
         self._activities: ActivityBoard | None = None
         self.learner = Process("learner", 0)
         self.actors: list[Process] = []
+        self.inference: Process | None = None  # where one process chooses the actions of all actors
 
     @property
     def processes(self) -> list[Process]:
-        return [self.learner, *self.actors]
+        return [self.learner, *self.actors, *([] if self.inference is None else [self.inference])]
 
     # ---- start and end -------------------------------------------------------------------------------------------
     def open(self) -> None:
@@ -139,19 +140,21 @@ class Fleet:
         return self._zygote
 
     def allocate(self, schema: Schema, plan: Plan, weights: int) -> Ring:
-        """The memory that all roles share, and the actors' places: their number is final now."""
+        """The memory that all roles share, and the places of actors and inference: what there is of them is final now."""
+        self.inference = Process("inference", 0) if self._config.policy.inference == "server" else None
         self.actors = [Process("actor", i) for i in range(self._config.actors or 0)]
         ring_bytes = -(-Ring.size_bytes(schema, plan.num_slots) // 4096) * 4096
         memory_bytes = ring_bytes + WeightBoard.size_bytes(weights)
         self._common |= {"ring_bytes": ring_bytes, "memory_bytes": memory_bytes, "num_slots": plan.num_slots}
         self._memory = SharedMemory.create(memory_bytes)
-        self._activities = ActivityBoard.create(1 + MAX_ACTORS)
+        self._activities = ActivityBoard.create(2 + MAX_ACTORS)
         return Ring(schema, plan.num_slots, self._memory.buffer[:ring_bytes])
 
     def activities(self) -> list[ActivityRecord]:
-        """What every role does now, the learner first."""
+        """What every role does now, in the order of `processes`."""
         assert self._activities is not None
-        return self._activities.records(1 + len(self.actors))
+        last = [] if self.inference is None else [self._activities.record(self._activities.num_roles - 1)]
+        return self._activities.records(1 + len(self.actors)) + last
 
     # ---- one look at the environment, in a process of its own ------------------------------------------------------
     def look(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ The supervisor's loop. It imports no torch, holds the coordinator, and is the on
     consumes    words of actors and learner, exits told by the zygote, requests on the control socket
     waits for   all of them together, a quarter of a second at most
     unblocked   by any word, any death, or the time
-    on failure  an actor is replaced and its rollouts are made again; the learner is replaced, and the run goes back to its last
+    on failure  an actor is replaced and its rollouts are made again; the inference server is replaced, and asked again; the learner is replaced, and the run goes back to its last
                 checkpoint, as it does once after divergence; the supervisor's own end ends everything (the zygote sees to it)
 """
 
@@ -22,7 +22,7 @@ from shoal.engines.commands import obey
 from shoal.engines.environment_faults import EnvironmentFaults
 from shoal.engines.fleet import DEATHS_IN_A_ROW, STOP_SECONDS, Death, Fleet, Process, rebuild_error, tell, words
 from shoal.engines.messages import Kind, Word, from_json, to_json
-from shoal.engines.orders import actor_setup, learner_setup, send_lease, send_restore, tell_of_weights
+from shoal.engines.orders import actor_setup, connect, inference_setup, learner_setup, send_lease, send_restore, tell_of_weights
 from shoal.engines.plan import Plan
 from shoal.engines.poison import CERTAIN, DOUBTFUL, WHILE_RESTORED
 from shoal.engines.question import stack_of
@@ -109,6 +109,7 @@ class LocalEngine:
         except OSError as error:
             session.observer.event("warning", message=f"the run takes no requests (shoal control): {error.strerror} ({self._directory})")
         self._start_learner()
+        self._serve()
         self._place()
         if self._coordinator.version:
             self._reason = self._coordinator.stop_reason(session.seconds)
@@ -158,7 +159,7 @@ class LocalEngine:
     def _hear(self, process: Process) -> None:
         for message in words(process):
             try:
-                if process.name == "learner":
+                if process.name != "actor":
                     said = from_json(message)
                 else:
                     word = Word.decode(message)
@@ -168,6 +169,8 @@ class LocalEngine:
                 return
             if process.name == "learner":
                 self._learner_said(said)
+            elif process.name == "inference":
+                self._inference_said(process, said)
             else:
                 self._actor_said(process, word)
 
@@ -203,6 +206,8 @@ class LocalEngine:
                 self._faults.look_at(self._coordinator.ring.slots[word.slot])
             self._back("actor", actor.index)
             self._back("group", word.identity.group)
+            if self._fleet.inference is not None and self._fleet.inference.ready:
+                self._back("inference", 0)
         elif word.kind is Kind.RESTORED:
             for role, index in (("actor", actor.index), ("group", word.identity.group)):
                 self._recoveries.restored(role, index, word.json["seconds"])
@@ -219,6 +224,12 @@ class LocalEngine:
     def _back(self, role: str, index: int) -> None:
         if facts := self._recoveries.back(role, index, time.monotonic()):
             self._session.observer.event("recovered", **facts)
+
+    def _inference_said(self, server: Process, said: dict[str, Any]) -> None:
+        if said["is"] == "failed":
+            raise rebuild_error(said)
+        server.ready = True
+        self._recoveries.ready("inference", 0, time.monotonic())
 
     def _learner_said(self, said: dict[str, Any]) -> None:
         kind = said["is"]
@@ -238,6 +249,8 @@ class LocalEngine:
                 return
             if self._coordinator.version > self._furthest:  # made again after a roll-back, an update is no progress
                 self._furthest, self._fleet.learner.deaths, self._zygote_deaths = self._coordinator.version, 0, 0
+                if self._fleet.inference is not None:
+                    self._fleet.inference.deaths = 0
             tell_of_weights(self._session, self._fleet.actors, said["version"])
             self._back("learner", 0)
             if self._reason is None and self._saves.due:
@@ -262,12 +275,23 @@ class LocalEngine:
     def _start_learner(self) -> None:
         self._fleet.start(self._fleet.learner, learner_setup(self._session))
 
+    def _serve(self) -> None:
+        """Start the inference server, where there is to be one and it is not up; all actors are to ask it."""
+        server = self._fleet.inference
+        if server is None or server.up or time.monotonic() < server.not_before:
+            return
+        self._fleet.start(server, inference_setup(self._session))
+        for actor in self._fleet.actors:
+            connect(server, actor)
+
     def _place(self) -> None:
         """Spread the groups over the actors that are not gone for good, and start those that are not up."""
         there = [a for a in self._fleet.actors if not a.gone_for_good]
         for actor in there:
             if not actor.up and time.monotonic() >= actor.not_before:
                 self._fleet.start(actor, actor_setup(self._session), lambda body: Word(Kind.SETUP, body=body).encode())
+                if self._fleet.inference is not None:
+                    connect(self._fleet.inference, actor)
         self._coordinator.place([a.index for a in there])
 
     def _kill(self, process: Process, why: str) -> None:
@@ -290,7 +314,7 @@ class LocalEngine:
 
     def _died(self, death: Death) -> None:
         process = death.process
-        if process.name == "actor" and self._ending:
+        if process.name != "learner" and self._ending:
             return  # what it was making is in flight still, and ends as such
         if process.retired:
             self._coordinator.lost(process.index)
@@ -302,13 +326,15 @@ class LocalEngine:
         self._session.restarts += 1
         self._session.observer.event("died", role=process.name, index=process.index, how=death.how, reason=death.why)
         self._recoveries.lost(process.name, process.index, death.why or death.how, time.monotonic())
-        if process.name == "learner":
-            if process.deaths >= DEATHS_IN_A_ROW:
-                tail = self._fleet.log_tail(process)
-                raise ProcessError(f"the learner died {DEATHS_IN_A_ROW} times without an update in between, the last {death.how}.\n{tail}")
+        if process.name == "actor":
+            self._actor_died(process, death)
+        elif process.deaths >= DEATHS_IN_A_ROW:
+            who, tail = "the learner" if process.name == "learner" else "the inference server", self._fleet.log_tail(process)
+            raise ProcessError(f"{who} died {DEATHS_IN_A_ROW} times without an update in between, the last {death.how}.\n{tail}")
+        elif process.name == "learner":
             self._return_to_checkpoint()
         else:
-            self._actor_died(process, death)
+            self._serve()
 
     def _actor_died(self, actor: Process, death: Death) -> None:
         record, broke = death.record, -1
@@ -367,10 +393,11 @@ class LocalEngine:
 
     def _begin_again(self) -> None:
         self._saves.abandon()
-        self._recoveries.forget("actor", "group")
+        self._recoveries.forget("actor", "group", "inference")
         self._session.return_to_checkpoint()
         self._reason, self._ending = None, False
         self._start_learner()
+        self._serve()
         self._place()
 
     # ---- watching ------------------------------------------------------------------------------------------------
@@ -382,6 +409,7 @@ class LocalEngine:
             if process.pid and not process.doomed and (verdict := self._watcher.look(seen, now)):
                 self._condemn(process, seen.record, verdict)
         self._watch_zygote(now)
+        self._serve()
         for actor in self._fleet.actors:
             if actor.retired and actor.up and not self._coordinator.hosts(actor.index):
                 tell(actor, Word(Kind.STOP).encode())
@@ -463,6 +491,8 @@ class LocalEngine:
         if self._reason is None:
             return False
         self._tell_learner({"do": "stop"})
+        if self._fleet.inference is not None:
+            tell(self._fleet.inference, to_json({"do": "stop"}))
         self._fleet.wait_for_ends(time.monotonic() + END_SECONDS)
         return True
 

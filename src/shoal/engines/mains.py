@@ -13,13 +13,15 @@ import threading
 import time
 import traceback
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from shoal.actors.actor import Actor
-from shoal.actors.behaviour import LocalPolicy
+from shoal.actors.behaviour import LocalPolicy, RemotePolicy
 from shoal.algorithms import load_algorithm
 from shoal.config import RunConfig
+from shoal.engines.inference import InferenceClient, InferenceServer, MailLayout
 from shoal.engines.messages import Kind, Word, to_json
 from shoal.engines.question import Answerer
 from shoal.engines.roles import Blueprint, UserObjects
@@ -95,6 +97,7 @@ def look(config: RunConfig, objects: UserObjects, tell: Tell = quiet) -> dict[st
     if objects.network is None and config.policy.network is None:
         check_weights(policy_size(found.spec, config.policy), f"policy.hidden_sizes {config.policy.hidden_sizes} on this observation")
     policy = blueprint.policy()
+    blueprint.check_computing(policy)
     fields = [vars(f) | {"shape": list(f.shape)} for f in policy.fields()]
     form = choose_form(config.env, found)
     measured = {k: v for k, v in found.to_json().items() if k != "spec"}
@@ -104,8 +107,9 @@ def look(config: RunConfig, objects: UserObjects, tell: Tell = quiet) -> dict[st
         "weights": blueprint.layout(policy).size,
         "form": form,
         "mode": chosen_mode(config, objects),
+        "inference": blueprint.inference(policy),
         "measured": measured,
-        "build": build_facts(),
+        "build": blueprint.build_facts(),
     }
 
 
@@ -116,14 +120,6 @@ def chosen_mode(config: RunConfig, objects: UserObjects) -> str:
     if mode not in modes:
         raise ConfigError(f"mode: {config.algorithm.name} runs in {' or '.join(modes)} mode, not {mode}")
     return mode
-
-
-def build_facts() -> dict[str, str]:
-    """What else the bits of a run depend on."""
-    import numpy
-    import torch
-
-    return {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "numpy": numpy.__version__}
 
 
 # ---- evaluator -------------------------------------------------------------------------------------------------------
@@ -165,7 +161,7 @@ def _attach(context: ChildContext, setup: dict[str, Any]) -> tuple[Blueprint, Ri
     ring = Ring(schema, setup["num_slots"], memory.buffer[: setup["ring_bytes"]])
     board = WeightBoard(blueprint.layout(policy).size, memory.buffer[setup["ring_bytes"] :])
     activities = ActivityBoard.attach(context.memory_fds[1], setup["num_roles"])
-    index = 0 if context.name == "learner" else 1 + context.index
+    index = {"learner": 0, "inference": setup["num_roles"] - 1}.get(context.name, 1 + context.index)
     trace = open_trace(setup["traces"], context.name, context.index, context.incarnation)
     heart = trace.recorder(activities.heartbeat(index, context.incarnation))
     heart.enter(Activity.STARTING)
@@ -176,8 +172,8 @@ def _attach(context: ChildContext, setup: dict[str, Any]) -> tuple[Blueprint, Ri
 class _ActorProcess:
     """Serves one actor.
 
-    consumes    LEASE, RESTORE, RELEASE, PUBLISHED, STOP
-    waits for   words of the supervisor, when it holds no lease
+    consumes    LEASE, RESTORE, RELEASE, PUBLISHED, CONNECT, STOP
+    waits for   words of the supervisor, when it holds no lease; where a server chooses the actions, its answers (engines/inference.py)
     unblocked   by a word, or by the end of the supervisor (its channel closes)
     on failure  an EnvironmentFault is reported as FAULT and the group released; anything else ends the process
     """
@@ -186,12 +182,20 @@ class _ActorProcess:
         self._channel: Channel = context.channel
         setup = _receive_setup(context.channel)
         self._blueprint, ring, board, self._heart, self._trace = _attach(context, setup)
-        self._behaviour: LocalPolicy = self._blueprint.behaviour(board)
+        self._client: InferenceClient | None = None
+        self._behaviour: LocalPolicy | RemotePolicy = self._choose(ring, board)
         self._actor: Actor = self._blueprint.actor(ring, self._behaviour, context.index, context.incarnation, self._heart)
         self._close_after: int = setup["close_after_lag"]
         self._sync: bool = setup["sync"]
         self._work: deque[tuple[Word, bytes]] = deque()  # leases, restores and releases, in order
         self._newest = -1
+
+    def _choose(self, ring: Ring, board: WeightBoard) -> LocalPolicy | RemotePolicy:
+        if not self._blueprint.served:
+            return self._blueprint.behaviour(board)
+        policy = self._blueprint.policy()
+        self._client = InferenceClient(MailLayout.of(ring.schema, policy), self._channel, self._listen)
+        return self._blueprint.remote_behaviour(self._client, board, policy)
 
     def run(self) -> None:
         try:
@@ -217,6 +221,10 @@ class _ActorProcess:
                 wait([self._channel], _IDLE_SECONDS)
                 continue
             word = Word.decode(received[0])
+            if word.kind is Kind.CONNECT:
+                assert self._client is not None
+                self._client.connect(received[1][0])
+                continue
             state = b"".join(_read_and_close(fd) for fd in received[1])
             if word.kind is Kind.STOP:
                 raise _Stopped
@@ -372,6 +380,59 @@ class _LearnerProcess:
 def learner_main(context: ChildContext) -> int:
     try:
         _LearnerProcess(context).run()
+    except EOFError:
+        return 0
+    except ShoalError as error:
+        context.channel.send(encoded({"is": "failed", **describe_error(error)}))
+        raise
+    return 0
+
+
+# ---- inference -------------------------------------------------------------------------------------------------------
+class _InferenceProcess:
+    """Serves the inference server.
+
+    consumes    {"do": "connect" | "stop", ...}, a descriptor comes with the first; questions of actors
+    waits for   both
+    unblocked   by either, or by the end of the supervisor
+    on failure  as the server (engines/inference.py)
+    """
+
+    def __init__(self, context: ChildContext) -> None:
+        self._channel: Channel = context.channel
+        blueprint, ring, board, heart, trace = _attach(context, _receive_setup(context.channel))
+        copy = blueprint.policy_copy(board)
+        self._server = InferenceServer(
+            copy,
+            board,
+            MailLayout.of(ring.schema, copy.policy),
+            self._channel,
+            self._listen,
+            batches=blueprint.config.mode == "async",
+            recorder=heart,
+            trace=trace,
+        )
+        self._channel.send(to_json({"is": "ready"}))
+
+    def run(self) -> None:
+        with suppress(_Stopped):
+            while True:
+                self._server.serve_once()
+
+    def _listen(self) -> None:
+        try:
+            while (received := self._channel.receive_with_fds()) is not None:
+                order = json.loads(received[0])
+                if order["do"] == "stop":
+                    raise _Stopped
+                self._server.connect(order["actor"], received[1][0])
+        except EOFError:
+            raise _Stopped from None
+
+
+def inference_main(context: ChildContext) -> int:
+    try:
+        _InferenceProcess(context).run()
     except EOFError:
         return 0
     except ShoalError as error:

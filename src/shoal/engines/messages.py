@@ -22,6 +22,7 @@ class Kind(IntEnum):
     RELEASE = 4  # group
     PUBLISHED = 5  # value: version
     STOP = 6
+    CONNECT = 7  # a descriptor comes along: this actor's end of a channel to the inference server
     # from an actor
     FILLED = 17  # slot, identity
     RESTORED = 18  # group; value: number of environments that had to begin a new episode; JSON: seconds that it took

@@ -13,6 +13,7 @@ from shoal.engines.plan import Lease
 from shoal.engines.session import Session
 from shoal.experience.envelope import Identity
 from shoal.experience.group_state import to_bytes
+from shoal.supervision.channel import Channel
 from shoal.supervision.memory import anonymous_file
 from shoal.types import GroupState
 
@@ -28,6 +29,21 @@ def actor_setup(session: Session) -> dict[str, Any]:
     plan = session.coordinator.plan
     timing = {"close_after_lag": plan.close_after_lag, "sync": plan.mode == "sync"}
     return {"spec": session.spec.to_json(), "epoch": session.epoch, **timing}
+
+
+def inference_setup(session: Session) -> dict[str, Any]:
+    return {"spec": session.spec.to_json(), "epoch": session.epoch}
+
+
+def connect(server: Process, actor: Process) -> None:
+    """Give an actor and the inference server a channel of their own, where both are up."""
+    if not (server.up and actor.up):
+        return
+    ends = Channel.pair()
+    tell(server, to_json({"do": "connect", "actor": actor.index}), [ends[0].fileno()])
+    tell(actor, Word(Kind.CONNECT).encode(), [ends[1].fileno()])
+    for end in ends:
+        end.close()
 
 
 def send_lease(actor: Process, lease: Lease, version: int) -> None:

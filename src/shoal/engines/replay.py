@@ -64,13 +64,18 @@ def replay(
       told: called after each update.
       given_up: of a sync run, by (group, sequence), the places (row, env) at which episodes were ended as invalid.
     Raises:
-      RunError: the log has a gap, or the environments acted as they were ready, which no log can repeat.
+      RunError: the log has a gap, or the environments acted, or actions were chosen, as they were ready, which no log can repeat.
     """
     if any(entry.get("paced") for entries in log.values() for entry in entries):
         raise RunError(
             "this run cannot be replayed: its environments wait, and each acted when it was ready (env.form threads, mode async)"
         )
     plan = Plan.of(blueprint.config)
+    if blueprint.served and plan.mode == "async":
+        raise RunError(
+            "this run cannot be replayed: its actions were chosen for all who had asked together, and the numbers depend on who they were "
+            "(policy.inference server, mode async)"
+        )
     policy = blueprint.policy()
     schema = blueprint.schema(policy)
     updates = list(_updates(plan, log, num_updates, given_up or {}))

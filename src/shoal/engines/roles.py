@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from shoal.actors.actor import Actor
-from shoal.actors.behaviour import LocalPolicy, WeightSource
+from shoal.actors.behaviour import Inference, LocalPolicy, PolicyCopy, RemotePolicy, RolloutNoise, VersionSource, WeightSource
 from shoal.algorithms import build_algorithm
 from shoal.config import RunConfig
 from shoal.environments.make import make_group
@@ -19,10 +20,16 @@ from shoal.errors import ConfigError
 from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema, rollout_schema
 from shoal.learners.learner import Learner, WeightPublisher
+from shoal.networks.computing import check_compiler, check_precision, compute_facts
+from shoal.networks.fast import fast_actor
 from shoal.networks.policy import Policy, build_policy, named_tensors
 from shoal.streams import Purpose, seed_sequence
 from shoal.types import Activity, ActivityRecorder, Array, Behaviour, EnvironmentGroup, EnvironmentSpec, NullRecorder
 from shoal.weights.board import WeightLayout
+
+# From about here on a group of 8 costs a core more (0.25 ms; 0.36 ms at 1.4 million weights, actor's and critic's together) than the way to a server
+# and back (0.1 ms, measured: docs/performance.md) with as much again for a GPU's calls (assumed, not measured).
+SERVED_WEIGHTS = 1_000_000
 
 
 @contextmanager
@@ -97,10 +104,37 @@ class Blueprint:
         )
 
     def behaviour(self, source: WeightSource) -> LocalPolicy:
-        sampling = self.config.sampling
+        """Chooses in this process, with the numbers that an inference server would give each group where the configuration says so."""
+        copy = self.policy_copy(source)
+        # By policy and group size only, never by placement: the two agree to rounding, not to the bit.
+        fast = None if self.served else fast_actor(copy.policy, self.config.sampling.group_size or 1)
+        return LocalPolicy(copy, self._noise(copy.policy), fast)
+
+    def remote_behaviour(self, server: Inference, versions: VersionSource, policy: Policy) -> RemotePolicy:
+        """Has a server choose. policy: only looked at."""
+        return RemotePolicy(server, versions, self._noise(policy), exact=self.config.mode != "async")
+
+    def policy_copy(self, source: WeightSource) -> PolicyCopy:
         policy = self.policy()
         policy.eval()
-        return LocalPolicy(policy, source, self.config.seed, sampling.rollout_length, sampling.group_size or 1, self.epoch)
+        return PolicyCopy(policy, source, self.device() if self.served else torch.device("cpu"))
+
+    def _noise(self, policy: Policy) -> RolloutNoise:
+        sampling = self.config.sampling
+        return RolloutNoise(policy.noise, self.config.seed, sampling.rollout_length, sampling.group_size or 1, self.epoch)
+
+    @property
+    def served(self) -> bool:
+        """Whether actions are chosen on the learner's device, for all actors by one process; once the configuration is resolved."""
+        return self.config.policy.inference == "server"
+
+    def inference(self, policy: Policy) -> Literal["actor", "server"]:
+        """Who chooses actions: what was asked for, or what `auto` means here."""
+        wanted = self.config.policy.inference
+        if wanted != "auto":
+            return wanted
+        large = any(leaf.is_image for leaf in self.spec.observation) or self.layout(policy).size > SERVED_WEIGHTS
+        return "server" if large and self.device().type == "cuda" else "actor"
 
     def actor(
         self,
@@ -117,11 +151,30 @@ class Blueprint:
 
     def learner(self, ring: Ring, board: WeightPublisher, max_policy_lag: int, recorder: ActivityRecorder | None = None) -> Learner:
         policy = self.policy().to(self.device())
+        self.compute(policy)
         algorithm = build_algorithm(policy, self.config.algorithm, self.objects.algorithm)
         publisher = board if recorder is None else _TimedPublisher(board, recorder)
         return Learner(
             self.config, self.spec, policy, algorithm, ring, publisher, run_id=self.run_id, max_policy_lag=max_policy_lag, epoch=self.epoch
         )
+
+    def compute(self, policy: Policy) -> None:
+        """Have a learner's policy compute as the configuration says. Raises ConfigError where it cannot."""
+        policy.compute(mixed=self.config.learner.precision == "bfloat16", compile=self.config.learner.compile)
+
+    def check_computing(self, policy: Policy) -> None:
+        """Raise ConfigError where the learner could not compute with `policy` as the configuration says; before anything runs."""
+        self.compute(policy)
+        if self.config.learner.precision == "bfloat16":
+            check_precision(self.device())
+        if self.config.learner.compile:
+            check_compiler(self.device())
+
+    def build_facts(self) -> dict[str, str]:
+        """What else the bits of a run depend on."""
+        learner = self.config.learner
+        facts = {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "numpy": np.__version__}
+        return facts | compute_facts(self.device(), learner.precision, learner.compile)
 
     def device(self) -> torch.device:
         """The learner's device: `auto` takes a GPU for images only, since small networks learn faster without."""

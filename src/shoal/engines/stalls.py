@@ -43,24 +43,38 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Situation:
-    """All processes at one moment, the learner first, and what is decided about them."""
+    """All processes at one moment (the learner, the actors, and the inference server where there is one), and what is decided about them."""
 
     seen: Sequence[Seen]
     coordinator: Coordinator
     pids: Sequence[int]  # as `seen`, 0 where there is none now
     paused: bool = False
 
+    @property
+    def actors(self) -> list[tuple[Seen, int]]:
+        """With their process ids."""
+        return [(seen, pid) for seen, pid in zip(self.seen, self.pids, strict=True) if seen.name == "actor"]
+
 
 def look(fleet: Fleet, coordinator: Coordinator, *, saving: bool, paused: bool, now: float) -> Situation:
     """What all processes do at this moment, and who has an order. `saving`: the learner's is a checkpoint."""
-    seen, busy = [], {group.actor for group in coordinator.groups if group.leased}
+    seen: list[Seen] = []
+    busy = {group.actor for group in coordinator.groups if group.leased}
     for process, record in zip(fleet.processes, fleet.activities(), strict=True):
         ordered = process.index in busy if process.name == "actor" else coordinator.learner_busy or saving
         state = process_state(process.pid) if process.pid else None
         order_seconds = now - process.told_at if ordered and process.up else None
+        if process.name == "inference":
+            order_seconds = max((each.record.age_seconds for each in seen if _asks(each)), default=None)
         who = (process.name, process.index, process.incarnation)
-        seen.append(Seen(*who, state, record, now - process.asked_at, order_seconds, saving and process.name == "learner"))
+        of_learner, served = saving and process.name == "learner", process.name == "actor" and fleet.inference is not None
+        seen.append(Seen(*who, state, record, now - process.asked_at, order_seconds, of_learner, served))
     return Situation(seen, coordinator, [process.pid for process in fleet.processes], paused)
+
+
+def _asks(seen: Seen) -> bool:
+    """Whether it waits for the inference server's answer."""
+    return seen.served and seen.record.incarnation == seen.incarnation and seen.record.activity is Activity.INFERRING
 
 
 def _name(seen: Seen) -> str:
@@ -80,6 +94,8 @@ def doing(seen: Seen, pid: int) -> tuple[str, float]:
     if _starting(seen, pid):
         return "starting", seen.up_seconds
     record = seen.record
+    if seen.name == "inference" and record.activity is Activity.WAITING_FOR_BATCH:
+        return "waiting for a question", record.age_seconds
     group = f" group {record.group}" if record.group >= 0 else ""
     row = f", row {record.row}" if record.row >= 0 else ""
     env = f", environment {record.env}" if record.env >= 0 else ""
@@ -88,9 +104,11 @@ def doing(seen: Seen, pid: int) -> tuple[str, float]:
 
 def waits(situation: Situation) -> Iterator[Facts]:
     """Everybody who waits: who, for (names), seconds, why."""
-    learner, *actors = situation.seen
-    yield from _learner_waits(situation, learner)
-    for actor, pid in zip(actors, situation.pids[1:], strict=True):
+    yield from _learner_waits(situation, situation.seen[0])
+    for actor, pid in situation.actors:
+        if pid and _asks(actor):
+            why = f"it is to choose actions for group {actor.record.group}, row {actor.record.row}"
+            yield {"who": _name(actor), "for": ["inference-0"], "seconds": actor.record.age_seconds, "why": why}
         idle = pid and not _starting(actor, pid) and actor.record.activity is Activity.WAITING_FOR_LEASE and actor.order_seconds is None
         if idle:
             blockers, why = _why_no_lease(situation, actor)

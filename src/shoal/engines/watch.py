@@ -5,7 +5,7 @@ Every wait of a role has its limit here, so that none is without end:
     stopped (SIGSTOP)                STOPPED_SECONDS; shorter pulses only slow it down
     one step of an environment       env.step_timeout_seconds
     putting a group back             RESTORE_TIMES that
-    choosing actions                 INFER_SECONDS
+    choosing actions                 INFER_SECONDS; of an actor that has a server choose, START_SECONDS more, in which the server is made anew
     starting                         START_SECONDS
     an order that is not taken up    UNHEARD_SECONDS
     an update                        learner.timeout_seconds
@@ -34,7 +34,7 @@ class Seen:
     Attributes:
       state: the kernel's letter (supervision.processes.process_state). record: of its own incarnation, or an older one's while it starts.
       up_seconds: since its start was ordered. order_seconds: since its last order, None where it has none that is not answered.
-      saving: that order is a checkpoint.
+      saving: that order is a checkpoint. served: it has a server choose its actions.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Seen:
     up_seconds: float
     order_seconds: float | None = None
     saving: bool = False
+    served: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Watch:
         if record.incarnation != seen.incarnation or record.activity is Activity.STARTING:
             late = seen.up_seconds > START_SECONDS
             return Verdict("stuck", f"was not there within {START_SECONDS:g} s of its start") if late else None
+        if seen.name == "inference":
+            return self._inference(seen, record)
         return self._actor(seen, record) if seen.name == "actor" else self._learner(seen)
 
     def _stands_still(self, seen: Seen, now: float) -> bool:
@@ -97,11 +100,21 @@ class Watch:
         calls = 1 if record.env >= 0 else RESTORE_TIMES  # one that tells of each call is in one
         if record.activity is Activity.RESTORING and age > calls * limit:
             return Verdict("environment", f"being put back for {age:.1f} s", calls * limit)
-        if record.activity is Activity.INFERRING and age > INFER_SECONDS:
+        if record.activity is Activity.INFERRING and age > INFER_SECONDS + (START_SECONDS if seen.served else 0.0):
             return Verdict("stuck", f"has been choosing actions for {age:.0f} s")
         unheard = record.activity is Activity.WAITING_FOR_LEASE and seen.order_seconds is not None
         if unheard and min(age, seen.order_seconds or 0.0) > UNHEARD_SECONDS:
             return Verdict("stuck", f"has not taken up an order for {age:.0f} s")
+        return None
+
+    def _inference(self, seen: Seen, record: ActivityRecord) -> Verdict | None:
+        if not record.whole:
+            return None
+        if record.activity is Activity.INFERRING and record.age_seconds > INFER_SECONDS:
+            return Verdict("stuck", f"has been choosing actions for {record.age_seconds:.0f} s")
+        waits = record.activity is Activity.WAITING_FOR_BATCH
+        if waits and min(record.age_seconds, seen.order_seconds or 0.0) > UNHEARD_SECONDS:
+            return Verdict("stuck", f"has not taken up a question for {record.age_seconds:.0f} s")
         return None
 
     def _learner(self, seen: Seen) -> Verdict | None:

@@ -5,9 +5,9 @@ Legend: T rows of the longest rollout, N environments (columns) over all rollout
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -61,14 +61,14 @@ class Batch:
             next_value_TN[self.final_index[:, 0], self.final_index[:, 1]] = final_value_F
         return next_value_TN
 
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`; images cross as uint8."""
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with `function` of every tensor."""
 
-        def move(value: object) -> object:
+        def of(value: object) -> object:
             if isinstance(value, Tensor):
-                return value.to(device, non_blocking=True)
+                return function(value)
             if isinstance(value, dict):
-                return {k: v.to(device, non_blocking=True) for k, v in value.items()}
+                return {k: function(v) for k, v in value.items()}
             return value
 
-        return Batch(**{k: move(v) for k, v in vars(self).items()})  # type: ignore[arg-type]
+        return Batch(**{k: of(v) for k, v in vars(self).items()})  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from shoal.experience.envelope import Fate, Identity
 from shoal.experience.ring import Ring
 from shoal.learners.assemble import assemble
 from shoal.learners.normaliser import ObservationNormaliser, RewardNormaliser
+from shoal.learners.transfer import ways
 from shoal.networks.policy import Policy, named_tensors, weights_sha256
 from shoal.streams import Purpose, stream
 from shoal.types import Array, Arrays, EnvironmentSpec
@@ -69,8 +70,8 @@ class Learner:
         self._config, self._policy, self._algorithm = config, policy, algorithm
         self._ring, self._board, self._run_id = ring, board, run_id
         self._max_lag, self._epoch = max_policy_lag, epoch
-        self._device = next(iter(policy.parameters())).device
         self._layout = WeightLayout.of((n, tuple(t.shape)) for n, t in named_tensors(policy).items())
+        self._staging, self._fetch = ways(next(iter(policy.parameters())).device, self._layout.size)
         groups, envs = config.sampling.groups or 1, config.sampling.group_size or 1
         self._observations = ObservationNormaliser(spec, policy.normalised) if config.policy.normalise_observations else None
         self._rewards = RewardNormaliser(groups, envs, config.algorithm.gamma) if config.policy.normalise_rewards else None
@@ -96,7 +97,7 @@ class Learner:
             else:
                 slots.append(slot)
         groups = [int(s.envelope["group"]) for s in slots]
-        return Consumed(assemble(slots, self.version, self._max_lag) if slots else None, groups, dropped)
+        return Consumed(assemble(slots, self.version, self._max_lag, self._staging) if slots else None, groups, dropped)
 
     @np.errstate(over="ignore", invalid="ignore")
     def update(self, consumed: Consumed) -> dict[str, float]:
@@ -107,7 +108,7 @@ class Learner:
         lag = batch.policy_lag_TN[batch.valid_TN]
         if self._rewards is not None:
             self._rewards(batch, consumed.groups)
-        metrics = self._algorithm.update(batch.to(self._device) if self._device.type != "cpu" else batch, self._context())
+        metrics = self._algorithm.update(self._staging.finish(batch), self._context())
         self._refuse_divergence(metrics)
         if self._observations is not None:
             self._observations.merge(batch)
@@ -141,9 +142,12 @@ class Learner:
         """
         flat = self._board.begin(self.version)
         views = self._layout.views(flat)
-        with torch.no_grad():
-            for name, tensor in named_tensors(self._policy).items():
-                torch.from_numpy(views[name]).copy_(tensor)
+        if self._fetch is not None:
+            np.copyto(flat, self._fetch(named_tensors(self._policy)))
+        else:
+            with torch.no_grad():
+                for name, tensor in named_tensors(self._policy).items():
+                    torch.from_numpy(views[name]).copy_(tensor)
         if not np.isfinite(flat).all():
             bad = [name for name, view in views.items() if not np.isfinite(view).all()]
             raise DivergedError(f"diverged: {', '.join(bad)} of version {self.version} are not finite; {_ADVICE}")

@@ -30,7 +30,7 @@ _NAMES = {
     Activity.RESTORING: "restore",
     Activity.PUBLISHING: "publish",
 }
-_ORDER = ("supervisor", "learner", "actor", "all")
+_ORDER = ("supervisor", "learner", "inference", "actor", "all")
 
 
 def begin_profile(directory: Path) -> Path:

@@ -211,8 +211,18 @@ class Recorder:
         (t0, n0), (t1, n1) = self._rate[0], self._rate[-1]
         return max(0, n1 - n0) / (t1 - t0) if t1 > t0 else 0.0
 
+    @property
+    def _served(self) -> bool:
+        """Whether the last of all activities is the inference server's."""
+        return bool(self._config.actors) and self._config.policy.inference == "server"
+
+    @property
+    def _of_actors(self) -> list[ActivityRecord]:
+        return self._activities[1:-1] if self._served else self._activities[1:]
+
     def _roles(self) -> tuple[RoleTime, ...]:
-        names = ["learner" if self._config.actors else "all roles", *(f"actor {n}" for n in range(len(self._activities)))]
+        names = ["learner" if self._config.actors else "all roles", *(f"actor {n}" for n in range(len(self._of_actors)))]
+        names += ["inference"] if self._served else []
         return tuple(
             RoleTime(name, record.pid, {activity.name.lower(): seconds for activity, seconds in record.seconds.items() if seconds > 0})
             for name, record in zip(names, self._activities, strict=False)
@@ -221,7 +231,7 @@ class Recorder:
     def _health(self) -> tuple[ActorHealth, ...]:
         limit = self._config.env.step_timeout_seconds
         actors = []
-        for index, record in enumerate(self._activities[1:]):
+        for index, record in enumerate(self._of_actors):
             groups = tuple(g for g, group in enumerate(self._coordinator.groups) if group.actor == index)
             if not groups:
                 state = "dead" if index < self._wanted_actors else "stopped"

@@ -2,6 +2,8 @@
 
     inputs.py     raw observation fields -> float tensors (one-hot, images to [C, H, W] / 255, running normalisation)
     encoders.py   float tensors -> features (MLP, Nature CNN, both combined)
+    evaluation.py log-probability, entropy, value, and the gradient of a loss of them
+    computing.py  mixed precision and torch.compile, for learners
     fast.py       a small policy's acting in numpy
     policy.py     Policy = inputs + encoders + heads; `build_policy`, `named_tensors`, `weights_sha256`
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from shoal.networks.encoders import MLP, Encoder
 from shoal.networks.heads import ActionHead
-from shoal.ops.distributions import HALF_LOG_2PI, MASKED_LOGIT, Distribution
+from shoal.ops.distributions import HALF_LOG_2PI, MASKED_LOGIT
 
 _ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh_, "relu": torch.relu_}
 _tanh_backward, _relu_backward = torch.ops.aten.tanh_backward, torch.ops.aten.threshold_backward
@@ -43,10 +43,10 @@ class Evaluation(Protocol):
 
 
 class GraphEvaluation:
-    """Whatever the policy is made of, by torch's graph."""
+    """Whatever the policy is made of, by torch's graph: the three with the graph that made them, [N] each."""
 
-    def __init__(self, distribution: Distribution, action: Tensor, value: Tensor) -> None:
-        self._outputs = (distribution.log_prob(action), distribution.entropy(), value)
+    def __init__(self, log_prob: Tensor, entropy: Tensor, value: Tensor) -> None:
+        self._outputs = (log_prob, entropy, value)
         self.log_prob, self.entropy, self.value = (output.detach() for output in self._outputs)
 
     def gradients(self, parameters: Sequence[Tensor], d_log_prob: Tensor, d_entropy: Tensor, d_value: Tensor) -> Sequence[Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from shoal.config import PolicyConfig
 from shoal.errors import ConfigError
 from shoal.imports import load_object
+from shoal.networks.computing import any_length, compiled
 from shoal.networks.encoders import Encoder, orthogonal
 from shoal.networks.evaluation import Evaluation, GraphEvaluation, SmallEvaluation, small_network
 from shoal.networks.heads import ActionHead, NoiseSpec
@@ -46,6 +47,31 @@ class Policy(nn.Module):
         self.action_head, self.value_head = action_head, value_head
         self.noise: NoiseSpec = action_head.noise
         self._small = small_network(actor, critic, action_head, value_head) if type(self) is Policy else None
+        self._mixed = False
+        self._outputs: Callable[..., tuple[Tensor, Tensor, Tensor]] = _outputs
+        self._values: Callable[..., Tensor] = _values
+        self._compiled = False
+
+    def compute(self, *, mixed: bool = False, compile: bool = False) -> None:
+        """From now on run the encoders in bfloat16 (`mixed`), and `evaluate` and `value` by torch.compile; see networks/computing.py.
+
+        The gradients that are written out for small networks are then not used: they are float32, and of other operations.
+
+        Raises:
+          ConfigError: this is a policy of the user's own that says itself how its distribution or value is computed.
+        """
+        if not (mixed or compile):
+            return
+        own = [name for name in _COMPUTED if getattr(type(self), name) is not getattr(Policy, name)]
+        if own:
+            key = "learner.precision" if mixed else "learner.compile"
+            raise ConfigError(
+                f"{key}: {type(self).__name__} has its own {', '.join(own)}, which would not follow it; return a torch module with num_features "
+                "from policy.network, or leave the key at its default"
+            )
+        self._small, self._mixed, self._compiled = None, mixed, compile
+        if compile:
+            self._outputs, self._values = compiled(_outputs), compiled(_values)
 
     def fields(self) -> list[FieldSpec]:
         """What acting emits into a rollout besides observations: the action as stored, its log-probability, recurrent state (none yet)."""
@@ -56,19 +82,19 @@ class Policy(nn.Module):
         return {}
 
     def distribution(self, observation: Mapping[str, Tensor], action_mask: Tensor | None = None) -> Distribution:
-        return self.action_head.forward(self.actor(self.inputs.forward(observation)), action_mask)
+        return self.action_head.forward(self._features(self.actor, self.inputs.forward(observation)), action_mask)
 
     def value(self, observation: Mapping[str, Tensor]) -> Tensor:
         """V(x), [N] float32, in the units of the (normalised) return."""
-        prepared = self.inputs.forward(observation)
-        features: Tensor = (self.actor if self.critic is None else self.critic)(prepared)
-        return self._value(features)
+        if self._compiled:
+            any_length(*observation.values())
+        return self._values(self, observation)
 
     def distribution_and_value(self, observation: Mapping[str, Tensor], action_mask: Tensor | None = None) -> tuple[Distribution, Tensor]:
         """Both from one pass over the inputs, and over the encoder where it is shared."""
         prepared = self.inputs.forward(observation)
-        features = self.actor(prepared)
-        value_features = features if self.critic is None else self.critic(prepared)
+        features = self._features(self.actor, prepared)
+        value_features = features if self.critic is None else self._features(self.critic, prepared)
         return self.action_head.forward(features, action_mask), self._value(value_features)
 
     def evaluate(self, observation: Mapping[str, Tensor], action: Tensor, action_mask: Tensor | None = None) -> Evaluation:
@@ -76,8 +102,9 @@ class Policy(nn.Module):
         if self._small is not None and not action.is_cuda:
             (prepared,) = self.inputs.forward(observation).values()
             return SmallEvaluation(self._small, prepared, action, action_mask)
-        distribution, value = self.distribution_and_value(observation, action_mask)
-        return GraphEvaluation(distribution, action, value)
+        if self._compiled:
+            any_length(*observation.values(), action, action_mask)
+        return GraphEvaluation(*self._outputs(self, observation, action, action_mask))
 
     def act(self, observation: Mapping[str, Tensor], noise: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The actors' hot path, to be called under `torch.inference_mode()`: actions as stored [N, ...] and their log-probabilities [N].
@@ -98,9 +125,33 @@ class Policy(nn.Module):
         """Freeze observation statistics into the buffers, for every field of `normalised`."""
         self.inputs.set_statistics(moments)
 
+    def _features(self, encoder: nn.Module, prepared: Mapping[str, Tensor]) -> Tensor:
+        if not self._mixed:
+            return encoder(prepared)  # type: ignore[no-any-return]
+        device = next(iter(prepared.values())).device.type
+        with torch.autocast(device, torch.bfloat16):
+            features: Tensor = encoder(prepared)
+        return features.float()
+
     def _value(self, features: Tensor) -> Tensor:
         value: Tensor = self.value_head(features)
         return value.squeeze(-1)
+
+
+_COMPUTED = ("distribution", "value", "distribution_and_value", "evaluate")
+
+
+def _outputs(
+    policy: Policy, observation: Mapping[str, Tensor], action: Tensor, action_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log-probability, entropy, value: [N] each."""
+    distribution, value = policy.distribution_and_value(observation, action_mask)
+    return distribution.log_prob(action), distribution.entropy(), value
+
+
+def _values(policy: Policy, observation: Mapping[str, Tensor]) -> Tensor:
+    encoder = policy.actor if policy.critic is None else policy.critic
+    return policy._value(policy._features(encoder, policy.inputs.forward(observation)))
 
 
 Network = Callable[[EnvironmentSpec, PolicyConfig], nn.Module]

@@ -97,9 +97,10 @@ class ActivityBoard:
 
     def records(self, count: int | None = None) -> list[ActivityRecord]:
         """All roles now (or the first `count`), by index; one that has not begun is STARTING with 0 beats."""
-        return [self._read(index) for index in range(self.num_roles if count is None else count)]
+        return [self.record(index) for index in range(self.num_roles if count is None else count)]
 
-    def _read(self, index: int) -> ActivityRecord:
+    def record(self, index: int) -> ActivityRecord:
+        """One role now."""
         offset = index * RECORD.itemsize
         words, word = self._words, offset // 8
         for _ in range(_READ_ATTEMPTS):

@@ -41,6 +41,7 @@ class Span(IntEnum):
     HEAR = 37
     WATCH = 38
     CHECKPOINT = 39
+    ANSWER = 40
 
 
 SPAN_NUMBERS: dict[Span, tuple[str, ...]] = {
@@ -48,6 +49,7 @@ SPAN_NUMBERS: dict[Span, tuple[str, ...]] = {
     Span.REFRESH: ("version",),
     Span.CONSUME: ("rollouts",),
     Span.UPDATE: ("version",),
+    Span.ANSWER: ("groups", "version"),
 }
 _ROWS = (Activity.STEPPING, Activity.INFERRING)
 _COVERED = (Activity.LEARNING,)  # shown by spans

@@ -1,0 +1,68 @@
+"""Mixed precision and torch.compile leave what is promised: the same weights for any number of actors, through kills, resumes and replays."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .harness import PPO, Killer, Outcome, shoal, start, train
+
+UPDATES = 16
+WAYS = {
+    "bfloat16": ["CartPole-v1", *PPO, "--learner.precision", "bfloat16"],
+    "compile": ["CartPole-v1", *PPO, "--learner.compile", "true"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_do_not_depend_on_actors_kills_or_resumes(way: str, tmp_path: Path) -> None:
+    if way == "compile":
+        _skip_without_a_compiler()
+    args = [*WAYS[way], "--stop.updates", str(UPDATES)]
+    alone = train([*args, "--actors", "0"], tmp_path / "alone")
+    plain = train(["CartPole-v1", *PPO, "--stop.updates", str(UPDATES), "--actors", "0"], tmp_path / "plain")
+    assert alone.sha != plain.sha
+    killer = Killer.of("shoal:learner", 1, UPDATES, seed=2)
+    assert train([*args, "--actors", "2"], tmp_path / "killed", killer).sha == alone.sha
+    half = train([*WAYS[way], "--stop.updates", str(UPDATES // 2), "--actors", "1"], tmp_path / "half")
+    resumed = shoal("resume", str(tmp_path / "half"), "--stop.updates", str(UPDATES), log=tmp_path / "resumed.log")
+    assert half.sha != alone.sha
+    assert Outcome(resumed).sha == alone.sha
+    assert shoal("replay", str(tmp_path / "killed"), log=tmp_path / "replay.log")["equal"] is True
+
+
+def test_an_async_run_in_bfloat16_is_replayed(tmp_path: Path) -> None:
+    args = ["CartPole-v1", "--algorithm", "impala", "--preset", "none", "--learner.precision", "bfloat16"]
+    outcome = train([*args, "--stop.updates", "12", "--actors", "2"], tmp_path / "run")
+    assert outcome.result["lag"]["max"] <= 4
+    assert shoal("replay", str(tmp_path / "run"), log=tmp_path / "replay.log")["equal"] is True
+
+
+@pytest.mark.parametrize("change", [("--learner.precision", "float32"), ("--learner.compile", "true")])
+def test_a_resume_does_not_change_how_the_learner_computes(change: tuple[str, str], tmp_path: Path) -> None:
+    train([*WAYS["bfloat16"], "--stop.updates", "2", "--actors", "0"], tmp_path / "run")
+    log = tmp_path / "resume.log"
+    process = start(["resume", str(tmp_path / "run"), "--stop.updates", "4", *change], log)
+    assert process.wait(120) == 2
+    assert re.search(rf"{change[0][2:]} was .* and cannot become", log.read_text())
+
+
+def test_a_missing_compiler_ends_the_run_before_it_begins_with_one_line(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    process = start(["train", *WAYS["compile"], "--actors", "1", "--run-dir", str(tmp_path / "run")], log, {"CXX": "no-such-compiler"})
+    assert process.wait(120) == 2
+    said = [line for line in log.read_text().splitlines() if "learner.compile" in line]
+    assert len(said) == 1
+    assert "'no-such-compiler' is not on the PATH" in said[0]
+    assert not (tmp_path / "run").exists()
+
+
+def _skip_without_a_compiler() -> None:
+    code = "import torch; from shoal.networks.computing import check_compiler; check_compiler(torch.device('cpu'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
