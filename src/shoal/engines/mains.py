@@ -7,7 +7,6 @@ supervisor. A role that fails says why on its channel (FAULT, or an error object
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from shoal.actors.actor import Actor
 from shoal.actors.behaviour import LocalPolicy, RemotePolicy
 from shoal.algorithms import load_algorithm
 from shoal.config import RunConfig
+from shoal.engines.beginning import IDLE_SECONDS, Stopped, attach, read_and_close, receive_setup, user_objects
 from shoal.engines.inference import InferenceClient, InferenceServer, MailLayout
 from shoal.engines.messages import Kind, Word, to_json
 from shoal.engines.question import Answerer
@@ -36,23 +36,12 @@ from shoal.experience.ring import Ring
 from shoal.learners.learner import Learner
 from shoal.networks.policy import policy_size
 from shoal.supervision.channel import MAX_MESSAGE_BYTES, Channel, wait
-from shoal.supervision.heartbeat import ActivityBoard
-from shoal.supervision.memory import SharedMemory
-from shoal.supervision.trace import Span, Tracer, open_trace
+from shoal.supervision.trace import Span
 from shoal.supervision.zygote_main import ChildContext
-from shoal.types import Activity, ActivityRecorder, EnvironmentSpec
+from shoal.types import Activity
 from shoal.weights.board import WeightBoard
 
-_IDLE_SECONDS = 1.0
 _LONGEST_TEXT = 8_000  # of an error in a message: escaped, a character takes up to six bytes, and a message holds 160 KiB
-
-
-class _Stopped(Exception):
-    """The supervisor wants this role to end, or is gone."""
-
-
-def _objects(context: ChildContext) -> UserObjects:
-    return UserObjects(**(context.unpickle() or {}))
 
 
 def describe_error(error: BaseException) -> dict[str, Any]:
@@ -81,7 +70,7 @@ def probe_main(context: ChildContext) -> int:
     answerer = Answerer(context.channel)
     try:
         config = RunConfig.model_validate(context.payload["config"])
-        answer = look(config, _objects(context), answerer.tell)
+        answer = look(config, user_objects(context), answerer.tell)
     except Exception as error:
         answer = describe_error(error)
     answerer.answer(answer)
@@ -129,8 +118,8 @@ def evaluator_main(context: ChildContext) -> int:
 
     try:
         while (message := context.channel.receive()) is None:
-            wait([context.channel], _IDLE_SECONDS)
-        order, objects = json.loads(message), _objects(context)
+            wait([context.channel], IDLE_SECONDS)
+        order, objects = json.loads(message), user_objects(context)
         policy = load_policy(Path(order["path"]), network=objects.network, environment=objects.env)
         answer = evaluate(policy, episodes=order["episodes"], seed=order["seed"])
     except EOFError:
@@ -139,33 +128,6 @@ def evaluator_main(context: ChildContext) -> int:
         answer = describe_error(error)
     context.channel.send(encoded(answer))
     return 0
-
-
-def _receive_setup(channel: Channel) -> dict[str, Any]:
-    """The first message of every role; what it says lies in a file that comes along. Raises EOFError: the supervisor is gone."""
-    while True:
-        wait([channel], _IDLE_SECONDS)
-        received = channel.receive_with_fds()
-        if received is not None:
-            return json.loads(_read_and_close(received[1][0]))  # type: ignore[no-any-return]
-
-
-# ---- the memory that roles share -------------------------------------------------------------------------------------
-def _attach(context: ChildContext, setup: dict[str, Any]) -> tuple[Blueprint, Ring, WeightBoard, ActivityRecorder, Tracer]:
-    config = RunConfig.model_validate(setup["config"])
-    spec = EnvironmentSpec.from_json(setup["spec"])
-    blueprint = Blueprint(config, spec, _objects(context), bytes.fromhex(setup["run_id"]), setup["epoch"])
-    memory = SharedMemory.attach(context.memory_fds[0], setup["memory_bytes"])
-    policy = blueprint.policy()
-    schema = blueprint.schema(policy)
-    ring = Ring(schema, setup["num_slots"], memory.buffer[: setup["ring_bytes"]])
-    board = WeightBoard(blueprint.layout(policy).size, memory.buffer[setup["ring_bytes"] :])
-    activities = ActivityBoard.attach(context.memory_fds[1], setup["num_roles"])
-    index = {"learner": 0, "inference": setup["num_roles"] - 1}.get(context.name, 1 + context.index)
-    trace = open_trace(setup["traces"], context.name, context.index, context.incarnation)
-    heart = trace.recorder(activities.heartbeat(index, context.incarnation))
-    heart.enter(Activity.STARTING)
-    return blueprint, ring, board, heart, trace
 
 
 # ---- actor -----------------------------------------------------------------------------------------------------------
@@ -180,8 +142,8 @@ class _ActorProcess:
 
     def __init__(self, context: ChildContext) -> None:
         self._channel: Channel = context.channel
-        setup = _receive_setup(context.channel)
-        self._blueprint, ring, board, self._heart, self._trace = _attach(context, setup)
+        setup = receive_setup(context.channel)
+        self._blueprint, ring, board, self._heart, self._trace = attach(context, setup)
         self._client: InferenceClient | None = None
         self._behaviour: LocalPolicy | RemotePolicy = self._choose(ring, board)
         self._actor: Actor = self._blueprint.actor(ring, self._behaviour, context.index, context.incarnation, self._heart)
@@ -203,7 +165,7 @@ class _ActorProcess:
                 self._listen(wait_for_work=not self._work)
                 if self._work:
                     self._do(*self._work.popleft())
-        except _Stopped:
+        except Stopped:
             self._actor.close()
 
     def _listen(self, wait_for_work: bool = False) -> None:
@@ -214,20 +176,20 @@ class _ActorProcess:
             try:
                 received = self._channel.receive_with_fds()
             except EOFError:
-                raise _Stopped from None
+                raise Stopped from None
             if received is None:
                 if not wait_for_work or self._work:
                     return
-                wait([self._channel], _IDLE_SECONDS)
+                wait([self._channel], IDLE_SECONDS)
                 continue
             word = Word.decode(received[0])
             if word.kind is Kind.CONNECT:
                 assert self._client is not None
                 self._client.connect(received[1][0])
                 continue
-            state = b"".join(_read_and_close(fd) for fd in received[1])
+            state = b"".join(read_and_close(fd) for fd in received[1])
             if word.kind is Kind.STOP:
-                raise _Stopped
+                raise Stopped
             if word.kind is Kind.PUBLISHED:
                 self._newest = max(self._newest, word.value)
             else:
@@ -280,19 +242,13 @@ class _ActorProcess:
             while not self._channel.send(word.encode()):
                 wait([], 0.01, writable=[self._channel])
         except EOFError:
-            raise _Stopped from None
+            raise Stopped from None
 
 
 def _other_threads() -> str:
     """Where the threads of this process stand, but for the one that asks: one of them is in the step that hangs."""
     frames, mine = sys._current_frames(), threading.get_ident()
     return "\n".join("".join(traceback.format_stack(frame)) for ident, frame in frames.items() if ident != mine)
-
-
-def _read_and_close(fd: int) -> bytes:
-    with os.fdopen(fd, "rb") as file:
-        file.seek(0)
-        return file.read()
 
 
 def actor_main(context: ChildContext) -> int:
@@ -320,8 +276,8 @@ class _LearnerProcess:
         import torch
 
         self._channel: Channel = context.channel
-        setup = _receive_setup(context.channel)
-        self._blueprint, ring, board, self._heart, self._trace = _attach(context, setup)
+        setup = receive_setup(context.channel)
+        self._blueprint, ring, board, self._heart, self._trace = attach(context, setup)
         torch.set_num_threads(self._blueprint.config.learner.threads)
         board.reset()
         self._learner: Learner = self._blueprint.learner(ring, board, setup["max_policy_lag"], self._heart)
@@ -370,7 +326,7 @@ class _LearnerProcess:
             message = self._channel.receive()
             if message is not None:
                 return json.loads(message)  # type: ignore[no-any-return]
-            wait([self._channel], _IDLE_SECONDS)
+            wait([self._channel], IDLE_SECONDS)
 
     def _say(self, facts: dict[str, Any]) -> None:
         while not self._channel.send(to_json(facts)):
@@ -400,7 +356,7 @@ class _InferenceProcess:
 
     def __init__(self, context: ChildContext) -> None:
         self._channel: Channel = context.channel
-        blueprint, ring, board, heart, trace = _attach(context, _receive_setup(context.channel))
+        blueprint, ring, board, heart, trace = attach(context, receive_setup(context.channel))
         copy = blueprint.policy_copy(board)
         self._server = InferenceServer(
             copy,
@@ -415,7 +371,7 @@ class _InferenceProcess:
         self._channel.send(to_json({"is": "ready"}))
 
     def run(self) -> None:
-        with suppress(_Stopped):
+        with suppress(Stopped):
             while True:
                 self._server.serve_once()
 
@@ -424,10 +380,10 @@ class _InferenceProcess:
             while (received := self._channel.receive_with_fds()) is not None:
                 order = json.loads(received[0])
                 if order["do"] == "stop":
-                    raise _Stopped
+                    raise Stopped
                 self._server.connect(order["actor"], received[1][0])
         except EOFError:
-            raise _Stopped from None
+            raise Stopped from None
 
 
 def inference_main(context: ChildContext) -> int:
