@@ -202,6 +202,23 @@ def test_a_killed_helper_process_and_all_roles_with_it_are_made_again(undisturbe
     assert [e["role"] for e in events(run.path, "recovered")] == ["learner", "learner"]
 
 
+def test_a_helper_process_that_is_killed_while_it_starts_is_replaced_too(undisturbed, tmp_path, monkeypatch):
+    opened, begin = [], Fleet.open
+
+    def killed_at_once(self: Fleet) -> None:
+        begin(self)
+        opened.append(self.zygote.pid)
+        if len(opened) == 2:
+            os.kill(self.zygote.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(Fleet, "open", killed_at_once)
+    moments = {4: lambda: os.kill(pid_of("shoal:zygote"), signal.SIGKILL)}
+    run = train(tmp_path / "run", stop={"updates": 8}, callbacks=[at(moments)], checkpoint={"every_updates": 3})
+    assert len(opened) == 3
+    assert run.result["updates"] == 8
+    assert [e["role"] for e in events(run.path, "died")] == ["zygote", "zygote"]
+
+
 def test_a_role_that_is_killed_before_it_hears_its_first_word_is_replaced(undisturbed, tmp_path, monkeypatch):
     kept, start = [], Fleet.start
 

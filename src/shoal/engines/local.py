@@ -382,13 +382,19 @@ class LocalEngine:
         self._divergence = None
 
     def _lost_zygote(self, lost: Lost) -> None:
-        self._session.observer.event("died", role="zygote", index=0, how=lost.reason, reason="")
-        self._session.restarts += 1
-        self._recoveries.lost("learner", 0, f"the helper process is gone: {lost.reason.splitlines()[0]}", time.monotonic())
-        self._zygote_deaths += 1
-        if self._zygote_deaths >= DEATHS_IN_A_ROW:
-            raise ProcessError(f"the helper process died {DEATHS_IN_A_ROW} times; the last: {lost.reason}")
-        self._fleet.reopen()
+        reason: str | None = lost.reason
+        while reason is not None:
+            self._session.observer.event("died", role="zygote", index=0, how=reason, reason="")
+            self._session.restarts += 1
+            self._recoveries.lost("learner", 0, f"the helper process is gone: {reason.splitlines()[0]}", time.monotonic())
+            self._zygote_deaths += 1
+            if self._zygote_deaths >= DEATHS_IN_A_ROW:
+                raise ProcessError(f"the helper process died {DEATHS_IN_A_ROW} times; the last: {reason}")
+            try:
+                self._fleet.reopen()
+                reason = None
+            except ProcessError as error:  # this one died while it was starting
+                reason = str(error)
         self._begin_again()
 
     def _begin_again(self) -> None:
