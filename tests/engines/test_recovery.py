@@ -202,7 +202,7 @@ def test_a_killed_helper_process_and_all_roles_with_it_are_made_again(undisturbe
     assert [e["role"] for e in events(run.path, "recovered")] == ["learner", "learner"]
 
 
-def test_a_helper_process_that_is_killed_while_it_starts_is_replaced_too(undisturbed, tmp_path, monkeypatch):
+def test_a_helper_process_that_is_killed_while_it_starts_is_replaced_too(tmp_path, monkeypatch):
     opened, begin = [], Fleet.open
 
     def killed_at_once(self: Fleet) -> None:
