@@ -27,6 +27,7 @@ from shoal.supervision.injector import Injection, Injector
 KINDS = ("kill", "stop", "slow", "nan", "learner")
 PERIODS = 6  # of a stretch without faults and one with them, where the time is enough for it
 MIN_STRETCH_SECONDS, MAX_STRETCH_SECONDS = 2.0, 30.0
+LONGEST_TIMES = 10  # of the seconds with faults: a run that takes longer comes to nothing
 _BUDGET = 1_000_000  # faults of the environment that are mended: they are ours
 
 
@@ -98,7 +99,7 @@ def chaos(
     Raises:
       ConfigError: no kind of fault, or one that cannot be sent here; else as `shoal.train`.
     """
-    config, preset = resolve(target, _with_stop(settings))
+    config, preset = resolve(target, _with_stop(settings, seconds))
     config.preset = preset
     _check(config, every)
     config.env.restart_budget = max(config.env.restart_budget, _BUDGET)
@@ -124,10 +125,10 @@ def _wrapped(config: RunConfig, flags: Path) -> dict[str, Any]:
     return {"env": ChaoticFactory(config.env, flags)}
 
 
-def _with_stop(settings: dict[str, Any]) -> dict[str, Any]:
-    """The time ends it, not the preset's conditions."""
+def _with_stop(settings: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The stretches end it, not the preset's conditions; should they never, this does."""
     given = any(str(key).startswith("stop") for key in settings)
-    return settings if given else {**settings, "stop": {"seconds": 1e9}}
+    return settings if given else {**settings, "stop": {"seconds": LONGEST_TIMES * seconds}}
 
 
 def _check(config: RunConfig, every: Mapping[str, float]) -> None:
