@@ -43,6 +43,16 @@ def test_a_training_under_all_faults_balances_and_learns_the_same(tmp_path, monk
     assert found["seconds"]["faulty"] >= 3.0
 
 
+def test_a_run_that_is_not_to_be_compared_is_not_executed_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(shoal.chaos, "replay", None)
+    settings: dict[str, Any] = {
+        "sampling": {"groups": 1, "group_size": 2, "rollout_length": 32}, "policy": {"hidden_sizes": [8]}, "preset": "none",
+        "algorithm": {"name": "ppo", "epochs": 1}, "actors": 1, "run_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    found = chaos("CartPole-v1", {"kill": 5.0}, 0.5, compare=False, progress=SilentView(io.StringIO()), **settings)
+    assert (found["balances"], found["weights_equal"], found["ok"]) == (True, None, True)
+
+
 def test_stretches_take_turns_and_steps_count_where_they_were_trained():
     now = 0.0
     stretches = Stretches(6.0, 3.0, clock=lambda: now)
