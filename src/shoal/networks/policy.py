@@ -88,6 +88,10 @@ class Policy(nn.Module):
         """V(x), [N] float32, in the units of the (normalised) return."""
         if self._compiled:
             any_length(*observation.values())
+        if self._small is not None and not torch.is_grad_enabled():
+            (prepared,) = self.inputs.forward(observation).values()
+            if not prepared.is_cuda:
+                return self._small.value(prepared)
         return self._values(self, observation)
 
     def distribution_and_value(self, observation: Mapping[str, Tensor], action_mask: Tensor | None = None) -> tuple[Distribution, Tensor]:
