@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -17,7 +18,9 @@ from walls import Wall
 import shoal
 from shoal.engines import environment_faults
 from shoal.engines.fleet import Fleet, Process
-from shoal.errors import DivergedError, EnvironmentFault, ProcessError, RunError
+from shoal.engines.session import Session
+from shoal.errors import CheckpointError, DivergedError, EnvironmentFault, ProcessError, RunError
+from shoal.files import Staging, load_checkpoint
 from shoal.monitoring.live import SilentView
 from shoal.monitoring.store import RunReader
 from shoal.runs import show
@@ -292,6 +295,61 @@ def test_a_crash_loop_backs_off_and_ends_with_the_last_traceback_when_the_budget
     assert len(events(tmp_path / "run", "environment_fault")) == 4
     assert "Fatal Python error: Segmentation fault" in str(caught.value)
     assert "walls.py" in str(caught.value)
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------------
+def spoil(staging: Staging) -> None:
+    """Nobody can write into it any more."""
+    shutil.rmtree(staging.path)
+    staging.path.write_text("in the way")
+
+
+@pytest.mark.parametrize("who", ["the learner", "the supervisor"])
+def test_an_end_whose_last_checkpoint_is_refused_is_no_good_end(who, tmp_path, monkeypatch):
+    begin, commit = Session.begin_checkpoint, Session.commit
+
+    def spoiled_begin(self: Session) -> Any:
+        begun = begin(self)
+        if who == "the learner" and self.coordinator.version == 3:
+            spoil(begun[0])
+        return begun
+
+    def spoiled_commit(self: Session, staging: Staging, *parts: Any) -> Any:
+        if who == "the supervisor" and staging.update == 3:
+            spoil(staging)
+        return commit(self, staging, *parts)
+
+    monkeypatch.setattr(Session, "begin_checkpoint", spoiled_begin)
+    monkeypatch.setattr(Session, "commit", spoiled_commit)
+    with pytest.raises(CheckpointError, match=r"the last checkpoint could not be saved.* Not a directory"):
+        train(tmp_path / "run", stop={"updates": 3}, actors=1)
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert len(events(tmp_path / "run", "checkpoint_failed")) == 1
+
+
+def test_an_end_at_an_update_that_is_kept_already_is_a_good_one(tmp_path, monkeypatch):
+    begin, commit = Session.begin_checkpoint, Session.commit
+    kept: list[Path] = []
+
+    def spoiled_once_kept(self: Session) -> Any:
+        begun = begin(self)
+        if kept:
+            spoil(begun[0])
+        return begun
+
+    def interrupted_once_kept(self: Session, staging: Staging, *parts: Any) -> Path:
+        path = commit(self, staging, *parts)
+        if staging.update == 2:
+            kept.append(path)
+            os.kill(os.getpid(), signal.SIGINT)
+        return path
+
+    monkeypatch.setattr(Session, "begin_checkpoint", spoiled_once_kept)
+    monkeypatch.setattr(Session, "commit", interrupted_once_kept)
+    result = train(tmp_path / "run", stop={"updates": 9}, actors=1, checkpoint={"every_updates": 1}).result
+    assert (result["reason"], result["updates"]) == ("interrupted", 2)
+    assert result["weights_sha256"] == load_checkpoint(kept[0]).json("learner")["weights_sha256"]
+    assert len(events(tmp_path / "run", "checkpoint_failed")) == 1
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------

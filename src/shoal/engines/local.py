@@ -538,13 +538,23 @@ class LocalEngine:
             self._listen(WATCH_SECONDS)
         if self._reason is not None and not self._saves.under_way:
             self._saves.begin()
-        if self._reason is not None and not self._saves.under_way:
-            raise CheckpointError("the last checkpoint could not be saved; `shoal resume` goes on from the one before")
         deadline = time.monotonic() + SAVE_SECONDS
         while self._reason is not None and self._saves.under_way:
             self._listen(WATCH_SECONDS)
             if time.monotonic() > deadline:
                 raise ProcessError(f"the learner did not save within {SAVE_SECONDS:g} s; `shoal resume` goes on from the checkpoint before")
+        if self._reason is not None and self._saves.refused:
+            self._end_at_kept()
+
+    def _end_at_kept(self) -> None:
+        """The last checkpoint was refused: one of the same update that was kept before is as good; without one the run has not ended well."""
+        path = self._session.checkpoint_path
+        kept = None if path is None else load_checkpoint(path)
+        if kept is None or kept.update != self._coordinator.version:
+            raise CheckpointError(
+                f"the last checkpoint could not be saved; `shoal resume` goes on from the one before. {self._saves.refused}"
+            )
+        self._saves.weights_sha256 = kept.json("learner")["weights_sha256"]
 
 
 def _call(record: ActivityRecord) -> str:
