@@ -16,8 +16,10 @@ import pytest
 from walls import Wall
 
 import shoal
-from shoal.engines import environment_faults
+from shoal.engines import environment_faults, watch
 from shoal.engines.fleet import Fleet, Process
+from shoal.engines.local import LocalEngine
+from shoal.engines.saves import Saves
 from shoal.engines.session import Session
 from shoal.errors import CheckpointError, DivergedError, EnvironmentFault, ProcessError, RunError
 from shoal.files import Staging, load_checkpoint
@@ -137,6 +139,16 @@ def test_an_inference_server_that_is_stopped_or_killed_with_the_helper_is_made_a
     back = {e["role"]: e["after"] for e in events(run.path, "recovered")}
     assert back["inference"] == "was stopped"
     assert back["learner"].startswith("the helper process is gone")
+
+
+def test_a_callback_that_takes_long_is_not_the_actors_fault(tmp_path, monkeypatch):
+    """What they said meanwhile is heard before they are judged by it."""
+    monkeypatch.setattr(watch, "UNHEARD_SECONDS", 1.2)
+    moments = {4: lambda: time.sleep(1.8), 6: lambda: time.sleep(1.8)}
+    environment = {"id": WALLS, "kwargs": {"step_seconds": 0.002}}
+    run = train(tmp_path / "run", **ASYNC, env=environment, stop={"updates": 8}, callbacks=[at(moments)])
+    assert events(run.path, "killed") == []
+    assert run.result["restarts"] == 0
 
 
 class Seeing(SilentView):
@@ -350,6 +362,64 @@ def test_an_end_at_an_update_that_is_kept_already_is_a_good_one(tmp_path, monkey
     assert (result["reason"], result["updates"]) == ("interrupted", 2)
     assert result["weights_sha256"] == load_checkpoint(kept[0]).json("learner")["weights_sha256"]
     assert len(events(tmp_path / "run", "checkpoint_failed")) == 1
+
+
+def test_who_is_stopped_in_the_last_save_is_seen(undisturbed, tmp_path, monkeypatch):
+    """The learner is replaced, and makes what it lost again; the helper process is woken."""
+    begin = Session.begin_checkpoint
+    stopped: list[str] = []
+
+    def stops(self: Session) -> Any:
+        if self.coordinator.version == 12 and not stopped:
+            stopped.extend(("shoal:learner-0", "shoal:zygote"))
+            for name in stopped:
+                os.kill(pid_of(name), signal.SIGSTOP)
+        return begin(self)
+
+    monkeypatch.setattr(Session, "begin_checkpoint", stops)
+    run = train(tmp_path / "run", stop={"updates": 12}, checkpoint={"every_updates": 5})
+    assert run.result["weights_sha256"] == undisturbed["weights_sha256"]
+    assert [e["reason"] for e in events(run.path, "died")] == ["was stopped"]
+    assert len(events(run.path, "woken")) == 1
+
+
+def test_a_learner_that_hangs_in_an_update_while_a_run_without_a_checkpoint_ends_is_seen(tmp_path, monkeypatch):
+    begin, say = Session.begin_checkpoint, LocalEngine._tell_learner
+    refused: list[int] = []
+
+    def refuses_once(self: Session) -> Any:
+        if not refused:
+            refused.append(self.coordinator.version)
+            raise CheckpointError("no room")
+        return begin(self)
+
+    def stops_once(self: LocalEngine, order: dict[str, Any]) -> None:
+        if self._coordinator.version == 3:
+            os.kill(pid_of("shoal:learner-0"), signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGINT)
+        say(self, order)
+
+    monkeypatch.setattr(Session, "begin_checkpoint", refuses_once)
+    monkeypatch.setattr(LocalEngine, "_tell_learner", stops_once)
+    run = train(tmp_path / "run", stop={"updates": 12}, actors=1, checkpoint={"every_updates": None, "every_seconds": None})
+    assert (run.result["reason"], run.result["updates"]) == ("interrupted", 0)
+    assert [e["reason"] for e in events(run.path, "died")] == ["was stopped"]
+
+
+def test_a_run_that_goes_back_to_where_it_is_to_end_makes_no_update_more(tmp_path, monkeypatch):
+    train(tmp_path / "run", stop={"updates": 3}, actors=1)
+    begin = Saves.begin
+    killed: list[int] = []
+
+    def kills_once(self: Saves) -> None:
+        begin(self)
+        if not killed:
+            killed.append(pid_of("shoal:learner-0"))
+            os.kill(killed[0], signal.SIGKILL)
+
+    monkeypatch.setattr(Saves, "begin", kills_once)
+    run = shoal.resume(tmp_path / "run", stop={"updates": 2}, progress=SilentView(io.StringIO()))
+    assert (run.result["reason"], run.result["updates"], run.result["restarts"]) == ("updates", 3, 1)
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------

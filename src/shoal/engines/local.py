@@ -30,7 +30,7 @@ from shoal.engines.recovery import Recoveries
 from shoal.engines.saves import Saves
 from shoal.engines.session import Session
 from shoal.engines.stalls import Inquiry, Situation, in_words, look
-from shoal.engines.watch import SAVE_SECONDS, START_SECONDS, Verdict, Watch
+from shoal.engines.watch import Verdict, Watch
 from shoal.errors import CheckpointError, DivergedError, EnvironmentFault, ProcessError
 from shoal.experience.envelope import Fate, Identity
 from shoal.experience.ring import Ring
@@ -68,6 +68,9 @@ class LocalEngine:
         self._ending = False  # actors that end are not replaced
         self._divergence: DivergedError | None = None  # that is to be mended
         self._wanted_since = 0.0  # when somebody wanted the run to end
+        self._at_checkpoint = True  # where the run may be to end already
+        self._heard_at = 0.0  # when it was last found out who has something to say
+        self._watched_at = 0.0
         self._zygote_deaths = 0
         self._furthest = 0  # newest version that this process saw
 
@@ -111,9 +114,6 @@ class LocalEngine:
         self._start_learner()
         self._serve()
         self._place()
-        if self._coordinator.version:
-            self._reason = self._coordinator.stop_reason(session.seconds)
-        watched = 0.0
         while self._reason is None or not self._finished():
             if interrupted():
                 session.wanted_end = session.wanted_end or "interrupted"
@@ -122,20 +122,32 @@ class LocalEngine:
             if session.wanted_end and not self._saves.under_way:
                 self._reason, self._wanted_since = session.wanted_end, time.monotonic()
                 continue
+            if self._at_checkpoint:
+                self._at_checkpoint = False
+                self._reason = self._coordinator.stop_reason(session.seconds) if self._coordinator.version else None
+                continue
             self._trace.begin(Span.DISPATCH)
             self._dispatch()
             self._trace.end()
-            self._listen(0.05 if self._inquiries else WATCH_SECONDS)
-            if time.monotonic() - watched >= WATCH_SECONDS:
-                watched = time.monotonic()
-                self._trace.begin(Span.WATCH)
-                self._watch()
-                self._trace.end()
+            self._attend()
         return {"reason": self._reason, "weights_sha256": self._saves.weights_sha256}
+
+    def _attend(self) -> None:
+        """Wait for words, a moment at most, and watch a few times a second."""
+        self._listen(0.05 if self._inquiries else WATCH_SECONDS)
+        if time.monotonic() - self._watched_at < WATCH_SECONDS:
+            return
+        if time.monotonic() - self._heard_at > WATCH_SECONDS:
+            self._listen(0.0)  # a callback or a disk took its time: nobody is judged by words that came meanwhile
+        self._watched_at = time.monotonic()
+        self._trace.begin(Span.WATCH)
+        self._watch()
+        self._trace.end()
 
     def _listen(self, timeout_seconds: float) -> None:
         control = [] if self._control is None else self._control.sources()
         ready = self._fleet.listen(timeout_seconds, control)
+        self._heard_at = time.monotonic()
         self._trace.begin(Span.HEAR)
         try:
             self._take_in(ready, control)
@@ -401,20 +413,27 @@ class LocalEngine:
         self._saves.abandon()
         self._recoveries.forget("actor", "group", "inference")
         self._session.return_to_checkpoint()
-        self._reason, self._ending = None, False
+        self._reason, self._ending, self._at_checkpoint = None, False, True
         self._start_learner()
         self._serve()
         self._place()
 
     # ---- watching ------------------------------------------------------------------------------------------------
     def _watch(self) -> None:
-        """A few times a second: who is stopped, who hangs, who may start again."""
+        """Who is stopped, who hangs, who may start again. Of actors that were told to end, `_end_actors` sees the end."""
         now = time.monotonic()
         situation = self._situation(now)
         for process, seen in zip(self._fleet.processes, situation.seen, strict=True):
-            if process.pid and not process.doomed and (verdict := self._watcher.look(seen, now)):
+            watched = process.pid and not process.doomed and not (self._ending and process.name == "actor")
+            if watched and (verdict := self._watcher.look(seen, now)):
                 self._condemn(process, seen.record, verdict)
         self._watch_zygote(now)
+        if not self._ending:
+            self._renew()
+        self._session.observer.tick([seen.record for seen in situation.seen])
+
+    def _renew(self) -> None:
+        """Start who may start again, end who is to end, and save for whoever asked."""
         self._serve()
         for actor in self._fleet.actors:
             if actor.retired and actor.up and not self._coordinator.hosts(actor.index):
@@ -423,7 +442,6 @@ class LocalEngine:
             self._place()
         if self._saves.wanted and self._saves.due and not self._coordinator.learner_busy and self._fleet.learner.ready:
             self._saves.begin()
-        self._session.observer.tick([seen.record for seen in situation.seen])
 
     def _situation(self, now: float) -> Situation:
         return look(self._fleet, self._coordinator, saving=self._saves.under_way, paused=self._paused, now=now)
@@ -508,7 +526,7 @@ class LocalEngine:
             tell(actor, Word(Kind.STOP).encode())
         deadline = time.monotonic() + END_SECONDS
         while self._reason is not None and any(a.up for a in self._fleet.actors):
-            self._listen(WATCH_SECONDS)
+            self._attend()
             if time.monotonic() > deadline:
                 for actor in self._fleet.actors:
                     self._kill(actor, "did not end")
@@ -520,7 +538,7 @@ class LocalEngine:
         while self._reason is not None and self._coordinator.learner_busy:
             if self._session.checkpoint_path is not None and time.monotonic() > self._wanted_since + UPDATE_SECONDS:
                 return False
-            self._listen(WATCH_SECONDS)
+            self._attend()
         return True
 
     def _give_up_update(self) -> None:
@@ -532,17 +550,13 @@ class LocalEngine:
         self._saves.weights_sha256 = load_checkpoint(path).json("learner")["weights_sha256"]
 
     def _save_last(self) -> None:
-        """Wait for the learner (it may be loading still) and for its part of the checkpoint."""
-        deadline = time.monotonic() + START_SECONDS
-        while self._reason is not None and not self._fleet.learner.ready and time.monotonic() < deadline:
-            self._listen(WATCH_SECONDS)
+        """Wait for the learner (it may be loading still) and for its part of the checkpoint; one that hangs in either is replaced."""
+        while self._reason is not None and not self._fleet.learner.ready:
+            self._attend()
         if self._reason is not None and not self._saves.under_way:
             self._saves.begin()
-        deadline = time.monotonic() + SAVE_SECONDS
         while self._reason is not None and self._saves.under_way:
-            self._listen(WATCH_SECONDS)
-            if time.monotonic() > deadline:
-                raise ProcessError(f"the learner did not save within {SAVE_SECONDS:g} s; `shoal resume` goes on from the checkpoint before")
+            self._attend()
         if self._reason is not None and self._saves.refused:
             self._end_at_kept()
 
