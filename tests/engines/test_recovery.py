@@ -41,6 +41,26 @@ ASYNC = {**SMALL, "algorithm": {"name": "appo", "minibatch_size": 16, "epochs": 
 WALLS = f"{Path(__file__).parent / 'walls.py'}:Wall"
 
 
+DYING_NETWORK = """
+import torch
+
+
+class Trunk(torch.nn.Module):
+    num_features = 4
+
+    def forward(self, prepared):
+        if open("/proc/self/comm").read().startswith("shoal:{role}"):
+            raise RuntimeError("no memory is left on this device")
+        return self.layer(torch.cat([value.flatten(1) for value in prepared.values()], 1))
+
+
+def make(spec, config):
+    trunk = Trunk()
+    trunk.layer = torch.nn.Linear(sum(leaf.size for leaf in spec.observation), 4)
+    return trunk
+"""
+
+
 def train(directory: Path, **settings: Any) -> Any:
     chosen = {**SMALL, "actors": 2, "env": {"id": WALLS}, **settings}
     return shoal.train(run_dir=str(directory), progress=SilentView(io.StringIO()), **chosen)
@@ -177,26 +197,7 @@ def test_the_server_is_told_apart_from_the_actors(tmp_path):
 
 def test_a_server_that_dies_again_and_again_ends_the_run_with_its_log(tmp_path):
     network = tmp_path / "network.py"
-    network.write_text(
-        """
-import torch
-
-
-class Trunk(torch.nn.Module):
-    num_features = 4
-
-    def forward(self, prepared):
-        if open("/proc/self/comm").read().startswith("shoal:inference"):
-            raise RuntimeError("no memory is left on this device")
-        return self.layer(torch.cat([value.flatten(1) for value in prepared.values()], 1))
-
-
-def make(spec, config):
-    trunk = Trunk()
-    trunk.layer = torch.nn.Linear(sum(leaf.size for leaf in spec.observation), 4)
-    return trunk
-"""
-    )
+    network.write_text(DYING_NETWORK.format(role="inference"))
     policy = {"network": f"{network}:make", "inference": "server"}
     with pytest.raises(ProcessError, match=r"(?s)the inference server died 5 times .*exit code 1.*no memory is left on this device"):
         train(tmp_path / "run", policy=policy, device="cpu", stop={"updates": 12})
@@ -215,6 +216,25 @@ def test_a_killed_helper_process_and_all_roles_with_it_are_made_again(undisturbe
     assert run.result["weights_sha256"] == undisturbed["weights_sha256"]
     assert [e["role"] for e in events(run.path, "died")] == ["zygote", "zygote"]
     assert [e["role"] for e in events(run.path, "recovered")] == ["learner", "learner"]
+
+
+def test_a_learner_that_dies_again_and_again_backs_off_and_ends_the_run_with_its_log(tmp_path, monkeypatch):
+    network = tmp_path / "network.py"
+    network.write_text(DYING_NETWORK.format(role="learner"))
+    started, start = [], Fleet.start
+
+    def noted(self: Fleet, process: Process, *more: Any) -> None:
+        if process.name == "learner":
+            started.append(time.time())
+        start(self, process, *more)
+
+    monkeypatch.setattr(Fleet, "start", noted)
+    with pytest.raises(ProcessError, match=r"(?s)the learner died 5 times .*exit code 1.*no memory is left on this device"):
+        train(tmp_path / "run", policy={"network": f"{network}:make"}, stop={"updates": 12})
+    died = [e["time"] for e in events(tmp_path / "run", "died") if e["role"] == "learner"]
+    assert len(died) == len(started) == 5
+    waited = [again - then for then, again in zip(died, started[1:], strict=False)]
+    assert all(seconds > least for seconds, least in zip(waited, (0.0, 0.09, 0.19, 0.39), strict=True))
 
 
 def test_a_helper_process_that_is_killed_while_it_starts_is_replaced_too(tmp_path, monkeypatch):

@@ -288,6 +288,11 @@ class Fleet:
         return "\n".join([f"Its log ({path}) ends with:", *tail]) if tail else f"Its log {path} is empty."
 
 
+def back_off_seconds(deaths: int) -> float:
+    """How long after its death a role is started again; `deaths`: since it last achieved something. The first time at once."""
+    return 0.0 if deaths < 2 else 0.1 * 2 ** min(deaths - 2, 6)
+
+
 def tell(process: Process, message: bytes, fds: Sequence[int] = (), *, must_arrive: bool = True) -> None:
     """Send a message, in order. Where the channel is full (its reader got no processor for a while), it is kept and sent by `flush`, or
     dropped unless it must arrive. One that is gone is heard of from the zygote; one that is stopped or hangs, by its activity."""

@@ -20,7 +20,7 @@ from typing import Any
 from shoal.config import RunConfig
 from shoal.engines.commands import obey
 from shoal.engines.environment_faults import EnvironmentFaults
-from shoal.engines.fleet import DEATHS_IN_A_ROW, STOP_SECONDS, Death, Fleet, Process, rebuild_error, tell, words
+from shoal.engines.fleet import DEATHS_IN_A_ROW, STOP_SECONDS, Death, Fleet, Process, back_off_seconds, rebuild_error, tell, words
 from shoal.engines.messages import Kind, Word, from_json, to_json
 from shoal.engines.orders import actor_setup, connect, inference_setup, learner_setup, send_lease, send_restore, tell_of_weights
 from shoal.engines.plan import Plan
@@ -285,7 +285,10 @@ class LocalEngine:
 
     # ---- life and death ------------------------------------------------------------------------------------------
     def _start_learner(self) -> None:
-        self._fleet.start(self._fleet.learner, learner_setup(self._session))
+        """Where it is not up, and may start again."""
+        learner = self._fleet.learner
+        if not learner.up and time.monotonic() >= learner.not_before:
+            self._fleet.start(learner, learner_setup(self._session))
 
     def _serve(self) -> None:
         """Start the inference server, where there is to be one and it is not up; all actors are to ask it."""
@@ -334,7 +337,7 @@ class LocalEngine:
         if process.name == "learner" and self._divergence is not None:
             return  # it said why; all are made anew at once
         process.deaths += 1
-        process.not_before = time.monotonic() + (0.0 if process.deaths < 2 else 0.1 * 2 ** min(process.deaths - 2, 6))
+        process.not_before = time.monotonic() + back_off_seconds(process.deaths)
         self._session.restarts += 1
         self._session.observer.event("died", role=process.name, index=process.index, how=death.how, reason=death.why)
         self._recoveries.lost(process.name, process.index, death.why or death.how, time.monotonic())
@@ -402,6 +405,7 @@ class LocalEngine:
             self._zygote_deaths += 1
             if self._zygote_deaths >= DEATHS_IN_A_ROW:
                 raise ProcessError(f"the helper process died {DEATHS_IN_A_ROW} times; the last: {reason}")
+            time.sleep(back_off_seconds(self._zygote_deaths))  # there is nobody to hear
             try:
                 self._fleet.reopen()
                 reason = None
@@ -428,6 +432,7 @@ class LocalEngine:
             if watched and (verdict := self._watcher.look(seen, now)):
                 self._condemn(process, seen.record, verdict)
         self._watch_zygote(now)
+        self._start_learner()
         if not self._ending:
             self._renew()
         self._session.observer.tick([seen.record for seen in situation.seen])
