@@ -169,10 +169,18 @@ def evaluate(
     Returns:
       episodes, mean_return, std_return, iqm, ci95 [low, high], min, max, mean_length.
     """
+    policy = run.policy() if isinstance(run, Run) else load(run).policy()
+    return _play(policy, episodes=episodes, seed=seed, video=video, deterministic=deterministic, max_episode_steps=max_episode_steps)
+
+
+def _play(policy: LoadedPolicy, **how: Any) -> dict[str, Any]:
+    """Episodes in this process, each call of an environment within its limit."""
+    from shoal.engines.alarm import CallClock, limited
     from shoal.evaluation import evaluate as play
 
-    policy = run.policy() if isinstance(run, Run) else load(run).policy()
-    return play(policy, episodes=episodes, seed=seed, video=video, deterministic=deterministic, max_episode_steps=max_episode_steps)
+    clock = CallClock()
+    with limited(clock.age_seconds, policy.env_config.step_timeout_seconds):
+        return play(policy, tell=clock, **how)
 
 
 def check(target: str | Callable[..., Any], **settings: Any) -> CheckReport:
@@ -332,11 +340,10 @@ def _run_inline(
         result = _result(session, engine.run(wants_end), directory)
         wants_end.armed = False
         if _evaluates(config, result):
-            from shoal.evaluation import evaluate as play
             from shoal.evaluation import load_policy
 
             policy = load_policy(directory, network=objects.get("network"), environment=objects.get("env"))
-            result["evaluation"] = play(policy, episodes=config.evaluation.episodes, seed=config.evaluation.seed)
+            result["evaluation"] = _play(policy, episodes=config.evaluation.episodes, seed=config.evaluation.seed)
         return result
     finally:
         torch.set_num_threads(threads)

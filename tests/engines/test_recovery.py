@@ -442,6 +442,24 @@ def test_a_run_that_goes_back_to_where_it_is_to_end_makes_no_update_more(tmp_pat
     assert (run.result["reason"], run.result["updates"], run.result["restarts"]) == ("updates", 3, 1)
 
 
+def test_a_hang_in_the_evaluation_at_the_end_is_named(tmp_path):
+    chosen = {"id": WALLS, "step_timeout_seconds": 1.0, "kwargs": {"what": "grip", "role": "evaluator"}}
+    with pytest.raises(EnvironmentFault, match=r"step\(\) has not returned for 1") as caught:
+        train(tmp_path / "run", env=chosen, stop={"updates": 2}, actors=1, evaluation={"episodes": 2})
+    report = caught.value.report
+    assert (report["kind"], report["step"]) == ("hang", 3)
+    assert "walls.py" in report["traceback"]
+    assert load_checkpoint(next((tmp_path / "run" / "checkpoints").glob("*2"))).update == 2
+
+
+def test_a_hang_in_an_evaluation_in_this_process_is_named(tmp_path):
+    chosen = {"id": WALLS, "step_timeout_seconds": 0.5, "kwargs": {"what": "hang", "role": ""}}
+    run = train(tmp_path / "run", env=chosen, stop={"updates": 1}, actors=1)
+    with pytest.raises(EnvironmentFault, match=r"step\(\) has not returned for 0\.") as caught:
+        run.evaluate(episodes=2)
+    assert (caught.value.report["kind"], caught.value.report["step"]) == ("hang", 3)
+
+
 # ---- learning --------------------------------------------------------------------------------------------------------
 class Blowing(Wall):
     """Its rewards are too large to be squared, in episodes whose seeds are on its list."""

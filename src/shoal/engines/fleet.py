@@ -5,7 +5,6 @@ Nothing is decided here; local.py decides. No torch.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import deque
@@ -170,31 +169,23 @@ class Fleet:
             raise with_snippet(fault, self._config, self._directory, {0: question.played.episodes}) from None
 
     def evaluate(self, path: Path) -> dict[str, Any]:
-        """Have the policy of a checkpoint play `evaluation.episodes` episodes in a process of its own (mains.evaluator_main)."""
-        ours, theirs = Channel.pair()
-        self.zygote.fork("shoal.engines.mains:evaluator_main", "evaluator", 0, 0, theirs)
-        sources: list[HasFileno] = [ours, self.zygote]
+        """Have the policy of a checkpoint play `evaluation.episodes` episodes in a process of its own (mains.evaluator_main).
+
+        Raises:
+          EnvironmentFault: an environment hung, or ended that process, or broke its contract. ProcessError: the process was lost otherwise.
+        """
+        limit_seconds = self._config.env.step_timeout_seconds
+        question = Question(self.zygote, self._config.env.id, limit_seconds, self._directory / "logs")
+        order = {"path": str(path), **self._config.evaluation.model_dump()}
         try:
-            with suppress(EOFError):
-                ours.send(to_json({"path": str(path), **self._config.evaluation.model_dump()}))
-            while True:
-                wait(sources, POLL_SECONDS)
-                events = self.zygote.receive()
-                message = _receive(ours)
-                if message is not None:
-                    facts: dict[str, Any] = json.loads(message)
-                    if "error" in facts:
-                        raise rebuild_error(facts)
-                    return facts
-                for event in events:
-                    if isinstance(event, Lost):
-                        raise ProcessError(event.reason)
-                    if isinstance(event, Exited) and event.role.name == "evaluator":
-                        raise ProcessError(
-                            f"the evaluation was lost: {event.describe()}; the run is whole, `shoal evaluate` plays it again"
-                        )
-        finally:
-            ours.close()
+            facts = question.ask("shoal.engines.mains:evaluator_main", "evaluator", order)
+        except EnvironmentFault as fault:
+            if question.played.call:
+                raise
+            raise ProcessError(f"the evaluation was lost: {fault}; the run is whole, `shoal evaluate` plays it again") from fault
+        if "error" in facts:
+            raise rebuild_error(facts)
+        return facts
 
     # ---- roles -----------------------------------------------------------------------------------------------------
     def start(self, process: Process, setup: dict[str, Any], encode: Callable[[bytes], bytes] = lambda body: body) -> None:

@@ -116,17 +116,18 @@ def evaluator_main(context: ChildContext) -> int:
     """Play episodes with the policy of a checkpoint, and say how they went."""
     from shoal.evaluation import evaluate, load_policy
 
+    answerer = Answerer(context.channel)
     try:
         while (message := context.channel.receive()) is None:
             wait([context.channel], IDLE_SECONDS)
         order, objects = json.loads(message), user_objects(context)
         policy = load_policy(Path(order["path"]), network=objects.network, environment=objects.env)
-        answer = evaluate(policy, episodes=order["episodes"], seed=order["seed"])
+        answer = evaluate(policy, episodes=order["episodes"], seed=order["seed"], tell=answerer.tell_now_and_then)
     except EOFError:
         return 0
     except Exception as error:
         answer = describe_error(error)
-    context.channel.send(encoded(answer))
+    answerer.answer(answer)
     return 0
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from shoal.environments.faults import FaultKind
 
 POLL_SECONDS = 0.25
+TELL_SECONDS = 0.02  # between two words about calls of the same name
 OTHER_SECONDS = 120.0  # for what is no call of the environment: imports on a slow disk, building a policy
 _STACK_SECONDS = 1.0  # for a process to write down where it is
 _LOG_CHARACTERS = 6_000
@@ -41,11 +42,18 @@ class Answerer:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
+        self._told, self._told_at = "", 0.0
 
     def tell(self, call: str, /, **facts: Any) -> None:
         """The environment is asked for `call` now ("": for nothing). See environments.probe.Tell."""
         message = json.dumps({"call": call, **facts}).encode()
         self._send(message if len(message) <= MAX_MESSAGE_BYTES else json.dumps({"call": call}).encode())
+
+    def tell_now_and_then(self, call: str, /, **facts: Any) -> None:
+        """`tell`, for calls that come by the thousand: one after another of the same name is passed over for TELL_SECONDS."""
+        if call != self._told or time.monotonic() - self._told_at > TELL_SECONDS:
+            self._told, self._told_at = call, time.monotonic()
+            self.tell(call, **facts)
 
     def answer(self, facts: dict[str, Any], last: bool = True) -> None:
         """An answer; those before the last say what would be lost if the environment took this process along."""
@@ -60,14 +68,15 @@ class Answerer:
 
 
 class Played:
-    """Listens to what an environment is asked for (environments.probe.Tell): the call that it is in, and the last two episodes."""
+    """Listens to what an environment is asked for (environments.probe.Tell): the call that it is in with its facts, and the last two episodes."""
 
     def __init__(self) -> None:
         self.call = ""
+        self.facts: dict[str, Any] = {}
         self.episodes: list[Episode] = []
 
     def __call__(self, call: str, /, **facts: Any) -> None:
-        self.call = call
+        self.call, self.facts = call, facts
         if call == "reset()":
             self.episodes = [*self.episodes[-1:], (facts.get("seed"), [])]
         elif call == "step()" and self.episodes:
@@ -85,8 +94,8 @@ class Question:
         self._since = 0.0
         self._pid = 0
 
-    def ask(self, target: str, name: str) -> dict[str, Any]:
-        """Fork a process that calls `target` ("module:function") and return its answer.
+    def ask(self, target: str, name: str, order: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Fork a process that calls `target` ("module:function") and return its answer. `order`: sent to it first.
 
         Raises:
           EnvironmentFault: the environment hung, stopped or ended that process. ProcessError: the zygote is gone.
@@ -98,6 +107,9 @@ class Question:
         self._since = time.monotonic()
         sources: list[HasFileno] = [ours, self._zygote]
         try:
+            if order is not None:
+                with suppress(EOFError):  # it is dead already, which is told below
+                    ours.send(json.dumps(order).encode())
             while True:
                 wait(sources, POLL_SECONDS)
                 events = self._zygote.receive()
@@ -107,6 +119,8 @@ class Question:
                 for event in events:
                     if isinstance(event, Lost):
                         raise ProcessError(event.reason)
+                    if not isinstance(event, (Forked, Exited)) or event.role.name != name:
+                        continue
                     if isinstance(event, Forked):
                         self._pid, self._since = event.pid, time.monotonic()
                     if isinstance(event, Exited):
@@ -154,8 +168,11 @@ class Question:
         from shoal.environments.faults import environment_fault  # brings gymnasium, which nobody else here needs
 
         seed, actions = self.played.episodes[-1] if self.played.episodes else (None, [])
+        where = {"env": 0, "step": max(0, len(actions) - 1), "seed": seed or 0} | {
+            name: self.played.facts[name] for name in ("env", "step", "seed") if name in self.played.facts
+        }
         return environment_fault(
-            kind, what, environment=self._environment, group=0, env=0, step=max(0, len(actions) - 1), seed=seed or 0,
+            kind, what, environment=self._environment, group=0, **where,
             last_action=actions[-1] if actions else None, expected=expected, actual=what if expected else "", stack=stack,
         )  # fmt: skip
 
