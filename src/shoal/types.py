@@ -189,6 +189,7 @@ class EnvironmentGroup(Protocol):
 
     spec: EnvironmentSpec
     num_envs: int
+    resetting: Callable[[int, bool], None]  # called with (b, True) before environment b is reset in `step`, with (b, False) after it
 
     def restore(self, state: GroupState) -> list[int]: ...
     def observe(self, out: Arrays) -> None:

@@ -3,7 +3,7 @@
 Every wait of a role has its limit here, so that none is without end:
 
     stopped (SIGSTOP)                STOPPED_SECONDS; shorter pulses only slow it down
-    one step of an environment       env.step_timeout_seconds
+    the steps of a group's row       env.step_timeout_seconds; the reset of each episode that ended has it to itself, and what is stepped after it too
     putting a group back             RESTORE_TIMES that
     choosing actions                 INFER_SECONDS; of an actor that has a server choose, START_SECONDS more, in which the server is made anew
     starting                         START_SECONDS

@@ -34,6 +34,9 @@ class PythonGroup:
         self._floats = [(name, array) for name, array in self._current.items() if array.dtype.kind == "f"]
         self._to_environment = action_map(spec.action)
         self._instances = [Instance(create, spec, self._current, group, b, _seeds(run_seed, group, b, epoch)) for b in range(num_envs)]
+        self.resetting: Callable[[int, bool], None] = nobody_watches
+        for b, instance in enumerate(self._instances):
+            instance.resetting = partial(self._resets, b)
         self._reward_B = np.zeros(num_envs)
         self._terminated_B = np.zeros(num_envs, np.bool_)
         self._truncated_B = np.zeros(num_envs, np.bool_)
@@ -119,11 +122,18 @@ class PythonGroup:
     def _advance(self, b: int, action: Any) -> bool:
         return self._instances[b].advance(action)
 
+    def _resets(self, b: int, begins: bool) -> None:
+        self.resetting(b, begins)
+
     def _check_finite(self) -> None:
         for name, array in self._floats:
             if not np.isfinite(array).all():
                 b = int(np.flatnonzero(~np.isfinite(array.reshape(self.num_envs, -1)).all(1))[0])
                 raise self._instances[b].not_finite(name, array[b])
+
+
+def nobody_watches(b: int, begins: bool) -> None:
+    """In the place of `EnvironmentGroup.resetting`."""
 
 
 def _seeds(run_seed: int, group: int, env: int, epoch: int) -> Callable[[int], int]:

@@ -24,6 +24,7 @@ import numpy as np
 from shoal import streams
 from shoal.config import EnvConfig
 from shoal.environments.faults import RAISED, FaultKind, environment_fault, raised_in, wrong_result
+from shoal.environments.group import nobody_watches
 from shoal.environments.spaces import MASK, SpaceMismatch, action_map, allocate, describe, flatten_batch
 from shoal.environments.vector_snapshots import snapshots_of
 from shoal.errors import ConfigError, EnvironmentFault, ShoalError
@@ -138,6 +139,7 @@ class NativeGroup:
         self._pending_B = np.zeros(num_envs, np.bool_)  # NEXT_STEP: ended at the last step, so that the next one is its reset
         self._last_action: Any = None
         self._given_up = False
+        self.resetting: Callable[[int, bool], None] = nobody_watches
 
     def _open(self) -> None:
         from gymnasium.vector import AutoresetMode
@@ -191,7 +193,9 @@ class NativeGroup:
         self._given_up = False
         ended = [self._end_of(b, self._row(b)) for b in range(self.num_envs)]
         self._cursor["episode"] += 1
+        self.resetting(0, True)
         self._take("reset()", *self._begin_all())
+        self.resetting(0, False)
         self._pending_B[:] = False
         self.observe(out)
         none_B, all_B = np.zeros(self.num_envs, np.bool_), np.ones(self.num_envs, np.bool_)
@@ -226,7 +230,9 @@ class NativeGroup:
             self._pending_B = ended_B
         elif self._mode is AutoresetMode.DISABLED and ended_B.any():
             ended = [self._end_of(b, self._row(b)) for b in map(int, np.flatnonzero(ended_B))]
+            self.resetting(0, True)
             observation, info = self._reset("reset()", lambda: self._vector.reset(options={"reset_mask": ended_B.copy()}))
+            self.resetting(0, False)
             self._take_some(observation, info, ended_B)
         self._cursor["episode"][ended_B] += 1
         self._cursor["num_steps"][ended_B] = 0

@@ -75,6 +75,8 @@ class PacedGroup(PythonGroup):
         observe(out); for b in range(B): send(b, action)
         for b in ready(timeout): step = take(b, out); ...; send(b, action)
 
+    Its resets are not told (`resetting`), since they come in threads of their own.
+
     `step` and `restore` are for while no environment is under way.
     """
 
@@ -168,6 +170,9 @@ class PacedGroup(PythonGroup):
     def _advance_all(self, actions: list[Any]) -> list[int]:
         ended = self._run({b: _advancing(self._instances[b], action) for b, action in enumerate(actions)})
         return [b for b in range(self.num_envs) if ended[b]]
+
+    def _resets(self, b: int, begins: bool) -> None:
+        """Nobody is told."""
 
     def _advance(self, b: int, action: Any) -> bool:
         """In its own thread, alone."""
