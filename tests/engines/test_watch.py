@@ -19,23 +19,32 @@ def watch() -> Watch:
 
 def seen(name: str = "actor", activity: Activity = Activity.STEPPING, age: float = 0.0, **facts: Any) -> Seen:
     record = ActivityRecord(
-        activity, facts.pop("record_of", 2), 4, facts.pop("env", -1), 7, age, facts.pop("beats", 50), {}, facts.pop("whole", True)
+        activity,
+        facts.pop("record_of", 2),
+        4,
+        facts.pop("env", -1),
+        facts.pop("row", 7),
+        age,
+        facts.pop("beats", 50),
+        {},
+        facts.pop("whole", True),
     )
     given = {"state": "S", "up_seconds": 1000.0, "order_seconds": 1.0} | facts
     return Seen(name, 0, 2, record=record, **given)
 
 
 @pytest.mark.parametrize(
-    ("what", "age", "kind"),
+    ("what", "row", "age", "kind"),
     [
-        (Activity.STEPPING, LIMIT, "environment"),
-        (Activity.RESTORING, RESTORE_TIMES * LIMIT, "environment"),
-        (Activity.INFERRING, INFER_SECONDS, "stuck"),
+        (Activity.STEPPING, 7, LIMIT, "environment"),
+        (Activity.RESTORING, 0, LIMIT, "environment"),
+        (Activity.RESTORING, -1, RESTORE_TIMES * LIMIT, "environment"),
+        (Activity.INFERRING, 7, INFER_SECONDS, "stuck"),
     ],
 )
-def test_an_actor_that_is_too_long_in_one_thing_is_seen(what, age, kind):
-    assert watch().look(seen(activity=what, age=age - 0.1), 0.0) is None
-    verdict = watch().look(seen(activity=what, age=age + 0.1), 0.0)
+def test_an_actor_that_is_too_long_in_one_thing_is_seen(what, row, age, kind):
+    assert watch().look(seen(activity=what, row=row, age=age - 0.1), 0.0) is None
+    verdict = watch().look(seen(activity=what, row=row, age=age + 0.1), 0.0)
     assert verdict is not None
     assert verdict.kind == kind
 

@@ -100,7 +100,7 @@ class Blueprint:
             factory=self.objects.env,
             epoch=self.epoch,
             spec=self.spec,
-            progress=lambda b: recorder.enter(Activity.RESTORING, index, b),
+            progress=lambda b: recorder.enter(Activity.RESTORING, index, b, 0),
         )
 
     def behaviour(self, source: WeightSource) -> LocalPolicy:

@@ -41,7 +41,7 @@ class PythonGroup:
         self._terminated_B = np.zeros(num_envs, np.bool_)
         self._truncated_B = np.zeros(num_envs, np.bool_)
         self._valid_B = np.ones(num_envs, np.bool_)
-        self.progress: Callable[[int], None] = lambda b: None  # told of each call of environment b while the group is restored
+        self.progress: Callable[[int], None] = nobody_waits  # see make.make_group
         self._flagged = False  # whether the three above hold anything but their defaults
         self._told: Callable[[int], None] | None = None  # of each environment before the next step
 
@@ -130,6 +130,13 @@ class PythonGroup:
             if not np.isfinite(array).all():
                 b = int(np.flatnonzero(~np.isfinite(array.reshape(self.num_envs, -1)).all(1))[0])
                 raise self._instances[b].not_finite(name, array[b])
+
+
+NOBODY = -1  # in place of an environment
+
+
+def nobody_waits(b: int) -> None:
+    """In the place of `progress`."""
 
 
 def nobody_watches(b: int, begins: bool) -> None:

@@ -275,18 +275,20 @@ def make_group(
       factory: the user's own callable, as in `environment_factory`.
       epoch: raised by a roll-back after divergence; part of every episode's seed.
       spec: as `probe` found it; without it one more environment is made to find out.
-      progress: told, while the group is restored, before each call of environment b (python form only).
+      progress: told, while the group is made and restored, before each call of environment b (of the native form: 0, for all); in the threads
+        form with -1 a few times a second, for as long as no call has taken env.step_timeout_seconds: then that is raised as a fault.
     """
     if env.form == "native":
         from shoal.environments.native import make_native_group
 
-        return make_native_group(env, group, num_envs, run_seed, factory, epoch=epoch)
+        return make_native_group(env, group, num_envs, run_seed, factory, epoch=epoch, progress=progress)
     create = environment_factory(env, factory)
     spec = spec or environment_spec(env, factory)
     if env.form == "threads":
         from shoal.environments.threads import PacedGroup
 
-        return PacedGroup(create, spec, group, num_envs, run_seed, epoch)
-    made = PythonGroup(create, spec, group, num_envs, run_seed, epoch)
+        made: PythonGroup = PacedGroup(create, spec, group, num_envs, run_seed, epoch, env.step_timeout_seconds)
+    else:
+        made = PythonGroup(create, spec, group, num_envs, run_seed, epoch)
     made.progress = progress
     return made

@@ -24,7 +24,7 @@ import numpy as np
 from shoal import streams
 from shoal.config import EnvConfig
 from shoal.environments.faults import RAISED, FaultKind, environment_fault, raised_in, wrong_result
-from shoal.environments.group import nobody_watches
+from shoal.environments.group import nobody_waits, nobody_watches
 from shoal.environments.spaces import MASK, SpaceMismatch, action_map, allocate, describe, flatten_batch
 from shoal.environments.vector_snapshots import snapshots_of
 from shoal.errors import ConfigError, EnvironmentFault, ShoalError
@@ -115,11 +115,18 @@ def _describe(name: str, group: int, vector: Any) -> EnvironmentSpec:
 
 
 def make_native_group(
-    env: EnvConfig, group: int, num_envs: int, run_seed: int, factory: Callable[..., Any] | None = None, *, epoch: int = 0
+    env: EnvConfig,
+    group: int,
+    num_envs: int,
+    run_seed: int,
+    factory: Callable[..., Any] | None = None,
+    *,
+    epoch: int = 0,
+    progress: Callable[[int], None] = nobody_waits,
 ) -> NativeGroup:
     """A group over one vector environment; raises ConfigError where there is none."""
     create = native_factory(env, factory)
-    return NativeGroup(lambda: create(num_envs), env.id, group, num_envs, run_seed, epoch)
+    return NativeGroup(lambda: create(num_envs), env.id, group, num_envs, run_seed, epoch, progress)
 
 
 class NativeGroup:
@@ -128,10 +135,21 @@ class NativeGroup:
     consumes: actions [B] as stored. waits for: the vector environment. on failure: EnvironmentFault, after which `restore` must follow.
     """
 
-    def __init__(self, create: Callable[[], Any], name: str, group: int, num_envs: int, run_seed: int, epoch: int = 0) -> None:
+    def __init__(
+        self,
+        create: Callable[[], Any],
+        name: str,
+        group: int,
+        num_envs: int,
+        run_seed: int,
+        epoch: int = 0,
+        progress: Callable[[int], None] = nobody_waits,
+    ) -> None:
+        self._progress = progress
         self._create, self._name, self._group, self.num_envs = create, name, group, num_envs
         self._key = (run_seed, group, epoch)
         self._open()
+        self._progress(0)
         self.spec = _describe(name, group, self._vector)
         self._current = allocate(self.spec, num_envs)
         self._to_environment = action_map(self.spec.action)
@@ -144,6 +162,7 @@ class NativeGroup:
     def _open(self) -> None:
         from gymnasium.vector import AutoresetMode
 
+        self._progress(0)
         self._vector = _made(self._name, self._group, self._create)
         self._snapshots = snapshots_of(self._vector)
         mode = self._vector.metadata.get("autoreset_mode")
@@ -159,6 +178,7 @@ class NativeGroup:
         if not self._open_now:
             self._open()
         self._pending_B[:] = False
+        self._progress(0)
         if self._snapshots and all(one is not None for one in state.snapshots):
             bodies = [one[1:] for one in state.snapshots if one is not None]
             observation, info = self._reset("restore_snapshots()", lambda: self._snapshots.restore_snapshots(bodies))
