@@ -58,7 +58,7 @@ class LocalEngine:
     def __init__(self, config: RunConfig, pickled: bytes | None, directory: Path, run_id: bytes, traces: str = "") -> None:
         self._config, self._directory = config, directory
         self._fleet = Fleet(config, pickled, directory, run_id, traces)
-        self._trace = open_trace(traces, "supervisor")
+        self._traces = traces
         self._watcher = Watch(config.env.step_timeout_seconds, config.learner.timeout_seconds)
         self._recoveries = Recoveries()
         self._inquiries: list[Inquiry] = []
@@ -104,6 +104,7 @@ class LocalEngine:
           interrupted: whether the user wants it to end. asked: whether somebody wants to see on standard error who waits for whom.
         """
         self._session, self._coordinator = session, session.coordinator
+        self._trace = open_trace(self._traces, "supervisor", warn=session.warn)
         self._saves = Saves(session, self._tell_learner, self._trace)
         self._faults = EnvironmentFaults(session)
         self._first_epoch = session.epoch
