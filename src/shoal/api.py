@@ -273,8 +273,8 @@ def execute(
         wants_end = stack.enter_context(_interrupts())
         traces = ""
         if profile:
-            traces = str(begin_profile(directory).absolute())
-            stack.callback(_finish_profile, directory, recorder)
+            traces = _begin_profile(directory, recorder)
+            stack.callback(_finish_profile, directory, traces, recorder)
         execute = _run_inline if config.actors == 0 else _run_local
         try:
             result = execute(config, objects, directory, loaded, recorder, wants_end, traces)
@@ -296,13 +296,22 @@ def execute(
     return Run(directory, result, objects)
 
 
-def _finish_profile(directory: Path, recorder: Recorder) -> None:
+def _begin_profile(directory: Path, recorder: Recorder) -> str:
+    """The directory for traces; "" where the disk refuses."""
     try:
-        finish_profile(directory)
+        return str(begin_profile(directory).absolute())
     except OSError as error:
-        recorder.event(
-            "warning", message=f"profile.json could not be written ({error.strerror or error}); the traces are in {directory / TRACES}"
-        )
+        recorder.event("warning", message=f"there will be no profile.json: {error.strerror or error} ({directory / TRACES})")
+        return ""
+
+
+def _finish_profile(directory: Path, traces: str, recorder: Recorder) -> None:
+    """The run is made, whatever becomes of its profile."""
+    try:
+        if traces:
+            finish_profile(directory)
+    except (OSError, RunError, ValueError) as error:
+        recorder.event("warning", message=f"profile.json could not be written ({error}); the traces are in {traces}")
 
 
 def _run_inline(
