@@ -251,6 +251,17 @@ def test_a_damaged_file_of_a_run_is_named_with_what_to_do_and_the_run_goes_on_wi
     assert ledger == {"produced": 3 * BATCH, "trained": 3 * BATCH, "dropped": {}, "in_flight": 0}
 
 
+@pytest.mark.parametrize("damaged", ["", '{"reason": "upd', "[]", "{}"])
+def test_a_damaged_result_is_none_and_blocks_nothing(damaged):
+    train(stop={"updates": 1}, run_dir="mine")
+    Path("mine/result.json").write_text(damaged)
+    with pytest.warns(RuntimeWarning, match=r"result\.json is damaged"):
+        assert shoal.load("mine", env=Drift).evaluate(episodes=1)["episodes"] == 1
+    assert "result.json is damaged" in shoal.runs.show("mine")["warnings"][0]
+    with pytest.warns(RuntimeWarning, match=r"result\.json is damaged"):
+        assert resume("mine", env=Drift, stop={"updates": 2}).result["updates"] == 2
+
+
 def test_a_profile_that_is_refused_costs_nothing_else():
     Path("mine/profile.json").mkdir(parents=True)
     assert train(stop={"updates": 1}, run_dir="mine", profile=True).result["updates"] == 1

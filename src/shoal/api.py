@@ -11,6 +11,7 @@ import os
 import secrets
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from shoal.files import CheckpointDirectory, Loaded, lock_run, write_text_atomic
 from shoal.monitoring.live import SilentView, View, open_view
 from shoal.monitoring.profile import TRACES, begin_profile, finish_profile
 from shoal.monitoring.recorder import Callback, Recorder, lag_summary
-from shoal.runs import find_run, new_run
+from shoal.runs import find_run, new_run, read_result
 from shoal.settings import adapt_actors, dump_config, load_config, resolve
 from shoal.types import EnvironmentSpec, FieldSpec
 
@@ -145,10 +146,12 @@ def load(path: str | os.PathLike[str], *, env: Callable[..., Any] | None = None,
     Args:
       env, network: the environment's factory and the network, where the run was started with objects that have no import path.
     """
-    directory = find_run(path)
-    result = directory / "result.json"
+    directory, said = find_run(path), list[str]()
     objects = {name: found for name, found in (("env", env), ("network", network)) if found is not None}
-    return Run(directory, json.loads(result.read_text()) if result.exists() else {}, objects)
+    run = Run(directory, read_result(directory, said), objects)
+    for warning in said:
+        warnings.warn(warning, RuntimeWarning, stacklevel=2)
+    return run
 
 
 def evaluate(
@@ -524,7 +527,7 @@ def _is_over(run: Run) -> bool:
     if run.result.get("reason") in (None, "interrupted"):
         return False
     with contextlib.suppress(CheckpointError):
-        return CheckpointDirectory(run.path / "checkpoints").newest().update == int(run.result["updates"])
+        return CheckpointDirectory(run.path / "checkpoints").newest().update == run.result.get("updates")
     return False
 
 
