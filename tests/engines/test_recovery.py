@@ -442,6 +442,29 @@ def test_a_run_that_goes_back_to_where_it_is_to_end_makes_no_update_more(tmp_pat
     assert (run.result["reason"], run.result["updates"], run.result["restarts"]) == ("updates", 3, 1)
 
 
+def test_whoever_is_waited_for_at_an_end_without_the_last_update_was_told_to_end(tmp_path, monkeypatch):
+    say, wait = LocalEngine._tell_learner, Fleet.wait_for_ends
+    left: list[list[str]] = []
+
+    def interrupted(self: LocalEngine, order: dict[str, Any]) -> None:
+        say(self, order)
+        if order["do"] == "train":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def noted(self: Fleet, *given: Any) -> Any:
+        lost = wait(self, *given)
+        left.append([p.name for p in self.processes if p.up])
+        return lost
+
+    monkeypatch.setattr(LocalEngine, "_tell_learner", interrupted)
+    monkeypatch.setattr(Fleet, "wait_for_ends", noted)
+    slow = f"{Path(__file__).parents[1] / 'faults' / 'simulated.py'}:Slow"
+    settings = {"algorithm": {"name": slow}, "policy": {"hidden_sizes": [8], "inference": "server"}, "device": "cpu"}
+    run = train(tmp_path / "run", **settings, actors=1, stop={"updates": 9})
+    assert (run.result["reason"], run.result["updates"]) == ("interrupted", 0)
+    assert left == [[], []]
+
+
 def test_a_hang_in_the_evaluation_at_the_end_is_named(tmp_path):
     chosen = {"id": WALLS, "step_timeout_seconds": 1.0, "kwargs": {"what": "grip", "role": "evaluator"}}
     with pytest.raises(EnvironmentFault, match=r"step\(\) has not returned for 1") as caught:

@@ -521,10 +521,13 @@ class LocalEngine:
         if self._reason is None:
             return False
         self._tell_learner({"do": "stop"})
-        if self._fleet.inference is not None:
-            tell(self._fleet.inference, to_json({"do": "stop"}))
+        self._stop_server()
         self._fleet.wait_for_ends(time.monotonic() + END_SECONDS)
         return True
+
+    def _stop_server(self) -> None:
+        if self._fleet.inference is not None:
+            tell(self._fleet.inference, to_json({"do": "stop"}))
 
     def _end_actors(self) -> None:
         self._ending = True
@@ -550,6 +553,7 @@ class LocalEngine:
     def _give_up_update(self) -> None:
         """Whoever pressed Ctrl-C does not wait for a long update: the run ends at its last checkpoint, from which `resume` goes on."""
         self._fleet.kill(self._fleet.learner, "its update took too long to wait for")
+        self._stop_server()  # all others have ended: it would be waited for in vain
         self._fleet.wait_for_ends(time.monotonic() + END_SECONDS)
         path = self._session.return_to_checkpoint()
         assert path is not None
