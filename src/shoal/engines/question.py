@@ -3,7 +3,7 @@
 The process tells each call of the environment before it makes it (`Answerer`), and ends with an answer of any length.
 
     consumes    what the process tells, and its exit
-    waits for   its next word: at most `limit_seconds` while it is in a call of the environment
+    waits for   its next word: at most `limit_seconds` while it is in a call of the environment, else OTHER_SECONDS
     unblocked   by a word, by its death, or by the time
     on failure  a process that hangs, is stopped or dies is killed, and is an EnvironmentFault with the call, the episode and the stack
 """
@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shoal.engines.watch import STOPPED_SECONDS
 from shoal.errors import EnvironmentFault, ProcessError
 from shoal.supervision.channel import MAX_MESSAGE_BYTES, Channel, HasFileno, wait
 from shoal.supervision.memory import anonymous_file
@@ -92,6 +93,7 @@ class Question:
         self.played = Played()
         self.partial: dict[str, Any] | None = None
         self._since = 0.0
+        self._stopped_since: float | None = None
         self._pid = 0
 
     def ask(self, target: str, name: str, order: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -134,7 +136,7 @@ class Question:
     def _listen(self, channel: Channel) -> dict[str, Any] | None:
         with suppress(EOFError):
             while (received := channel.receive_with_fds()) is not None:
-                self._since = time.monotonic()
+                self._since, self._stopped_since = time.monotonic(), None
                 word = json.loads(received[0])
                 if "call" in word:
                     self.played(word.pop("call"), **word)
@@ -148,15 +150,20 @@ class Question:
         return None
 
     def _check_time(self) -> None:
-        seconds = time.monotonic() - self._since
-        if self._pid and process_state(self._pid) == "T":
+        now = time.monotonic()
+        seconds = now - self._since
+        if not self._pid or process_state(self._pid) != "T":
+            self._stopped_since = None
+        elif self._stopped_since is None:
+            self._stopped_since = now
+        elif now - self._stopped_since >= STOPPED_SECONDS:
             self._zygote.kill(self._pid)
             raise self._fault("hang", f"its process was stopped (SIGSTOP) in {self.played.call or 'no call of it'}", "", "")
         if self.played.call and seconds > self._limit:
             stack = stack_of(self._pid, self._log)
             self._zygote.kill(self._pid)
             raise self._fault("hang", f"{self.played.call} has not returned for {seconds:.1f} s", f"at most {self._limit:g} s", stack)
-        if seconds > OTHER_SECONDS:
+        if not self.played.call and seconds > OTHER_SECONDS:
             raise ProcessError(f"the process that looks at {self._environment} did not answer within {OTHER_SECONDS:g} s; see {self._log}")
 
     def _written(self) -> str:
@@ -168,7 +175,7 @@ class Question:
         from shoal.environments.faults import environment_fault  # brings gymnasium, which nobody else here needs
 
         seed, actions = self.played.episodes[-1] if self.played.episodes else (None, [])
-        where = {"env": 0, "step": max(0, len(actions) - 1), "seed": seed or 0} | {
+        where = {"env": 0, "step": len(actions), "seed": seed or 0} | {
             name: self.played.facts[name] for name in ("env", "step", "seed") if name in self.played.facts
         }
         return environment_fault(
