@@ -45,6 +45,7 @@ from shoal.types import Activity, ActivityRecord
 END_SECONDS = 1.5  # for actors, once they are told to end
 UPDATE_SECONDS = 1.8  # for an update that is under way when somebody wants the run to end
 WATCH_SECONDS = 0.25
+RETRY_SECONDS = 1.0  # after a start for which there were no descriptors
 ANSWER_SECONDS = 10.0  # the zygote forks or kills within this time, or is given up
 HANGS = "hangs in its environment"  # why the supervisor killed a process
 _IN_ENVIRONMENT = (Activity.STEPPING, Activity.RESTORING)
@@ -68,6 +69,7 @@ class LocalEngine:
         self._ending = False  # actors that end are not replaced
         self._divergence: DivergedError | None = None  # that is to be mended
         self._wanted_since = 0.0  # when somebody wanted the run to end
+        self._short: set[str] = set()  # roles for which there were no descriptors at the last attempt
         self._at_checkpoint = True  # where the run may be to end already
         self._heard_at = 0.0  # when it was last found out who has something to say
         self._watched_at = 0.0
@@ -289,26 +291,48 @@ class LocalEngine:
         """Where it is not up, and may start again."""
         learner = self._fleet.learner
         if not learner.up and time.monotonic() >= learner.not_before:
-            self._fleet.start(learner, learner_setup(self._session))
+            self._start(learner, learner_setup(self._session))
 
     def _serve(self) -> None:
         """Start the inference server, where there is to be one and it is not up; all actors are to ask it."""
         server = self._fleet.inference
         if server is None or server.up or time.monotonic() < server.not_before:
             return
-        self._fleet.start(server, inference_setup(self._session))
-        for actor in self._fleet.actors:
-            connect(server, actor)
+        if self._start(server, inference_setup(self._session)):
+            for actor in self._fleet.actors:
+                self._connect(actor)
 
     def _place(self) -> None:
         """Spread the groups over the actors that are not gone for good, and start those that are not up."""
         there = [a for a in self._fleet.actors if not a.gone_for_good]
         for actor in there:
-            if not actor.up and time.monotonic() >= actor.not_before:
-                self._fleet.start(actor, actor_setup(self._session), lambda body: Word(Kind.SETUP, body=body).encode())
-                if self._fleet.inference is not None:
-                    connect(self._fleet.inference, actor)
+            may_start = not actor.up and time.monotonic() >= actor.not_before
+            if may_start and self._start(actor, actor_setup(self._session), lambda body: Word(Kind.SETUP, body=body).encode()):
+                self._connect(actor)
         self._coordinator.place([a.index for a in there])
+
+    def _start(self, process: Process, setup: dict[str, Any], encode: Callable[[bytes], bytes] = lambda body: body) -> bool:
+        """Where there are no descriptors for it, that is said, and it is tried again a little later."""
+        try:
+            self._fleet.start(process, setup, encode)
+        except OSError as error:
+            process.not_before = time.monotonic() + RETRY_SECONDS
+            if process.name not in self._short:
+                self._short.add(process.name)
+                self._session.warn(
+                    f"a process ({process.name}) cannot be started for now: {error.strerror or error}; the run goes on without it, and tries again"
+                )
+            return False
+        self._short.discard(process.name)
+        return True
+
+    def _connect(self, actor: Process) -> None:
+        if self._fleet.inference is None:
+            return
+        try:
+            connect(self._fleet.inference, actor)
+        except OSError as error:
+            self._kill(actor, f"cannot be connected with the inference server: {error.strerror or error}")
 
     def _kill(self, process: Process, why: str) -> None:
         if process.up and not process.doomed:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable
 from typing import Any
 
-from shoal.engines.fleet import Process, tell
+from shoal.engines.fleet import Process, tell, tell_with_file
 from shoal.engines.messages import Kind, Word, to_json
 from shoal.engines.plan import Lease
 from shoal.engines.session import Session
 from shoal.experience.envelope import Identity
 from shoal.experience.group_state import to_bytes
 from shoal.supervision.channel import Channel
-from shoal.supervision.memory import anonymous_file
 from shoal.types import GroupState
 
 
@@ -36,7 +34,7 @@ def inference_setup(session: Session) -> dict[str, Any]:
 
 
 def connect(server: Process, actor: Process) -> None:
-    """Give an actor and the inference server a channel of their own, where both are up."""
+    """Give an actor and the inference server a channel of their own, where both are up. Raises OSError where there are no descriptors for it."""
     if not (server.up and actor.up):
         return
     ends = Channel.pair()
@@ -57,10 +55,7 @@ def send_lease(actor: Process, lease: Lease, version: int) -> None:
 
 
 def send_restore(actor: Process, identity: Identity, state: GroupState) -> None:
-    with os.fdopen(anonymous_file("shoal-group"), "wb") as file:
-        file.write(to_bytes(state))
-        file.flush()
-        tell(actor, Word(Kind.RESTORE, 0, identity).encode(), [file.fileno()])
+    tell_with_file(actor, Word(Kind.RESTORE, 0, identity).encode(), to_bytes(state))
 
 
 def tell_of_weights(session: Session, actors: Iterable[Process], version: int) -> None:
