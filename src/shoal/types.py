@@ -245,6 +245,9 @@ class Activity(IntEnum):
     PUBLISHING = 8
 
 
+CLOSING = -1  # in place of RESTORING's row, which is 0: the group is being closed
+
+
 class ActivityRecorder(Protocol):
     """Where a role says what it does now; called at every step, so it costs well under a microsecond."""
 

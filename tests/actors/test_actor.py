@@ -430,7 +430,7 @@ def test_the_recorder_is_told_what_goes_on():
     actor.restore(G, fresh_state(B))
     actor.fill(0, Identity(G, 0, 0), closing_after(2))
     assert noting.told == [
-        (Activity.RESTORING, G, -1, -1),
+        (Activity.RESTORING, G, -1, 0),
         (Activity.INFERRING, G, -1, 0),
         (Activity.STEPPING, G, -1, 0),
         (Activity.INFERRING, G, -1, 1),

@@ -319,6 +319,13 @@ def test_a_step_that_breaks_each_time_is_given_up_as_an_invalid_episode(settings
         assert result["env_steps"] == 16 * 2 * 2 * 8 - len(whats)
 
 
+def test_a_hang_while_an_environment_is_closed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment_faults, "EARLY_SECONDS", 0.0)
+    chosen = {"id": WALLS, "form": "python", "restart_budget": 1, "step_timeout_seconds": 0.8, "kwargs": {"what": "close"}}
+    with pytest.raises(EnvironmentFault, match=r"close\(\) has not returned for \d\."):
+        train(tmp_path / "run", env=chosen, sampling={**SMALL["sampling"], "groups": 1}, stop={"updates": 6}, actors=1)
+
+
 def test_a_crash_loop_backs_off_and_ends_with_the_last_traceback_when_the_budget_is_spent(tmp_path, monkeypatch):
     monkeypatch.setattr(environment_faults, "EARLY_SECONDS", 0.0)
     chosen = {"id": WALLS, "restart_budget": 3, "kwargs": {"what": "segfault", "at": 2}}

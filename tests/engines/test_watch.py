@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from shoal.engines.recovery import Recoveries
-from shoal.engines.watch import INFER_SECONDS, RESTORE_TIMES, SAVE_SECONDS, START_SECONDS, STOPPED_SECONDS, UNHEARD_SECONDS, Seen, Watch
-from shoal.types import Activity, ActivityRecord
+from shoal.engines.watch import INFER_SECONDS, SAVE_SECONDS, START_SECONDS, STOPPED_SECONDS, UNHEARD_SECONDS, Seen, Watch
+from shoal.types import CLOSING, Activity, ActivityRecord
 
 LIMIT, UPDATE = 5.0, 100.0
 
@@ -38,7 +38,7 @@ def seen(name: str = "actor", activity: Activity = Activity.STEPPING, age: float
     [
         (Activity.STEPPING, 7, LIMIT, "environment"),
         (Activity.RESTORING, 0, LIMIT, "environment"),
-        (Activity.RESTORING, -1, RESTORE_TIMES * LIMIT, "environment"),
+        (Activity.RESTORING, CLOSING, LIMIT, "environment"),
         (Activity.INFERRING, 7, INFER_SECONDS, "stuck"),
     ],
 )
@@ -52,6 +52,11 @@ def test_an_actor_that_is_too_long_in_one_thing_is_seen(what, row, age, kind):
 def test_a_hang_is_named_by_row_and_where_it_is_known_by_environment():
     verdicts = [watch().look(seen(age=6.0, env=env), 0.0) for env in (-1, 3)]
     assert [v.reason for v in verdicts if v] == ["in one step (row 7) for 6.0 s", "in one step (row 7, environment 3) for 6.0 s"]
+
+
+def test_what_an_environment_does_when_it_is_put_back_or_closed_has_a_name():
+    verdicts = [watch().look(seen(activity=Activity.RESTORING, age=6.0, row=row), 0.0) for row in (0, CLOSING)]
+    assert [v.reason for v in verdicts if v] == ["being put back for 6.0 s", "being closed for 6.0 s"]
 
 
 def test_an_actor_that_waits_without_an_order_may_wait_for_ever_and_one_with_an_order_may_not():

@@ -18,7 +18,7 @@ class Wall(gymnasium.Env):
     """A counter with noise; in the processes of a role, dreadful things happen at step `at` of some episodes.
 
     what: by an episode's seed (as text), or for all episodes: hang (sleeps), grip (hangs in C with the interpreter's lock), segfault, exit,
-    raise. length: steps of an episode. role: "" is the process that is no role's.
+    raise, close (raises, then hangs as it is closed). length: steps of an episode. role: "" is the process that is no role's.
     """
 
     observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
@@ -57,5 +57,9 @@ class Wall(gymnasium.Env):
             ctypes.string_at(0)
         elif what == "exit":
             os._exit(0)
-        elif what == "raise":
+        elif what in ("raise", "close"):
             raise RuntimeError("there is a wall")
+
+    def close(self) -> None:
+        if self._in_role and self._what == "close":
+            time.sleep(1000)

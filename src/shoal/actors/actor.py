@@ -25,7 +25,7 @@ from shoal.actors.recording import chain_checksums, crc_rows, first_observation,
 from shoal.errors import EnvironmentFault
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring, Slot
-from shoal.types import Activity, ActivityRecorder, Array, Arrays, Behaviour, Ended, EnvironmentGroup, GroupState, NullRecorder
+from shoal.types import CLOSING, Activity, ActivityRecorder, Array, Arrays, Behaviour, Ended, EnvironmentGroup, GroupState, NullRecorder
 
 
 @dataclass
@@ -70,8 +70,8 @@ class Actor:
 
     def restore(self, group: int, state: GroupState) -> list[int]:
         """Host `group`, standing at `state`. Returns the environments that could not be rebuilt and began a new episode."""
-        self._recorder.enter(Activity.RESTORING, group)
         self.release(group)
+        self._recorder.enter(Activity.RESTORING, group, -1, 0)
         environments = self._broken[group] = self._make_group(group)
         lost = environments.restore(state)
         environments.resetting = partial(self._resetting, group)
@@ -94,7 +94,7 @@ class Actor:
     def release(self, group: int) -> None:
         """Stop hosting `group`: it lives elsewhere from now on. What hangs in it is left behind, which takes a moment (not a step's)."""
         if group in self._broken or group in self._hosted:
-            self._recorder.enter(Activity.RESTORING, group)
+            self._recorder.enter(Activity.RESTORING, group, -1, CLOSING)
         if group in self._broken:
             self._broken.pop(group).close()
         if group in self._hosted:

@@ -40,7 +40,7 @@ from shoal.supervision.channel import HasFileno
 from shoal.supervision.control import ControlServer, Reply
 from shoal.supervision.trace import Span, open_trace
 from shoal.supervision.zygote import Lost
-from shoal.types import Activity, ActivityRecord
+from shoal.types import CLOSING, Activity, ActivityRecord
 
 END_SECONDS = 1.5  # for actors, once they are told to end
 UPDATE_SECONDS = 1.8  # for an update that is under way when somebody wants the run to end
@@ -607,4 +607,6 @@ class LocalEngine:
 
 def _call(record: ActivityRecord) -> str:
     """Which of the environment's calls a process is in."""
-    return "making it, reset() or a step while it was put back" if record.activity is Activity.RESTORING else "step()"
+    if record.activity is not Activity.RESTORING:
+        return "step()"
+    return "close()" if record.row == CLOSING else "making it, reset() or a step while it was put back"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class PythonGroup:
         self._terminated_B = np.zeros(num_envs, np.bool_)
         self._truncated_B = np.zeros(num_envs, np.bool_)
         self._valid_B = np.ones(num_envs, np.bool_)
-        self.progress: Callable[[int], None] = nobody_waits  # see make.make_group
+        self.progress: Progress = nobody_waits
         self._flagged = False  # whether the three above hold anything but their defaults
         self._told: Callable[[int], None] | None = None  # of each environment before the next step
 
@@ -99,7 +99,8 @@ class PythonGroup:
         self._told = told
 
     def close(self) -> None:
-        for instance in self._instances:
+        for b, instance in enumerate(self._instances):
+            self.progress(b, closing=True)
             instance.close()
 
     def _restore_all(self, arguments: list[tuple[Array, list[Any], bytes | None]]) -> list[bool]:
@@ -135,8 +136,14 @@ class PythonGroup:
 NOBODY = -1  # in place of an environment
 
 
-def nobody_waits(b: int) -> None:
-    """In the place of `progress`."""
+class Progress(Protocol):
+    """Is told of each call of environment b before it is made, while a group is made, put back or closed."""
+
+    def __call__(self, b: int, *, closing: bool = False) -> None: ...
+
+
+def nobody_waits(b: int, *, closing: bool = False) -> None:
+    """Nobody is told."""
 
 
 def nobody_watches(b: int, begins: bool) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from shoal import streams
 from shoal.config import EnvConfig
 from shoal.environments.faults import RAISED, FaultKind, environment_fault, raised_in, wrong_result
-from shoal.environments.group import nobody_waits, nobody_watches
+from shoal.environments.group import Progress, nobody_waits, nobody_watches
 from shoal.environments.spaces import MASK, SpaceMismatch, action_map, allocate, describe, flatten_batch
 from shoal.environments.vector_snapshots import snapshots_of
 from shoal.errors import ConfigError, EnvironmentFault, ShoalError
@@ -122,7 +122,7 @@ def make_native_group(
     factory: Callable[..., Any] | None = None,
     *,
     epoch: int = 0,
-    progress: Callable[[int], None] = nobody_waits,
+    progress: Progress = nobody_waits,
 ) -> NativeGroup:
     """A group over one vector environment; raises ConfigError where there is none."""
     create = native_factory(env, factory)
@@ -143,7 +143,7 @@ class NativeGroup:
         num_envs: int,
         run_seed: int,
         epoch: int = 0,
-        progress: Callable[[int], None] = nobody_waits,
+        progress: Progress = nobody_waits,
     ) -> None:
         self._progress = progress
         self._create, self._name, self._group, self.num_envs = create, name, group, num_envs
@@ -285,6 +285,7 @@ class NativeGroup:
     def close(self) -> None:
         if self._open_now:
             self._open_now = False
+            self._progress(0, closing=True)
             with suppress(*RAISED):  # it is given up anyway
                 self._vector.close()
 
