@@ -72,6 +72,7 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
+        """Complete and resolved, as it was when its last part began. Raises ConfigError where the file was damaged since."""
         return load_config(self.path / "config.yaml")
 
 

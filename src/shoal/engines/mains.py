@@ -253,6 +253,8 @@ def _other_threads() -> str:
 
 
 def actor_main(context: ChildContext) -> int:
+    """An actor's process, see _ActorProcess. Waits for its set-up. Exits with 0 at STOP and where the supervisor is gone; what goes wrong with
+    shoal itself is said as FAULT with value 1, and raised into its log."""
     try:
         _ActorProcess(context).run()
     except EOFError:
@@ -335,6 +337,8 @@ class _LearnerProcess:
 
 
 def learner_main(context: ChildContext) -> int:
+    """The learner's process, see _LearnerProcess. Waits for its set-up, and loads the checkpoint that it names. Exits with 0 at `stop` and where
+    the supervisor is gone; a ShoalError is said as `failed`, and raised into its log, as everything else is."""
     try:
         _LearnerProcess(context).run()
     except EOFError:
@@ -388,6 +392,7 @@ class _InferenceProcess:
 
 
 def inference_main(context: ChildContext) -> int:
+    """The inference server's process, see _InferenceProcess. Waits for its set-up, says `ready`, and ends as the learner's does."""
     try:
         _InferenceProcess(context).run()
     except EOFError:

@@ -17,6 +17,7 @@ from shoal.types import GroupState
 
 
 def learner_setup(session: Session) -> dict[str, Any]:
+    """What a learner begins with: at the newest checkpoint that the run stands at, or with the initial weights."""
     path = session.checkpoint_path
     checkpoint = None if path is None else str(path.absolute())
     plan = session.coordinator.plan
@@ -24,12 +25,14 @@ def learner_setup(session: Session) -> dict[str, Any]:
 
 
 def actor_setup(session: Session) -> dict[str, Any]:
+    """What an actor begins with; its groups come with its leases."""
     plan = session.coordinator.plan
     timing = {"close_after_lag": plan.close_after_lag, "sync": plan.mode == "sync"}
     return {"spec": session.spec.to_json(), "epoch": session.epoch, **timing}
 
 
 def inference_setup(session: Session) -> dict[str, Any]:
+    """What an inference server begins with; its actors are connected afterwards, each by `connect`."""
     return {"spec": session.spec.to_json(), "epoch": session.epoch}
 
 
@@ -55,6 +58,7 @@ def send_lease(actor: Process, lease: Lease, version: int) -> None:
 
 
 def send_restore(actor: Process, identity: Identity, state: GroupState) -> None:
+    """Have an actor put a group back to `state`; it answers RESTORED or FAULT. The state travels as a descriptor."""
     tell_with_file(actor, Word(Kind.RESTORE, 0, identity).encode(), to_bytes(state))
 
 
