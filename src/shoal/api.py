@@ -28,7 +28,8 @@ from shoal.environments.make import check_registered
 from shoal.errors import CheckpointError, ConfigError, EnvironmentFault, RunError, ShoalError
 from shoal.experience.ring import Ring, allocate
 from shoal.experience.schema import Schema, rollout_schema
-from shoal.files import CheckpointDirectory, Loaded, lock_run, write_text_atomically
+from shoal.files import CheckpointDirectory, Loaded, write_text_atomically
+from shoal.locks import lock_run
 from shoal.monitoring.live import SilentView, View, open_view
 from shoal.monitoring.profile import TRACES, begin_profile, finish_profile
 from shoal.monitoring.recorder import Callback, Recorder, lag_summary

@@ -24,7 +24,8 @@ from typing import Any
 
 from shoal.config import RunConfig
 from shoal.errors import ConfigError, NoRunError, ShoalError
-from shoal.files import CheckpointDirectory, run_holder, write_text_atomically
+from shoal.files import CheckpointDirectory, write_text_atomically
+from shoal.locks import run_holder
 from shoal.monitoring.store import RunReader
 from shoal.settings import dump_config, read_yaml
 
