@@ -411,7 +411,7 @@ def test_who_is_stopped_in_the_last_save_is_seen(undisturbed, tmp_path, monkeypa
 
 
 def test_a_learner_that_hangs_in_an_update_while_a_run_without_a_checkpoint_ends_is_seen(tmp_path, monkeypatch):
-    begin, say = Session.begin_checkpoint, LocalEngine._tell_learner
+    begin, say = Session.begin_checkpoint, LocalEngine.tell_learner
     refused: list[int] = []
 
     def refuses_once(self: Session) -> Any:
@@ -427,7 +427,7 @@ def test_a_learner_that_hangs_in_an_update_while_a_run_without_a_checkpoint_ends
         say(self, order)
 
     monkeypatch.setattr(Session, "begin_checkpoint", refuses_once)
-    monkeypatch.setattr(LocalEngine, "_tell_learner", stops_once)
+    monkeypatch.setattr(LocalEngine, "tell_learner", stops_once)
     run = train(tmp_path / "run", stop={"updates": 12}, actors=1, checkpoint={"every_updates": None, "every_seconds": None})
     assert (run.result["reason"], run.result["updates"]) == ("interrupted", 0)
     assert [e["reason"] for e in events(run.path, "died")] == ["was stopped"]
@@ -450,7 +450,7 @@ def test_a_run_that_goes_back_to_where_it_is_to_end_makes_no_update_more(tmp_pat
 
 
 def test_whoever_is_waited_for_at_an_end_without_the_last_update_was_told_to_end(tmp_path, monkeypatch):
-    say, wait = LocalEngine._tell_learner, Fleet.wait_for_ends
+    say, wait = LocalEngine.tell_learner, Fleet.wait_for_ends
     left: list[list[str]] = []
 
     def interrupted(self: LocalEngine, order: dict[str, Any]) -> None:
@@ -463,7 +463,7 @@ def test_whoever_is_waited_for_at_an_end_without_the_last_update_was_told_to_end
         left.append([p.name for p in self.processes if p.up])
         return lost
 
-    monkeypatch.setattr(LocalEngine, "_tell_learner", interrupted)
+    monkeypatch.setattr(LocalEngine, "tell_learner", interrupted)
     monkeypatch.setattr(Fleet, "wait_for_ends", noted)
     slow = f"{Path(__file__).parents[1] / 'faults' / 'simulated.py'}:Slow"
     settings = {"algorithm": {"name": slow}, "policy": {"hidden_sizes": [8], "inference": "server"}, "device": "cpu"}

@@ -19,8 +19,9 @@ from typing import Any
 
 from shoal.config import RunConfig
 from shoal.engines.commands import obey
+from shoal.engines.ending import Ending
 from shoal.engines.environment_faults import EnvironmentFaults
-from shoal.engines.fleet import DEATHS_IN_A_ROW, STOP_SECONDS, Death, Fleet, Process, back_off_seconds, rebuild_error, tell, words
+from shoal.engines.fleet import DEATHS_IN_A_ROW, Death, Fleet, Process, back_off_seconds, rebuild_error, tell, words
 from shoal.engines.messages import Kind, Word, from_json, to_json
 from shoal.engines.orders import actor_setup, connect, inference_setup, learner_setup, send_lease, send_restore, tell_of_weights
 from shoal.engines.plan import Plan
@@ -31,19 +32,16 @@ from shoal.engines.saves import Saves
 from shoal.engines.session import Session
 from shoal.engines.stalls import Inquiry, Situation, in_words, look
 from shoal.engines.watch import Verdict, Watch
-from shoal.errors import CheckpointError, DivergedError, EnvironmentFault, ProcessError
+from shoal.errors import DivergedError, EnvironmentFault, ProcessError
 from shoal.experience.envelope import Fate, Identity
 from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema
-from shoal.files import load_checkpoint
 from shoal.supervision.channel import HasFileno
 from shoal.supervision.control import ControlServer, Reply
 from shoal.supervision.trace import Span, open_trace
 from shoal.supervision.zygote import Lost
 from shoal.types import CLOSING, Activity, ActivityRecord
 
-END_SECONDS = 1.5  # for actors, once they are told to end
-UPDATE_SECONDS = 1.8  # for an update that is under way when somebody wants the run to end
 WATCH_SECONDS = 0.25
 RETRY_SECONDS = 1.0  # after a start for which there were no descriptors
 ANSWER_SECONDS = 10.0  # the zygote forks or kills within this time, or is given up
@@ -66,9 +64,7 @@ class LocalEngine:
         self._control: ControlServer | None = None
         self._paused = False
         self._reason: str | None = None
-        self._ending = False  # actors that end are not replaced
         self._divergence: DivergedError | None = None  # that is to be mended
-        self._wanted_since = 0.0  # when somebody wanted the run to end
         self._short: set[str] = set()  # roles for which there were no descriptors at the last attempt
         self._at_checkpoint = True  # where the run may be to end already
         self._heard_at = 0.0  # when it was last found out who has something to say
@@ -107,8 +103,10 @@ class LocalEngine:
         """
         self._session, self._coordinator = session, session.coordinator
         self._trace = open_trace(self._traces, "supervisor", warn=session.warn)
-        self._saves = Saves(session, self._tell_learner, self._trace)
+        self._saves = Saves(session, self.tell_learner, self._trace)
         self._faults = EnvironmentFaults(session)
+        self._end = Ending(session, self._fleet, self._saves, self)
+        wanted_since = 0.0
         self._first_epoch = session.epoch
         try:
             self._control = ControlServer(self._directory)
@@ -117,13 +115,13 @@ class LocalEngine:
         self._start_learner()
         self._serve()
         self._place()
-        while self._reason is None or not self._finished():
+        while self._reason is None or not self._end.finish(wanted_since):
             if interrupted():
                 session.wanted_end = session.wanted_end or "interrupted"
             if asked():
                 self._inquire(lambda found: print(in_words(found), file=sys.stderr, flush=True))
             if session.wanted_end and not self._saves.under_way:
-                self._reason, self._wanted_since = session.wanted_end, time.monotonic()
+                self._reason, wanted_since = session.wanted_end, time.monotonic()
                 continue
             if self._at_checkpoint:
                 self._at_checkpoint = False
@@ -132,10 +130,15 @@ class LocalEngine:
             self._trace.begin(Span.DISPATCH)
             self._dispatch()
             self._trace.end()
-            self._attend()
+            self.attend()
         return {"reason": self._reason, "weights_sha256": self._saves.weights_sha256}
 
-    def _attend(self) -> None:
+    @property
+    def ends(self) -> bool:
+        """Whether there is a reason to end; no more once the learner was lost, and the run went back to its last checkpoint."""
+        return self._reason is not None
+
+    def attend(self) -> None:
         """Wait for words, a moment at most, and watch a few times a second."""
         self._listen(0.05 if self._inquiries else WATCH_SECONDS)
         if time.monotonic() - self._watched_at < WATCH_SECONDS:
@@ -180,7 +183,7 @@ class LocalEngine:
                     word = Word.decode(message)
                     self._coordinator.check_place(word.slot, word.identity)
             except ValueError as error:  # its memory is not what it was: native code of an environment wrote where it should not
-                self._kill(process, f"sent what is no message ({error})")
+                self.kill(process, f"sent what is no message ({error})")
                 return
             if process.name == "learner":
                 self._learner_said(said)
@@ -204,9 +207,9 @@ class LocalEngine:
         if not self._fleet.learner.ready:
             return
         if not self._saves.under_way and (batch := self._coordinator.next_batch()) is not None:
-            self._tell_learner({"do": "train", "rollouts": [[slot, list(identity)] for slot, identity in batch]})
+            self.tell_learner({"do": "train", "rollouts": [[slot, list(identity)] for slot, identity in batch]})
 
-    def _tell_learner(self, order: dict[str, Any]) -> None:
+    def tell_learner(self, order: dict[str, Any]) -> None:
         self._fleet.learner.told_at = time.monotonic()
         tell(self._fleet.learner, to_json(order))
 
@@ -332,9 +335,9 @@ class LocalEngine:
         try:
             connect(self._fleet.inference, actor)
         except OSError as error:
-            self._kill(actor, f"cannot be connected with the inference server: {error.strerror or error}")
+            self.kill(actor, f"cannot be connected with the inference server: {error.strerror or error}")
 
-    def _kill(self, process: Process, why: str) -> None:
+    def kill(self, process: Process, why: str) -> None:
         if process.up and not process.doomed:
             self._session.observer.event("killed", role=process.name, index=process.index, reason=why)
         self._fleet.kill(process, why)
@@ -354,7 +357,7 @@ class LocalEngine:
 
     def _died(self, death: Death) -> None:
         process = death.process
-        if process.name != "learner" and self._ending:
+        if process.name != "learner" and self._end.begun:
             return  # what it was making is in flight still, and ends as such
         if process.retired:
             self._coordinator.lost(process.index)
@@ -442,23 +445,23 @@ class LocalEngine:
         self._saves.abandon()
         self._recoveries.forget("actor", "group", "inference")
         self._session.return_to_checkpoint()
-        self._reason, self._ending, self._at_checkpoint = None, False, True
+        self._reason, self._end.begun, self._at_checkpoint = None, False, True
         self._start_learner()
         self._serve()
         self._place()
 
     # ---- watching ------------------------------------------------------------------------------------------------
     def _watch(self) -> None:
-        """Who is stopped, who hangs, who may start again. Of actors that were told to end, `_end_actors` sees the end."""
+        """Who is stopped, who hangs, who may start again. Of actors that were told to end, engines/ending.py sees the end."""
         now = time.monotonic()
         situation = self._situation(now)
         for process, seen in zip(self._fleet.processes, situation.seen, strict=True):
-            watched = process.pid and not process.doomed and not (self._ending and process.name == "actor")
+            watched = process.pid and not process.doomed and not (self._end.begun and process.name == "actor")
             if watched and (verdict := self._watcher.look(seen, now)):
                 self._condemn(process, seen.record, verdict)
         self._watch_zygote(now)
         self._start_learner()
-        if not self._ending:
+        if not self._end.begun:
             self._renew()
         self._session.observer.tick([seen.record for seen in situation.seen])
 
@@ -483,7 +486,7 @@ class LocalEngine:
             self._blame("hang", what, record, how, stack_of(process.pid, self._fleet.log_of(process)), record.age_seconds)
         why = HANGS if verdict.kind == "environment" else verdict.reason
         self._recoveries.lost(process.name, process.index, why, time.monotonic())
-        self._kill(process, why)
+        self.kill(process, why)
 
     def _blame(self, kind: str, what: str, record: ActivityRecord, how: dict[str, str], stack: str, seconds_ago: float = 0.0) -> None:
         fault = self._faults.lost(kind, what, (record.group, record.row, record.env), how, stack)
@@ -527,82 +530,6 @@ class LocalEngine:
             actor.deaths = 0
         self._place()
         self._session.observer.event("scaled", actors=actors)
-
-    # ---- the end -------------------------------------------------------------------------------------------------
-    def _finished(self) -> bool:
-        """The actors end, so that nothing is stepped that the ledger does not see; then a last checkpoint, then the learner ends.
-
-        False: the learner was lost on the way. The run went back to its last checkpoint, and goes on.
-        """
-        self._end_actors()
-        given_up = self._reason is not None and not self._update_ended()
-        if given_up:
-            self._give_up_update()
-        if self._reason is not None:
-            self._coordinator.shut_down()
-            if not given_up:
-                self._save_last()
-        if self._reason is None:
-            return False
-        self._tell_learner({"do": "stop"})
-        self._stop_server()
-        self._fleet.wait_for_ends(time.monotonic() + END_SECONDS)
-        return True
-
-    def _stop_server(self) -> None:
-        if self._fleet.inference is not None:
-            tell(self._fleet.inference, to_json({"do": "stop"}))
-
-    def _end_actors(self) -> None:
-        self._ending = True
-        for actor in self._fleet.actors:
-            tell(actor, Word(Kind.STOP).encode())
-        deadline = time.monotonic() + END_SECONDS
-        while self._reason is not None and any(a.up for a in self._fleet.actors):
-            self._attend()
-            if time.monotonic() > deadline:
-                for actor in self._fleet.actors:
-                    self._kill(actor, "did not end")
-            if time.monotonic() > deadline + STOP_SECONDS:
-                raise ProcessError("an actor could not be ended; see `ps` for a process in uninterruptible sleep")
-
-    def _update_ended(self) -> bool:
-        """Wait for the update that is under way, if there is one. False: it takes too long, and there is a checkpoint to fall back on."""
-        while self._reason is not None and self._coordinator.learner_busy:
-            if self._session.checkpoint_path is not None and time.monotonic() > self._wanted_since + UPDATE_SECONDS:
-                return False
-            self._attend()
-        return True
-
-    def _give_up_update(self) -> None:
-        """Whoever pressed Ctrl-C does not wait for a long update: the run ends at its last checkpoint, from which `resume` goes on."""
-        self._fleet.kill(self._fleet.learner, "its update took too long to wait for")
-        self._stop_server()  # all others have ended: it would be waited for in vain
-        self._fleet.wait_for_ends(time.monotonic() + END_SECONDS)
-        path = self._session.return_to_checkpoint()
-        assert path is not None
-        self._saves.weights_sha256 = load_checkpoint(path).json("learner")["weights_sha256"]
-
-    def _save_last(self) -> None:
-        """Wait for the learner (it may be loading still) and for its part of the checkpoint; one that hangs in either is replaced."""
-        while self._reason is not None and not self._fleet.learner.ready:
-            self._attend()
-        if self._reason is not None and not self._saves.under_way:
-            self._saves.begin()
-        while self._reason is not None and self._saves.under_way:
-            self._attend()
-        if self._reason is not None and self._saves.refused:
-            self._end_at_kept()
-
-    def _end_at_kept(self) -> None:
-        """The last checkpoint was refused: one of the same update that was kept before is as good; without one the run has not ended well."""
-        path = self._session.checkpoint_path
-        kept = None if path is None else load_checkpoint(path)
-        if kept is None or kept.update != self._coordinator.version:
-            raise CheckpointError(
-                f"the last checkpoint could not be saved; `shoal resume` goes on from the one before. {self._saves.refused}"
-            )
-        self._saves.weights_sha256 = kept.json("learner")["weights_sha256"]
 
 
 def _call(record: ActivityRecord) -> str:
