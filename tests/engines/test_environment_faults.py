@@ -114,7 +114,7 @@ def test_a_hang_among_environments_that_act_on_their_own_is_told_in_full(tmp_pat
             progress=SilentView(io.StringIO()),
         )  # fmt: skip
     report = caught.value.report
-    assert {"kind": "hang", "environment": ZOO, "step": 4, "expected": "at most 1 s"}.items() <= report.items()
+    assert {"kind": "hang", "environment": ZOO, "step": 5, "expected": "at most 1 s"}.items() <= report.items()
     assert report["last_action"] in (0, 1)
     assert report["hint"]
     assert "faulty.py" in str(report["traceback"])
