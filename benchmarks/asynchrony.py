@@ -5,7 +5,7 @@ Sync PPO; APPO and IMPALA at a lag of 1, 2, 4, 8 and 16 updates, with V-trace's 
 final policy is evaluated. Every measurement is appended to `results/asynchrony.jsonl` as soon as it is there, so that a bench that was cut off goes on with
 the next one (seed by seed, so that it may be ended early). `results/asynchrony.md` and `docs/figures/asynchrony.png` are written from all of it.
 
-**Which lag?** As shipped, at most two batches are ahead of the learner, and environments that are alike never come over a lag of 2, whatever `max_policy_lag`
+**Which lag?** As shipped, at most two batches are ahead of the learner, and with environments that are alike the lag stays about 2, seldom 3, whatever `max_policy_lag`
 allows: larger bounds cannot bite. So the rows `lag-L` keep the queue full, L batches deep (curve.py): the lag is what the row says, and nothing else differs.
 
     python benchmarks/asynchrony.py                                       what is missing

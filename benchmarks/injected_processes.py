@@ -15,13 +15,14 @@ from typing import Any
 from injected import CAP_SECONDS, ENDLESS, ROOT, Found, Row, answer, events, kwargs  # first: it finds the tests' helpers
 
 from faults.living import SMALL, TINY, Living, command, living, saved
+from shoal.engines.fleet import DEATHS_IN_A_ROW as DEATHS
+from shoal.engines.fleet import back_off_seconds
 from shoal.files import CheckpointDirectory
 from shoal.supervision.injector import roles_below
 
 ZOO = f"{ROOT / 'tests' / 'environments' / 'faulty.py'}:make"
 SIMULATED = ROOT / "tests" / "faults" / "simulated.py"
 ALGORITHMS = {"ppo": ["--algorithm", "ppo"], "appo": ["--algorithm", "appo"]}
-DEATHS = 5  # in a row, after which a role is gone for good
 
 
 # ---- actors and the learner, at random moments ----------------------------------------------------------------------------
@@ -153,6 +154,8 @@ def crash_loop(name: str, code: int, says: str) -> Callable[[Found, Path], None]
                 time.sleep(0.01)
             found.seconds = [time.monotonic() - begun]
             got, said, _ = answer(run)
+        least = sum(map(back_off_seconds, range(1, DEATHS)))
+        found.expect(found.seconds[0] > least, f"it did not back off: {least:g} s of waiting are wanted")
         message = said.get("error", {}).get("message", "")
         found.expect(got == code, f"code {got}: {message or run.said[-200:]}")
         found.expect(says in message, f"the message is {message}")

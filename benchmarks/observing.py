@@ -13,6 +13,7 @@ from pathlib import Path
 from rows import ROOT, SHOAL, CommandError
 
 from shoal.monitoring.store import MetricPoint, RunReader
+from shoal.supervision.processes import pss_bytes
 
 WARM_UP_SECONDS = 5.0
 
@@ -73,15 +74,6 @@ def tree(pid: int) -> list[int]:
     return found
 
 
-def pss_mb(pid: int) -> float:
-    """Proportional set size of a process, in MB (10^6 bytes); 0 where it is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return sum(int(text.split()[1]) for text in lines if text.startswith("Pss:")) * 1024 / 1e6
-
-
 def memory_of(arguments: Sequence[str], run: Path, seconds: float, every_seconds: float) -> list[tuple[float, float]]:
     """(seconds since the prompt, PSS of the whole tree of processes in MB) of a training while it lives, which is then ended."""
     with training(arguments, run) as process:
@@ -89,7 +81,7 @@ def memory_of(arguments: Sequence[str], run: Path, seconds: float, every_seconds
         for elapsed in _ticks(seconds, every_seconds):
             if process.poll() is not None:
                 raise CommandError(f"the training ended after {elapsed:.0f} s by itself: {(run.parent / 'log').read_text()[-2000:]}")
-            samples.append((elapsed, sum(map(pss_mb, tree(process.pid)))))
+            samples.append((elapsed, pss_bytes(tree(process.pid)) / 1e6))
         return samples
 
 

@@ -94,6 +94,12 @@ def digest(settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def code_digest(source: Path = ROOT / "src") -> str:
+    """A short name for the code that is measured: of every Python file's name and content."""
+    digests = [(str(path.relative_to(source)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(source.rglob("*.py"))]
+    return digest(digests)[:8]
+
+
 # ---- what was measured -----------------------------------------------------------------------------------------------
 class Store:
     """`STEM.jsonl`, one measurement a line, the newest of its key counting; and `STEM.md`, made of it by `page`."""

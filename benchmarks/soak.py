@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from shoal.benching import measuring
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "soak.md"
@@ -101,16 +101,8 @@ def line(row: dict[str, Any]) -> Iterator[str]:
 
 def machine() -> str:
     """Said with every row: rows may come from several machines."""
-    cores = len(os.sched_getaffinity(0))
-    return f"{cpu()}, {cores} cores, torch {version('torch')}, Python {platform.python_version()}"
-
-
-def cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [text.partition(":")[2].strip() for text in info.read_text().splitlines() if text.startswith("model name")] if info.exists() else []
-    )
-    return names[0] if names else platform.machine()
+    m = measuring.machine()
+    return f"{m['cpu']}, {m['cores']} cores, torch {m['torch']}, Python {m['python']}"
 
 
 if __name__ == "__main__":

@@ -6,13 +6,15 @@ Legend: T rows of a rollout, B environments of a group.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from shoal.environments.spaces import MASK, mask_writer, observation_writer
+from shoal.environments.spaces import allocate as allocate_observation
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring, Slot, allocate
 from shoal.experience.schema import Schema, rollout_schema
@@ -39,6 +41,19 @@ def policy_fields(state: bool = True) -> list[FieldSpec]:
 
 def scripted_schema(num_rows: int = 4, num_envs: int = 3, *, state: bool = True, **spec: Any) -> Schema:
     return rollout_schema(scripted_spec(**spec), policy_fields(state), num_rows, num_envs)
+
+
+def flatten_observation(spec: EnvironmentSpec, observation: Any, info: Mapping[str, Any] | None = None) -> Arrays:
+    """One (nested) observation as arrays by field name, [*shape], with `action_mask` [A] where the spec has one.
+
+    Raises:
+      SpaceMismatch: the observation is not what the spec says.
+    """
+    rows = allocate_observation(spec)
+    observation_writer(spec, rows)(observation)
+    if spec.action_mask == "info" and info is not None and MASK in info:
+        mask_writer(spec, rows[MASK])(info[MASK])
+    return rows
 
 
 def poisoned_ring(schema: Schema, num_slots: int) -> Ring:

@@ -251,6 +251,28 @@ def test_a_damaged_file_of_a_run_is_named_with_what_to_do_and_the_run_goes_on_wi
     assert ledger == {"produced": 3 * BATCH, "trained": 3 * BATCH, "dropped": {}, "in_flight": 0}
 
 
+@pytest.mark.parametrize("damaged", ["", '{"reason": "upd', "[]", "{}"])
+def test_a_damaged_result_is_none_and_blocks_nothing(damaged):
+    train(stop={"updates": 1}, run_dir="mine")
+    Path("mine/result.json").write_text(damaged)
+    with pytest.warns(RuntimeWarning, match=r"result\.json is damaged"):
+        assert shoal.load("mine", env=Drift).evaluate(episodes=1)["episodes"] == 1
+    assert "result.json is damaged" in shoal.runs.show("mine")["warnings"][0]
+    with pytest.warns(RuntimeWarning, match=r"result\.json is damaged"):
+        assert resume("mine", env=Drift, stop={"updates": 2}).result["updates"] == 2
+
+
+def test_a_profile_that_is_refused_costs_nothing_else():
+    Path("mine/profile.json").mkdir(parents=True)
+    assert train(stop={"updates": 1}, run_dir="mine", profile=True).result["updates"] == 1
+    Path("yours").mkdir()
+    Path("yours/profile").touch()
+    assert train(stop={"updates": 1}, run_dir="yours", profile=True).result["updates"] == 1
+    for name, says in (("mine", "profile.json could not be written (cannot write"), ("yours", "there will be no profile.json: ")):
+        (warning,) = (event for event in shoal.runs.show(name)["faults"]["newest"] if event["kind"] == "warning")
+        assert warning["message"].startswith(says)
+
+
 def test_a_run_without_a_checkpoint_begins_again_and_says_so():
     run = train(stop={"updates": 2}, run_dir="mine")
     shutil.rmtree("mine/checkpoints")

@@ -24,6 +24,7 @@ from shoal.environments.instance import offered_snapshot_bytes
 from shoal.environments.make import make_group
 from shoal.errors import ConfigError
 from shoal.monitoring.live import SilentView
+from shoal.monitoring.store import RunReader
 from shoal.supervision.injector import Injection
 
 
@@ -44,6 +45,8 @@ def test_a_training_under_all_faults_balances_and_learns_the_same(tmp_path, monk
     assert found["faults"]["nan"]["recovered"] >= 1
     assert found["restarts"] >= 2
     assert found["seconds"]["faulty"] >= 3.0
+    with RunReader(tmp_path / "run" / "run.db") as reader:
+        assert reader.events("warning") == []
 
 
 def test_a_run_that_is_not_to_be_compared_is_not_executed_again(tmp_path, monkeypatch):
@@ -151,3 +154,9 @@ def test_what_is_no_time_is_refused(text):
 def test_chaos_that_cannot_be_is_refused(every, settings, words):
     with pytest.raises(ConfigError, match=words):
         chaos("CartPole-v1", every, 1.0, **settings)
+
+
+def test_chaos_that_is_refused_before_it_begins_leaves_nothing(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean CartPole"):
+        chaos("CartPoel-v1", {"kill": 5.0}, 1.0, run_dir=str(tmp_path / "run"), actors=1, progress=SilentView(io.StringIO()))
+    assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from shoal import files
 from shoal.errors import CheckpointError, RunError, SchemaError
-from shoal.files import CheckpointDirectory, Loaded, arrays_from_bytes, load_checkpoint, lock_run, run_holder, write_text_atomically
+from shoal.files import CheckpointDirectory, Loaded, arrays_from_bytes, load_checkpoint, write_text_atomically
+from shoal.locks import lock_run, run_holder
 from shoal.types import CURSOR
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
@@ -360,7 +361,7 @@ def test_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
 
 
-HOLDER = "import sys, time; from shoal.files import lock_run; lock = lock_run(sys.argv[1]); print('held', flush=True); time.sleep(60)"
+HOLDER = "import sys, time; from shoal.locks import lock_run; lock = lock_run(sys.argv[1]); print('held', flush=True); time.sleep(60)"
 
 
 def test_a_living_run_is_named_and_a_killed_one_leaves_the_lock(tmp_path: Path) -> None:
@@ -382,7 +383,7 @@ def test_a_living_run_is_named_and_a_killed_one_leaves_the_lock(tmp_path: Path) 
 
 ORPHAN = """
 import os, sys, time
-from shoal.files import lock_run
+from shoal.locks import lock_run
 lock = lock_run(sys.argv[1])
 if os.fork():
     os._exit(0)

@@ -14,7 +14,8 @@ import pytest
 from shoal import runs
 from shoal.config import RunConfig
 from shoal.errors import ConfigError, RunError
-from shoal.files import CheckpointDirectory, lock_run, to_json, write_text_atomically
+from shoal.files import CheckpointDirectory, to_json, write_text_atomically
+from shoal.locks import lock_run
 from shoal.monitoring.store import RunStore
 from shoal.settings import load_config
 

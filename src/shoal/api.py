@@ -11,6 +11,7 @@ import os
 import secrets
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,12 @@ from shoal.environments.make import check_registered
 from shoal.errors import CheckpointError, ConfigError, EnvironmentFault, RunError, ShoalError
 from shoal.experience.ring import Ring, allocate
 from shoal.experience.schema import Schema, rollout_schema
-from shoal.files import CheckpointDirectory, Loaded, lock_run, write_text_atomically
+from shoal.files import CheckpointDirectory, Loaded, write_text_atomically
+from shoal.locks import lock_run
 from shoal.monitoring.live import SilentView, View, open_view
 from shoal.monitoring.profile import TRACES, begin_profile, finish_profile
 from shoal.monitoring.recorder import Callback, Recorder, lag_summary
-from shoal.runs import find_run, new_run
+from shoal.runs import find_run, new_run, read_result
 from shoal.settings import adapt_actors, dump_config, load_config, resolve
 from shoal.types import EnvironmentSpec, FieldSpec
 
@@ -71,6 +73,7 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
+        """Complete and resolved, as it was when its last part began. Raises ConfigError where the file was damaged since."""
         return load_config(self.path / "config.yaml")
 
 
@@ -145,10 +148,12 @@ def load(path: str | os.PathLike[str], *, env: Callable[..., Any] | None = None,
     Args:
       env, network: the environment's factory and the network, where the run was started with objects that have no import path.
     """
-    directory = find_run(path)
-    result = directory / "result.json"
+    directory, said = find_run(path), list[str]()
     objects = {name: found for name, found in (("env", env), ("network", network)) if found is not None}
-    return Run(directory, json.loads(result.read_text()) if result.exists() else {}, objects)
+    run = Run(directory, read_result(directory, said), objects)
+    for warning in said:
+        warnings.warn(warning, RuntimeWarning, stacklevel=2)
+    return run
 
 
 def evaluate(
@@ -169,10 +174,18 @@ def evaluate(
     Returns:
       episodes, mean_return, std_return, iqm, ci95 [low, high], min, max, mean_length.
     """
+    policy = run.policy() if isinstance(run, Run) else load(run).policy()
+    return _play(policy, episodes=episodes, seed=seed, video=video, deterministic=deterministic, max_episode_steps=max_episode_steps)
+
+
+def _play(policy: LoadedPolicy, **how: Any) -> dict[str, Any]:
+    """Episodes in this process, each call of an environment within its limit."""
+    from shoal.engines.alarm import CallClock, limited
     from shoal.evaluation import evaluate as play
 
-    policy = run.policy() if isinstance(run, Run) else load(run).policy()
-    return play(policy, episodes=episodes, seed=seed, video=video, deterministic=deterministic, max_episode_steps=max_episode_steps)
+    clock = CallClock()
+    with limited(clock.age_seconds, policy.env_config.step_timeout_seconds):
+        return play(policy, tell=clock, **how)
 
 
 def check(target: str | Callable[..., Any], **settings: Any) -> CheckReport:
@@ -265,8 +278,8 @@ def execute(
         wants_end = stack.enter_context(_interrupts())
         traces = ""
         if profile:
-            traces = str(begin_profile(directory).absolute())
-            stack.callback(_finish_profile, directory, recorder)
+            traces = _begin_profile(directory, recorder)
+            stack.callback(_finish_profile, directory, traces, recorder)
         execute = _run_inline if config.actors == 0 else _run_local
         try:
             result = execute(config, objects, directory, loaded, recorder, wants_end, traces)
@@ -288,13 +301,22 @@ def execute(
     return Run(directory, result, objects)
 
 
-def _finish_profile(directory: Path, recorder: Recorder) -> None:
+def _begin_profile(directory: Path, recorder: Recorder) -> str:
+    """The directory for traces; "" where the disk refuses."""
     try:
-        finish_profile(directory)
+        return str(begin_profile(directory).absolute())
     except OSError as error:
-        recorder.event(
-            "warning", message=f"profile.json could not be written ({error.strerror or error}); the traces are in {directory / TRACES}"
-        )
+        recorder.event("warning", message=f"there will be no profile.json: {error.strerror or error} ({directory / TRACES})")
+        return ""
+
+
+def _finish_profile(directory: Path, traces: str, recorder: Recorder) -> None:
+    """The run is made, whatever becomes of its profile."""
+    try:
+        if traces:
+            finish_profile(directory)
+    except (OSError, RunError, ValueError) as error:
+        recorder.event("warning", message=f"profile.json could not be written ({error}); the traces are in {traces}")
 
 
 def _run_inline(
@@ -332,11 +354,10 @@ def _run_inline(
         result = _result(session, engine.run(wants_end), directory)
         wants_end.armed = False
         if _evaluates(config, result):
-            from shoal.evaluation import evaluate as play
             from shoal.evaluation import load_policy
 
             policy = load_policy(directory, network=objects.get("network"), environment=objects.get("env"))
-            result["evaluation"] = play(policy, episodes=config.evaluation.episodes, seed=config.evaluation.seed)
+            result["evaluation"] = _play(policy, episodes=config.evaluation.episodes, seed=config.evaluation.seed)
         return result
     finally:
         torch.set_num_threads(threads)
@@ -508,7 +529,7 @@ def _is_over(run: Run) -> bool:
     if run.result.get("reason") in (None, "interrupted"):
         return False
     with contextlib.suppress(CheckpointError):
-        return CheckpointDirectory(run.path / "checkpoints").newest().update == int(run.result["updates"])
+        return CheckpointDirectory(run.path / "checkpoints").newest().update == run.result.get("updates")
     return False
 
 

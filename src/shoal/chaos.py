@@ -20,7 +20,7 @@ from shoal.engines.environment_faults import EARLY_SECONDS
 from shoal.errors import ConfigError
 from shoal.monitoring.live import View
 from shoal.monitoring.store import RunReader
-from shoal.runs import create_run, quantile
+from shoal.runs import new_run, quantile
 from shoal.settings import resolve
 from shoal.supervision.injector import Injection, Injector
 
@@ -111,18 +111,18 @@ def chaos(
     config.preset = preset
     _check(config, every)
     config.env.restart_budget = max(config.env.restart_budget, _BUDGET)
-    directory = create_run(config)
-    path = directory / "chaos.flags"
-    objects = _wrapped(config, path) if "nan" in every else {}
     stretches = Stretches(seconds, min(MAX_STRETCH_SECONDS, max(MIN_STRETCH_SECONDS, seconds / PERIODS)))
 
     def active(kind: str) -> bool:
         """An environment's fault in the first seconds of a run is taken for a bug, and ends it."""
         return stretches.faulty and (kind != "nan" or stretches.running_seconds > EARLY_SECONDS)
 
-    with closing(Injector(every, seed, active, path)) as injector:
-        injector.start()
-        run = execute(config, objects, directory, [stretches], progress)
+    with new_run(config) as begun:
+        path = begun.directory / "chaos.flags"
+        objects = _wrapped(config, path) if "nan" in every else {}
+        with closing(Injector(every, seed, active, path)) as injector:
+            injector.start()
+            run = execute(config, objects, begun.directory, [stretches], progress, discard=begun.discard)
     return _report(run, config, injector.sent, stretches, compare and config.mode != "async")
 
 

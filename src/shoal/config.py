@@ -25,6 +25,8 @@ class Section(BaseModel):
 
 
 class EnvConfig(Section):
+    """Which environment, in which form, and what it is allowed."""
+
     id: str = Field("", description="Gymnasium id, package.module:factory, file.py:factory, or an Atari id such as ALE/Pong-v5")
     kwargs: dict[str, Any] = Field(
         default_factory=dict, description="arguments of the environment's factory, such as --env.kwargs.gravity -3"
@@ -48,6 +50,8 @@ class EnvConfig(Section):
 
 
 class SamplingConfig(Section):
+    """How much is made at once: groups, environments of each, rows of a rollout."""
+
     groups: Positive | None = Field(
         None, description="environment groups; what they produce does not depend on the number of actors (default: 4)"
     )
@@ -57,6 +61,8 @@ class SamplingConfig(Section):
 
 
 class PolicyConfig(Section):
+    """The network, its exploration and normalisation, and where its actions are chosen."""
+
     hidden_sizes: list[Positive] = Field(default_factory=lambda: [64, 64], description="hidden layers of the actor's and the critic's MLP")
     activation: Literal["tanh", "relu", "elu", "silu"] = Field("tanh", description="between hidden layers")
     encoder: Literal["auto", "mlp", "nature_cnn", "compact_cnn"] = Field(
@@ -114,6 +120,8 @@ class PPOConfig(AlgorithmConfig):
 
 
 class VTraceConfig(AlgorithmConfig):
+    """What the algorithms with V-trace (Espeholt et al. 2018, arXiv:1802.01561) have."""
+
     modes = ("async", "sync")
 
     vtrace: bool = Field(True, description="correct for policy lag with V-trace; without it the importance weights are 1")
@@ -153,6 +161,8 @@ BUILT_IN: dict[str, type[AlgorithmConfig]] = {"ppo": PPOConfig, "impala": Impala
 
 
 class StopConfig(Section):
+    """Conditions of which the first that is met ends the run."""
+
     return_: FiniteFloat | None = Field(None, alias="return", description="mean return of the last 100 training episodes")
     env_steps: Positive | None = Field(None, description="environment steps trained")
     updates: Positive | None = Field(None, description="policy versions made")
@@ -160,6 +170,8 @@ class StopConfig(Section):
 
 
 class LearnerConfig(Section):
+    """How the learner computes, and how long an update may take."""
+
     threads: Annotated[int, Field(gt=0, le=256)] = Field(1, description="torch threads; part of what the bits of a run depend on")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the encoders while learning; weights, optimizer, log-probabilities and losses are float32 with either"
@@ -171,6 +183,8 @@ class LearnerConfig(Section):
 
 
 class EvaluationConfig(Section):
+    """What the final policy plays at the end of the run."""
+
     episodes: Annotated[int, Field(ge=0)] = Field(
         0, description="episodes that the final policy plays when a stop condition has ended the run, as `shoal evaluate` does; 0: none"
     )
@@ -178,6 +192,8 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """When checkpoints are made, and how many are kept."""
+
     every_seconds: PositiveFloat | None = Field(30.0, description="wall time between checkpoints")
     every_updates: Positive | None = Field(None, description="updates between checkpoints, besides those by time")
     keep: Annotated[int, Field(ge=2)] = Field(3, description="newest checkpoints kept")

@@ -1,4 +1,4 @@
-"""Files of a run: checkpoints that are whole or not there, text replaced in one step, and the lock of a living run.
+"""Files of a run: checkpoints that are whole or not there, and text that is replaced in one step.
 
 A checkpoint is a directory `update-000000123` of safetensors and JSON files (`write_arrays`, `write_json`, or written into
 `Staging.path` by another process) and a `manifest.json` with the size and SHA-256 of each. It is made aside, every file and
@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import stat
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +30,11 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
 from shoal.errors import CheckpointError, RunError, SchemaError
+from shoal.locks import is_other_living_process
 from shoal.types import Array, Arrays
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-LOCK = "run.lock"
 _MANIFEST_BYTES = 2**24  # a manifest is shorter; a longer file is none, and is not read into memory
 _COMMITTED = re.compile(r"update-(\d{9,18})(?:\.(\d{1,9}))?")
 _STAGING = re.compile(r"\.staging-\d+-(\d+)")
@@ -168,7 +166,7 @@ class Loaded:
 
 
 class CheckpointDirectory:
-    """The checkpoints of a run. One process saves (the holder of `lock_run`); any may read."""
+    """The checkpoints of a run. One process saves (the holder of `locks.lock_run`); any may read."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
@@ -218,7 +216,7 @@ class CheckpointDirectory:
                 shutil.rmtree(trash, ignore_errors=True)
         for path in self.root.iterdir():
             staging = _STAGING.fullmatch(path.name)
-            dead = staging and path not in self._active and not _is_other_living_process(int(staging[1]))
+            dead = staging and path not in self._active and not is_other_living_process(int(staging[1]))
             if dead or path.name.startswith(_TRASH):
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -315,104 +313,6 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
         _sync(path.parent)
     except OSError as error:
         raise RunError(f"cannot write {path}: {os.strerror(error.errno or errno.EIO)}") from error
-
-
-class RunLock:
-    """Held for as long as the run lives; the kernel lets go of it when the process dies. A forked child does not hold it."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        _locks[descriptor] = os.getpid()
-
-    def release(self) -> None:
-        if _locks.pop(self._descriptor, None) == os.getpid():
-            os.ftruncate(self._descriptor, 0)
-            os.close(self._descriptor)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
-_locks: dict[int, int] = {}  # descriptor -> process that took it
-
-
-def _forget_locks() -> None:
-    for descriptor in _locks:
-        os.close(descriptor)
-    _locks.clear()
-
-
-os.register_at_fork(after_in_child=_forget_locks)
-
-
-def lock_run(directory: str | os.PathLike[str], *, wait_seconds: float = 5.0) -> RunLock:
-    """Take the run for this process. `wait_seconds` is how long the last children of a killed run may take to die.
-
-    Raises RunError, which names the process, where a living run holds it; or which says why nothing can be written there.
-    """
-    try:
-        descriptor = os.open(Path(directory) / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise RunError(
-            f"cannot write {Path(directory) / LOCK}: {os.strerror(error.errno or errno.EIO)}; a run needs its directory"
-        ) from error
-    deadline = time.monotonic() + wait_seconds
-    try:
-        while not _try_lock(descriptor, fcntl.LOCK_EX):
-            holder = _holder(descriptor)
-            living = holder is not None and (holder == os.getpid() or _is_other_living_process(holder))
-            if living or time.monotonic() > deadline:
-                raise RunError(
-                    f"{directory} is in use by process {holder or 'unknown'}; stop it (Ctrl-C or kill -INT) or choose another run directory"
-                )
-            time.sleep(0.01)
-        os.ftruncate(descriptor, 0)
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without the number
-            os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return RunLock(descriptor)
-
-
-def run_holder(directory: str | os.PathLike[str]) -> int | None:
-    """The process that holds the run now, or None."""
-    try:
-        descriptor = os.open(Path(directory) / LOCK, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        return None if _try_lock(descriptor, fcntl.LOCK_SH) else _holder(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _holder(descriptor: int) -> int | None:
-    text = os.pread(descriptor, 32, 0).strip()
-    return int(text) if text.isdigit() else None
-
-
-def _is_other_living_process(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
 
 
 def _committed(root: Path) -> list[tuple[int, int, Path]]:

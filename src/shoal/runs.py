@@ -24,7 +24,8 @@ from typing import Any
 
 from shoal.config import RunConfig
 from shoal.errors import ConfigError, NoRunError, ShoalError
-from shoal.files import CheckpointDirectory, run_holder, write_text_atomically
+from shoal.files import CheckpointDirectory, write_text_atomically
+from shoal.locks import run_holder
 from shoal.monitoring.store import RunReader
 from shoal.settings import dump_config, read_yaml
 
@@ -147,7 +148,7 @@ def _row(path: Path) -> dict[str, Any]:
 def _status(path: Path) -> str:
     if run_holder(path) is not None:
         return "running"
-    result = _result(path)
+    result = read_result(path)
     if result:
         return str(result["reason"])
     with contextlib.suppress(ShoalError), RunReader(path / DATABASE) as reader:
@@ -157,17 +158,27 @@ def _status(path: Path) -> str:
     return "stopped"
 
 
-def _result(path: Path) -> dict[str, Any]:
+def read_result(path: Path, warnings: list[str] | None = None) -> dict[str, Any]:
+    """How the run's last part ended; empty where it never ended by itself, or the file is damaged, which is added to `warnings`."""
+    file = path / RESULT
     try:
-        result = json.loads((path / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return {}
-    return result if isinstance(result, dict) and "reason" in result else {}
+    except (OSError, ValueError, RecursionError) as error:
+        result = str(error)
+    if isinstance(result, dict) and "reason" in result:
+        return result
+    if warnings is not None:
+        warnings.append(
+            f"{file} is damaged ({result if isinstance(result, str) else 'it names no reason'}): the run stands where its newest checkpoint says"
+        )
+    return {}
 
 
 def _progress(path: Path) -> dict[str, Any]:
     """How far the run came: what the database says while it runs or after a crash, else its result."""
-    result = _result(path)
+    result = read_result(path)
     if result and run_holder(path) is None:
         return {name: result.get(name) for name in ("env_steps", "updates", "seconds", "mean_return")}
     with RunReader(path / DATABASE) as reader:
@@ -198,7 +209,7 @@ def show(run: str | Path) -> dict[str, Any]:
         "configuration": read_yaml(path / CONFIG),
     }
     warnings: list[str] = []
-    result = _result(path)
+    result = read_result(path, warnings)
     meta: dict[str, Any] = {}
     try:
         with RunReader(path / DATABASE) as reader:

@@ -189,6 +189,7 @@ class EnvironmentGroup(Protocol):
 
     spec: EnvironmentSpec
     num_envs: int
+    resetting: Callable[[int, bool], None]  # called with (b, True) before environment b is reset in `step`, with (b, False) after it
 
     def restore(self, state: GroupState) -> list[int]: ...
     def observe(self, out: Arrays) -> None:
@@ -242,6 +243,9 @@ class Activity(IntEnum):
     SAVING = 6
     RESTORING = 7
     PUBLISHING = 8
+
+
+CLOSING = -1  # in place of RESTORING's row, which is 0: the group is being closed
 
 
 class ActivityRecorder(Protocol):

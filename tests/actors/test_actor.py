@@ -413,21 +413,48 @@ def test_a_group_that_moves_to_another_actor_goes_on_bit_for_bit(factory):
         stays.restore(1, history.state_at(k + 1))
 
 
+class Noting:
+    """A recorder that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, int, int, int]] = []
+
+    def enter(self, activity: int, group: int = -1, env: int = -1, row: int = -1) -> None:
+        self.told.append((activity, group, env, row))
+
+
 def test_the_recorder_is_told_what_goes_on():
-    told: list[tuple[int, int, int, int]] = []
-
-    class Noting:
-        def enter(self, activity: int, group: int = -1, env: int = -1, row: int = -1) -> None:
-            told.append((activity, group, env, row))
-
+    noting = Noting()
     ring = poisoned_ring(scripted_schema(T, B), 1)
-    actor = Actor(ring, ScriptedBehaviour(), lambda g: ScriptedGroup(g, B), run_id=RUN_ID, recorder=Noting())
+    actor = Actor(ring, ScriptedBehaviour(), lambda g: ScriptedGroup(g, B), run_id=RUN_ID, recorder=noting)
     actor.restore(G, fresh_state(B))
     actor.fill(0, Identity(G, 0, 0), closing_after(2))
-    assert told == [
-        (Activity.RESTORING, G, -1, -1),
+    assert noting.told == [
+        (Activity.RESTORING, G, -1, 0),
         (Activity.INFERRING, G, -1, 0),
         (Activity.STEPPING, G, -1, 0),
         (Activity.INFERRING, G, -1, 1),
         (Activity.STEPPING, G, -1, 1),
     ]
+
+
+class Twos(Drift):
+    """Every episode has two steps."""
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.length = 2
+        return self._observe(), {}
+
+
+def test_each_reset_within_a_row_has_a_time_of_its_own_and_a_name():
+    def make(group: int):
+        return make_group(EnvConfig(id="twos"), group, 2, 3, Twos)
+
+    noting = Noting()
+    ring = poisoned_ring(rollout_schema(make(0).spec, policy_fields(), T, 2), 1)
+    actor = Actor(ring, ScriptedBehaviour(), make, run_id=RUN_ID, recorder=noting)
+    actor.restore(G, fresh_state(2))
+    actor.fill(0, Identity(G, 0, 0), closing_after(2))
+    stepping = [(env, row) for activity, _, env, row in noting.told if activity == Activity.STEPPING]
+    assert stepping == [(-1, 0), (-1, 1), (0, 1), (-1, 1), (1, 1), (-1, 1)]

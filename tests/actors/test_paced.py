@@ -81,6 +81,9 @@ class Metronome:
         assert b not in self.left
         self.left[b], self.actions[b] = self._periods[b], int(action)
 
+    def call_began(self, b):
+        return 0.0
+
     def ready(self, timeout_seconds):
         self.asked += 1
         if self._publish_every and self.asked % self._publish_every == 0:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 import pytest
-from rows import CommandError, Entry, Measurement, Store, chosen, measure_all
+from rows import CommandError, Entry, Measurement, Store, chosen, code_digest, measure_all
 
 
 def store_in(directory: Path) -> Store:
@@ -62,6 +62,15 @@ def test_list_and_table_measure_nothing(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.count("to do") == 3
     measure_all(wanted(calls), store_in(tmp_path), options(table=True))
     assert not calls
+
+
+def test_code_goes_by_another_name_once_a_file_of_it_changes_or_moves(tmp_path: Path) -> None:
+    names = []
+    for name, text in (("a.py", "1"), ("a.py", "2"), ("b.py", "2"), ("c.txt", "2")):
+        (tmp_path / name).write_text(text)
+        names.append(code_digest(tmp_path))
+    assert len(set(names)) == 3
+    assert names[2] == names[3]
 
 
 def test_a_pattern_without_a_row_ends_with_code_2() -> None:

@@ -17,7 +17,7 @@ from shoal.cli import main
 from shoal.cli.control import tell_run
 from shoal.config import RunConfig
 from shoal.errors import RunError
-from shoal.files import lock_run
+from shoal.locks import lock_run
 from shoal.runs import create_run
 
 WAIT_SECONDS = 120.0

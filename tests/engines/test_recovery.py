@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -15,9 +16,13 @@ import pytest
 from walls import Wall
 
 import shoal
-from shoal.engines import environment_faults
+from shoal.engines import environment_faults, watch
 from shoal.engines.fleet import Fleet, Process
-from shoal.errors import DivergedError, EnvironmentFault, ProcessError, RunError
+from shoal.engines.local import LocalEngine
+from shoal.engines.saves import Saves
+from shoal.engines.session import Session
+from shoal.errors import CheckpointError, DivergedError, EnvironmentFault, ProcessError, RunError
+from shoal.files import Staging, load_checkpoint
 from shoal.monitoring.live import SilentView
 from shoal.monitoring.store import RunReader
 from shoal.runs import show
@@ -34,6 +39,26 @@ ASYNC = {**SMALL, "algorithm": {"name": "appo", "minibatch_size": 16, "epochs": 
 
 
 WALLS = f"{Path(__file__).parent / 'walls.py'}:Wall"
+
+
+DYING_NETWORK = """
+import torch
+
+
+class Trunk(torch.nn.Module):
+    num_features = 4
+
+    def forward(self, prepared):
+        if open("/proc/self/comm").read().startswith("shoal:{role}"):
+            raise RuntimeError("no memory is left on this device")
+        return self.layer(torch.cat([value.flatten(1) for value in prepared.values()], 1))
+
+
+def make(spec, config):
+    trunk = Trunk()
+    trunk.layer = torch.nn.Linear(sum(leaf.size for leaf in spec.observation), 4)
+    return trunk
+"""
 
 
 def train(directory: Path, **settings: Any) -> Any:
@@ -136,6 +161,16 @@ def test_an_inference_server_that_is_stopped_or_killed_with_the_helper_is_made_a
     assert back["learner"].startswith("the helper process is gone")
 
 
+def test_a_callback_that_takes_long_is_not_the_actors_fault(tmp_path, monkeypatch):
+    """What they said meanwhile is heard before they are judged by it."""
+    monkeypatch.setattr(watch, "UNHEARD_SECONDS", 1.2)
+    moments = {4: lambda: time.sleep(1.8), 6: lambda: time.sleep(1.8)}
+    environment = {"id": WALLS, "kwargs": {"step_seconds": 0.002}}
+    run = train(tmp_path / "run", **ASYNC, env=environment, stop={"updates": 8}, callbacks=[at(moments)])
+    assert events(run.path, "killed") == []
+    assert run.result["restarts"] == 0
+
+
 class Seeing(SilentView):
     """Keeps whom it was told of."""
 
@@ -162,26 +197,7 @@ def test_the_server_is_told_apart_from_the_actors(tmp_path):
 
 def test_a_server_that_dies_again_and_again_ends_the_run_with_its_log(tmp_path):
     network = tmp_path / "network.py"
-    network.write_text(
-        """
-import torch
-
-
-class Trunk(torch.nn.Module):
-    num_features = 4
-
-    def forward(self, prepared):
-        if open("/proc/self/comm").read().startswith("shoal:inference"):
-            raise RuntimeError("no memory is left on this device")
-        return self.layer(torch.cat([value.flatten(1) for value in prepared.values()], 1))
-
-
-def make(spec, config):
-    trunk = Trunk()
-    trunk.layer = torch.nn.Linear(sum(leaf.size for leaf in spec.observation), 4)
-    return trunk
-"""
-    )
+    network.write_text(DYING_NETWORK.format(role="inference"))
     policy = {"network": f"{network}:make", "inference": "server"}
     with pytest.raises(ProcessError, match=r"(?s)the inference server died 5 times .*exit code 1.*no memory is left on this device"):
         train(tmp_path / "run", policy=policy, device="cpu", stop={"updates": 12})
@@ -200,6 +216,25 @@ def test_a_killed_helper_process_and_all_roles_with_it_are_made_again(undisturbe
     assert run.result["weights_sha256"] == undisturbed["weights_sha256"]
     assert [e["role"] for e in events(run.path, "died")] == ["zygote", "zygote"]
     assert [e["role"] for e in events(run.path, "recovered")] == ["learner", "learner"]
+
+
+def test_a_learner_that_dies_again_and_again_backs_off_and_ends_the_run_with_its_log(tmp_path, monkeypatch):
+    network = tmp_path / "network.py"
+    network.write_text(DYING_NETWORK.format(role="learner"))
+    started, start = [], Fleet.start
+
+    def noted(self: Fleet, process: Process, *more: Any) -> None:
+        if process.name == "learner":
+            started.append(time.time())
+        start(self, process, *more)
+
+    monkeypatch.setattr(Fleet, "start", noted)
+    with pytest.raises(ProcessError, match=r"(?s)the learner died 5 times .*exit code 1.*no memory is left on this device"):
+        train(tmp_path / "run", policy={"network": f"{network}:make"}, stop={"updates": 12})
+    died = [e["time"] for e in events(tmp_path / "run", "died") if e["role"] == "learner"]
+    assert len(died) == len(started) == 5
+    waited = [again - then for then, again in zip(died, started[1:], strict=False)]
+    assert all(seconds > least for seconds, least in zip(waited, (0.0, 0.09, 0.19, 0.39), strict=True))
 
 
 def test_a_helper_process_that_is_killed_while_it_starts_is_replaced_too(tmp_path, monkeypatch):
@@ -284,6 +319,13 @@ def test_a_step_that_breaks_each_time_is_given_up_as_an_invalid_episode(settings
         assert result["env_steps"] == 16 * 2 * 2 * 8 - len(whats)
 
 
+def test_a_hang_while_an_environment_is_closed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment_faults, "EARLY_SECONDS", 0.0)
+    chosen = {"id": WALLS, "form": "python", "restart_budget": 1, "step_timeout_seconds": 0.8, "kwargs": {"what": "close"}}
+    with pytest.raises(EnvironmentFault, match=r"close\(\) has not returned for \d\."):
+        train(tmp_path / "run", env=chosen, sampling={**SMALL["sampling"], "groups": 1}, stop={"updates": 6}, actors=1)
+
+
 def test_a_crash_loop_backs_off_and_ends_with_the_last_traceback_when_the_budget_is_spent(tmp_path, monkeypatch):
     monkeypatch.setattr(environment_faults, "EARLY_SECONDS", 0.0)
     chosen = {"id": WALLS, "restart_budget": 3, "kwargs": {"what": "segfault", "at": 2}}
@@ -292,6 +334,160 @@ def test_a_crash_loop_backs_off_and_ends_with_the_last_traceback_when_the_budget
     assert len(events(tmp_path / "run", "environment_fault")) == 4
     assert "Fatal Python error: Segmentation fault" in str(caught.value)
     assert "walls.py" in str(caught.value)
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------------
+def spoil(staging: Staging) -> None:
+    """Nobody can write into it any more."""
+    shutil.rmtree(staging.path)
+    staging.path.write_text("in the way")
+
+
+@pytest.mark.parametrize("who", ["the learner", "the supervisor"])
+def test_an_end_whose_last_checkpoint_is_refused_is_no_good_end(who, tmp_path, monkeypatch):
+    begin, commit = Session.begin_checkpoint, Session.commit
+
+    def spoiled_begin(self: Session) -> Any:
+        begun = begin(self)
+        if who == "the learner" and self.coordinator.version == 3:
+            spoil(begun[0])
+        return begun
+
+    def spoiled_commit(self: Session, staging: Staging, *parts: Any) -> Any:
+        if who == "the supervisor" and staging.update == 3:
+            spoil(staging)
+        return commit(self, staging, *parts)
+
+    monkeypatch.setattr(Session, "begin_checkpoint", spoiled_begin)
+    monkeypatch.setattr(Session, "commit", spoiled_commit)
+    with pytest.raises(CheckpointError, match=r"the last checkpoint could not be saved.* Not a directory"):
+        train(tmp_path / "run", stop={"updates": 3}, actors=1)
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert len(events(tmp_path / "run", "checkpoint_failed")) == 1
+
+
+def test_an_end_at_an_update_that_is_kept_already_is_a_good_one(tmp_path, monkeypatch):
+    begin, commit = Session.begin_checkpoint, Session.commit
+    kept: list[Path] = []
+
+    def spoiled_once_kept(self: Session) -> Any:
+        begun = begin(self)
+        if kept:
+            spoil(begun[0])
+        return begun
+
+    def interrupted_once_kept(self: Session, staging: Staging, *parts: Any) -> Path:
+        path = commit(self, staging, *parts)
+        if staging.update == 2:
+            kept.append(path)
+            os.kill(os.getpid(), signal.SIGINT)
+        return path
+
+    monkeypatch.setattr(Session, "begin_checkpoint", spoiled_once_kept)
+    monkeypatch.setattr(Session, "commit", interrupted_once_kept)
+    result = train(tmp_path / "run", stop={"updates": 9}, actors=1, checkpoint={"every_updates": 1}).result
+    assert (result["reason"], result["updates"]) == ("interrupted", 2)
+    assert result["weights_sha256"] == load_checkpoint(kept[0]).json("learner")["weights_sha256"]
+    assert len(events(tmp_path / "run", "checkpoint_failed")) == 1
+
+
+def test_who_is_stopped_in_the_last_save_is_seen(undisturbed, tmp_path, monkeypatch):
+    """The learner is replaced, and makes what it lost again; the helper process is woken."""
+    begin = Session.begin_checkpoint
+    stopped: list[str] = []
+
+    def stops(self: Session) -> Any:
+        if self.coordinator.version == 12 and not stopped:
+            stopped.extend(("shoal:learner-0", "shoal:zygote"))
+            for name in stopped:
+                os.kill(pid_of(name), signal.SIGSTOP)
+        return begin(self)
+
+    monkeypatch.setattr(Session, "begin_checkpoint", stops)
+    run = train(tmp_path / "run", stop={"updates": 12}, checkpoint={"every_updates": 5})
+    assert run.result["weights_sha256"] == undisturbed["weights_sha256"]
+    assert [e["reason"] for e in events(run.path, "died")] == ["was stopped"]
+    assert len(events(run.path, "woken")) == 1
+
+
+def test_a_learner_that_hangs_in_an_update_while_a_run_without_a_checkpoint_ends_is_seen(tmp_path, monkeypatch):
+    begin, say = Session.begin_checkpoint, LocalEngine.tell_learner
+    refused: list[int] = []
+
+    def refuses_once(self: Session) -> Any:
+        if not refused:
+            refused.append(self.coordinator.version)
+            raise CheckpointError("no room")
+        return begin(self)
+
+    def stops_once(self: LocalEngine, order: dict[str, Any]) -> None:
+        if self._coordinator.version == 3:
+            os.kill(pid_of("shoal:learner-0"), signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGINT)
+        say(self, order)
+
+    monkeypatch.setattr(Session, "begin_checkpoint", refuses_once)
+    monkeypatch.setattr(LocalEngine, "tell_learner", stops_once)
+    run = train(tmp_path / "run", stop={"updates": 12}, actors=1, checkpoint={"every_updates": None, "every_seconds": None})
+    assert (run.result["reason"], run.result["updates"]) == ("interrupted", 0)
+    assert [e["reason"] for e in events(run.path, "died")] == ["was stopped"]
+
+
+def test_a_run_that_goes_back_to_where_it_is_to_end_makes_no_update_more(tmp_path, monkeypatch):
+    train(tmp_path / "run", stop={"updates": 3}, actors=1)
+    begin = Saves.begin
+    killed: list[int] = []
+
+    def kills_once(self: Saves) -> None:
+        begin(self)
+        if not killed:
+            killed.append(pid_of("shoal:learner-0"))
+            os.kill(killed[0], signal.SIGKILL)
+
+    monkeypatch.setattr(Saves, "begin", kills_once)
+    run = shoal.resume(tmp_path / "run", stop={"updates": 2}, progress=SilentView(io.StringIO()))
+    assert (run.result["reason"], run.result["updates"], run.result["restarts"]) == ("updates", 3, 1)
+
+
+def test_whoever_is_waited_for_at_an_end_without_the_last_update_was_told_to_end(tmp_path, monkeypatch):
+    say, wait = LocalEngine.tell_learner, Fleet.wait_for_ends
+    left: list[list[str]] = []
+
+    def interrupted(self: LocalEngine, order: dict[str, Any]) -> None:
+        say(self, order)
+        if order["do"] == "train":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def noted(self: Fleet, *given: Any) -> Any:
+        lost = wait(self, *given)
+        left.append([p.name for p in self.processes if p.up])
+        return lost
+
+    monkeypatch.setattr(LocalEngine, "tell_learner", interrupted)
+    monkeypatch.setattr(Fleet, "wait_for_ends", noted)
+    slow = f"{Path(__file__).parents[1] / 'faults' / 'simulated.py'}:Slow"
+    settings = {"algorithm": {"name": slow}, "policy": {"hidden_sizes": [8], "inference": "server"}, "device": "cpu"}
+    run = train(tmp_path / "run", **settings, actors=1, stop={"updates": 9})
+    assert (run.result["reason"], run.result["updates"]) == ("interrupted", 0)
+    assert left == [[], []]
+
+
+def test_a_hang_in_the_evaluation_at_the_end_is_named(tmp_path):
+    chosen = {"id": WALLS, "step_timeout_seconds": 1.0, "kwargs": {"what": "grip", "role": "evaluator"}}
+    with pytest.raises(EnvironmentFault, match=r"step\(\) has not returned for 1") as caught:
+        train(tmp_path / "run", env=chosen, stop={"updates": 2}, actors=1, evaluation={"episodes": 2})
+    report = caught.value.report
+    assert (report["kind"], report["step"]) == ("hang", 3)
+    assert "walls.py" in report["traceback"]
+    assert load_checkpoint(next((tmp_path / "run" / "checkpoints").glob("*2"))).update == 2
+
+
+def test_a_hang_in_an_evaluation_in_this_process_is_named(tmp_path):
+    chosen = {"id": WALLS, "step_timeout_seconds": 0.5, "kwargs": {"what": "hang", "role": ""}}
+    run = train(tmp_path / "run", env=chosen, stop={"updates": 1}, actors=1)
+    with pytest.raises(EnvironmentFault, match=r"step\(\) has not returned for 0\.") as caught:
+        run.evaluate(episodes=2)
+    assert (caught.value.report["kind"], caught.value.report["step"]) == ("hang", 3)
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------

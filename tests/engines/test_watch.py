@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from shoal.engines.recovery import Recoveries
-from shoal.engines.watch import INFER_SECONDS, RESTORE_TIMES, SAVE_SECONDS, START_SECONDS, STOPPED_SECONDS, UNHEARD_SECONDS, Seen, Watch
-from shoal.types import Activity, ActivityRecord
+from shoal.engines.watch import INFER_SECONDS, SAVE_SECONDS, START_SECONDS, STOPPED_SECONDS, UNHEARD_SECONDS, Seen, Watch
+from shoal.types import CLOSING, Activity, ActivityRecord
 
 LIMIT, UPDATE = 5.0, 100.0
 
@@ -19,23 +19,32 @@ def watch() -> Watch:
 
 def seen(name: str = "actor", activity: Activity = Activity.STEPPING, age: float = 0.0, **facts: Any) -> Seen:
     record = ActivityRecord(
-        activity, facts.pop("record_of", 2), 4, facts.pop("env", -1), 7, age, facts.pop("beats", 50), {}, facts.pop("whole", True)
+        activity,
+        facts.pop("record_of", 2),
+        4,
+        facts.pop("env", -1),
+        facts.pop("row", 7),
+        age,
+        facts.pop("beats", 50),
+        {},
+        facts.pop("whole", True),
     )
     given = {"state": "S", "up_seconds": 1000.0, "order_seconds": 1.0} | facts
     return Seen(name, 0, 2, record=record, **given)
 
 
 @pytest.mark.parametrize(
-    ("what", "age", "kind"),
+    ("what", "row", "age", "kind"),
     [
-        (Activity.STEPPING, LIMIT, "environment"),
-        (Activity.RESTORING, RESTORE_TIMES * LIMIT, "environment"),
-        (Activity.INFERRING, INFER_SECONDS, "stuck"),
+        (Activity.STEPPING, 7, LIMIT, "environment"),
+        (Activity.RESTORING, 0, LIMIT, "environment"),
+        (Activity.RESTORING, CLOSING, LIMIT, "environment"),
+        (Activity.INFERRING, 7, INFER_SECONDS, "stuck"),
     ],
 )
-def test_an_actor_that_is_too_long_in_one_thing_is_seen(what, age, kind):
-    assert watch().look(seen(activity=what, age=age - 0.1), 0.0) is None
-    verdict = watch().look(seen(activity=what, age=age + 0.1), 0.0)
+def test_an_actor_that_is_too_long_in_one_thing_is_seen(what, row, age, kind):
+    assert watch().look(seen(activity=what, row=row, age=age - 0.1), 0.0) is None
+    verdict = watch().look(seen(activity=what, row=row, age=age + 0.1), 0.0)
     assert verdict is not None
     assert verdict.kind == kind
 
@@ -43,6 +52,11 @@ def test_an_actor_that_is_too_long_in_one_thing_is_seen(what, age, kind):
 def test_a_hang_is_named_by_row_and_where_it_is_known_by_environment():
     verdicts = [watch().look(seen(age=6.0, env=env), 0.0) for env in (-1, 3)]
     assert [v.reason for v in verdicts if v] == ["in one step (row 7) for 6.0 s", "in one step (row 7, environment 3) for 6.0 s"]
+
+
+def test_what_an_environment_does_when_it_is_put_back_or_closed_has_a_name():
+    verdicts = [watch().look(seen(activity=Activity.RESTORING, age=6.0, row=row), 0.0) for row in (0, CLOSING)]
+    assert [v.reason for v in verdicts if v] == ["being put back for 6.0 s", "being closed for 6.0 s"]
 
 
 def test_an_actor_that_waits_without_an_order_may_wait_for_ever_and_one_with_an_order_may_not():

@@ -212,3 +212,17 @@ def test_a_vector_form_that_cannot_be_made_is_found_by_the_look_before_training(
     env = EnvConfig(id="fake", form="native", kwargs={"spin": 3})
     with pytest.raises(ConfigError, match=r"env\.kwargs of fake: .*'spin'"):
         probe(env, faulty.vector)
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_each_call_that_makes_or_puts_back_a_vector_form_is_told(mode):
+    told, resets = [], []
+    group = make_group(EnvConfig(id="fake", form="native"), 5, 3, 7, lambda num_envs: VectorWalk(num_envs, mode), progress=told.append)
+    assert told == [0, 0]  # made, and reset for its spec
+    recorder = Recorder(group)
+    recorder.begin(None)
+    assert told == [0, 0, 0]
+    group.resetting = lambda b, begins: resets.append((b, begins))
+    for _ in range(4):
+        recorder.step(np.zeros(3, np.int64))
+    assert resets == ([(0, True), (0, False)] * 2 if mode is AutoresetMode.DISABLED else [])

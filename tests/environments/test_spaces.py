@@ -9,7 +9,8 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.environments.spaces import SpaceMismatch, allocate, describe, flatten_observation, random_action, to_environment_action
+from rollout_fakes import flatten_observation
+from shoal.environments.spaces import SpaceMismatch, allocate, describe, random_action, to_environment_action
 from shoal.errors import ConfigError
 from shoal.types import EnvironmentSpec
 

@@ -17,8 +17,9 @@ from gymnasium import spaces
 sys.path.append(str(Path(__file__).parent))
 from helpers import Spaces, bundle
 
+from rollout_fakes import flatten_observation
 from shoal.config import EnvConfig, PolicyConfig
-from shoal.environments.spaces import flatten_observation, to_environment_action
+from shoal.environments.spaces import to_environment_action
 from shoal.errors import CheckpointError, ConfigError, RunError, SchemaError
 from shoal.evaluation import LoadedPolicy, load_policy
 from shoal.files import CheckpointDirectory

@@ -97,6 +97,9 @@ def test_a_run_without_descriptors_left_goes_on_and_saves_again_once_there_are(t
         last = saved(directory)[-1]
         with pytest.raises(RunError, match="did not answer within 1 s"):
             ask(directory, {"command": "state"}, 1.0)
+        (actor,) = (pid for pid in run.left() if Path(f"/proc/{pid}/comm").read_text().strip() == "shoal:actor-0")
+        os.kill(actor, signal.SIGKILL)
+        run.until(lambda: "a process (actor) cannot be started for now: Too many open files" in run.said, "alarm")
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
         run.until(lambda: saved(directory)[-1] > last, "checkpoint once there are descriptors")
         run.process.send_signal(signal.SIGINT)

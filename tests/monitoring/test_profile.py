@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from faults.living import small_disk
 from shoal.monitoring.profile import begin_profile, finish_profile, profile
 from shoal.supervision.trace import DETAILED_ROLLOUTS, NullTrace, Span, Trace, open_trace, read_trace
 from shoal.types import Activity, NullRecorder
@@ -87,6 +88,15 @@ def test_without_a_directory_nothing_is_kept() -> None:
     trace, recorder = open_trace("", "actor"), NullRecorder()
     assert isinstance(trace, NullTrace)
     assert trace.recorder(recorder) is recorder
+
+
+def test_a_disk_without_room_for_a_trace_costs_the_trace_alone(tmp_path: Path) -> None:
+    said: list[str] = []
+    with small_disk(tmp_path / "disk", size_kib=512) as disk:
+        assert isinstance(open_trace(str(disk.path), "actor", 3, warn=said.append), NullTrace)
+        assert list(disk.path.iterdir()) == []
+    assert len(said) == 1
+    assert said[0].startswith("profile.json will say nothing of actor 3: No space left on device")
 
 
 def test_what_an_earlier_part_left_is_not_mixed_in(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from shoal.actors.recording import chain_checksums, crc_rows, first_observation,
 from shoal.errors import EnvironmentFault
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring, Slot
-from shoal.types import Activity, ActivityRecorder, Array, Arrays, Behaviour, Ended, EnvironmentGroup, GroupState, NullRecorder
+from shoal.types import CLOSING, Activity, ActivityRecorder, Array, Arrays, Behaviour, Ended, EnvironmentGroup, GroupState, NullRecorder
 
 
 @dataclass
@@ -64,14 +65,16 @@ class Actor:
         self._who = (actor, incarnation)
         self._epoch = epoch
         self._hosted: dict[int, _Hosted] = {}
+        self._slot: Slot | None = None  # that is being filled
         self._broken: dict[int, EnvironmentGroup] = {}  # could not be restored, to be closed by `release`
 
     def restore(self, group: int, state: GroupState) -> list[int]:
         """Host `group`, standing at `state`. Returns the environments that could not be rebuilt and began a new episode."""
-        self._recorder.enter(Activity.RESTORING, group)
         self.release(group)
+        self._recorder.enter(Activity.RESTORING, group, -1, 0)
         environments = self._broken[group] = self._make_group(group)
         lost = environments.restore(state)
+        environments.resetting = partial(self._resetting, group)
         del self._broken[group]
         cursor = environments.cursor()
         for name in ("observation_crc", "reward_crc"):
@@ -91,7 +94,7 @@ class Actor:
     def release(self, group: int) -> None:
         """Stop hosting `group`: it lives elsewhere from now on. What hangs in it is left behind, which takes a moment (not a step's)."""
         if group in self._broken or group in self._hosted:
-            self._recorder.enter(Activity.RESTORING, group)
+            self._recorder.enter(Activity.RESTORING, group, -1, CLOSING)
         if group in self._broken:
             self._broken.pop(group).close()
         if group in self._hosted:
@@ -118,6 +121,7 @@ class Actor:
             A paced group, whose environments have rows of their own, is careful at all of them.
         """
         slot, hosted = self._ring.slots[slot_index], self._hosted[identity.group]
+        self._slot = slot
         open_envelope(slot, identity, self._run_id, self._who, self._epoch)
         slot.arrays["cursor/start"][:] = hosted.cursor
         for name, value in hosted.state.items():
@@ -180,6 +184,11 @@ class Actor:
                 group.give_up(place[1])
         if row in careful:
             group.name_next_step(lambda b: self._recorder.enter(Activity.STEPPING, index, b, row))
+
+    def _resetting(self, index: int, b: int, begins: bool) -> None:
+        """A reset, and what is stepped after it, have a time of their own."""
+        assert self._slot is not None
+        self._recorder.enter(Activity.STEPPING, index, b if begins else -1, int(self._slot.envelope["num_rows"]))
 
     def _finish(self, slot: Slot, hosted: _Hosted) -> None:
         a, envelope = slot.arrays, slot.envelope

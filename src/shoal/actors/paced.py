@@ -40,6 +40,7 @@ class Paced(Protocol):
     def give_up(self, b: int) -> None: ...
     def send(self, b: int, action: Array) -> None: ...
     def ready(self, timeout_seconds: float) -> list[int]: ...
+    def call_began(self, b: int) -> float: ...
     def take(self, b: int, out: Arrays) -> Any: ...
 
 
@@ -60,7 +61,7 @@ class Pace:
 
     Attributes:
       whole: the rollout ends when every environment has filled its rows.
-      step_timeout_seconds: a step that is under way for longer hangs.
+      step_timeout_seconds: a step, or the reset after it, that is under way for longer hangs.
       give_up: (row of that environment, env), or (env, episode, step), at which so many episodes are passed over as invalid.
       careful: one environment is stepped at a time, and named to the recorder before it.
     """
@@ -184,7 +185,8 @@ def _send(slot: Slot, group: Paced, ready: list[int], row_B: Array, how: Pace) -
 def _refuse_hangs(slot: Slot, group: Paced, began: dict[int, float], row_B: Array, limit_seconds: float) -> None:
     """Others go on while one hangs, so that no activity tells of it."""
     now = time.monotonic()
-    for b, then in began.items():
+    for b, sent in began.items():
+        then = max(sent, group.call_began(b))
         if now - then > limit_seconds:
             stands = group.cursor()[b]
             episode, step, seed = int(stands["episode"]), int(stands["num_steps"]), int(stands["seed"])

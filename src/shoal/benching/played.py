@@ -15,6 +15,7 @@ class PlayedGroup:
 
     def __init__(self, spec: EnvironmentSpec, num_envs: int) -> None:
         self.spec, self.num_envs = spec, num_envs
+        self.resetting: Callable[[int, bool], None] = lambda b, begins: None
         self._steps: list[GroupStep] = []
         self._row = 0
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import RunError
-from shoal.files import run_holder
+from shoal.locks import run_holder
 from shoal.supervision.control import NAME, ask
 from shoal.supervision.processes import process_state
 

@@ -5,7 +5,6 @@ Nothing is decided here; local.py decides. No torch.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import deque
@@ -57,7 +56,8 @@ class Process:
     retired: bool = False  # it is to end and not to come again
     deaths: int = 0  # since it last achieved something
     not_before: float = 0.0  # back-off of its next start
-    unsent: deque[tuple[bytes, list[int]]] = field(default_factory=deque)  # messages, with descriptors, that its channel had no room for
+    # Messages that its channel had no room for, with descriptors, or with the content of a file that is to come along.
+    unsent: deque[tuple[bytes, list[int] | bytes]] = field(default_factory=deque)
 
     @property
     def up(self) -> bool:
@@ -74,8 +74,7 @@ class Process:
         self.channel, self.pid, self.ready, self.doomed = None, 0, False, ""
         self.incarnation += 1
         while self.unsent:
-            for fd in self.unsent.popleft()[1]:
-                os.close(fd)
+            _close_all(self.unsent.popleft()[1])
 
 
 @dataclass(frozen=True)
@@ -170,46 +169,41 @@ class Fleet:
             raise with_snippet(fault, self._config, self._directory, {0: question.played.episodes}) from None
 
     def evaluate(self, path: Path) -> dict[str, Any]:
-        """Have the policy of a checkpoint play `evaluation.episodes` episodes in a process of its own (mains.evaluator_main)."""
-        ours, theirs = Channel.pair()
-        self.zygote.fork("shoal.engines.mains:evaluator_main", "evaluator", 0, 0, theirs)
-        sources: list[HasFileno] = [ours, self.zygote]
+        """Have the policy of a checkpoint play `evaluation.episodes` episodes in a process of its own (mains.evaluator_main).
+
+        Raises:
+          EnvironmentFault: an environment hung, or ended that process, or broke its contract. ProcessError: the process was lost otherwise.
+        """
+        limit_seconds = self._config.env.step_timeout_seconds
+        question = Question(self.zygote, self._config.env.id, limit_seconds, self._directory / "logs")
+        order = {"path": str(path), **self._config.evaluation.model_dump()}
         try:
-            with suppress(EOFError):
-                ours.send(to_json({"path": str(path), **self._config.evaluation.model_dump()}))
-            while True:
-                wait(sources, POLL_SECONDS)
-                events = self.zygote.receive()
-                message = _receive(ours)
-                if message is not None:
-                    facts: dict[str, Any] = json.loads(message)
-                    if "error" in facts:
-                        raise rebuild_error(facts)
-                    return facts
-                for event in events:
-                    if isinstance(event, Lost):
-                        raise ProcessError(event.reason)
-                    if isinstance(event, Exited) and event.role.name == "evaluator":
-                        raise ProcessError(
-                            f"the evaluation was lost: {event.describe()}; the run is whole, `shoal evaluate` plays it again"
-                        )
-        finally:
-            ours.close()
+            facts = question.ask("shoal.engines.mains:evaluator_main", "evaluator", order)
+        except EnvironmentFault as fault:
+            if question.played.call:
+                raise
+            raise ProcessError(f"the evaluation was lost: {fault}; the run is whole, `shoal evaluate` plays it again") from fault
+        if "error" in facts:
+            raise rebuild_error(facts)
+        return facts
 
     # ---- roles -----------------------------------------------------------------------------------------------------
     def start(self, process: Process, setup: dict[str, Any], encode: Callable[[bytes], bytes] = lambda body: body) -> None:
-        """Fork a role and send it its set-up; `encode` wraps the JSON as that role expects its first message."""
+        """Fork a role and send it its set-up; `encode` wraps the JSON as that role expects its first message.
+
+        Raises OSError, and starts nothing, where there are no descriptors for it.
+        """
         assert self._memory is not None
         assert self._activities is not None
         config = self._config.model_dump(mode="json", by_alias=True)
-        ours, theirs = Channel.pair()
-        process.channel, process.ready, process.doomed, process.pid = ours, False, "", 0
-        process.asked_at = process.told_at = time.monotonic()
-        target = f"shoal.engines.mains:{process.name}_main"
-        self.zygote.fork(target, process.name, process.index, process.incarnation, theirs, (self._memory.fd, self._activities.fd))
         with os.fdopen(anonymous_file("shoal-setup"), "wb") as file:  # the bounds of a large space are more than a message holds
             file.write(to_json({"config": config, **self._common, **setup}))
             file.flush()
+            ours, theirs = Channel.pair()
+            process.channel, process.ready, process.doomed, process.pid = ours, False, "", 0
+            process.asked_at = process.told_at = time.monotonic()
+            target = f"shoal.engines.mains:{process.name}_main"
+            self.zygote.fork(target, process.name, process.index, process.incarnation, theirs, (self._memory.fd, self._activities.fd))
             with suppress(EOFError):  # it was killed already; its death is told by `happened`
                 ours.send_with_fds(encode(b"{}"), [file.fileno()])
 
@@ -288,6 +282,11 @@ class Fleet:
         return "\n".join([f"Its log ({path}) ends with:", *tail]) if tail else f"Its log {path} is empty."
 
 
+def back_off_seconds(deaths: int) -> float:
+    """How long after its death a role is started again; `deaths`: since it last achieved something. The first time at once."""
+    return 0.0 if deaths < 2 else 0.1 * 2 ** min(deaths - 2, 6)
+
+
 def tell(process: Process, message: bytes, fds: Sequence[int] = (), *, must_arrive: bool = True) -> None:
     """Send a message, in order. Where the channel is full (its reader got no processor for a while), it is kept and sent by `flush`, or
     dropped unless it must arrive. One that is gone is heard of from the zygote; one that is stopped or hangs, by its activity."""
@@ -305,18 +304,38 @@ def tell(process: Process, message: bytes, fds: Sequence[int] = (), *, must_arri
         pass
 
 
+def tell_with_file(process: Process, message: bytes, content: bytes) -> None:
+    """`tell`, with a descriptor of a file that holds `content`: made when it is sent, and when there are descriptors left for it."""
+    if process.channel is not None:
+        process.unsent.append((message, content))
+        flush(process)
+
+
 def flush(process: Process) -> None:
-    """Send what did not fit into the channel before."""
+    """Send what did not fit into the channel before, or needs a descriptor that was not there."""
     while process.channel is not None and process.unsent:
-        message, fds = process.unsent[0]
+        message, more = process.unsent[0]
         try:
-            if not process.channel.send_with_fds(message, fds):
-                return
-        except EOFError:
+            sent = (
+                _send_with_file(process.channel, message, more) if isinstance(more, bytes) else process.channel.send_with_fds(message, more)
+            )
+        except (EOFError, OSError):  # it is gone, which the zygote tells; or the limit of open files is reached
             return
-        process.unsent.popleft()
-        for fd in fds:
-            os.close(fd)
+        if not sent:
+            return
+        _close_all(process.unsent.popleft()[1])
+
+
+def _send_with_file(channel: Channel, message: bytes, content: bytes) -> bool:
+    with os.fdopen(anonymous_file("shoal-words"), "wb") as file:
+        file.write(content)
+        file.flush()
+        return channel.send_with_fds(message, [file.fileno()])
+
+
+def _close_all(more: list[int] | bytes) -> None:
+    for fd in () if isinstance(more, bytes) else more:
+        os.close(fd)
 
 
 def words(process: Process) -> list[bytes]:

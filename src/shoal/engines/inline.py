@@ -33,7 +33,7 @@ class InlineEngine:
         self._session, self._ring = session, ring
         self._faults = EnvironmentFaults(session)
         self._activities = ActivityBoard.create(1)
-        self._trace = open_trace(traces, "all")
+        self._trace = open_trace(traces, "all", warn=session.warn)
         self._recorder = self._trace.recorder(self._activities.heartbeat(0))
         size = blueprint.layout(blueprint.policy()).size
         self._board = WeightBoard(size, np.zeros(WeightBoard.size_bytes(size), np.uint8))

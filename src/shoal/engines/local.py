@@ -19,8 +19,9 @@ from typing import Any
 
 from shoal.config import RunConfig
 from shoal.engines.commands import obey
+from shoal.engines.ending import Ending
 from shoal.engines.environment_faults import EnvironmentFaults
-from shoal.engines.fleet import DEATHS_IN_A_ROW, STOP_SECONDS, Death, Fleet, Process, rebuild_error, tell, words
+from shoal.engines.fleet import DEATHS_IN_A_ROW, Death, Fleet, Process, back_off_seconds, rebuild_error, tell, words
 from shoal.engines.messages import Kind, Word, from_json, to_json
 from shoal.engines.orders import actor_setup, connect, inference_setup, learner_setup, send_lease, send_restore, tell_of_weights
 from shoal.engines.plan import Plan
@@ -30,21 +31,19 @@ from shoal.engines.recovery import Recoveries
 from shoal.engines.saves import Saves
 from shoal.engines.session import Session
 from shoal.engines.stalls import Inquiry, Situation, in_words, look
-from shoal.engines.watch import SAVE_SECONDS, START_SECONDS, Verdict, Watch
-from shoal.errors import CheckpointError, DivergedError, EnvironmentFault, ProcessError
+from shoal.engines.watch import Verdict, Watch
+from shoal.errors import DivergedError, EnvironmentFault, ProcessError
 from shoal.experience.envelope import Fate, Identity
 from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema
-from shoal.files import load_checkpoint
 from shoal.supervision.channel import HasFileno
 from shoal.supervision.control import ControlServer, Reply
 from shoal.supervision.trace import Span, open_trace
 from shoal.supervision.zygote import Lost
-from shoal.types import Activity, ActivityRecord
+from shoal.types import CLOSING, Activity, ActivityRecord
 
-END_SECONDS = 1.5  # for actors, once they are told to end
-UPDATE_SECONDS = 1.8  # for an update that is under way when somebody wants the run to end
 WATCH_SECONDS = 0.25
+RETRY_SECONDS = 1.0  # after a start for which there were no descriptors
 ANSWER_SECONDS = 10.0  # the zygote forks or kills within this time, or is given up
 HANGS = "hangs in its environment"  # why the supervisor killed a process
 _IN_ENVIRONMENT = (Activity.STEPPING, Activity.RESTORING)
@@ -58,16 +57,18 @@ class LocalEngine:
     def __init__(self, config: RunConfig, pickled: bytes | None, directory: Path, run_id: bytes, traces: str = "") -> None:
         self._config, self._directory = config, directory
         self._fleet = Fleet(config, pickled, directory, run_id, traces)
-        self._trace = open_trace(traces, "supervisor")
+        self._traces = traces
         self._watcher = Watch(config.env.step_timeout_seconds, config.learner.timeout_seconds)
         self._recoveries = Recoveries()
         self._inquiries: list[Inquiry] = []
         self._control: ControlServer | None = None
         self._paused = False
         self._reason: str | None = None
-        self._ending = False  # actors that end are not replaced
         self._divergence: DivergedError | None = None  # that is to be mended
-        self._wanted_since = 0.0  # when somebody wanted the run to end
+        self._short: set[str] = set()  # roles for which there were no descriptors at the last attempt
+        self._at_checkpoint = True  # where the run may be to end already
+        self._heard_at = 0.0  # when it was last found out who has something to say
+        self._watched_at = 0.0
         self._zygote_deaths = 0
         self._furthest = 0  # newest version that this process saw
 
@@ -101,8 +102,11 @@ class LocalEngine:
           interrupted: whether the user wants it to end. asked: whether somebody wants to see on standard error who waits for whom.
         """
         self._session, self._coordinator = session, session.coordinator
-        self._saves = Saves(session, self._tell_learner, self._trace)
+        self._trace = open_trace(self._traces, "supervisor", warn=session.warn)
+        self._saves = Saves(session, self.tell_learner, self._trace)
         self._faults = EnvironmentFaults(session)
+        self._end = Ending(session, self._fleet, self._saves, self)
+        wanted_since = 0.0
         self._first_epoch = session.epoch
         try:
             self._control = ControlServer(self._directory)
@@ -111,31 +115,45 @@ class LocalEngine:
         self._start_learner()
         self._serve()
         self._place()
-        if self._coordinator.version:
-            self._reason = self._coordinator.stop_reason(session.seconds)
-        watched = 0.0
-        while self._reason is None or not self._finished():
+        while self._reason is None or not self._end.finish(wanted_since):
             if interrupted():
                 session.wanted_end = session.wanted_end or "interrupted"
             if asked():
                 self._inquire(lambda found: print(in_words(found), file=sys.stderr, flush=True))
             if session.wanted_end and not self._saves.under_way:
-                self._reason, self._wanted_since = session.wanted_end, time.monotonic()
+                self._reason, wanted_since = session.wanted_end, time.monotonic()
+                continue
+            if self._at_checkpoint:
+                self._at_checkpoint = False
+                self._reason = self._coordinator.stop_reason(session.seconds) if self._coordinator.version else None
                 continue
             self._trace.begin(Span.DISPATCH)
             self._dispatch()
             self._trace.end()
-            self._listen(0.05 if self._inquiries else WATCH_SECONDS)
-            if time.monotonic() - watched >= WATCH_SECONDS:
-                watched = time.monotonic()
-                self._trace.begin(Span.WATCH)
-                self._watch()
-                self._trace.end()
+            self.attend()
         return {"reason": self._reason, "weights_sha256": self._saves.weights_sha256}
+
+    @property
+    def ends(self) -> bool:
+        """Whether there is a reason to end; no more once the learner was lost, and the run went back to its last checkpoint."""
+        return self._reason is not None
+
+    def attend(self) -> None:
+        """Wait for words, a moment at most, and watch a few times a second."""
+        self._listen(0.05 if self._inquiries else WATCH_SECONDS)
+        if time.monotonic() - self._watched_at < WATCH_SECONDS:
+            return
+        if time.monotonic() - self._heard_at > WATCH_SECONDS:
+            self._listen(0.0)  # a callback or a disk took its time: nobody is judged by words that came meanwhile
+        self._watched_at = time.monotonic()
+        self._trace.begin(Span.WATCH)
+        self._watch()
+        self._trace.end()
 
     def _listen(self, timeout_seconds: float) -> None:
         control = [] if self._control is None else self._control.sources()
         ready = self._fleet.listen(timeout_seconds, control)
+        self._heard_at = time.monotonic()
         self._trace.begin(Span.HEAR)
         try:
             self._take_in(ready, control)
@@ -165,7 +183,7 @@ class LocalEngine:
                     word = Word.decode(message)
                     self._coordinator.check_place(word.slot, word.identity)
             except ValueError as error:  # its memory is not what it was: native code of an environment wrote where it should not
-                self._kill(process, f"sent what is no message ({error})")
+                self.kill(process, f"sent what is no message ({error})")
                 return
             if process.name == "learner":
                 self._learner_said(said)
@@ -189,9 +207,9 @@ class LocalEngine:
         if not self._fleet.learner.ready:
             return
         if not self._saves.under_way and (batch := self._coordinator.next_batch()) is not None:
-            self._tell_learner({"do": "train", "rollouts": [[slot, list(identity)] for slot, identity in batch]})
+            self.tell_learner({"do": "train", "rollouts": [[slot, list(identity)] for slot, identity in batch]})
 
-    def _tell_learner(self, order: dict[str, Any]) -> None:
+    def tell_learner(self, order: dict[str, Any]) -> None:
         self._fleet.learner.told_at = time.monotonic()
         tell(self._fleet.learner, to_json(order))
 
@@ -273,28 +291,53 @@ class LocalEngine:
 
     # ---- life and death ------------------------------------------------------------------------------------------
     def _start_learner(self) -> None:
-        self._fleet.start(self._fleet.learner, learner_setup(self._session))
+        """Where it is not up, and may start again."""
+        learner = self._fleet.learner
+        if not learner.up and time.monotonic() >= learner.not_before:
+            self._start(learner, learner_setup(self._session))
 
     def _serve(self) -> None:
         """Start the inference server, where there is to be one and it is not up; all actors are to ask it."""
         server = self._fleet.inference
         if server is None or server.up or time.monotonic() < server.not_before:
             return
-        self._fleet.start(server, inference_setup(self._session))
-        for actor in self._fleet.actors:
-            connect(server, actor)
+        if self._start(server, inference_setup(self._session)):
+            for actor in self._fleet.actors:
+                self._connect(actor)
 
     def _place(self) -> None:
         """Spread the groups over the actors that are not gone for good, and start those that are not up."""
         there = [a for a in self._fleet.actors if not a.gone_for_good]
         for actor in there:
-            if not actor.up and time.monotonic() >= actor.not_before:
-                self._fleet.start(actor, actor_setup(self._session), lambda body: Word(Kind.SETUP, body=body).encode())
-                if self._fleet.inference is not None:
-                    connect(self._fleet.inference, actor)
+            may_start = not actor.up and time.monotonic() >= actor.not_before
+            if may_start and self._start(actor, actor_setup(self._session), lambda body: Word(Kind.SETUP, body=body).encode()):
+                self._connect(actor)
         self._coordinator.place([a.index for a in there])
 
-    def _kill(self, process: Process, why: str) -> None:
+    def _start(self, process: Process, setup: dict[str, Any], encode: Callable[[bytes], bytes] = lambda body: body) -> bool:
+        """Where there are no descriptors for it, that is said, and it is tried again a little later."""
+        try:
+            self._fleet.start(process, setup, encode)
+        except OSError as error:
+            process.not_before = time.monotonic() + RETRY_SECONDS
+            if process.name not in self._short:
+                self._short.add(process.name)
+                self._session.warn(
+                    f"a process ({process.name}) cannot be started for now: {error.strerror or error}; the run goes on without it, and tries again"
+                )
+            return False
+        self._short.discard(process.name)
+        return True
+
+    def _connect(self, actor: Process) -> None:
+        if self._fleet.inference is None:
+            return
+        try:
+            connect(self._fleet.inference, actor)
+        except OSError as error:
+            self.kill(actor, f"cannot be connected with the inference server: {error.strerror or error}")
+
+    def kill(self, process: Process, why: str) -> None:
         if process.up and not process.doomed:
             self._session.observer.event("killed", role=process.name, index=process.index, reason=why)
         self._fleet.kill(process, why)
@@ -314,7 +357,7 @@ class LocalEngine:
 
     def _died(self, death: Death) -> None:
         process = death.process
-        if process.name != "learner" and self._ending:
+        if process.name != "learner" and self._end.begun:
             return  # what it was making is in flight still, and ends as such
         if process.retired:
             self._coordinator.lost(process.index)
@@ -322,7 +365,7 @@ class LocalEngine:
         if process.name == "learner" and self._divergence is not None:
             return  # it said why; all are made anew at once
         process.deaths += 1
-        process.not_before = time.monotonic() + (0.0 if process.deaths < 2 else 0.1 * 2 ** min(process.deaths - 2, 6))
+        process.not_before = time.monotonic() + back_off_seconds(process.deaths)
         self._session.restarts += 1
         self._session.observer.event("died", role=process.name, index=process.index, how=death.how, reason=death.why)
         self._recoveries.lost(process.name, process.index, death.why or death.how, time.monotonic())
@@ -390,6 +433,7 @@ class LocalEngine:
             self._zygote_deaths += 1
             if self._zygote_deaths >= DEATHS_IN_A_ROW:
                 raise ProcessError(f"the helper process died {DEATHS_IN_A_ROW} times; the last: {reason}")
+            time.sleep(back_off_seconds(self._zygote_deaths))  # there is nobody to hear
             try:
                 self._fleet.reopen()
                 reason = None
@@ -401,20 +445,28 @@ class LocalEngine:
         self._saves.abandon()
         self._recoveries.forget("actor", "group", "inference")
         self._session.return_to_checkpoint()
-        self._reason, self._ending = None, False
+        self._reason, self._end.begun, self._at_checkpoint = None, False, True
         self._start_learner()
         self._serve()
         self._place()
 
     # ---- watching ------------------------------------------------------------------------------------------------
     def _watch(self) -> None:
-        """A few times a second: who is stopped, who hangs, who may start again."""
+        """Who is stopped, who hangs, who may start again. Of actors that were told to end, engines/ending.py sees the end."""
         now = time.monotonic()
         situation = self._situation(now)
         for process, seen in zip(self._fleet.processes, situation.seen, strict=True):
-            if process.pid and not process.doomed and (verdict := self._watcher.look(seen, now)):
+            watched = process.pid and not process.doomed and not (self._end.begun and process.name == "actor")
+            if watched and (verdict := self._watcher.look(seen, now)):
                 self._condemn(process, seen.record, verdict)
         self._watch_zygote(now)
+        self._start_learner()
+        if not self._end.begun:
+            self._renew()
+        self._session.observer.tick([seen.record for seen in situation.seen])
+
+    def _renew(self) -> None:
+        """Start who may start again, end who is to end, and save for whoever asked."""
         self._serve()
         for actor in self._fleet.actors:
             if actor.retired and actor.up and not self._coordinator.hosts(actor.index):
@@ -423,7 +475,6 @@ class LocalEngine:
             self._place()
         if self._saves.wanted and self._saves.due and not self._coordinator.learner_busy and self._fleet.learner.ready:
             self._saves.begin()
-        self._session.observer.tick([seen.record for seen in situation.seen])
 
     def _situation(self, now: float) -> Situation:
         return look(self._fleet, self._coordinator, saving=self._saves.under_way, paused=self._paused, now=now)
@@ -435,7 +486,7 @@ class LocalEngine:
             self._blame("hang", what, record, how, stack_of(process.pid, self._fleet.log_of(process)), record.age_seconds)
         why = HANGS if verdict.kind == "environment" else verdict.reason
         self._recoveries.lost(process.name, process.index, why, time.monotonic())
-        self._kill(process, why)
+        self.kill(process, why)
 
     def _blame(self, kind: str, what: str, record: ActivityRecord, how: dict[str, str], stack: str, seconds_ago: float = 0.0) -> None:
         fault = self._faults.lost(kind, what, (record.group, record.row, record.env), how, stack)
@@ -480,73 +531,9 @@ class LocalEngine:
         self._place()
         self._session.observer.event("scaled", actors=actors)
 
-    # ---- the end -------------------------------------------------------------------------------------------------
-    def _finished(self) -> bool:
-        """The actors end, so that nothing is stepped that the ledger does not see; then a last checkpoint, then the learner ends.
-
-        False: the learner was lost on the way. The run went back to its last checkpoint, and goes on.
-        """
-        self._end_actors()
-        given_up = self._reason is not None and not self._update_ended()
-        if given_up:
-            self._give_up_update()
-        if self._reason is not None:
-            self._coordinator.shut_down()
-            if not given_up:
-                self._save_last()
-        if self._reason is None:
-            return False
-        self._tell_learner({"do": "stop"})
-        if self._fleet.inference is not None:
-            tell(self._fleet.inference, to_json({"do": "stop"}))
-        self._fleet.wait_for_ends(time.monotonic() + END_SECONDS)
-        return True
-
-    def _end_actors(self) -> None:
-        self._ending = True
-        for actor in self._fleet.actors:
-            tell(actor, Word(Kind.STOP).encode())
-        deadline = time.monotonic() + END_SECONDS
-        while self._reason is not None and any(a.up for a in self._fleet.actors):
-            self._listen(WATCH_SECONDS)
-            if time.monotonic() > deadline:
-                for actor in self._fleet.actors:
-                    self._kill(actor, "did not end")
-            if time.monotonic() > deadline + STOP_SECONDS:
-                raise ProcessError("an actor could not be ended; see `ps` for a process in uninterruptible sleep")
-
-    def _update_ended(self) -> bool:
-        """Wait for the update that is under way, if there is one. False: it takes too long, and there is a checkpoint to fall back on."""
-        while self._reason is not None and self._coordinator.learner_busy:
-            if self._session.checkpoint_path is not None and time.monotonic() > self._wanted_since + UPDATE_SECONDS:
-                return False
-            self._listen(WATCH_SECONDS)
-        return True
-
-    def _give_up_update(self) -> None:
-        """Whoever pressed Ctrl-C does not wait for a long update: the run ends at its last checkpoint, from which `resume` goes on."""
-        self._fleet.kill(self._fleet.learner, "its update took too long to wait for")
-        self._fleet.wait_for_ends(time.monotonic() + END_SECONDS)
-        path = self._session.return_to_checkpoint()
-        assert path is not None
-        self._saves.weights_sha256 = load_checkpoint(path).json("learner")["weights_sha256"]
-
-    def _save_last(self) -> None:
-        """Wait for the learner (it may be loading still) and for its part of the checkpoint."""
-        deadline = time.monotonic() + START_SECONDS
-        while self._reason is not None and not self._fleet.learner.ready and time.monotonic() < deadline:
-            self._listen(WATCH_SECONDS)
-        if self._reason is not None and not self._saves.under_way:
-            self._saves.begin()
-        if self._reason is not None and not self._saves.under_way:
-            raise CheckpointError("the last checkpoint could not be saved; `shoal resume` goes on from the one before")
-        deadline = time.monotonic() + SAVE_SECONDS
-        while self._reason is not None and self._saves.under_way:
-            self._listen(WATCH_SECONDS)
-            if time.monotonic() > deadline:
-                raise ProcessError(f"the learner did not save within {SAVE_SECONDS:g} s; `shoal resume` goes on from the checkpoint before")
-
 
 def _call(record: ActivityRecord) -> str:
     """Which of the environment's calls a process is in."""
-    return "making it, reset() or a step while it was put back" if record.activity is Activity.RESTORING else "step()"
+    if record.activity is not Activity.RESTORING:
+        return "step()"
+    return "close()" if record.row == CLOSING else "making it, reset() or a step while it was put back"

@@ -116,17 +116,18 @@ def evaluator_main(context: ChildContext) -> int:
     """Play episodes with the policy of a checkpoint, and say how they went."""
     from shoal.evaluation import evaluate, load_policy
 
+    answerer = Answerer(context.channel)
     try:
         while (message := context.channel.receive()) is None:
             wait([context.channel], IDLE_SECONDS)
         order, objects = json.loads(message), user_objects(context)
         policy = load_policy(Path(order["path"]), network=objects.network, environment=objects.env)
-        answer = evaluate(policy, episodes=order["episodes"], seed=order["seed"])
+        answer = evaluate(policy, episodes=order["episodes"], seed=order["seed"], tell=answerer.tell_now_and_then)
     except EOFError:
         return 0
     except Exception as error:
         answer = describe_error(error)
-    context.channel.send(encoded(answer))
+    answerer.answer(answer)
     return 0
 
 
@@ -252,6 +253,8 @@ def _other_threads() -> str:
 
 
 def actor_main(context: ChildContext) -> int:
+    """An actor's process, see _ActorProcess. Waits for its set-up. Exits with 0 at STOP and where the supervisor is gone; what goes wrong with
+    shoal itself is said as FAULT with value 1, and raised into its log."""
     try:
         _ActorProcess(context).run()
     except EOFError:
@@ -334,6 +337,8 @@ class _LearnerProcess:
 
 
 def learner_main(context: ChildContext) -> int:
+    """The learner's process, see _LearnerProcess. Waits for its set-up, and loads the checkpoint that it names. Exits with 0 at `stop` and where
+    the supervisor is gone; a ShoalError is said as `failed`, and raised into its log, as everything else is."""
     try:
         _LearnerProcess(context).run()
     except EOFError:
@@ -387,6 +392,7 @@ class _InferenceProcess:
 
 
 def inference_main(context: ChildContext) -> int:
+    """The inference server's process, see _InferenceProcess. Waits for its set-up, says `ready`, and ends as the learner's does."""
     try:
         _InferenceProcess(context).run()
     except EOFError:

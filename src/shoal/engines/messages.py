@@ -15,6 +15,8 @@ from shoal.experience.envelope import Identity
 
 
 class Kind(IntEnum):
+    """What a `Word` says. Orders are carried out in the order in which they come; a word of an older incarnation is not heard."""
+
     # to an actor
     SETUP = 1  # JSON: what it needs to build itself
     LEASE = 2  # slot, identity; value: the newest version, with which a sync rollout is made; JSON, where something broke before: give_up, careful
@@ -73,4 +75,5 @@ def from_json(message: bytes) -> dict[str, Any]:
 
 
 def to_json(value: dict[str, Any]) -> bytes:
+    """One message; the inverse is `from_json`."""
     return json.dumps(value).encode()

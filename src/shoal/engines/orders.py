@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable
 from typing import Any
 
-from shoal.engines.fleet import Process, tell
+from shoal.engines.fleet import Process, tell, tell_with_file
 from shoal.engines.messages import Kind, Word, to_json
 from shoal.engines.plan import Lease
 from shoal.engines.session import Session
 from shoal.experience.envelope import Identity
 from shoal.experience.group_state import to_bytes
 from shoal.supervision.channel import Channel
-from shoal.supervision.memory import anonymous_file
 from shoal.types import GroupState
 
 
 def learner_setup(session: Session) -> dict[str, Any]:
+    """What a learner begins with: at the newest checkpoint that the run stands at, or with the initial weights."""
     path = session.checkpoint_path
     checkpoint = None if path is None else str(path.absolute())
     plan = session.coordinator.plan
@@ -26,17 +25,19 @@ def learner_setup(session: Session) -> dict[str, Any]:
 
 
 def actor_setup(session: Session) -> dict[str, Any]:
+    """What an actor begins with; its groups come with its leases."""
     plan = session.coordinator.plan
     timing = {"close_after_lag": plan.close_after_lag, "sync": plan.mode == "sync"}
     return {"spec": session.spec.to_json(), "epoch": session.epoch, **timing}
 
 
 def inference_setup(session: Session) -> dict[str, Any]:
+    """What an inference server begins with; its actors are connected afterwards, each by `connect`."""
     return {"spec": session.spec.to_json(), "epoch": session.epoch}
 
 
 def connect(server: Process, actor: Process) -> None:
-    """Give an actor and the inference server a channel of their own, where both are up."""
+    """Give an actor and the inference server a channel of their own, where both are up. Raises OSError where there are no descriptors for it."""
     if not (server.up and actor.up):
         return
     ends = Channel.pair()
@@ -57,10 +58,8 @@ def send_lease(actor: Process, lease: Lease, version: int) -> None:
 
 
 def send_restore(actor: Process, identity: Identity, state: GroupState) -> None:
-    with os.fdopen(anonymous_file("shoal-group"), "wb") as file:
-        file.write(to_bytes(state))
-        file.flush()
-        tell(actor, Word(Kind.RESTORE, 0, identity).encode(), [file.fileno()])
+    """Have an actor put a group back to `state`; it answers RESTORED or FAULT. The state travels as a descriptor."""
+    tell_with_file(actor, Word(Kind.RESTORE, 0, identity).encode(), to_bytes(state))
 
 
 def tell_of_weights(session: Session, actors: Iterable[Process], version: int) -> None:

@@ -3,7 +3,7 @@
 The process tells each call of the environment before it makes it (`Answerer`), and ends with an answer of any length.
 
     consumes    what the process tells, and its exit
-    waits for   its next word: at most `limit_seconds` while it is in a call of the environment
+    waits for   its next word: at most `limit_seconds` while it is in a call of the environment, else OTHER_SECONDS
     unblocked   by a word, by its death, or by the time
     on failure  a process that hangs, is stopped or dies is killed, and is an EnvironmentFault with the call, the episode and the stack
 """
@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shoal.engines.watch import STOPPED_SECONDS
 from shoal.errors import EnvironmentFault, ProcessError
 from shoal.supervision.channel import MAX_MESSAGE_BYTES, Channel, HasFileno, wait
 from shoal.supervision.memory import anonymous_file
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from shoal.environments.faults import FaultKind
 
 POLL_SECONDS = 0.25
+TELL_SECONDS = 0.02  # between two words about calls of the same name
 OTHER_SECONDS = 120.0  # for what is no call of the environment: imports on a slow disk, building a policy
 _STACK_SECONDS = 1.0  # for a process to write down where it is
 _LOG_CHARACTERS = 6_000
@@ -41,11 +43,18 @@ class Answerer:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
+        self._told, self._told_at = "", 0.0
 
     def tell(self, call: str, /, **facts: Any) -> None:
         """The environment is asked for `call` now ("": for nothing). See environments.probe.Tell."""
         message = json.dumps({"call": call, **facts}).encode()
         self._send(message if len(message) <= MAX_MESSAGE_BYTES else json.dumps({"call": call}).encode())
+
+    def tell_now_and_then(self, call: str, /, **facts: Any) -> None:
+        """`tell`, for calls that come by the thousand: one after another of the same name is passed over for TELL_SECONDS."""
+        if call != self._told or time.monotonic() - self._told_at > TELL_SECONDS:
+            self._told, self._told_at = call, time.monotonic()
+            self.tell(call, **facts)
 
     def answer(self, facts: dict[str, Any], last: bool = True) -> None:
         """An answer; those before the last say what would be lost if the environment took this process along."""
@@ -60,14 +69,15 @@ class Answerer:
 
 
 class Played:
-    """Listens to what an environment is asked for (environments.probe.Tell): the call that it is in, and the last two episodes."""
+    """Listens to what an environment is asked for (environments.probe.Tell): the call that it is in with its facts, and the last two episodes."""
 
     def __init__(self) -> None:
         self.call = ""
+        self.facts: dict[str, Any] = {}
         self.episodes: list[Episode] = []
 
     def __call__(self, call: str, /, **facts: Any) -> None:
-        self.call = call
+        self.call, self.facts = call, facts
         if call == "reset()":
             self.episodes = [*self.episodes[-1:], (facts.get("seed"), [])]
         elif call == "step()" and self.episodes:
@@ -83,10 +93,11 @@ class Question:
         self.played = Played()
         self.partial: dict[str, Any] | None = None
         self._since = 0.0
+        self._stopped_since: float | None = None
         self._pid = 0
 
-    def ask(self, target: str, name: str) -> dict[str, Any]:
-        """Fork a process that calls `target` ("module:function") and return its answer.
+    def ask(self, target: str, name: str, order: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Fork a process that calls `target` ("module:function") and return its answer. `order`: sent to it first.
 
         Raises:
           EnvironmentFault: the environment hung, stopped or ended that process. ProcessError: the zygote is gone.
@@ -98,6 +109,9 @@ class Question:
         self._since = time.monotonic()
         sources: list[HasFileno] = [ours, self._zygote]
         try:
+            if order is not None:
+                with suppress(EOFError):  # it is dead already, which is told below
+                    ours.send(json.dumps(order).encode())
             while True:
                 wait(sources, POLL_SECONDS)
                 events = self._zygote.receive()
@@ -107,6 +121,8 @@ class Question:
                 for event in events:
                     if isinstance(event, Lost):
                         raise ProcessError(event.reason)
+                    if not isinstance(event, (Forked, Exited)) or event.role.name != name:
+                        continue
                     if isinstance(event, Forked):
                         self._pid, self._since = event.pid, time.monotonic()
                     if isinstance(event, Exited):
@@ -120,7 +136,7 @@ class Question:
     def _listen(self, channel: Channel) -> dict[str, Any] | None:
         with suppress(EOFError):
             while (received := channel.receive_with_fds()) is not None:
-                self._since = time.monotonic()
+                self._since, self._stopped_since = time.monotonic(), None
                 word = json.loads(received[0])
                 if "call" in word:
                     self.played(word.pop("call"), **word)
@@ -134,15 +150,20 @@ class Question:
         return None
 
     def _check_time(self) -> None:
-        seconds = time.monotonic() - self._since
-        if self._pid and process_state(self._pid) == "T":
+        now = time.monotonic()
+        seconds = now - self._since
+        if not self._pid or process_state(self._pid) != "T":
+            self._stopped_since = None
+        elif self._stopped_since is None:
+            self._stopped_since = now
+        elif now - self._stopped_since >= STOPPED_SECONDS:
             self._zygote.kill(self._pid)
             raise self._fault("hang", f"its process was stopped (SIGSTOP) in {self.played.call or 'no call of it'}", "", "")
         if self.played.call and seconds > self._limit:
             stack = stack_of(self._pid, self._log)
             self._zygote.kill(self._pid)
             raise self._fault("hang", f"{self.played.call} has not returned for {seconds:.1f} s", f"at most {self._limit:g} s", stack)
-        if seconds > OTHER_SECONDS:
+        if not self.played.call and seconds > OTHER_SECONDS:
             raise ProcessError(f"the process that looks at {self._environment} did not answer within {OTHER_SECONDS:g} s; see {self._log}")
 
     def _written(self) -> str:
@@ -154,8 +175,11 @@ class Question:
         from shoal.environments.faults import environment_fault  # brings gymnasium, which nobody else here needs
 
         seed, actions = self.played.episodes[-1] if self.played.episodes else (None, [])
+        where = {"env": 0, "step": len(actions), "seed": seed or 0} | {
+            name: self.played.facts[name] for name in ("env", "step", "seed") if name in self.played.facts
+        }
         return environment_fault(
-            kind, what, environment=self._environment, group=0, env=0, step=max(0, len(actions) - 1), seed=seed or 0,
+            kind, what, environment=self._environment, group=0, **where,
             last_action=actions[-1] if actions else None, expected=expected, actual=what if expected else "", stack=stack,
         )  # fmt: skip
 

@@ -36,7 +36,8 @@ class Saves:
         self._session, self._tell_learner, self._trace = session, tell_learner, trace
         self._current: _Save | None = None
         self.wanted: list[Reply] = []
-        self.weights_sha256 = ""  # of the newest one
+        self.weights_sha256 = ""  # of the newest one that was committed
+        self.refused = ""  # why the last one was not
 
     @property
     def under_way(self) -> bool:
@@ -53,8 +54,9 @@ class Saves:
         try:
             self._current = _Save(*self._session.begin_checkpoint(), replies)
         except CheckpointError as error:
-            self._session.save_failed(str(error))
-            _refuse(replies, str(error))
+            self.refused = str(error)
+            self._session.save_failed(self.refused)
+            _refuse(replies, self.refused)
             return
         finally:
             self._trace.end()
@@ -65,7 +67,6 @@ class Saves:
         if self._current is None:
             return
         save = self._current
-        self.weights_sha256 = weights_sha256
         self._trace.begin(Span.CHECKPOINT)
         try:
             self._session.commit(save.staging, save.arrays, save.facts)
@@ -75,6 +76,7 @@ class Saves:
         finally:
             self._trace.end()
         self._current = None
+        self.weights_sha256, self.refused = weights_sha256, ""
         for reply in save.replies:
             reply({"ok": True, "update": self._session.coordinator.version})
 
@@ -83,6 +85,7 @@ class Saves:
         if self._current is None:
             return
         save, self._current = self._current, None
+        self.refused = message
         save.staging.discard()
         self._session.save_failed(message)
         _refuse(save.replies, message)

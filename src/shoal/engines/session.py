@@ -79,6 +79,9 @@ class Session:
         """Since the first environment step, earlier parts of the run included."""
         return self.seconds_before + (0.0 if self.started is None else self.clock() - self.started)
 
+    def warn(self, message: str) -> None:
+        self.observer.event("warning", message=message)
+
     def begun(self, begun_ns: int) -> None:
         """The first rollout tells when the first environment step was made (monotonic clock)."""
         if self.started is None:

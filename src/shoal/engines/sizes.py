@@ -7,29 +7,13 @@ activations and the processes themselves come on top.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from shoal.engines.plan import Plan
 from shoal.errors import ConfigError
 from shoal.experience.schema import Schema, numpy_dtype
+from shoal.machine import available_bytes
 
 LEARNER_COPIES = 7  # of all weights: parameters, gradient, two moments, two halves of the board, what a checkpoint copies
-
-
-def available_bytes() -> int | None:
-    """Memory that is free on this machine, and in this container where it has a limit; None where nobody says."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
-    except (OSError, StopIteration, ValueError):
-        pass
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii").strip() for name in ("max", "current"))
-        found += [int(limit) - int(used)] if limit != "max" else []
-    except (OSError, ValueError):
-        pass
-    return min(found, default=None)
 
 
 def rollout_bytes(schema: Schema) -> int:

@@ -3,8 +3,8 @@
 Every wait of a role has its limit here, so that none is without end:
 
     stopped (SIGSTOP)                STOPPED_SECONDS; shorter pulses only slow it down
-    one step of an environment       env.step_timeout_seconds
-    putting a group back             RESTORE_TIMES that
+    the steps of a group's row       env.step_timeout_seconds; the reset of each episode that ended has it to itself, and what is stepped after it too
+    a call that puts it back         the same, and to close it
     choosing actions                 INFER_SECONDS; of an actor that has a server choose, START_SECONDS more, in which the server is made anew
     starting                         START_SECONDS
     an order that is not taken up    UNHEARD_SECONDS
@@ -17,10 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from shoal.types import Activity, ActivityRecord
+from shoal.types import CLOSING, Activity, ActivityRecord
 
 STOPPED_SECONDS = 0.4
-RESTORE_TIMES = 10  # re-stepping an episode may take this many times as long as one step
 INFER_SECONDS = 60.0
 START_SECONDS = 120.0
 UNHEARD_SECONDS = 30.0
@@ -97,9 +96,8 @@ class Watch:
         if record.activity is Activity.STEPPING and age > limit:
             where = f"row {record.row}" if record.env < 0 else f"row {record.row}, environment {record.env}"
             return Verdict("environment", f"in one step ({where}) for {age:.1f} s", limit)
-        calls = 1 if record.env >= 0 else RESTORE_TIMES  # one that tells of each call is in one
-        if record.activity is Activity.RESTORING and age > calls * limit:
-            return Verdict("environment", f"being put back for {age:.1f} s", calls * limit)
+        if record.activity is Activity.RESTORING and age > limit:
+            return Verdict("environment", f"being {'closed' if record.row == CLOSING else 'put back'} for {age:.1f} s", limit)
         if record.activity is Activity.INFERRING and age > INFER_SECONDS + (START_SECONDS if seen.served else 0.0):
             return Verdict("stuck", f"has been choosing actions for {age:.0f} s")
         unheard = record.activity is Activity.WAITING_FOR_LEASE and seen.order_seconds is not None

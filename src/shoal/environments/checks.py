@@ -20,6 +20,7 @@ from shoal.environments.playing import Player, check_play
 from shoal.environments.probe import MAKING, Tell, Told, limited, measure, quiet
 from shoal.environments.spaces import MASK, allocate, random_action, to_environment_action
 from shoal.errors import ConfigError, EnvironmentFault
+from shoal.machine import available_bytes
 from shoal.types import CURSOR, Array, EnvironmentSpec
 
 __all__ = ["CheckReport", "Finding", "check_environment"]
@@ -276,20 +277,12 @@ def _check_cost(report: CheckReport, create: Callable[[], Any], spec: Environmen
 
 def _check_memory(report: CheckReport, num_envs: int) -> None:
     """Whether the environments of a run fit into the memory that is free now."""
-    needed, free = report.measurements.get("memory_bytes", 0.0) * num_envs, _available_bytes()
+    needed, free = report.measurements.get("memory_bytes", 0.0) * num_envs, available_bytes()
     if free and needed > _MEMORY_SHARE * free:
         report.add(
             "warning", "memory", f"{num_envs} environments take about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
             "lower sampling.groups or sampling.group_size",
         )  # fmt: skip
-
-
-def _available_bytes() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
 
 
 def _resident_bytes() -> int:

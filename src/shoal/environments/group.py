@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -34,11 +34,14 @@ class PythonGroup:
         self._floats = [(name, array) for name, array in self._current.items() if array.dtype.kind == "f"]
         self._to_environment = action_map(spec.action)
         self._instances = [Instance(create, spec, self._current, group, b, _seeds(run_seed, group, b, epoch)) for b in range(num_envs)]
+        self.resetting: Callable[[int, bool], None] = nobody_watches
+        for b, instance in enumerate(self._instances):
+            instance.resetting = partial(self._resets, b)
         self._reward_B = np.zeros(num_envs)
         self._terminated_B = np.zeros(num_envs, np.bool_)
         self._truncated_B = np.zeros(num_envs, np.bool_)
         self._valid_B = np.ones(num_envs, np.bool_)
-        self.progress: Callable[[int], None] = lambda b: None  # told of each call of environment b while the group is restored
+        self.progress: Progress = nobody_waits
         self._flagged = False  # whether the three above hold anything but their defaults
         self._told: Callable[[int], None] | None = None  # of each environment before the next step
 
@@ -96,7 +99,8 @@ class PythonGroup:
         self._told = told
 
     def close(self) -> None:
-        for instance in self._instances:
+        for b, instance in enumerate(self._instances):
+            self.progress(b, closing=True)
             instance.close()
 
     def _restore_all(self, arguments: list[tuple[Array, list[Any], bytes | None]]) -> list[bool]:
@@ -119,11 +123,31 @@ class PythonGroup:
     def _advance(self, b: int, action: Any) -> bool:
         return self._instances[b].advance(action)
 
+    def _resets(self, b: int, begins: bool) -> None:
+        self.resetting(b, begins)
+
     def _check_finite(self) -> None:
         for name, array in self._floats:
             if not np.isfinite(array).all():
                 b = int(np.flatnonzero(~np.isfinite(array.reshape(self.num_envs, -1)).all(1))[0])
                 raise self._instances[b].not_finite(name, array[b])
+
+
+NOBODY = -1  # in place of an environment
+
+
+class Progress(Protocol):
+    """Is told of each call of environment b before it is made, while a group is made, put back or closed."""
+
+    def __call__(self, b: int, *, closing: bool = False) -> None: ...
+
+
+def nobody_waits(b: int, *, closing: bool = False) -> None:
+    """Nobody is told."""
+
+
+def nobody_watches(b: int, begins: bool) -> None:
+    """In the place of `EnvironmentGroup.resetting`."""
 
 
 def _seeds(run_seed: int, group: int, env: int, epoch: int) -> Callable[[int], int]:

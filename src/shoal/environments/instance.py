@@ -87,6 +87,7 @@ class Instance:
         self._step: Callable[[Any], Any] = _not_open
         self._limit: float = float("inf")
         self._failed = False
+        self.resetting: Callable[[bool], None] = _nobody_watches  # True: a reset follows, that of an episode's end; False: it is over
         self._given_up = 0  # times: so many episodes are passed over
         self._last_action: Any = None
         self.episode, self.seed, self.num_steps = 0, 0, 0
@@ -129,7 +130,7 @@ class Instance:
         if terminated or truncated:
             self.terminated, self.truncated = terminated, truncated
             self._keep_end(check=True)
-            self._begin(self.episode + 1)
+            self._begin_next(1)
             return True
         return False
 
@@ -188,12 +189,17 @@ class Instance:
         self.reward, self.valid, self.terminated, self.truncated = 0.0, False, False, True
         self._keep_end(check=False)
         passed, self._given_up = self._given_up, 0
-        self._begin(self.episode + passed)
+        self._begin_next(passed)
         return True
 
     def give_up(self) -> None:
         """End the running episode as invalid at the next step, without stepping it, and begin the next; called n times, the n-th."""
         self._given_up += 1
+
+    def _begin_next(self, passed: int) -> None:
+        self.resetting(True)
+        self._begin(self.episode + passed)
+        self.resetting(False)
 
     def _begin(self, episode: int, seed: int | None = None) -> None:
         self.episode, self.num_steps, self.episode_return = episode, 0, 0.0
@@ -335,6 +341,10 @@ class Instance:
             kind, what, environment=self._spec.name, group=self._group, env=self._index, step=self.num_steps, seed=self.seed,
             last_action=self._last_action, field=field, expected=expected, actual=actual, hint=hint, error=error,
         )  # fmt: skip
+
+
+def _nobody_watches(begins: bool) -> None:
+    """Nothing."""
 
 
 def _not_open(action: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from shoal.config import EnvConfig
 from shoal.environments.faults import RAISED, environment_fault, raised_in
-from shoal.environments.group import PythonGroup
+from shoal.environments.group import Progress, PythonGroup, nobody_waits
 from shoal.environments.instance import offered_snapshot_bytes, unwrap
 from shoal.environments.spaces import MASK, describe
 from shoal.errors import ConfigError, ShoalError
@@ -267,7 +267,7 @@ def make_group(
     *,
     epoch: int = 0,
     spec: EnvironmentSpec | None = None,
-    progress: Callable[[int], None] = lambda b: None,
+    progress: Progress = nobody_waits,
 ) -> EnvironmentGroup:
     """One environment group in the form that `env.form` names; `auto` is the python form (see `probe.choose_form`, which measures).
 
@@ -275,18 +275,20 @@ def make_group(
       factory: the user's own callable, as in `environment_factory`.
       epoch: raised by a roll-back after divergence; part of every episode's seed.
       spec: as `probe` found it; without it one more environment is made to find out.
-      progress: told, while the group is restored, before each call of environment b (python form only).
+      progress: told of each call but those of `step` (of the native form: of environment 0, for all). In the threads form, with -1 a few times a
+        second while the group is restored, for as long as no call has taken env.step_timeout_seconds: then that is raised as a fault.
     """
     if env.form == "native":
         from shoal.environments.native import make_native_group
 
-        return make_native_group(env, group, num_envs, run_seed, factory, epoch=epoch)
+        return make_native_group(env, group, num_envs, run_seed, factory, epoch=epoch, progress=progress)
     create = environment_factory(env, factory)
     spec = spec or environment_spec(env, factory)
     if env.form == "threads":
         from shoal.environments.threads import PacedGroup
 
-        return PacedGroup(create, spec, group, num_envs, run_seed, epoch)
-    made = PythonGroup(create, spec, group, num_envs, run_seed, epoch)
+        made: PythonGroup = PacedGroup(create, spec, group, num_envs, run_seed, epoch, env.step_timeout_seconds)
+    else:
+        made = PythonGroup(create, spec, group, num_envs, run_seed, epoch)
     made.progress = progress
     return made

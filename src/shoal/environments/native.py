@@ -24,6 +24,7 @@ import numpy as np
 from shoal import streams
 from shoal.config import EnvConfig
 from shoal.environments.faults import RAISED, FaultKind, environment_fault, raised_in, wrong_result
+from shoal.environments.group import Progress, nobody_waits, nobody_watches
 from shoal.environments.spaces import MASK, SpaceMismatch, action_map, allocate, describe, flatten_batch
 from shoal.environments.vector_snapshots import snapshots_of
 from shoal.errors import ConfigError, EnvironmentFault, ShoalError
@@ -114,11 +115,18 @@ def _describe(name: str, group: int, vector: Any) -> EnvironmentSpec:
 
 
 def make_native_group(
-    env: EnvConfig, group: int, num_envs: int, run_seed: int, factory: Callable[..., Any] | None = None, *, epoch: int = 0
+    env: EnvConfig,
+    group: int,
+    num_envs: int,
+    run_seed: int,
+    factory: Callable[..., Any] | None = None,
+    *,
+    epoch: int = 0,
+    progress: Progress = nobody_waits,
 ) -> NativeGroup:
     """A group over one vector environment; raises ConfigError where there is none."""
     create = native_factory(env, factory)
-    return NativeGroup(lambda: create(num_envs), env.id, group, num_envs, run_seed, epoch)
+    return NativeGroup(lambda: create(num_envs), env.id, group, num_envs, run_seed, epoch, progress)
 
 
 class NativeGroup:
@@ -127,10 +135,21 @@ class NativeGroup:
     consumes: actions [B] as stored. waits for: the vector environment. on failure: EnvironmentFault, after which `restore` must follow.
     """
 
-    def __init__(self, create: Callable[[], Any], name: str, group: int, num_envs: int, run_seed: int, epoch: int = 0) -> None:
+    def __init__(
+        self,
+        create: Callable[[], Any],
+        name: str,
+        group: int,
+        num_envs: int,
+        run_seed: int,
+        epoch: int = 0,
+        progress: Progress = nobody_waits,
+    ) -> None:
+        self._progress = progress
         self._create, self._name, self._group, self.num_envs = create, name, group, num_envs
         self._key = (run_seed, group, epoch)
         self._open()
+        self._progress(0)
         self.spec = _describe(name, group, self._vector)
         self._current = allocate(self.spec, num_envs)
         self._to_environment = action_map(self.spec.action)
@@ -138,10 +157,12 @@ class NativeGroup:
         self._pending_B = np.zeros(num_envs, np.bool_)  # NEXT_STEP: ended at the last step, so that the next one is its reset
         self._last_action: Any = None
         self._given_up = False
+        self.resetting: Callable[[int, bool], None] = nobody_watches
 
     def _open(self) -> None:
         from gymnasium.vector import AutoresetMode
 
+        self._progress(0)
         self._vector = _made(self._name, self._group, self._create)
         self._snapshots = snapshots_of(self._vector)
         mode = self._vector.metadata.get("autoreset_mode")
@@ -157,6 +178,7 @@ class NativeGroup:
         if not self._open_now:
             self._open()
         self._pending_B[:] = False
+        self._progress(0)
         if self._snapshots and all(one is not None for one in state.snapshots):
             bodies = [one[1:] for one in state.snapshots if one is not None]
             observation, info = self._reset("restore_snapshots()", lambda: self._snapshots.restore_snapshots(bodies))
@@ -191,7 +213,9 @@ class NativeGroup:
         self._given_up = False
         ended = [self._end_of(b, self._row(b)) for b in range(self.num_envs)]
         self._cursor["episode"] += 1
+        self.resetting(0, True)
         self._take("reset()", *self._begin_all())
+        self.resetting(0, False)
         self._pending_B[:] = False
         self.observe(out)
         none_B, all_B = np.zeros(self.num_envs, np.bool_), np.ones(self.num_envs, np.bool_)
@@ -226,7 +250,9 @@ class NativeGroup:
             self._pending_B = ended_B
         elif self._mode is AutoresetMode.DISABLED and ended_B.any():
             ended = [self._end_of(b, self._row(b)) for b in map(int, np.flatnonzero(ended_B))]
+            self.resetting(0, True)
             observation, info = self._reset("reset()", lambda: self._vector.reset(options={"reset_mask": ended_B.copy()}))
+            self.resetting(0, False)
             self._take_some(observation, info, ended_B)
         self._cursor["episode"][ended_B] += 1
         self._cursor["num_steps"][ended_B] = 0
@@ -259,6 +285,7 @@ class NativeGroup:
     def close(self) -> None:
         if self._open_now:
             self._open_now = False
+            self._progress(0, closing=True)
             with suppress(*RAISED):  # it is given up anyway
                 self._vector.close()
 

@@ -260,19 +260,6 @@ def mask_writer(spec: EnvironmentSpec, row: Array) -> Writer:
     return write
 
 
-def flatten_observation(spec: EnvironmentSpec, observation: Any, info: Mapping[str, Any] | None = None) -> Arrays:
-    """One (nested) observation as arrays by field name, [*shape], with `action_mask` [A] where the spec has one.
-
-    Raises:
-      SpaceMismatch: the observation is not what the spec says.
-    """
-    rows = allocate(spec)
-    observation_writer(spec, rows)(observation)
-    if spec.action_mask == "info" and info is not None and MASK in info:
-        mask_writer(spec, rows[MASK])(info[MASK])
-    return rows
-
-
 def flatten_batch(spec: EnvironmentSpec, observation: Any, out: Arrays) -> None:
     """A vector environment's batched observation (nested arrays [B, *shape]) into `out`.
 

@@ -10,18 +10,23 @@ results are those of PythonGroup, bit for bit.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from shoal.environments.group import PythonGroup
+from shoal.environments.faults import environment_fault
+from shoal.environments.group import NOBODY, PythonGroup
 from shoal.environments.instance import Instance
 from shoal.types import Array, Arrays, Ended, EnvironmentSpec, GroupState, GroupStep
 
+LOOK_SECONDS = 0.05  # between two looks at calls that are under way
 _Task = Callable[[], Any]
 
 
@@ -46,6 +51,11 @@ class _Worker:
 
     def submit(self, task: _Task) -> None:
         self._tasks.put(task)
+
+    def stack(self) -> str:
+        """Where it stands now."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        return "" if frame is None else "".join(traceback.format_stack(frame))
 
     def stop(self, timeout_seconds: float) -> None:
         self._tasks.put(None)
@@ -75,10 +85,24 @@ class PacedGroup(PythonGroup):
         observe(out); for b in range(B): send(b, action)
         for b in ready(timeout): step = take(b, out); ...; send(b, action)
 
+    Its resets are not told (`resetting`), since they come in threads of their own.
+
     `step` and `restore` are for while no environment is under way.
     """
 
-    def __init__(self, create: Callable[[], Any], spec: EnvironmentSpec, group: int, num_envs: int, run_seed: int, epoch: int = 0) -> None:
+    def __init__(
+        self,
+        create: Callable[[], Any],
+        spec: EnvironmentSpec,
+        group: int,
+        num_envs: int,
+        run_seed: int,
+        epoch: int = 0,
+        limit_seconds: float = float("inf"),
+    ) -> None:
+        """limit_seconds: of each call while it is put back; one that takes longer is a fault, after which it can only be closed."""
+        self._call_began = [0.0] * num_envs  # monotonic clock; each written by its own thread
+        self._limit_seconds, self._group = limit_seconds, group
         super().__init__(create, spec, group, num_envs, run_seed, epoch)
         self._done: SimpleQueue[_Done] = SimpleQueue()
         self._workers = [_Worker(b, self._done) for b in range(num_envs)]
@@ -113,6 +137,7 @@ class PacedGroup(PythonGroup):
         if b in self._under_way or b in self._finished:
             raise RuntimeError(f"environment {b} has not given its last step yet; take() it first")
         self._under_way.add(b)
+        self._begin_call(b)
         environment_action = self._to_environment(np.asarray(action)[None])[0]
         self._workers[b].submit(_advancing(self._instances[b], environment_action))
 
@@ -125,6 +150,10 @@ class PacedGroup(PythonGroup):
         except Empty:
             pass
         return sorted(self._finished)
+
+    def call_began(self, b: int) -> float:
+        """When the present call of environment b began (monotonic clock): its step, or the reset after it."""
+        return self._call_began[b]
 
     def take(self, b: int, out: Arrays) -> PacedStep:
         """Write environment b's new observation into `out[name]` ([*shape]) and return the rest of its step.
@@ -162,24 +191,53 @@ class PacedGroup(PythonGroup):
         self._finished[done.env] = done
 
     def _restore_all(self, arguments: list[tuple[Array, list[Any], bytes | None]]) -> list[bool]:
-        same = self._run({b: _restoring(self._instances[b], given) for b, given in enumerate(arguments)})
+        tasks = {b: _restoring(self._instances[b], given, partial(self._begin_call, b)) for b, given in enumerate(arguments)}
+        same = self._run(tasks, self._refuse_hangs)
         return [same[b] for b in range(self.num_envs)]
 
     def _advance_all(self, actions: list[Any]) -> list[int]:
         ended = self._run({b: _advancing(self._instances[b], action) for b, action in enumerate(actions)})
         return [b for b in range(self.num_envs) if ended[b]]
 
+    def _resets(self, b: int, begins: bool) -> None:
+        self._begin_call(b)
+
+    def _begin_call(self, b: int) -> None:
+        self._call_began[b] = time.monotonic()
+
+    def _refuse_hangs(self, under_way: Iterable[int]) -> None:
+        """While the group is put back: each call by itself has the limit."""
+        self.progress(NOBODY)
+        now = time.monotonic()
+        for b in under_way:
+            if (seconds := now - self._call_began[b]) > self._limit_seconds:
+                instance, what = self._instances[b], "making it, reset() or a step while it was put back"
+                raise environment_fault(
+                    "hang", f"{what} has not returned for {seconds:.1f} s", environment=self.spec.name, group=self._group, env=b,
+                    step=instance.num_steps, seed=instance.seed, expected=f"at most {self._limit_seconds:g} s", actual=f"{seconds:.1f} s",
+                    stack=self._workers[b].stack(),
+                )  # fmt: skip
+
     def _advance(self, b: int, action: Any) -> bool:
         """In its own thread, alone."""
         return bool(self._run({b: _advancing(self._instances[b], action)})[b])
 
-    def _run(self, tasks: dict[int, _Task]) -> dict[int, Any]:
-        """Run tasks of environments that are not under way, and wait for all of them; the error of the lowest index is raised."""
+    def _run(self, tasks: dict[int, _Task], look: Callable[[Iterable[int]], None] | None = None) -> dict[int, Any]:
+        """Run tasks of environments that are not under way, and wait for all of them; the error of the lowest index is raised.
+
+        look: told a few times a second who is not done; it may raise.
+        """
         for b, task in tasks.items():
+            self._begin_call(b)
             self._workers[b].submit(task)
         found: dict[int, _Done] = {}
         while len(found) < len(tasks):
-            done = self._done.get()
+            try:
+                done = self._done.get(timeout=LOOK_SECONDS if look else None)
+            except Empty:
+                if look:
+                    look(tasks.keys() - found.keys())
+                continue
             if done.env in tasks:
                 found[done.env] = done
             else:
@@ -194,5 +252,5 @@ def _advancing(instance: Instance, action: Any) -> _Task:
     return lambda: instance.advance(action)
 
 
-def _restoring(instance: Instance, given: tuple[Array, list[Any], bytes | None]) -> _Task:
-    return lambda: instance.restore(*given)
+def _restoring(instance: Instance, given: tuple[Array, list[Any], bytes | None], progress: Callable[[], None]) -> _Task:
+    return lambda: instance.restore(*given, progress)

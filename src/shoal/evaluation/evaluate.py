@@ -17,6 +17,7 @@ import numpy as np
 
 from shoal.environments.instance import Instance
 from shoal.environments.make import environment_factory
+from shoal.environments.probe import MAKING, Tell, quiet
 from shoal.environments.spaces import allocate
 from shoal.errors import ConfigError, EnvironmentFault
 from shoal.evaluation.bundle import LoadedPolicy, load_policy
@@ -41,6 +42,7 @@ def evaluate(
     environment: Callable[..., Any] | None = None,
     num_envs: int = MAX_ENVS,
     max_episode_steps: int | None = None,
+    tell: Tell = quiet,
 ) -> dict[str, Any]:
     """Play whole episodes and say how they went. Atari is played to the end of the game, with the game's own score.
 
@@ -50,6 +52,7 @@ def evaluate(
       environment: the user's own factory, where the policy was trained on one that no import path leads to.
       num_envs: environments side by side, at most MAX_ENVS; speed only.
       max_episode_steps: episodes are cut here; without it, one of more than ENDLESS_STEPS is an EnvironmentFault.
+      tell: is told what an environment is asked for before it is, and "" once it is asked for nothing: so that whoever watches sees one hang.
     Returns:
       episodes, mean_return, std_return (population), iqm (mean of the middle half, Agarwal et al. 2021, arXiv:2108.13264),
       ci95 ([low, high] of the mean, percentile bootstrap), min, max, mean_length (environment steps).
@@ -77,7 +80,7 @@ def evaluate(
             creates[0] = film.wrap(environment_factory(env_config, factory, training=False, render_mode="rgb_array"))
         try:
             endless = ENDLESS_STEPS if max_episode_steps is None else max_episode_steps + 1
-            returns, lengths = _play(policy, creates, episodes, seed, deterministic, endless)
+            returns, lengths = _play(policy, creates, episodes, seed, deterministic, endless, tell)
         except EnvironmentFault as fault:
             if isinstance(fault.__cause__, ConfigError):  # it cannot be filmed
                 raise fault.__cause__ from None
@@ -112,19 +115,22 @@ class _Seat:
     """One environment, and the episode that it plays; `episode` is None once none is left."""
 
     def __init__(
-        self, policy: LoadedPolicy, create: Callable[[], Any], rows: Arrays, index: int, waiting: Iterator[int], seed: int
+        self, policy: LoadedPolicy, create: Callable[[], Any], rows: Arrays, index: int, waiting: Iterator[int], seed: int, tell: Tell
     ) -> None:
-        self._policy, self._waiting, self._seed = policy, waiting, seed
+        self._policy, self._waiting, self._seed, self._tell = policy, waiting, seed, tell
         self._next: int | None = None
         self.index = index
         self.instance = Instance(create, policy.spec, rows, 0, index, self._seed_of_next)
+        tell(MAKING, env=index)
         self.instance.restore(np.zeros((), CURSOR), [], None)
         self._take()
 
     def _seed_of_next(self, _: int) -> int:
         self._next = next(self._waiting, None)
         self._rng = stream(self._seed, Purpose.EVALUATION, index=self._next or 0)
-        return int(self._rng.integers(2**31))
+        seed = int(self._rng.integers(2**31))
+        self._tell("reset()", env=self.index, seed=seed, step=0)  # which follows at once
+        return seed
 
     def _take(self) -> None:
         self.episode, self.episode_return, self.length = self._next, 0.0, 0
@@ -137,6 +143,7 @@ class _Seat:
         return self._noise
 
     def step(self, action: Any, returns: Array, lengths: Array) -> None:
+        self._tell("step()", env=self.index, seed=self.instance.seed, step=self.length + 1)
         ended = self.instance.advance(action)
         self.episode_return += self.instance.reward
         self.length += 1
@@ -154,7 +161,7 @@ class _Seat:
 
 
 def _play(
-    policy: LoadedPolicy, creates: list[Callable[[], Any]], episodes: int, seed: int, deterministic: bool, endless: int
+    policy: LoadedPolicy, creates: list[Callable[[], Any]], episodes: int, seed: int, deterministic: bool, endless: int, tell: Tell
 ) -> tuple[Array, Array]:
     """Returns and lengths of episodes 0 to `episodes` - 1. One of `endless` steps is a fault."""
     returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
@@ -165,9 +172,10 @@ def _play(
     seats: list[_Seat] = []
     try:
         for index, create in enumerate(creates):
-            seats.append(_Seat(policy, create, rows_B, index, waiting, seed))
+            seats.append(_Seat(policy, create, rows_B, index, waiting, seed, tell))
         playing = list(seats)
         while playing:
+            tell("")
             for name, rows in float_rows.items():
                 if not np.isfinite(rows).all():
                     row = int(np.argmin(np.isfinite(rows.reshape(MAX_ENVS, -1)).all(axis=1)))
@@ -183,5 +191,7 @@ def _play(
             playing = [seat for seat in playing if seat.episode is not None]
     finally:
         for seat in seats:
+            tell("close()", env=seat.index)
             seat.instance.close()
+        tell("")
     return returns, lengths

@@ -149,10 +149,6 @@ class Ledger:
     def in_flight(self) -> list[Identity]:
         return list(self._in_flight)
 
-    def trained_steps(self, group: int | None = None) -> int:
-        groups = self._accounts if group is None else [group]
-        return sum(self._accounts[g].steps[Fate.TRAINED] for g in groups)
-
     def check(self) -> None:
         """Raise LedgerError where the law does not hold, naming the group."""
         for group, account in self._accounts.items():

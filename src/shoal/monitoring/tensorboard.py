@@ -15,26 +15,9 @@ import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 FLUSH_SECONDS = 2.0
-
-
-class ScalarWriter(Protocol):
-    """Takes named numbers at a step (environment steps)."""
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
-    def close(self) -> None: ...
-
-
-class NullWriter:
-    """Takes everything and keeps nothing."""
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
 
 
 class TensorBoardWriter:

@@ -12,7 +12,10 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -78,13 +81,16 @@ class NullTrace:
 
 
 class Trace:
-    """A trace in a file of `directory`, which `trace_file` names."""
+    """A trace in a file of `directory`, which `trace_file` names. Making it raises OSError where the disk has no room for all of it."""
 
     def __init__(self, path: Path, capacity: int = CAPACITY) -> None:
         size = _PAGE + capacity * _RECORD.size
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
-            os.ftruncate(fd, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(fd, 0, size)  # in a hole, a write into the mapping would end the process where the disk is full
+            else:
+                os.ftruncate(fd, size)
             self._map = mmap.mmap(fd, size)
         finally:
             os.close(fd)
@@ -161,9 +167,23 @@ class Event:
     numbers: tuple[int, int, int, int]
 
 
-def open_trace(directory: str, name: str, index: int = 0, incarnation: int = 0) -> Tracer:
-    """The trace of a role's process in `directory`; none where that is empty."""
-    return Trace(trace_file(Path(directory), name, index, incarnation)) if directory else NullTrace()
+def to_log(message: str) -> None:
+    """Standard error, which of a role's process is its log."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def open_trace(directory: str, name: str, index: int = 0, incarnation: int = 0, warn: Callable[[str], None] = to_log) -> Tracer:
+    """The trace of a role's process in `directory`; none where that is empty, or (said by `warn`) where the disk refuses."""
+    if not directory:
+        return NullTrace()
+    path = trace_file(Path(directory), name, index, incarnation)
+    try:
+        return Trace(path)
+    except OSError as error:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        warn(f"profile.json will say nothing of {name} {index}: {error.strerror or error} ({path})")
+        return NullTrace()
 
 
 def trace_file(directory: Path, name: str, index: int, incarnation: int) -> Path:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,28 +183,33 @@ class Zygote:
         Raises:
           ProcessError: the helper could not be executed.
         """
-        parent_end, child_end = Channel.pair()
         mark = secrets.token_hex(8)
-        startup_fd = anonymous_file("shoal-start")
-        try:
-            _write_startup(startup_fd, payload, pickled, preload, Path(log_path))
-            with open(log_path, "ab") as log:
-                process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", _BOOTSTRAP, str(startup_fd), str(child_end.fileno())],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env={**(os.environ if environ is None else environ), **PASSIVE_THREADS, MARK: mark},
-                    pass_fds=(startup_fd, child_end.fileno()),
-                    start_new_session=True,
-                )
-        except OSError as error:
-            parent_end.close()
-            raise ProcessError(f"cannot start the helper process {sys.executable}: {error}") from error
-        finally:
-            os.close(startup_fd)
-            child_end.close()
-        return cls(process, parent_end, f"{MARK}={mark}")
+        with ExitStack() as mine:
+            try:
+                parent_end, child_end = Channel.pair()
+                mine.callback(child_end.close)
+                unless_started = mine.enter_context(ExitStack())
+                unless_started.callback(parent_end.close)
+                startup_fd = anonymous_file("shoal-start")
+                mine.callback(os.close, startup_fd)
+                _write_startup(startup_fd, payload, pickled, preload, Path(log_path))
+                with open(log_path, "ab") as log:
+                    process = subprocess.Popen(
+                        [sys.executable, "-P", "-c", _BOOTSTRAP, str(startup_fd), str(child_end.fileno())],
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        env={**(os.environ if environ is None else environ), **PASSIVE_THREADS, MARK: mark},
+                        pass_fds=(startup_fd, child_end.fileno()),
+                        start_new_session=True,
+                    )
+                unless_started.callback(process.wait)
+                unless_started.callback(process.kill)
+                started = cls(process, parent_end, f"{MARK}={mark}")
+                unless_started.pop_all()
+                return started
+            except OSError as error:
+                raise ProcessError(f"cannot start the helper process {sys.executable}: {error}") from error
 
     def fileno(self) -> int:
         """For `wait`: ready when `receive` has something to tell; -1 once lost or closed."""
