@@ -35,29 +35,29 @@ class FastMemory:
 
     def __init__(self, memory: Memory, num_envs: int) -> None:
         self._memory = memory
-        H = memory.num_features
-        self._lstm, self._size = memory.kind == "lstm", H
-        self._from_input, self._from_state = (np.empty((num_envs, len(memory.weights[0])), np.float32) for _ in range(2))
+        self._lstm, self._size = memory.kind == "lstm", memory.num_features
+        self._from_input, self._from_state = np.empty((2, num_envs, len(memory.bias)), np.float32)
         self.refresh()
 
     def refresh(self) -> None:
-        from_input, from_state, self._input_bias, self._state_bias = (weight.detach().numpy() for weight in self._memory.weights)
-        self._input_weight, self._state_weight = from_input.T, from_state.T
+        memory = self._memory
+        self._input_weight, self._state_weight = memory.input_weight.detach().numpy().T, memory.state_weight.detach().numpy().T
+        self._bias = memory.bias.detach().numpy()
 
     def step(self, value: Array, state: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         """As `Memory.step`: [N, D] -> [N, H]."""
         h, x, u, H = state["policy_state/h"], self._from_input, self._from_state, self._size
-        np.add(np.dot(value, self._input_weight, out=x), self._input_bias, out=x)
-        np.add(np.dot(h, self._state_weight, out=u), self._state_bias, out=u)
+        np.add(np.dot(value, self._input_weight, out=x), self._bias, out=x)
+        np.dot(h, self._state_weight, out=u)
         if not self._lstm:
             gates = _sigmoid(x[:, : 2 * H] + u[:, : 2 * H])
             new = np.tanh(x[:, 2 * H :] + gates[:, :H] * u[:, 2 * H :])
             h = new + gates[:, H:] * (h - new)
             return h, {"policy_state/h": h}
         np.add(x, u, out=x)
-        keep = _sigmoid(x[:, : 2 * H])
-        c = keep[:, H:] * state["policy_state/c"] + keep[:, :H] * np.tanh(x[:, 2 * H : 3 * H])
-        h = _sigmoid(x[:, 3 * H :]) * np.tanh(c)
+        gates = _sigmoid(x[:, : 3 * H])
+        c = gates[:, 2 * H :] * state["policy_state/c"] + gates[:, H : 2 * H] * np.tanh(x[:, 3 * H :])
+        h = gates[:, :H] * np.tanh(c)
         return h, {"policy_state/h": h, "policy_state/c": c}
 
 
@@ -159,7 +159,7 @@ def fast_actor(policy: Policy, num_envs: int) -> FastActor | None:
         return None
     weights = [layer.weight for layer in (*encoder.mlp.linears, head.linear)]
     if isinstance(policy, RecurrentPolicy):
-        weights += policy.memory.weights[:2]
+        weights += [policy.memory.input_weight, policy.memory.state_weight]
     if any(num_envs * weight.numel() > SINGLE_THREAD_PRODUCT or weight.is_cuda for weight in weights):
         return None
     return FastActor(policy, num_envs)

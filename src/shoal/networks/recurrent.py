@@ -83,7 +83,7 @@ class RecurrentPolicy(Policy):
         """As `evaluate`, of rows t * N + n, or of those in `rows` (int64 [M]): each with the state that the rows before it lead to."""
         features = self._encoded({name: value.flatten(0, 1) for name, value in sequences.observation.items()})
         unrolled = self.memory.unroll(features, sequences.state, sequences.reset_TN)
-        output, action = unrolled.output, sequences.action.flatten(0, 1)
+        output, action = unrolled.output_TNH.flatten(0, 1), sequences.action.flatten(0, 1)
         mask = None if sequences.action_mask is None else sequences.action_mask.flatten(0, 1)
         if rows is not None:
             output, action, mask = output[rows], action[rows], None if mask is None else mask[rows]
