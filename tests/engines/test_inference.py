@@ -188,7 +188,12 @@ class Asking(threading.Thread):
 
 
 def copied(acted: Any) -> tuple[Any, Any, int, Any]:
-    return acted.action_B.copy(), acted.outputs["log_prob"].copy(), acted.version, {name: value.copy() for name, value in acted.state.items()}
+    return (
+        acted.action_B.copy(),
+        acted.outputs["log_prob"].copy(),
+        acted.version,
+        {name: value.copy() for name, value in acted.state.items()},
+    )
 
 
 def act(world: World, tag: int, row: int | Any = 0) -> Callable[[RemotePolicy], Any]:
