@@ -100,12 +100,12 @@ class LoadedPolicy:
         """
         arrays, single = self._as_batch(observation, action_mask)
         num = len(next(iter(arrays.values())))
-        noise = None
+        before, noise = self._remembered(num, state), None
         if not deterministic:
             noise, state = self._noise(num, state, np.random.default_rng(rng) if isinstance(rng, int) else rng or self._rng)
-        action_N, memory = self.act(arrays, noise, self._remembered(num, state))
-        if memory:
-            state = {**(state or {}), **memory}
+        action_N, after = self.act(arrays, noise, before)
+        if after:
+            state = {**(state or {}), **after}
         return (action_N[0] if single else action_N), state
 
     def act(self, arrays: Arrays, noise: Array | None, memory: Arrays) -> tuple[Array, Arrays]:
@@ -146,7 +146,8 @@ class LoadedPolicy:
     def _noise(self, num: int, state: Arrays | None, rng: np.random.Generator) -> tuple[Array, Arrays | None]:
         if self.network.noise.per == "step":
             return self.draw_noise(num, rng), state
-        state = state or {"noise": self.draw_noise(num, rng)}  # gSDE keeps its matrix for an episode
+        if not state or "noise" not in state:  # gSDE keeps its matrix for an episode
+            state = {**(state or {}), "noise": self.draw_noise(num, rng)}
         return state["noise"], state
 
     def _as_batch(self, observation: Any, action_mask: Any) -> tuple[Arrays, bool]:
