@@ -4,6 +4,7 @@ shoal train examples/memory.py:hidden_velocities --policy.memory lstm
 shoal train examples/memory.py:Recall --policy.memory gru
 """
 
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -44,3 +45,22 @@ class Recall(gymnasium.Env):
         lamps = np.zeros(self.observation_space.shape, np.float32)
         lamps[list(lit)] = 1.0
         return lamps
+
+
+def main() -> None:
+    import shoal
+
+    short = {"stop": {"updates": 5}, "sampling": {"groups": 2, "group_size": 4, "rollout_length": 64}, "actors": 2}
+    run = shoal.train(f"{Path(__file__).resolve()}:hidden_velocities", policy={"memory": "lstm", "memory_size": 32}, **short)
+    env, policy = hidden_velocities(), run.policy()
+    observation, _ = env.reset(seed=0)
+    state, over, num_steps = None, False, 0  # None: an episode begins
+    while not over:
+        action, state = policy.predict(observation, state)
+        observation, _, terminated, truncated, _ = env.step(action)
+        over, num_steps = terminated or truncated, num_steps + 1
+    print("an episode with what was remembered:", num_steps, "steps")
+
+
+if __name__ == "__main__":
+    main()
