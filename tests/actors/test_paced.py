@@ -40,14 +40,15 @@ T, B, G = 6, 3, 2
 
 
 class Behaviour(ScriptedBehaviour):
-    """As ScriptedBehaviour, also where each environment is at a row of its own."""
+    """As ScriptedBehaviour, also where each environment is at a row of its own. Its state: the rows so far, and the version that saw the last."""
 
     def act(self, observation, state, row):
         rows = np.broadcast_to(row, len(next(iter(observation.values()))))
         group, sequence = self.begun[-1]
         action = np.array([action_of(group, sequence, int(t), b) for b, t in enumerate(rows)])
         log_prob = np.array([log_prob_of(int(a), int(t)) for a, t in zip(action, rows, strict=True)], np.float32)
-        return Acted(action, {"log_prob": log_prob}, {name: value + np.float32(1) for name, value in state.items()}, self.version)
+        after = {name: np.stack([value[:, 0] + 1, np.full(len(value), self.version, np.float32)], 1) for name, value in state.items()}
+        return Acted(action, {"log_prob": log_prob}, after, self.version)
 
 
 class Metronome:
@@ -181,13 +182,16 @@ def test_the_first_that_filled_its_rows_closes_the_rollout_and_steps_under_way_g
 
 
 def test_the_recurrent_state_of_each_environment_goes_on_with_its_own_rows():
-    """The behaviour's counts the rows of an environment, as its observation does; it answers for all whenever one is ready."""
-    actor, behaviour, _ = metronomes([1, 2, 17])
+    """The behaviour's counts the rows of an environment, as its observation does; it answers for all whenever one is ready, but only that one is told."""
+    actor, behaviour, _ = metronomes([1, 2, 17], publish_every=3)
     for sequence in range(8):
         slot = actor.fill(sequence % 3, Identity(G, sequence, 0), closing_after(behaviour, 2) if sequence % 3 == 1 else None)
         used = slot.rows_used()
         np.testing.assert_array_equal(slot.arrays["policy_state/h"][:, 0], slot.arrays["observation/position"][0, :, 1])
-        np.testing.assert_array_equal(slot.arrays["policy_state/h/end"][:, 0], slot.arrays["policy_state/h"][:, 0] + used)
+        end = slot.arrays["policy_state/h/end"]
+        np.testing.assert_array_equal(end[:, 0], slot.arrays["policy_state/h"][:, 0] + used)
+        for b in np.flatnonzero(used):
+            assert end[b, 1] == slot.arrays["policy_version"][used[b] - 1, b]
     assert slot.arrays["policy_state/h"][2, 0] == 2  # the slow one's steps began in one rollout and ended in another
 
 

@@ -130,11 +130,15 @@ def test_a_memory_is_passed_on_from_call_to_call(tmp_path: Path, exploration: An
             distribution, before = module.next_distribution({"observation": torch.from_numpy(row)}, before)
             expected.append(distribution.mode().numpy())
     for deterministic in (True, False):
-        state = None
+        state, states = None, []
         for t, row in enumerate(rows):
             action, state = policy.predict(row, state, deterministic=deterministic)
             np.testing.assert_allclose(action, expected[t], atol=1e-5 if deterministic else 1.0)
             assert state is not None
+            states.append(state)
+        drawn = [state["noise"] for state in states if "noise" in state]  # gSDE's matrix stays for the episode, beside the memory
+        assert len(drawn) == (0 if deterministic or exploration == "gaussian" else len(rows))
+        assert all(matrix is drawn[0] for matrix in drawn)
     first, one = policy.predict(rows[0, 1])
     second, _ = policy.predict(rows[1, 1], one)
     np.testing.assert_allclose([first, second], [expected[0][1], expected[1][1]], atol=1e-5)
