@@ -73,6 +73,19 @@ def test_sequences_are_evaluated_as_by_stepping_row_by_row(kind: str, observatio
     torch.testing.assert_close(part.log_prob, evaluation.log_prob[some])
 
 
+def test_masks_lie_on_their_own_rows() -> None:
+    policy = policy_of("lstm")
+    sequences = sequences_of(policy, VECTOR, torch.from_numpy(np.random.default_rng(1).integers(0, 2, (T, N))))
+    mask = torch.rand(T, N, 2, generator=torch.Generator().manual_seed(5)) < 0.5
+    mask.scatter_(2, sequences.action.unsqueeze(2), True)
+    masked = sequences._replace(action_mask=mask)
+    expected = stepped(policy, masked)[0].flatten().detach()
+    assert (expected == 0).any(), "where only the action taken was allowed"
+    some = torch.tensor([17, 3, 8, 11])
+    for rows, wanted in ((None, expected), (some, expected[some])):
+        torch.testing.assert_close(policy.evaluate_sequences(masked, rows)[0].log_prob, wanted, rtol=1e-4, atol=1e-5)
+
+
 @KINDS
 def test_the_gradient_is_that_of_stepping(kind: str) -> None:
     policy = policy_of(kind)
