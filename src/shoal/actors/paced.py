@@ -223,9 +223,9 @@ def _refuse_hangs(slot: Slot, group: Paced, began: dict[int, float], row_B: Arra
             stands = group.cursor()[b]
             episode, step, seed = int(stands["episode"]), int(stands["num_steps"]), int(stands["seed"])
             raise EnvironmentFault(
-                f"environment {b} of group {int(slot.envelope['group'])} has been in one step for {now - then:.1f} s (step {step} of its "
+                f"environment {b} of group {int(slot.envelope['group'])} has been in one step for {now - then:.1f} s (step {step + 1} of its "
                 f"episode, seed {seed}), allowed are {limit_seconds:g} s (--env.step-timeout-seconds)",
-                {"kind": "hang", "env": b, "row": int(row_B[b]), "step": step, "seed": seed, "paced": [episode, step]},
+                {"kind": "hang", "env": b, "row": int(row_B[b]), "step": step + 1, "seed": seed, "paced": [episode, step]},
             )
 
 
