@@ -36,6 +36,7 @@ TASKS = {
         f"{HERE / 'environments.py'}:Readings", *PPO, "--policy.hidden-sizes", "256,256",
         "--policy.normalise-observations", "true", "--policy.normalise-rewards", "true",
     ],
+    "memory": [f"{HERE.parents[1] / 'examples' / 'memory.py'}:hidden_velocities", *PPO, "--policy.memory", "lstm", "--policy.memory-size", "24"],
 }  # fmt: skip
 
 

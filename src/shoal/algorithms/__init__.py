@@ -88,4 +88,14 @@ def build_algorithm(policy: Policy, config: AlgorithmConfig, algorithm: type[Alg
         except ValidationError as error:
             details = "; ".join(f"algorithm.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise ConfigError(f"{details} (settings of {config.name})") from error
+    check_memory(policy, config.name, algorithm)
     return algorithm(policy, config)
+
+
+def check_memory(policy: Policy, name: str, algorithm: type[Algorithm[Any]]) -> None:
+    """Raise ConfigError where the policy has a memory and the algorithm would train it as if it had none."""
+    if policy.initial_state(1) and not getattr(algorithm, "remembers", False):
+        raise ConfigError(
+            f"policy.memory: {name} does not train policies with memory; ppo, appo and impala do (one of your own says `remembers = True`, see "
+            "shoal.algorithms.base.Algorithm), or leave policy.memory at none"
+        )

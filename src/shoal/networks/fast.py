@@ -1,7 +1,8 @@
 """A small policy's acting in numpy: at 8 environments and 2 x 64 units, a torch operation costs more for its call than for its numbers.
 
 The same mathematics on the same memory as the policy (float32; equal to `Policy.act` up to rounding). Only what is common and small: one vector
-as observation, an MLP with tanh or relu, one discrete or an independent Gaussian action. Everything else acts in torch.
+as observation, an MLP with tanh or relu, a memory behind it or none, one discrete or an independent Gaussian action. Everything else acts in
+torch.
 
 Legend: N environments, A actions.
 """
@@ -16,7 +17,9 @@ import numpy.typing as npt
 
 from shoal.networks.encoders import Encoder
 from shoal.networks.inputs import CLIP, VectorInput
+from shoal.networks.memory import Memory
 from shoal.networks.policy import Policy
+from shoal.networks.recurrent import RecurrentPolicy
 from shoal.ops.distributions import HALF_LOG_2PI, MASKED_LOGIT
 
 Array = npt.NDArray[Any]
@@ -25,6 +28,45 @@ Array = npt.NDArray[Any]
 # variables of the process decide.
 SINGLE_THREAD_PRODUCT = 2**18
 _ACTIVATIONS: dict[str, Callable[..., Array]] = {"tanh": np.tanh, "relu": lambda value, out: np.maximum(value, 0.0, out=out)}
+
+
+class FastMemory:
+    """A memory's step in numpy; the state that it returns is in arrays of its own."""
+
+    def __init__(self, memory: Memory, num_envs: int) -> None:
+        self._memory = memory
+        self._lstm, self._size = memory.kind == "lstm", memory.num_features
+        self._from_input, self._from_state = np.empty((2, num_envs, len(memory.bias)), np.float32)
+        self.refresh()
+
+    def refresh(self) -> None:
+        memory = self._memory
+        self._input_weight, self._state_weight = memory.input_weight.detach().numpy().T, memory.state_weight.detach().numpy().T
+        self._bias = memory.bias.detach().numpy()
+
+    def step(self, value: Array, state: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        """As `Memory.step`: [N, D] -> [N, H]."""
+        h, x, u, H = state["policy_state/h"], self._from_input, self._from_state, self._size
+        np.add(np.dot(value, self._input_weight, out=x), self._bias, out=x)
+        np.dot(h, self._state_weight, out=u)
+        if not self._lstm:
+            gates = _sigmoid(x[:, : 2 * H] + u[:, : 2 * H])
+            new = np.tanh(x[:, 2 * H :] + gates[:, :H] * u[:, 2 * H :])
+            h = new + gates[:, H:] * (h - new)
+            return h, {"policy_state/h": h}
+        np.add(x, u, out=x)
+        gates = _sigmoid(x[:, : 3 * H])
+        c = gates[:, 2 * H :] * state["policy_state/c"] + gates[:, H : 2 * H] * np.tanh(x[:, 3 * H :])
+        h = gates[:, :H] * np.tanh(c)
+        return h, {"policy_state/h": h, "policy_state/c": c}
+
+
+def _sigmoid(value: Array) -> Array:
+    """By tanh, which overflows nowhere."""
+    half: Array = np.tanh(value * np.float32(0.5))
+    half += np.float32(1.0)
+    half *= np.float32(0.5)
+    return half
 
 
 class FastActor:
@@ -43,6 +85,7 @@ class FastActor:
         self._rows = np.arange(num_envs)
         self._shape = (num_envs, *policy.action_head.field.shape)
         self._discrete = policy.action_head.field.dtype == "int64"
+        self._memory = FastMemory(policy.memory, num_envs) if isinstance(policy, RecurrentPolicy) else None
         self.refresh()
 
     def refresh(self) -> None:
@@ -51,6 +94,8 @@ class FastActor:
             (layer.weight.detach().numpy().T, layer.bias.detach().numpy(), buffer)
             for layer, buffer in zip(self._linears, self._buffers, strict=True)
         ]
+        if self._memory is not None:
+            self._memory.refresh()
         if self._leaf.normalise:
             self._mean, self._inverse_std = self._leaf.mean.numpy(), self._leaf.inverse_std.numpy()
         if not self._discrete:
@@ -58,6 +103,18 @@ class FastActor:
 
     def act(self, observation: dict[str, Array], noise: Array, action_mask: Array | None = None) -> tuple[Array, Array]:
         """As `Policy.act`, from and to numpy: actions as stored [N, ...] and log-probabilities [N], in arrays of their own."""
+        return self._answer(self._encoded(observation), noise, action_mask)
+
+    def step(
+        self, observation: dict[str, Array], state: dict[str, Array], noise: Array, action_mask: Array | None = None
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        """As `Policy.step`."""
+        value = self._encoded(observation)
+        if self._memory is not None:
+            value, state = self._memory.step(value, state)
+        return *self._answer(value, noise, action_mask), state
+
+    def _encoded(self, observation: dict[str, Array]) -> Array:
         value = observation[self._name].reshape(len(self._rows), -1)
         if self._leaf.scale is not None:
             value = value * np.float32(self._leaf.scale)
@@ -70,6 +127,9 @@ class FastActor:
             np.dot(value, weight, out=buffer)
             np.add(buffer, bias, out=buffer)
             value = activation(buffer, out=buffer)
+        return value
+
+    def _answer(self, value: Array, noise: Array, action_mask: Array | None) -> tuple[Array, Array]:
         weight, bias, output = self._layers[-1]
         np.dot(value, weight, out=output)
         np.add(output, bias, out=output)
@@ -93,11 +153,13 @@ class FastActor:
 def fast_actor(policy: Policy, num_envs: int) -> FastActor | None:
     """A FastActor for groups of `num_envs`, or None where the policy is none of those that it knows, is not on the CPU, or is too large to gain."""
     encoder, leaves, head = policy.actor, policy.inputs.leaves, policy.action_head
-    if type(policy) is not Policy or not isinstance(encoder, Encoder) or encoder.mlp.activation not in _ACTIVATIONS:
+    if type(policy) not in (Policy, RecurrentPolicy) or not isinstance(encoder, Encoder) or encoder.mlp.activation not in _ACTIVATIONS:
         return None
     if len(leaves) != 1 or not isinstance(leaves[0], VectorInput) or head.kind not in ("discrete", "box"):
         return None
-    linears = [*encoder.mlp.linears, head.linear]
-    if any(num_envs * layer.weight.numel() > SINGLE_THREAD_PRODUCT or layer.weight.is_cuda for layer in linears):
+    weights = [layer.weight for layer in (*encoder.mlp.linears, head.linear)]
+    if isinstance(policy, RecurrentPolicy):
+        weights += [policy.memory.input_weight, policy.memory.state_weight]
+    if any(num_envs * weight.numel() > SINGLE_THREAD_PRODUCT or weight.is_cuda for weight in weights):
         return None
     return FastActor(policy, num_envs)

@@ -20,6 +20,7 @@ from shoal.networks.encoders import Encoder, orthogonal
 from shoal.networks.evaluation import Evaluation, GraphEvaluation, SmallEvaluation, small_network
 from shoal.networks.heads import ActionHead, NoiseSpec
 from shoal.networks.inputs import Inputs
+from shoal.networks.memory import Memory
 from shoal.ops.distributions import Distribution
 from shoal.ops.moments import Moments
 from shoal.types import EnvironmentSpec, FieldSpec
@@ -78,7 +79,7 @@ class Policy(nn.Module):
         return [self.action_head.field, FieldSpec("log_prob", "float32", (), "T")]
 
     def initial_state(self, num_envs: int) -> dict[str, Tensor]:
-        """Recurrent state at an episode's start, by name, [num_envs, ...]: empty, this policy has no memory."""
+        """Recurrent state at an episode's start, by name, zeros [num_envs, ...]: empty, this policy has no memory (recurrent.py has one)."""
         return {}
 
     def distribution(self, observation: Mapping[str, Tensor], action_mask: Tensor | None = None) -> Distribution:
@@ -119,6 +120,18 @@ class Policy(nn.Module):
         distribution = self.distribution(observation, action_mask)
         action = distribution.sample(noise)
         return action, distribution.log_prob(action)
+
+    def step(
+        self, observation: Mapping[str, Tensor], state: Mapping[str, Tensor], noise: Tensor, action_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `act`, with the recurrent state before this row; and the state after it."""
+        return *self.act(observation, noise, action_mask), dict(state)
+
+    def next_distribution(
+        self, observation: Mapping[str, Tensor], state: Mapping[str, Tensor], action_mask: Tensor | None = None
+    ) -> tuple[Distribution, dict[str, Tensor]]:
+        """As `distribution`, with the recurrent state before this row; and the state after it."""
+        return self.distribution(observation, action_mask), dict(state)
 
     @property
     def normalised(self) -> tuple[str, ...]:
@@ -232,14 +245,32 @@ def _default_policy(spec: EnvironmentSpec, config: PolicyConfig) -> Policy:
             inputs.shapes, config.hidden_sizes, config.activation, config.orthogonal_init, compact=config.encoder == "compact_cnn"
         )
 
+    if config.memory != "none":
+        if config.share_encoder is False:
+            raise ConfigError("policy.share_encoder: with policy.memory, actor and critic share encoder and memory; leave it out")
+        return _remembering(spec, config, inputs, encoder())
     actor = encoder()
     critic = None if share else encoder()
     return Policy(inputs, actor, critic, *_heads(spec, config, actor.num_features, actor.num_features))
 
 
+def _remembering(spec: EnvironmentSpec, config: PolicyConfig, inputs: Inputs, encoder: nn.Module) -> Policy:
+    """encoder: with its `num_features`."""
+    from shoal.networks.recurrent import RecurrentPolicy
+
+    assert config.memory != "none"
+    memory = Memory(config.memory, int(encoder.num_features), config.memory_size, config.orthogonal_init)  # type: ignore[arg-type]
+    return RecurrentPolicy(inputs, encoder, memory, *_heads(spec, config, config.memory_size, config.memory_size))
+
+
 def _custom_policy(spec: EnvironmentSpec, config: PolicyConfig, network: Network) -> Policy:
     trunk = network(spec, config)
     if isinstance(trunk, Policy):
+        if config.memory != "none" and not trunk.initial_state(1):
+            raise ConfigError(
+                f"policy.memory: {type(trunk).__name__}, which policy.network made, is a whole policy without a place for a memory; return a torch "
+                "module with num_features, to which the memory is added, or a RecurrentPolicy, or leave policy.memory at none"
+            )
         return trunk
     num_features: Any = getattr(trunk, "num_features", None)
     if not isinstance(trunk, nn.Module) or not isinstance(num_features, int):
@@ -248,6 +279,8 @@ def _custom_policy(spec: EnvironmentSpec, config: PolicyConfig, network: Network
             f"(or a Policy), got {type(trunk).__name__} with num_features {num_features!r}"
         )
     inputs = Inputs(spec, config.normalise_observations, _image_fields(spec, config))
+    if config.memory != "none":
+        return _remembering(spec, config, inputs, trunk)
     return Policy(inputs, trunk, None, *_heads(spec, config, num_features, num_features))
 
 
