@@ -119,9 +119,12 @@ class LoadedPolicy:
         with torch.inference_mode():
             inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
             before = {name: torch.from_numpy(array) for name, array in memory.items()}
-            distribution, after = self.network.next_distribution(inputs, before, inputs.pop(MASK, None))
-            stored: Array = (distribution.mode() if noise is None else distribution.sample(torch.from_numpy(noise))).numpy()
-        return to_environment_action(self.spec.action, stored), {name: value.numpy() for name, value in after.items()}
+            mask = inputs.pop(MASK, None)
+            if noise is None:
+                action, after = self.network.greedy_step(inputs, before, mask)
+            else:
+                action, _, after = self.network.step(inputs, before, torch.from_numpy(noise), mask)
+        return to_environment_action(self.spec.action, action.numpy()), {name: value.numpy() for name, value in after.items()}
 
     def initial_memory(self, num: int) -> Arrays:
         """The recurrent state at an episode's beginning, [num, ...] by name; empty where the policy has none."""

@@ -127,11 +127,11 @@ class Policy(nn.Module):
         """As `act`, with the recurrent state before this row; and the state after it."""
         return *self.act(observation, noise, action_mask), dict(state)
 
-    def next_distribution(
+    def greedy_step(
         self, observation: Mapping[str, Tensor], state: Mapping[str, Tensor], action_mask: Tensor | None = None
-    ) -> tuple[Distribution, dict[str, Tensor]]:
-        """As `distribution`, with the recurrent state before this row; and the state after it."""
-        return self.distribution(observation, action_mask), dict(state)
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The most probable actions as stored [N, ...], with the recurrent state before this row; and the state after it."""
+        return self.distribution(observation, action_mask).mode(), dict(state)
 
     @property
     def normalised(self) -> tuple[str, ...]:
