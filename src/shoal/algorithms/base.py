@@ -106,6 +106,16 @@ class Optimizer:
             self._places.append(parameter.data_ptr())
             place += parameter.numel()
 
+    def _look(self) -> None:
+        if [p.data_ptr() for p in self.parameters] != self._places:
+            self._flatten()
+
+    @property
+    def flat(self) -> Tensor:
+        """The parameters as one vector [P], of which they are views."""
+        self._look()
+        return self._flat
+
     def step(self, loss: Tensor, learning_rate: float) -> float:
         """One step down the gradient of `loss` (a scalar); returns the gradient's norm before clipping, non-finite where the step was refused."""
         gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True, allow_unused=True)
@@ -114,8 +124,7 @@ class Optimizer:
     def descend(self, gradients: Sequence[Tensor], learning_rate: float, loss: Tensor) -> float:
         """The same from the gradients of `parameters`, in their order and shapes. `loss` is only looked at: the step is refused where it is
         not finite."""
-        if [p.data_ptr() for p in self.parameters] != self._places:
-            self._flatten()
+        self._look()
         gradient = torch.cat([g.reshape(-1) for g in gradients])
         norm = float(gradient.norm())
         if not (math.isfinite(norm) and math.isfinite(float(loss.detach()))):

@@ -22,7 +22,7 @@ import numpy as np
 
 from shoal.actors.behaviour import PolicyCopy
 from shoal.experience.schema import Schema, numpy_dtype
-from shoal.networks.policy import Policy
+from shoal.networks.acting import Acting
 from shoal.supervision.channel import Channel, wait
 from shoal.supervision.memory import SharedMemory
 from shoal.supervision.trace import Span, Tracer
@@ -44,7 +44,7 @@ class MailLayout:
     answers: tuple[tuple[str, str, tuple[int, ...]], ...]  # `action`, and what else the policy emits
 
     @classmethod
-    def of(cls, schema: Schema, policy: Policy) -> MailLayout:
+    def of(cls, schema: Schema, policy: Acting) -> MailLayout:
         shown = [(f.name, f.dtype, (schema.num_envs, *f.shape)) for f in schema.fields if f.axis == "T+1"]
         emitted = [(f.name, f.dtype, (schema.num_envs, *f.shape)) for f in policy.fields() if f.axis == "T"]
         return cls((*shown, ("noise", "float32", (schema.num_envs, policy.noise.size))), tuple(emitted))

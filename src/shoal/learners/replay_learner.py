@@ -1,0 +1,142 @@
+"""A learner that samples from a replay: rollouts go in, and each update makes as many optimizer steps as it is told.
+
+consumes    orders: the slots of one update, which are free once `consume` returns
+waits for   nothing; it is called
+unblocks    whoever waits for the slots and for the next policy version
+on failure  as learners/learner.py
+
+Legend: M rows of a sample.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from shoal.algorithms.base import Means
+from shoal.algorithms.off_policy import OffPolicyAlgorithm, Transitions
+from shoal.config import ReplayConfig, RunConfig
+from shoal.experience.envelope import Identity
+from shoal.experience.replay import Replay, Sample
+from shoal.experience.ring import Ring
+from shoal.learners.learner import Consumed, Learner, WeightPublisher
+from shoal.networks.acting import Acting
+from shoal.streams import Purpose, stream
+from shoal.types import Array, Arrays, EnvironmentSpec
+
+
+@dataclass
+class Inserted(Consumed):
+    """What went into the replay, and what left it for that: env steps by group, and by policy lag when they went in."""
+
+    num_env_steps: int = 0
+    evicted: Counter[int] = field(default_factory=Counter)
+    lag: Counter[int] = field(default_factory=Counter)
+
+
+class ReplayLearner(Learner):
+    """Attributes:
+    replay: filled by `consume`, sampled by `update`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        spec: EnvironmentSpec,
+        policy: Acting,
+        algorithm: OffPolicyAlgorithm[Any],
+        ring: Ring,
+        board: WeightPublisher,
+        *,
+        run_id: bytes,
+        replay: ReplayConfig,
+        epoch: int = 0,
+    ) -> None:
+        super().__init__(config, spec, policy, algorithm, ring, board, run_id=run_id, max_policy_lag=0, epoch=epoch)
+        self.replay = Replay(ring.schema, config.sampling.groups or 1, replay, gamma=config.algorithm.gamma)
+        self._settings, self._batch_size = replay, algorithm.config.batch_size
+        self._device = next(iter(policy.parameters())).device
+
+    def consume(self, orders: Sequence[tuple[int, Identity]]) -> Inserted:
+        """Check the rollouts and copy them into the replay. None is too old for it."""
+        inserted = Inserted(None, [])
+        for index, identity in orders:
+            slot = self._ring.slots[index]
+            slot.check(self._run_id, identity)
+            slot.envelope["consumed_ns"] = time.monotonic_ns()
+            num_rows = int(slot.envelope["num_rows"])
+            lag = self.version - slot.arrays["policy_version"][:num_rows][slot.arrays["valid"][:num_rows]]
+            inserted.lag.update(lag.tolist())
+            inserted.evicted[identity.group] += self.replay.insert(slot, self.version)
+            inserted.groups.append(identity.group)
+            inserted.num_env_steps += int(slot.envelope["num_env_steps"])
+        return inserted
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def update(self, consumed: Consumed, optimizer_steps: int = 0) -> dict[str, float]:
+        """One update: `optimizer_steps` from the replay as it is now (none before learning starts). It makes the next version."""
+        assert isinstance(consumed, Inserted)
+        metrics = self._learn(optimizer_steps)
+        self._refuse_divergence(metrics)
+        self.version += 1
+        self.env_steps += consumed.num_env_steps
+        self.publish()
+        counts = {f"lag/{lag}": float(count) for lag, count in consumed.lag.items()}
+        counts |= {f"evicted/{group}": float(count) for group, count in consumed.evicted.items() if count}
+        return {**metrics, **counts, "num_env_steps": float(consumed.num_env_steps), "replay/steps": float(self.replay.num_steps)}
+
+    def _learn(self, optimizer_steps: int) -> dict[str, float]:
+        algorithm: OffPolicyAlgorithm[Any] = self._algorithm
+        context, rng = self._context(), stream(self._config.seed, Purpose.REPLAY, index=self.version, epoch=self._epoch)
+        beta = self._settings.beta + context.progress * (1.0 - self._settings.beta)
+        taken, skipped = algorithm.steps
+        means, samples = Means(), []
+        for _ in range(optimizer_steps):
+            sample = self.replay.sample(self._batch_size, rng, beta=beta)
+            metrics, priority_M = algorithm.learn(self._rows(sample), context)
+            if self._settings.prioritised and priority_M is not None:
+                self.replay.update_priorities(sample.index_M, priority_M.detach().cpu().numpy())
+            means.add(metrics)
+            samples.append(sample)
+        if not samples:
+            return {"optimizer_steps": 0.0, "skipped_steps": 0.0}
+        counted = {"optimizer_steps": algorithm.steps[0] - taken, "skipped_steps": algorithm.steps[1] - skipped}
+        return {**means.result(), **_ages(samples), **{name: float(count) for name, count in counted.items()}}
+
+    def _rows(self, sample: Sample) -> Transitions:
+        def there(array: Array) -> torch.Tensor:
+            return torch.from_numpy(array).to(self._device)
+
+        def all_there(arrays: Arrays) -> dict[str, torch.Tensor]:
+            return {name: there(array) for name, array in arrays.items()}
+
+        masks = [None if mask is None else there(mask) for mask in (sample.action_mask, sample.next_action_mask)]
+        return Transitions(
+            observation=all_there(sample.observation),
+            action_mask=masks[0],
+            action=there(sample.action),
+            return_M=there(sample.return_M),
+            discount_M=there(sample.discount_M),
+            next_observation=all_there(sample.next_observation),
+            next_action_mask=masks[1],
+            weight_M=there(sample.weight_M),
+        )
+
+
+def _ages(samples: Sequence[Sample]) -> dict[str, float]:
+    """How old what was sampled is: in updates since the policy that chose it, and in env steps since it went in."""
+    updates = np.concatenate([sample.age_updates_M for sample in samples])
+    steps = np.concatenate([sample.age_steps_M for sample in samples])
+    return {
+        "replay/age_updates_mean": float(updates.mean()),
+        "replay/age_updates_p99": float(np.partition(updates, int(0.99 * (len(updates) - 1)))[int(0.99 * (len(updates) - 1))]),
+        "replay/age_updates_max": float(updates.max()),
+        "replay/age_steps_mean": float(steps.mean()),
+        "replay/age_steps_max": float(steps.max()),
+    }
