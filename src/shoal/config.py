@@ -279,6 +279,35 @@ class LearnerConfig(Section):
     timeout_seconds: PositiveFloat = Field(600.0, description="an update that takes longer is a hang: the learner is made anew")
 
 
+class ReplayConfig(Section):
+    """The experience replay of off-policy algorithms (experience/replay.py)."""
+
+    capacity_steps: Positive = Field(100_000, description="env steps that it holds at most, divided evenly over all environments")
+    capacity_bytes: Positive | None = Field(None, description="memory that it takes at most; fewer steps are held where they do not fit")
+    prioritised: bool | None = Field(
+        None, description="sample in proportion to priorities (Schaul et al. 2016) instead of uniformly (default: the algorithm's)"
+    )
+    alpha: Fraction = Field(0.6, description="exponent of priorities; 0 is uniform")
+    beta: Fraction = Field(0.4, description="exponent of importance weights at the start; rises to 1 over algorithm.schedule_env_steps")
+    n_step: Positive | None = Field(None, description="steps of a return before it bootstraps (default: the algorithm's)")
+    samples_per_insert: PositiveFloat | None = Field(
+        None, description="how often each env step is sampled on average (default: the algorithm's)"
+    )
+    tolerance: PositiveFloat = Field(
+        2.0, description="async: updates by which inserting may run ahead of sampling, or fall behind, before one waits for the other"
+    )
+    learning_starts: Annotated[int, Field(ge=0)] = Field(1_000, description="env steps that are inserted before the first is sampled")
+    shards: Positive = Field(1, description="parts that the groups are spread over; what is sampled does not depend on it")
+    sequence_length: Positive | None = Field(
+        None,
+        description="rows of a sampled sequence, burn-in included (default: the algorithm's); one begins with every rollout, so it shares "
+        "sequence_length - sampling.rollout_length rows with the next",
+    )
+    burn_in: Annotated[int, Field(ge=0)] = Field(
+        0, description="first rows of a sequence, which warm the recurrent state up and are not trained"
+    )
+
+
 class EvaluationConfig(Section):
     episodes: Annotated[int, Field(ge=0)] = Field(
         0, description="episodes that the final policy plays when a stop condition has ended the run, as `shoal evaluate` does; 0: none"
@@ -290,6 +319,7 @@ class CheckpointConfig(Section):
     every_seconds: PositiveFloat | None = Field(30.0, description="wall time between checkpoints")
     every_updates: Positive | None = Field(None, description="updates between checkpoints, besides those by time")
     keep: Annotated[int, Field(ge=2)] = Field(3, description="newest checkpoints kept")
+    replay: bool = Field(True, description="save the replay too; without it a resumed run fills it anew, and ends with other weights")
 
 
 class RunConfig(Section):
@@ -301,6 +331,7 @@ class RunConfig(Section):
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     stop: StopConfig = Field(default_factory=StopConfig)
     learner: LearnerConfig = Field(default_factory=LearnerConfig)
+    replay: ReplayConfig = Field(default_factory=ReplayConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="names every random stream of the run")

@@ -1,0 +1,39 @@
+"""n-step returns of sampled steps, from the rewards that follow them.
+
+numpy, and no tensors: it runs where the replay does. Legend: M sampled steps, n steps of a return at most.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from shoal.types import Array
+
+
+class NStep(NamedTuple):
+    """return_M: float32, sum over j < k of gamma^j r_{t+j}. length_M: int64, k, from 1 to n. discount_M: float64, gamma^k."""
+
+    return_M: Array
+    length_M: Array
+    discount_M: Array
+
+
+def n_step(reward_Mn: Array, stop_Mn: Array, gamma: float) -> NStep:
+    """Returns of up to n steps (Sutton and Barto 2018, eq. 7.1) that go no further than the first row that stops them.
+
+    Args:
+      reward_Mn: [M, n], r_t to r_{t+n-1}; what follows the first stop means nothing.
+      stop_Mn: bool [M, n], nothing is summed beyond this row: its episode ends there, or what follows is not known. Whether to
+        bootstrap from its successor (the true last observation of a truncated episode) is the caller's to say.
+    Returns:
+      NStep, of which `length_M - 1` is the last row that was summed; its successor is what to bootstrap from, with `discount_M`.
+    """
+    n = reward_Mn.shape[1]
+    power_n = gamma ** np.arange(n + 1, dtype=np.float64)
+    stopped_M = stop_Mn.any(axis=1)
+    length_M = np.where(stopped_M, stop_Mn.argmax(axis=1) + 1, n)
+    summed_Mn = np.arange(n) < length_M[:, None]
+    return_M = (np.where(summed_Mn, reward_Mn, 0.0) * power_n[:-1]).sum(axis=1)
+    return NStep(return_M.astype(np.float32), length_M, power_n[length_M])
