@@ -187,7 +187,9 @@ class DQNConfig(OffPolicyConfig):
     value_min: FiniteFloat = Field(-10.0, description="c51: the lowest atom, in discounted return")
     value_max: FiniteFloat = Field(10.0, description="c51: the highest atom")
     target_update_steps: Positive = Field(250, description="optimizer steps between two copies of the network into the target network")
-    target_tau: Fraction | None = Field(None, description="instead: after each optimizer step the target network goes this share of the way")
+    target_tau: Fraction | None = Field(
+        None, description="instead: after each optimizer step the target network goes this share of the way"
+    )
     epsilon: Literal["annealed", "ladder"] = Field(
         "annealed", description="share of random actions: one that falls with the env steps, or one of its own for each group (Ape-X)"
     )

@@ -56,7 +56,6 @@ __all__ = [
     "load_algorithm",
 ]
 
-_METHODS = ("get_state", "set_state")
 _MODULES = {
     "ppo": ("ppo", "PPO"),
     "impala": ("impala", "IMPALA"),
@@ -76,8 +75,8 @@ def load_algorithm(name_or_path: str) -> type[AnyAlgorithm]:
     """
     if ":" in name_or_path:
         found = load_object(name_or_path)
-        missing = [m for m in ("Config", "modes", *_METHODS) if not hasattr(found, m)]
-        missing += [] if hasattr(found, "update") or hasattr(found, "learn") else ["update"]
+        wanted = ("Config", "modes", "learn" if hasattr(found, "learn") else "update", "get_state", "set_state")
+        missing = [m for m in wanted if not hasattr(found, m)]
         if missing or not isinstance(found, type):
             what = f"a class without {', '.join(missing)}" if isinstance(found, type) else f"a {type(found).__name__}"
             raise ConfigError(

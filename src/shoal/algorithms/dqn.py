@@ -101,20 +101,21 @@ class DQN(OffPolicyAlgorithm[DQNConfig]):
             return epsilon_ladder(config, beginning.group, beginning.num_groups)
         return epsilon_annealed(config, beginning.env_steps)
 
+    @torch.no_grad()
     def learn(self, rows: Transitions, context: UpdateContext) -> tuple[Metrics, Tensor | None]:
-        policy, config = self.policy, self.config
-        with torch.no_grad():
-            target = self._target(rows)
-        output, backward = policy.trunk.trace(policy.inputs.forward(rows.observation))
-        with torch.no_grad():
-            combined = policy.combine(output)  # [M, A] or [M, A, Z]
-            place = rows.action.view(-1, *[1] * (combined.ndim - 1))
-            place = place.expand(-1, 1, *combined.shape[2:])
-            chosen = combined.gather(1, place).squeeze(1)
-            loss = _LOSSES[config.distribution](chosen, target, rows.weight_M)
-            gradient = torch.zeros_like(combined).scatter_(1, place, loss.gradient.unsqueeze(1))
-            found: dict[Tensor, Tensor] = {}
-            backward(policy.split(gradient), found)
+        policy, config, num = self.policy, self.config, len(rows)
+        now, later = policy.inputs.forward(rows.observation), policy.inputs.forward(rows.next_observation)
+        both = config.double and policy.trunk.by_hand  # one pass of twice the length costs less than two
+        output, backward = policy.trunk.trace({name: torch.cat([now[name], later[name]]) for name in now} if both else now)
+        combined = policy.combine(output[:num])  # [M, A] or [M, A, Z]
+        target = self._target(rows, later, output[num:] if both else None)
+        place = rows.action.view(-1, *[1] * (combined.ndim - 1))
+        place = place.expand(-1, 1, *combined.shape[2:])
+        chosen = combined.gather(1, place).squeeze(1)
+        loss = _LOSSES[config.distribution](chosen, target, rows.weight_M)
+        gradient = torch.zeros_like(combined).scatter_(1, place, loss.gradient.unsqueeze(1))
+        found: dict[Tensor, Tensor] = {}
+        backward(policy.split(gradient), found)
         learning_rate = schedule(config.learning_rate, config.learning_rate_schedule, context.progress)
         grad_norm = self.optimizer.descend([found[p] for p in self.optimizer.parameters], learning_rate, loss.loss)
         self._follow()
@@ -122,13 +123,17 @@ class DQN(OffPolicyAlgorithm[DQNConfig]):
         metrics["q_mean"] = (chosen if config.distribution == "none" else policy.mean(chosen.unsqueeze(1))).mean()
         return metrics, loss.priority_M
 
-    def _target(self, rows: Transitions) -> Tensor:
-        """What the chosen action's value is to become: [M], or [M, Z] of its distribution."""
+    def _target(self, rows: Transitions, later: Mapping[str, Tensor], online: Tensor | None) -> Tensor:
+        """What the chosen action's value is to become: [M], or [M, Z] of its distribution.
+
+        online: the online network's output for `later`, where it is known.
+        """
         policy, target = self.policy, self.target.module
-        prepared = policy.inputs.forward(rows.next_observation)
-        valued = target.combine(target.trunk.forward(prepared))
-        chooser = policy.combine(policy.trunk.forward(prepared)) if self.config.double else valued
-        expected = policy.mean(chooser)
+        valued = target.combine(target.trunk.forward(later))
+        if not self.config.double:
+            expected = policy.mean(valued)
+        else:
+            expected = policy.ranked(policy.trunk.forward(later) if online is None else online)
         if rows.next_action_mask is not None:
             expected = expected.masked_fill(~rows.next_action_mask, MASKED_VALUE)
         action = expected.argmax(1, keepdim=True)

@@ -104,6 +104,7 @@ class SAC(OffPolicyAlgorithm[SACConfig]):
             return self.config.temperature
         return math.exp(float(self.temperature.log_alpha))
 
+    @torch.no_grad()
     def learn(self, rows: Transitions, context: UpdateContext) -> tuple[Metrics, Tensor | None]:
         rate = schedule(self.config.learning_rate, self.config.learning_rate_schedule, context.progress)
         critic_rate = rate * (self.config.critic_learning_rate or self.config.learning_rate) / self.config.learning_rate
@@ -120,22 +121,21 @@ class SAC(OffPolicyAlgorithm[SACConfig]):
         assert isinstance(policy, GaussianPolicy)
         now, later = policy.inputs.forward(rows.observation), policy.inputs.forward(rows.next_observation)
         output, backward = policy.trunk.trace({name: torch.cat([value, later[name]]) for name, value in now.items()})
-        with torch.no_grad():
-            noise = torch.from_numpy(rng.standard_normal((2 * num, policy.size), np.float32)).to(output.device)
-            next_action = squash(output[num:], noise[num:])
-            chosen = squash(output[:num], noise[:num])
-            metrics = self._warm(chosen.log_prob.mean(), rate)
-            alpha = self.alpha
-            next_value = self.target.module.layers(later, next_action.action)[1][-1].squeeze(2).amin(0)
-            target_M = torch.addcmul(rows.return_M, rows.discount_M, next_value.sub_(next_action.log_prob, alpha=alpha))
-            priority_M, more = self._fit(now, rows, rows.action.view(num, -1), target_M, critic_rate, found)
-            value_KM = (outputs := critics.layers(now, chosen.action)[1])[-1]
-            least = value_KM[0] <= value_KM[1]
-            slope = torch.stack([least, ~least]).float().mul_(-1.0 / num)
-            d_action = critics.action_gradient(slope, outputs)
-            backward(squash_gradient(chosen, d_action, torch.full_like(chosen.log_prob, alpha / num)), found)
-            loss = (alpha * chosen.log_prob - value_KM.squeeze(2).amin(0)).mean()
-            self.actor_optimizer.descend([found[p] for p in self.actor_optimizer.parameters], rate, loss)
+        noise = torch.from_numpy(rng.standard_normal((2 * num, policy.size), np.float32)).to(output.device)
+        next_action = squash(output[num:], noise[num:])
+        chosen = squash(output[:num], noise[:num])
+        metrics = self._warm(chosen.log_prob.mean(), rate)
+        alpha = self.alpha
+        next_value = self.target.module.layers(later, next_action.action)[1][-1].squeeze(2).amin(0)
+        target_M = torch.addcmul(rows.return_M, rows.discount_M, next_value.sub_(next_action.log_prob, alpha=alpha))
+        priority_M, more = self._fit(now, rows, rows.action.view(num, -1), target_M, critic_rate, found)
+        value_KM = (outputs := critics.layers(now, chosen.action)[1])[-1]
+        least = value_KM[0] <= value_KM[1]
+        slope = torch.stack([least, ~least]).float().mul_(-1.0 / num)
+        d_action = critics.action_gradient(slope, outputs)
+        backward(squash_gradient(chosen, d_action, torch.full_like(chosen.log_prob, alpha / num)), found)
+        loss = (alpha * chosen.log_prob - value_KM.squeeze(2).amin(0)).mean()
+        self.actor_optimizer.descend([found[p] for p in self.actor_optimizer.parameters], rate, loss)
         return {**metrics, **more, "actor_loss": loss}, priority_M
 
     def _discrete(
@@ -144,21 +144,20 @@ class SAC(OffPolicyAlgorithm[SACConfig]):
         policy, critics, num = self.policy, self.critics, len(rows)
         now, later = policy.inputs.forward(rows.observation), policy.inputs.forward(rows.next_observation)
         output, backward = policy.trunk.trace({name: torch.cat([value, later[name]]) for name, value in now.items()})
-        with torch.no_grad():
-            if rows.action_mask is not None and rows.next_action_mask is not None:
-                output = output.masked_fill(~torch.cat([rows.action_mask, rows.next_action_mask]), MASKED_VALUE)
-            log_prob = torch.log_softmax(output, 1)
-            prob = log_prob.exp()
-            metrics = self._warm((prob[:num] * log_prob[:num]).sum(1).mean(), rate)
-            alpha = self.alpha
-            next_value = self.target.module.layers(later)[1][-1].amin(0) - alpha * log_prob[num:]
-            target_M = torch.addcmul(rows.return_M, rows.discount_M, (prob[num:] * next_value).sum(1))
-            priority_M, more = self._fit(now, rows, None, target_M, critic_rate, found)
-            cost = alpha * log_prob[:num] - critics.layers(now)[1][-1].amin(0)
-            expected = (prob[:num] * cost).sum(1, keepdim=True)
-            backward((prob[:num] * (cost - expected)).div_(num), found)
-            loss = expected.mean()
-            self.actor_optimizer.descend([found[p] for p in self.actor_optimizer.parameters], rate, loss)
+        if rows.action_mask is not None and rows.next_action_mask is not None:
+            output = output.masked_fill(~torch.cat([rows.action_mask, rows.next_action_mask]), MASKED_VALUE)
+        log_prob = torch.log_softmax(output, 1)
+        prob = log_prob.exp()
+        metrics = self._warm((prob[:num] * log_prob[:num]).sum(1).mean(), rate)
+        alpha = self.alpha
+        next_value = self.target.module.layers(later)[1][-1].amin(0) - alpha * log_prob[num:]
+        target_M = torch.addcmul(rows.return_M, rows.discount_M, (prob[num:] * next_value).sum(1))
+        priority_M, more = self._fit(now, rows, None, target_M, critic_rate, found)
+        cost = alpha * log_prob[:num] - critics.layers(now)[1][-1].amin(0)
+        expected = (prob[:num] * cost).sum(1, keepdim=True)
+        backward((prob[:num] * (cost - expected)).div_(num), found)
+        loss = expected.mean()
+        self.actor_optimizer.descend([found[p] for p in self.actor_optimizer.parameters], rate, loss)
         return {**metrics, **more, "actor_loss": loss}, priority_M
 
     def _warm(self, mean_log_prob: Tensor, rate: float) -> Metrics:

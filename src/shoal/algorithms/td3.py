@@ -44,22 +44,21 @@ class TD3(OffPolicyAlgorithm[TD3Config]):
     def network(cls, config: TD3Config) -> NetworkKind:
         return NetworkKind("deterministic", {"exploration_noise": config.exploration_noise})
 
+    @torch.no_grad()
     def learn(self, rows: Transitions, context: UpdateContext) -> tuple[Metrics, Tensor | None]:
         config, policy, critics, num = self.config, self.policy, self.critics, len(rows)
         rate = schedule(config.learning_rate, config.learning_rate_schedule, context.progress)
         now, later = policy.inputs.forward(rows.observation), policy.inputs.forward(rows.next_observation)
         found: dict[Tensor, Tensor] = {}
-        with torch.no_grad():
-            noise = torch.from_numpy(context.rng.standard_normal((num, policy.size), np.float32)).to(rows.return_M.device)
-            raw = torch.tanh(self.target_policy.module.trunk.forward(later))
-            next_action = smoothed(raw, noise, config.target_noise, config.target_noise_clip)
-            next_value = self.target_critics.module.layers(later, next_action)[1][-1].squeeze(2).amin(0)
-            target_M = torch.addcmul(rows.return_M, rows.discount_M, next_value)
+        noise = torch.from_numpy(context.rng.standard_normal((num, policy.size), np.float32)).to(rows.return_M.device)
+        raw = torch.tanh(self.target_policy.module.trunk.forward(later))
+        next_action = smoothed(raw, noise, config.target_noise, config.target_noise_clip)
+        next_value = self.target_critics.module.layers(later, next_action)[1][-1].squeeze(2).amin(0)
+        target_M = torch.addcmul(rows.return_M, rows.discount_M, next_value)
         features, outputs = critics.layers(now, rows.action.view(num, -1))
-        with torch.no_grad():
-            loss, gradient, priority_M = critic_loss(outputs[-1].squeeze(2), target_M, rows.weight_M)
-            critics.backward(gradient.unsqueeze(2), features, outputs, found)
-            grad_norm = self.critic_optimizer.descend([found[p] for p in self.critic_optimizer.parameters], rate, loss)
+        loss, gradient, priority_M = critic_loss(outputs[-1].squeeze(2), target_M, rows.weight_M)
+        critics.backward(gradient.unsqueeze(2), features, outputs, found)
+        grad_norm = self.critic_optimizer.descend([found[p] for p in self.critic_optimizer.parameters], rate, loss)
         metrics: Metrics = {"critic_loss": loss, "grad_norm": grad_norm, "q_mean": outputs[-1].mean(), "learning_rate": rate}
         if self.critic_optimizer.steps % config.policy_delay == 0:
             metrics["actor_loss"] = self._improve(now, num, rate, found)
@@ -70,14 +69,13 @@ class TD3(OffPolicyAlgorithm[TD3Config]):
     def _improve(self, now: Mapping[str, Tensor], num: int, rate: float, found: dict[Tensor, Tensor]) -> Tensor:
         """One step of the policy up the first critic's value (eq. 2)."""
         output, backward = self.policy.trunk.trace(now)
-        with torch.no_grad():
-            action = torch.tanh(output)
-            outputs = self.critics.layers(now, action)[1]
-            slope = torch.zeros_like(outputs[-1])
-            slope[0] = -1.0 / num
-            backward(self.critics.action_gradient(slope, outputs) * (1.0 - action.square()), found)
-            loss = -outputs[-1][0].mean()
-            self.actor_optimizer.descend([found[p] for p in self.actor_optimizer.parameters], rate, loss)
+        action = torch.tanh(output)
+        outputs = self.critics.layers(now, action)[1]
+        slope = torch.zeros_like(outputs[-1])
+        slope[0] = -1.0 / num
+        backward(self.critics.action_gradient(slope, outputs) * (1.0 - action.square()), found)
+        loss = -outputs[-1][0].mean()
+        self.actor_optimizer.descend([found[p] for p in self.actor_optimizer.parameters], rate, loss)
         return loss
 
     @property

@@ -85,7 +85,10 @@ def look(config: RunConfig, objects: UserObjects, tell: Tell = quiet) -> dict[st
     blueprint.device()
     blueprint.check_algorithm()
     if objects.network is None and config.policy.network is None:
-        check_weights(policy_size(found.spec, config.policy, blueprint.network_kind), f"policy.hidden_sizes {config.policy.hidden_sizes} on this observation")
+        check_weights(
+            policy_size(found.spec, config.policy, blueprint.network_kind),
+            f"policy.hidden_sizes {config.policy.hidden_sizes} on this observation",
+        )
     policy = blueprint.policy()
     blueprint.check_computing(policy)
     fields = [vars(f) | {"shape": list(f.shape)} for f in policy.fields()]

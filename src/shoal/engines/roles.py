@@ -24,9 +24,9 @@ from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema, rollout_schema
 from shoal.learners.learner import Learner, WeightPublisher
 from shoal.learners.replay_learner import ReplayLearner
+from shoal.networks.acting import ACTOR_CRITIC, Acting, NetworkKind
 from shoal.networks.computing import check_compiler, check_precision, compute_facts
 from shoal.networks.fast import fast_actor
-from shoal.networks.acting import ACTOR_CRITIC, Acting, NetworkKind
 from shoal.networks.policy import build_acting, named_tensors
 from shoal.streams import Purpose, seed_sequence
 from shoal.types import Activity, ActivityRecorder, Array, Behaviour, EnvironmentGroup, EnvironmentSpec, NullRecorder

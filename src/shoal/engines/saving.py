@@ -10,7 +10,6 @@ from shoal.files import load_checkpoint, to_json, whole_state, write_arrays
 from shoal.learners.learner import Learner
 from shoal.learners.replay_learner import ReplayLearner
 
-
 REPLAY = "replay"
 
 
@@ -25,7 +24,9 @@ def save_learner(learner: Learner, directory: Path, blueprint: Blueprint, previo
     write_arrays(directory / "learner.safetensors", arrays)
     facts["weights_sha256"] = learner.weights_sha256
     (directory / "learner.json").write_text(to_json(facts), encoding="utf-8")
-    save_bundle(directory / "policy", learner.policy_arrays, blueprint.spec, blueprint.config.policy, blueprint.config.env, blueprint.network_kind)
+    save_bundle(
+        directory / "policy", learner.policy_arrays, blueprint.spec, blueprint.config.policy, blueprint.config.env, blueprint.network_kind
+    )
     if isinstance(learner, ReplayLearner) and blueprint.config.checkpoint.replay:
         before = None if previous is None else previous / REPLAY
         (directory / REPLAY).mkdir(exist_ok=True)

@@ -42,9 +42,7 @@ class Acting(nn.Module):
         """Recurrent state at an episode's start, by name, [num_envs, ...]: empty without memory."""
         return {}
 
-    def act(
-        self, observation: Mapping[str, Tensor], noise: Tensor, action_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def act(self, observation: Mapping[str, Tensor], noise: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The actors' hot path, to be called under `torch.inference_mode()`: actions as stored [N, ...], and their log-probabilities [N] where
         the policy has the field `log_prob`.
 

@@ -62,28 +62,38 @@ class Trunk:
         if isinstance(encoder, Encoder) and encoder.single_vector is not None and encoder.mlp.activation in _ACTIVATE:
             self._vector, self._chain = encoder.single_vector, Chain([*encoder.mlp.linears, head], encoder.mlp.activation)
 
+    @property
+    def by_hand(self) -> bool:
+        """Whether gradients are written out, and a longer pass costs hardly more than a short one."""
+        return self._chain is not None and not self._head.weight.is_cuda
+
     def forward(self, prepared: Mapping[str, Tensor]) -> Tensor:
         """[M, O], with torch's graph where the caller's context has one."""
+        if self._chain is not None and self._vector is not None and not torch.is_grad_enabled():
+            return self._chain.forward(prepared[self._vector])[-1]
         output: Tensor = self._head(self._encoder(prepared))
         return output
 
     def trace(self, prepared: Mapping[str, Tensor]) -> tuple[Tensor, Callable[[Tensor, Found], None]]:
-        """[M, O] without gradient, and what turns the derivative by its first rows [m <= M, O] into the parameters' gradients, once."""
-        if self._chain is not None and self._vector is not None and not self._head.weight.is_cuda:
+        """[M, O] without gradient, and what turns the derivative by its first rows [m <= M, O] into the parameters' gradients, once. To be
+        called without gradient."""
+        if self._chain is not None and self._vector is not None and self.by_hand:
             chain = self._chain
-            with torch.no_grad():
-                outputs = chain.forward(prepared[self._vector])
+            outputs = chain.forward(prepared[self._vector])
 
             def by_hand(gradient: Tensor, found: Found) -> None:
-                with torch.no_grad():
-                    chain.backward(gradient, [output[: len(gradient)] for output in outputs], found)
+                num = gradient.shape[0]
+                rows = outputs if num == outputs[0].shape[0] else [output[:num] for output in outputs]
+                chain.backward(gradient, rows, found)
 
             return outputs[-1], by_hand
         with torch.enable_grad():
             output = self.forward(prepared)
 
         def by_graph(gradient: Tensor, found: Found) -> None:
-            gradients = torch.autograd.grad(output[: len(gradient)], self._parameters, gradient, allow_unused=True, materialize_grads=True)
+            with torch.enable_grad():
+                rows = output[: len(gradient)]
+            gradients = torch.autograd.grad(rows, self._parameters, gradient, allow_unused=True, materialize_grads=True)
             found.update(zip(self._parameters, gradients, strict=True))
 
         return output.detach(), by_graph

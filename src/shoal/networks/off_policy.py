@@ -113,12 +113,18 @@ class QPolicy(OffPolicy):
             return combined
         return combined.softmax(2) @ self.support if self.distribution == "c51" else combined.mean(2)
 
+    def ranked(self, output: Tensor) -> Tensor:
+        """Something [N, A] of the head's output that is largest where the expected value is: without distribution, the advantages will do."""
+        if self.distribution == "none":
+            return output[:, 1:] if self.duelling else output
+        return self.mean(self.combine(output))
+
     def values(self, observation: Observation) -> Tensor:
         """Expected action values, [N, A]."""
         return self.mean(self.combine(self.trunk.forward(self.inputs.forward(observation))))
 
     def greedy(self, observation: Observation, action_mask: Tensor | None = None) -> Tensor:
-        value_NA = self.values(observation)
+        value_NA = self.ranked(self.trunk.forward(self.inputs.forward(observation)))
         return (value_NA if action_mask is None else value_NA.masked_fill(~action_mask, MASKED_VALUE)).argmax(1)
 
     def act(self, observation: Observation, noise: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, None]:
@@ -226,17 +232,19 @@ class Critics(nn.Module):
         self._encoded = list(self.encoder.parameters())
 
     def layers(self, prepared: Mapping[str, Tensor], action_MA: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """(features [M, F] with torch's graph where an encoder is learned, outputs of every layer, the values last); without other gradient."""
-        with torch.set_grad_enabled(bool(self._encoded)):
-            features = self.encoder(prepared)
-        with torch.no_grad():
-            value = features.detach() if action_MA is None else torch.cat([features.detach(), action_MA], 1)
-            return features, self.twins.layers(value)
+        """(features [M, F] with torch's graph where an encoder is learned, outputs of every layer, the values last). To be called without
+        gradient."""
+        if self._encoded:
+            with torch.enable_grad():
+                features = self.encoder(prepared)
+        else:
+            features = self.encoder.forward(prepared)
+        value = features.detach() if action_MA is None else torch.cat([features.detach(), action_MA], 1)
+        return features, self.twins.layers(value)
 
     def backward(self, gradient_KMO: Tensor, features: Tensor, outputs: list[Tensor], found: Found) -> None:
         """All parameters' gradients into `found`."""
-        with torch.no_grad():
-            d_input = self.twins.backward(gradient_KMO, outputs, found, to_input=bool(self._encoded))
+        d_input = self.twins.backward(gradient_KMO, outputs, found, to_input=bool(self._encoded))
         if d_input is not None:
             gradients = torch.autograd.grad(features, self._encoded, d_input[:, : self._num_features])
             found.update(zip(self._encoded, gradients, strict=True))
