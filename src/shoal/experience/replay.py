@@ -2,32 +2,36 @@
 
 (Not the replay of a run, which is engines/replay.py: that re-executes updates from the log.)
 
-It lives where the learner does. `insert` copies a rollout's rows (experience/placing.py says where to), `sample` draws steps by a sum tree
-and makes their n-step returns there and then from the rows that follow them. Which step is drawn is a function of the rollouts in their
-order of insertion and of the generator, and of nothing else: not of shards, nor of a save and a load between.
+It lives where the learner does. `insert` copies a rollout's rows (experience/placing.py says where to); `sample` draws steps by a sum tree
+and makes their n-step returns there and then, from the rows that follow them. What is drawn is a function of the rollouts in their order
+of insertion and of the generator, and of nothing else: not of shards, nor of a save and a load between.
 
-Legend: M sampled steps, n steps of a return at most, T rows of a rollout, B environments of a group, F last observations, C columns (one
-for each environment of each group).
+With `config.sequence_length` it is sequences that are drawn (experience/sequences.py), and `sample` is not there.
+
+Legend: M sampled steps, n steps of a return at most, B environments of a group, C columns (one for each environment of each group).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from shoal.config import ReplayConfig
-from shoal.errors import SchemaError
+from shoal.errors import CheckpointError
 from shoal.experience.nstep import n_step
-from shoal.experience.placing import BEGINS, STOP, TERMINATED, TRUNCATED, VALID, Placed, place
+from shoal.experience.placing import BEGINS, STOP, TERMINATED, TRUNCATED, VALID, place
+from shoal.experience.priorities import Priorities
+from shoal.experience.replay_files import ReplayFiles
 from shoal.experience.replay_layout import Layout
-from shoal.experience.replay_rows import Rows
+from shoal.experience.replay_store import Store
 from shoal.experience.ring import Slot
 from shoal.experience.schema import Schema
-from shoal.experience.sum_tree import SumTree
+from shoal.experience.sequences import SequenceSample, Starts, steps_known, window
+from shoal.files import whole_state
 from shoal.types import Array, Arrays
-
-_LEAST_PRIORITY = 1e-6  # what was found perfectly predicted is still sampled now and then
 
 
 @dataclass
@@ -65,21 +69,21 @@ class Replay:
 
     `config.prioritised` and `config.n_step` are what the run resolved; where they are None, sampling is uniform and of one step.
     Attributes:
-      num_steps: steps that can be sampled. inserted_steps, evicted_steps: over all time; the difference is num_steps.
+      num_steps: steps that it holds within reach. inserted_steps, evicted_steps: over all time; the difference is num_steps.
     """
 
     def __init__(self, schema: Schema, num_groups: int, config: ReplayConfig, *, gamma: float) -> None:
+        """Raises ConfigError where the configuration leaves room for nothing."""
         self._schema, self._num_groups, self._config, self._gamma = schema, num_groups, config, gamma
-        self._num_columns = num_groups * schema.num_envs
         self._n_step = config.n_step or 1
-        self._alpha = config.alpha if config.prioritised else 0.0
-        Layout.likely(schema, num_groups, config)  # refuses what could not hold anything
-        self._newest_C = np.zeros(self._num_columns, np.int64)  # number of the row that holds the newest observation
+        Layout.likely(schema, num_groups, config)
+        num_columns = num_groups * schema.num_envs
+        self._newest_C = np.zeros(num_columns, np.int64)  # number of the row that holds the newest observation
         self._next_sequence_G = np.full(num_groups, -1, np.int64)
-        self._most = 1.0  # the largest priority so far
         self._version = 0
         self.inserted_steps = self.evicted_steps = 0
-        self._layout: Layout | None = None  # known, and memory taken, once the first rollout shows whether images are stacks
+        self._files = ReplayFiles()
+        self._ready = False  # memory is taken once the first rollout shows whether images are stacks
 
     @staticmethod
     def size_bytes(schema: Schema, num_groups: int, config: ReplayConfig) -> int:
@@ -90,6 +94,18 @@ class Replay:
     def num_steps(self) -> int:
         return self.inserted_steps - self.evicted_steps
 
+    def _allocate(self, layout: Layout) -> None:
+        config, num_envs = self._config, self._schema.num_envs
+        alpha = config.alpha if config.prioritised else 0.0
+        self._store = Store(layout, self._num_groups, num_envs, config.shards)
+        self._starts: Starts | None = None
+        if config.sequence_length is not None:
+            self._starts = Starts(layout, self._num_groups, num_envs, config, alpha)
+            self._priorities, self._written_C = self._starts.priorities, self._starts.written_C
+        else:
+            self._priorities, self._written_C = Priorities(len(self._newest_C), layout.num_rows, alpha), self._newest_C
+        self._ready = True
+
     # ---- insertion -----------------------------------------------------------------------------------------------
     def insert(self, slot: Slot, version: int) -> int:
         """Copy a finished rollout; its slot is free afterwards. `version` is the learner's now. Returns the env steps that made room.
@@ -97,220 +113,186 @@ class Replay:
         Rollouts of a group come in the order of their sequences. Where one is missing, or where an environment stands elsewhere than
         it stood, no return is summed across the gap, and the step before it bootstraps from its own successor.
         """
-        layout = self._layout or self._allocate(Layout.of(slot, self._num_groups, self._config))
-        group, num_envs = int(slot.envelope["group"]), self._schema.num_envs
-        columns = slice(group * num_envs, (group + 1) * num_envs)
-        newest_B = self._newest_C[columns].copy()
-        goes_on_B = self._goes_on(slot, group, newest_B)
-        at_newest = self._rows.take("flags", self._place(group, newest_B))
-        placed = place(slot, goes_on_B, newest_B, (at_newest & BEGINS) > 0, layout.stacks)
+        if not self._ready:
+            self._allocate(Layout.of(slot, self._num_groups, self._config))
+        store, group, num_envs = self._store, int(slot.envelope["group"]), self._schema.num_envs
+        newest_B = self._newest_C[group * num_envs : (group + 1) * num_envs]
+        goes_on_B = np.zeros(num_envs, np.bool_)
+        if int(slot.envelope["sequence"]) == self._next_sequence_G[group]:
+            goes_on_B = store.goes_on(slot, newest_B)
+        begins_B = (store.rows.take("flags", store.places(group, newest_B)) & BEGINS) > 0
+        placed = place(slot, goes_on_B, newest_B, begins_B, store.layout.stacks)
 
-        evicted = self._make_room(group, newest_B, placed.end_B)
-        if goes_on_B.any():
-            self._join(slot, group, newest_B, goes_on_B)
+        gone, evicted = store.make_room(group, newest_B, placed.end_B)
+        store.join(slot, group, newest_B, goes_on_B)
         self.inserted_steps += int(slot.envelope["num_env_steps"])
-        stored_T1B = placed.used_T1B & (placed.row_T1B > placed.end_B - layout.num_rows)
-        everything = bool(stored_T1B.all())
-        self._write(slot, group, placed, slice(None) if everything else stored_T1B)
-        self._write_finals(slot, group, placed)
-        self._newest_C[columns] = placed.end_B
+        store.write(slot, group, placed, self.inserted_steps)
+        newest_B[:] = placed.end_B
         self._next_sequence_G[group] = int(slot.envelope["sequence"]) + 1
         self._version = version
 
         step_T1B = (placed.flags_T1B & VALID) > 0
-        sampled_T1B = step_T1B & (placed.row_T1B >= placed.end_B - layout.reach)
-        self._tree.set(self._place(group, placed.row_T1B)[sampled_T1B], self._most**self._alpha)
-        evicted += int(step_T1B.sum()) - int(sampled_T1B.sum())
+        kept_T1B = step_T1B & (placed.row_T1B >= placed.end_B - store.layout.reach)
+        if self._starts is None:
+            self._priorities.clear(gone)
+            places_T1B = store.places(group, placed.row_T1B)
+            self._priorities.enter(places_T1B.ravel() if kept_T1B.all() else places_T1B[kept_T1B])
+        else:
+            self._starts.add(slot, placed.row_T1B[0], goes_on_B)
+            self._enter_sequences(self._starts, group, newest_B)
+        evicted += int(np.count_nonzero(step_T1B)) - int(np.count_nonzero(kept_T1B))
         self.evicted_steps += evicted
         return evicted
 
-    def _allocate(self, layout: Layout) -> Layout:
-        self._layout = layout
-        self._rows = Rows(layout.fields, self._num_groups, self._schema.num_envs, layout.num_rows, self._config.shards)
-        self._tree = SumTree(self._num_columns * layout.num_rows)
-        return layout
-
-    def _place(self, group: int, row_xB: Array) -> Array:
-        """Places of numbered rows of a group, [..., B]."""
-        num_rows, num_envs = self._rows.num_rows, self._schema.num_envs
-        return np.asarray((group * num_envs + np.arange(num_envs)) * num_rows + row_xB % num_rows)
-
-    def _goes_on(self, slot: Slot, group: int, newest_B: Array) -> Array:
-        """Whether each environment's first observation is the newest that is stored: bool [B]."""
-        same_B = np.full(len(newest_B), int(slot.envelope["sequence"]) == self._next_sequence_G[group])
-        if same_B.any():
-            for name, newest in self._observation(self._place(group, newest_B)).items():
-                same_B &= (newest == slot.arrays[name][0]).reshape(len(newest_B), -1).all(axis=1)
-        return same_B
-
-    def _make_room(self, group: int, newest_B: Array, end_B: Array) -> int:
-        """Clear what the new rows will lie on or push out of reach. Returns how many steps that were."""
-        assert self._layout is not None
-        reach, num_rows = self._layout.reach, self._layout.num_rows
-        out_B = np.minimum(end_B - reach, newest_B)
-        gone = self._place_of(group, *_ranges(np.maximum(0, newest_B - reach), np.maximum(0, out_B)))
-        evicted = int(np.count_nonzero(self._rows.take("flags", gone) & VALID))
-        self._tree.set(gone, 0.0)
-        new = self._place_of(group, *_ranges(np.maximum(newest_B, end_B - num_rows + 1), end_B + 1))
-        self._rows.put(group, "flags", new, STOP)
-        return evicted
-
-    def _place_of(self, group: int, env: Array, row: Array) -> Array:
-        num_rows = self._rows.num_rows
-        return np.asarray((group * self._schema.num_envs + env) * num_rows + row % num_rows)
-
-    def _join(self, slot: Slot, group: int, newest_B: Array, goes_on_B: Array) -> None:
-        """Returns may now be summed on from the last steps of the rollout before."""
-        last = self._place(group, newest_B - 1)
-        flags = self._rows.take("flags", last)
-        first_step_B = slot.arrays["valid"][0] & (slot.rows_used() > 0)
-        open_B = goes_on_B & first_step_B & ((flags & (VALID | TERMINATED | TRUNCATED)) == VALID)
-        self._rows.put(group, "flags", last[open_B], flags[open_B] & np.uint8(255 - STOP))
-
-    def _write(self, slot: Slot, group: int, placed: Placed, stored: Array | slice) -> None:
-        """Every row of the rollout, and the older frames of stacks that do not go on."""
-        assert self._layout is not None
-        a, num_rows, stacks = slot.arrays, int(slot.envelope["num_rows"]), self._layout.stacks
-        place_T1B = self._place(group, placed.row_T1B)
-        place, steps = place_T1B[stored], place_T1B[:-1][stored if isinstance(stored, slice) else stored[:-1]]
-
-        def put(name: str, value_TB: Array) -> None:
-            full = len(value_TB) == num_rows + 1
-            self._rows.put(group, name, place if full else steps, value_TB[stored if full or isinstance(stored, slice) else stored[:-1]])
-
-        for name in slot.observation_names:
-            array = a[name][: num_rows + 1]
-            put(name, array if name not in stacks else stacks[name].frames(array, 2)[:, :, -1])
-        for name in self._layout.step_fields:
-            put(name, a[name][:num_rows])
-        put("flags", placed.flags_T1B)
-        put("gap", placed.gap_TB)
-        self._rows.put(group, "inserted", steps, self.inserted_steps)
-        padded = placed.padded_T1B & (True if isinstance(stored, slice) else stored)
-        t, b = np.nonzero(padded)
-        self._write_older_frames(group, {n: a[n][t, b] for n in stacks}, b, placed.row_T1B[t, b], placed.end_B)
-
-    def _write_finals(self, slot: Slot, group: int, placed: Placed) -> None:
-        assert self._layout is not None
-        env_F = slot.arrays["final/env"][placed.final_F]
-        kept_F = placed.final_row_F > placed.end_B[env_F] - self._layout.num_rows
-        index_F, env_F, row_F = placed.final_F[kept_F], env_F[kept_F], placed.final_row_F[kept_F]
-        place = self._place_of(group, env_F, row_F)
-        stacks = self._layout.stacks
-        for name in self._layout.observations:
-            array = slot.arrays[f"final/{name}"][index_F]
-            self._rows.put(group, name, place, array if name not in stacks else stacks[name].frames(array, 1)[:, -1])
-        if self._layout.masked:
-            self._rows.put(group, "action_mask", place, 1)
-        padded_F = placed.final_padded_F[kept_F]
-        older = {n: slot.arrays[f"final/{n}"][index_F[padded_F]] for n in stacks}
-        self._write_older_frames(group, older, env_F[padded_F], row_F[padded_F], placed.end_B)
-
-    def _write_older_frames(self, group: int, images: Arrays, env: Array, row: Array, end_B: Array) -> None:
-        """The frames of stacks but the newest, each in a row before its stack's. Whatever has left the ring already is left out."""
-        assert self._layout is not None
-        for name, image in images.items():
-            stack = self._layout.stacks[name]
-            frames = stack.frames(image, 1)
-            for back in range(1, stack.size):
-                kept = row - back > end_B[env] - self._layout.num_rows
-                self._rows.put(group, name, self._place_of(group, env[kept], row[kept] - back), frames[kept, -1 - back])
+    def _enter_sequences(self, starts: Starts, group: int, newest_B: Array) -> None:
+        """Those that have become whole and have a step to train can be drawn from now on."""
+        start_M, row_M = starts.waiting(group, newest_B, self._store.layout.reach)
+        if len(start_M):
+            env_M = start_M // starts.rows.num_rows - group * self._schema.num_envs
+            place_L1M = self._store.after(self._store.place(group, env_M, row_M), np.arange(starts.length + 1)[:, None])
+            known_LM = steps_known(self._store.rows.take("flags", place_L1M), self._store.rows.take("gap", place_L1M[:-1]))
+            self._priorities.enter(start_M[known_LM[starts.burn_in :].any(axis=0)])
 
     # ---- sampling ------------------------------------------------------------------------------------------------
-    def sample(self, num: int, rng: np.random.Generator, *, beta: float) -> Sample:
+    def sample(self, num: int, rng: np.random.Generator, *, beta: float, reuse: Sample | None = None) -> Sample:
         """Draw `num` steps, one from each `num`-th part of the sum of priorities (stratified, with repetition).
 
         Args:
           beta: exponent of the importance weights.
+          reuse: a sample that nobody needs any more: its observations are written again instead of taking new memory, which for images
+            costs as much as all the rest.
         Raises:
-          ValueError: there is no step yet.
+          ValueError: there is no step yet, or it is sequences that this replay is for.
         """
-        if self.num_steps < 1:
-            raise ValueError("nothing can be sampled: no env step is in the replay yet")
-        rows, num_rows = self._rows, self._rows.num_rows
-        place_M = self._tree.sample((np.arange(num) + rng.random(num)) * (self._tree.total / num))
-        column_M, position_M = np.divmod(place_M, num_rows)
-        first_M, every = column_M * num_rows, np.arange(num)
-        following_Mn = first_M[:, None] + (position_M[:, None] + np.arange(self._n_step)) % num_rows
-        flags_Mn = rows.take("flags", following_Mn)
-        found = n_step(rows.take("reward", following_Mn), (flags_Mn & STOP) > 0, self._gamma)
-        last_M = following_Mn[every, found.length_M - 1]
-        goes_on_M = (flags_Mn[every, found.length_M - 1] & TERMINATED) == 0
-        next_M = first_M + (position_M + found.length_M + rows.take("gap", last_M)) % num_rows
-        masked = self._layout is not None and self._layout.masked
+        place_M = self._draw(num, rng, sequences=False)
+        store, every_M = self._store, np.arange(num)
+        following_nM = store.after(place_M, np.arange(self._n_step)[:, None])
+        flags_nM = store.rows.take("flags", following_nM)
+        found = n_step(store.rows.take("reward", following_nM), (flags_nM & STOP) > 0, self._gamma)
+        last_M = following_nM[found.length_M - 1, every_M]
+        goes_on_M = (flags_nM[found.length_M - 1, every_M] & TERMINATED) == 0
+        next_M = store.after(last_M, store.rows.take("gap", last_M).astype(np.int64) + 1)
         return Sample(
-            observation=self._observation(place_M),
-            action_mask=rows.take("action_mask", place_M) if masked else None,
-            action=rows.take("action", place_M),
+            observation=store.observation(place_M, reuse.observation if reuse else None),
+            action_mask=store.action_mask(place_M),
+            action=store.rows.take("action", place_M),
             return_M=found.return_M,
             discount_M=(found.discount_M * goes_on_M).astype(np.float32),
-            next_observation=self._observation(next_M),
-            next_action_mask=rows.take("action_mask", next_M) if masked else None,
-            weight_M=self._weight(place_M, beta),
-            index_M=self._lap(column_M, position_M) * self._tree.num_leaves + place_M,
-            age_updates_M=self._version - rows.take("policy_version", place_M),
-            age_steps_M=self.inserted_steps - rows.take("inserted", place_M),
+            next_observation=store.observation(next_M, reuse.next_observation if reuse else None),
+            next_action_mask=store.action_mask(next_M),
+            weight_M=self._priorities.weight(place_M, beta),
+            index_M=self._priorities.name(place_M, self._written_C),
+            age_updates_M=self._version - store.rows.take("policy_version", place_M),
+            age_steps_M=self.inserted_steps - store.rows.take("inserted", place_M),
         )
 
-    def _weight(self, leaf_M: Array, beta: float) -> Array:
-        priority_M = self._tree.leaves[leaf_M]
-        return np.asarray((priority_M / priority_M.min()) ** -beta, np.float32)
+    def sample_sequences(self, num: int, rng: np.random.Generator, *, beta: float, reuse: SequenceSample | None = None) -> SequenceSample:
+        """Draw `num` sequences as `sample` draws steps. Raises ValueError where none is whole yet, or where it is steps that are drawn."""
+        start_M = self._draw(num, rng, sequences=True)
+        store, starts = self._store, self._starts
+        assert starts is not None
+        num_rows = store.layout.num_rows
+        first_M = start_M // starts.rows.num_rows * num_rows + starts.rows.take("row", start_M) % num_rows
+        place_L1M = store.after(first_M, np.arange(starts.length + 1)[:, None])
+        place_LM = place_L1M[:-1]
+        flags_L1M, reward_LM = store.rows.take("flags", place_L1M), store.rows.take("reward", place_LM)
+        found = window(flags_L1M, store.rows.take("gap", place_LM), reward_LM, self._n_step, self._gamma)
+        return SequenceSample(
+            burn_in=starts.burn_in,
+            observation=store.observation(place_L1M, reuse.observation if reuse else None),
+            action_mask=store.action_mask(place_L1M),
+            action=store.rows.take("action", place_LM),
+            begins_L1M=(flags_L1M & BEGINS) > 0,
+            valid_LM=found.valid_LM,
+            reward_LM=reward_LM,
+            terminated_LM=(flags_L1M[:-1] & TERMINATED) > 0,
+            truncated_LM=(flags_L1M[:-1] & TRUNCATED) > 0,
+            return_LM=found.return_LM,
+            discount_LM=found.discount_LM,
+            successor_LM=found.successor_LM,
+            state=starts.state(start_M),
+            weight_M=self._priorities.weight(start_M, beta),
+            index_M=self._priorities.name(start_M, self._written_C),
+            age_updates_M=self._version - store.rows.take("policy_version", first_M),
+            age_steps_M=self.inserted_steps - store.rows.take("inserted", first_M),
+        )
 
-    def _lap(self, column_M: Array, position_M: Array) -> Array:
-        """How often the ring of a column was gone round before the row that now lies at a position."""
-        lap_M, at_M = np.divmod(self._newest_C[column_M], self._rows.num_rows)
-        return np.asarray(lap_M - (position_M > at_M))
-
-    def _observation(self, place_M: Array) -> Arrays:
-        """Observations by field name, [M, ...]; the frames of a stack are gathered from its row and those before."""
-        assert self._layout is not None
-        out: Arrays = {}
-        for name in self._layout.observations:
-            stack = self._layout.stacks.get(name)
-            if stack is None:
-                out[name] = self._rows.take(name, place_M)
-                continue
-            first_M = place_M // self._rows.num_rows * self._rows.num_rows
-            back_K = np.arange(1 - stack.size, 1)
-            frames = self._rows.take(name, first_M[:, None] + ((place_M - first_M)[:, None] + back_K) % self._rows.num_rows)
-            out[name] = frames if stack.axis == 0 else np.ascontiguousarray(np.moveaxis(frames, 1, -1))
-        return out
+    def _draw(self, num: int, rng: np.random.Generator, *, sequences: bool) -> Array:
+        if sequences != (self._config.sequence_length is not None):
+            raise ValueError(
+                "this replay is for " + ("steps: set replay.sequence_length" if sequences else "sequences: call sample_sequences")
+            )
+        if not self._ready or self._priorities.tree.total == 0.0:
+            raise ValueError(f"nothing can be sampled yet: {self.num_steps} env steps are in the replay")
+        return self._priorities.draw(num, rng)
 
     def update_priorities(self, index_M: Array, priority_M: Array) -> None:
-        """Give sampled steps their new priorities (before the exponent alpha); those evicted meanwhile are ignored.
+        """Give what was sampled new priorities (before the exponent alpha); those evicted meanwhile are ignored.
 
         Raises:
           SchemaError: a priority is negative or not finite.
         """
-        priority_M = np.asarray(priority_M, np.float64)
-        bad_M = ~(np.isfinite(priority_M) & (priority_M >= 0))
-        if bad_M.any():
-            at = int(bad_M.argmax())
-            raise SchemaError(f"priority {at} of {len(bad_M)} is {priority_M[at]}; expected finite numbers >= 0: is the loss finite?")
-        lap_M, place_M = np.divmod(index_M, self._tree.num_leaves)
-        kept_M = (self._lap(*np.divmod(place_M, self._rows.num_rows)) == lap_M) & (self._tree.leaves[place_M] > 0)
-        priority_M = np.maximum(priority_M[kept_M], _LEAST_PRIORITY)
-        self._most = max(self._most, float(priority_M.max(initial=0.0)))
-        self._tree.set(place_M[kept_M], priority_M**self._alpha)
+        self._priorities.update(index_M, priority_M, self._written_C)
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+    def save(self, directory: Path, previous: Path | None) -> None:
+        """Write its files into a directory of a checkpoint in the making. Raises OSError where the disk refuses.
+
+        Rows are in files of fixed ranges of positions; one that did not change since it was saved to `previous` (or loaded from there)
+        is linked instead of written. The rest is small and always written.
+        """
+        facts: dict[str, Any] = {"inserted": self.inserted_steps, "evicted": self.evicted_steps, "version": self._version, "layout": None}
+        arrays: Arrays = {}
+        parts = {}
+        if self._ready:
+            layout = self._store.layout
+            facts["layout"] = {"num_rows": layout.num_rows, "axes": {name: stack.axis for name, stack in layout.stacks.items()}}
+            arrays = {"newest_C": self._newest_C, "next_sequence_G": self._next_sequence_G, **self._priorities.get_state()}
+            parts["rows"] = self._store.rows
+            if self._starts is not None:
+                arrays |= self._starts.get_state()
+                parts["starts"] = self._starts.rows
+        self._files.save(directory, previous, facts, arrays, parts)
+
+    def load(self, directory: Path) -> None:
+        """Go on from `save`, bit for bit; the number of shards may be another. Every byte is checked before it is used.
+
+        Raises:
+          CheckpointError: a file is missing or damaged, or was saved under other settings of the replay.
+        """
+        facts, arrays = self._files.read_state(directory)
+        with whole_state(directory):
+            self.inserted_steps, self.evicted_steps = int(facts["inserted"]), int(facts["evicted"])
+            self._version = int(facts["version"])
+            if facts["layout"] is None:
+                return
+            axes = {str(name): int(axis) for name, axis in facts["layout"]["axes"].items()}
+            layout = Layout.restored(self._schema, self._num_groups, self._config, axes)
+            saved_rows = int(facts["layout"]["num_rows"])
+        if saved_rows != layout.num_rows:
+            raise CheckpointError(
+                f"{directory} holds a replay with {saved_rows} rows for each environment, this configuration makes one with {layout.num_rows}: "
+                "resume with the replay.capacity_* that the checkpoint was made with"
+            )
+        self._allocate(layout)
+        with whole_state(directory):
+            self._newest_C[:], self._next_sequence_G[:] = arrays["newest_C"], arrays["next_sequence_G"]
+            if self._starts is not None:
+                self._starts.set_state(arrays)
+            self._priorities.set_state(arrays)
+            self._files.load(directory, {"rows": self._store.rows} | ({"starts": self._starts.rows} if self._starts else {}))
 
     def check_valid(self) -> None:
         """Raise AssertionError where an invariant is broken."""
         assert 0 <= self.evicted_steps <= self.inserted_steps
-        if self._layout is None:
+        if not self._ready:
             return
-        self._tree.check_valid()
-        assert np.count_nonzero(self._tree.leaves) == self.num_steps <= self._num_columns * self._layout.reach
-        num_rows = self._layout.num_rows
-        place = np.flatnonzero(self._tree.leaves)
-        column, position = np.divmod(place, num_rows)
-        assert ((self._rows.take("flags", place) & VALID) > 0).all()
-        behind = (self._newest_C[column] - position) % num_rows
-        assert ((behind >= 1) & (behind <= self._layout.reach)).all()
-
-
-def _ranges(begin_B: Array, end_B: Array) -> tuple[Array, Array]:
-    """All (environment, row) with begin <= row < end, environment by environment."""
-    length_B = np.maximum(0, end_B - begin_B)
-    env = np.repeat(np.arange(len(length_B)), length_B)
-    offset = np.arange(len(env)) - np.repeat(length_B.cumsum() - length_B, length_B)
-    return env, begin_B[env] + offset
+        layout, rows = self._store.layout, self._store.rows
+        self._priorities.tree.check_valid()
+        place = np.arange(len(self._newest_C) * layout.num_rows)
+        column, position = np.divmod(place, layout.num_rows)
+        behind = (self._newest_C[column] - position) % layout.num_rows
+        steps = ((rows.take("flags", place) & VALID) > 0) & (behind >= 1) & (behind <= layout.reach)
+        assert np.count_nonzero(steps) == self.num_steps <= len(self._newest_C) * layout.reach
+        if self._starts is None:
+            assert ((self._priorities.tree.leaves > 0) == steps).all()

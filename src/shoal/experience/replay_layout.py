@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shoal.config import ReplayConfig
 from shoal.errors import ConfigError
@@ -11,7 +11,7 @@ from shoal.experience.ring import Slot
 from shoal.experience.schema import Schema
 from shoal.experience.stacks import Stack, is_stacked, likely_stack, possible_stacks
 
-_LEAF_BYTES = 8.2  # of the sum tree, for each row
+_LEAF_BYTES = 8.6  # of the sum tree, for each row (or start of a sequence)
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class Layout:
     observations: tuple[str, ...]
     step_fields: tuple[str, ...]
     masked: bool
+    state_fields: tuple[str, ...] = ()
+    start_fields: RowFields = field(default_factory=dict)
+    num_starts: int = 0
 
     @classmethod
     def likely(cls, schema: Schema, num_groups: int, config: ReplayConfig) -> Layout:
@@ -71,22 +74,58 @@ class Layout:
             "gap": ("uint8", ()),
         }
         columns, pad = num_groups * schema.num_envs, max((s.size for s in stacks.values()), default=1) - 1
+        states = {f.name: (f.dtype, f.shape) for f in schema.fields if f.axis == "B" and _is_state(f.name)}
+        starts: dict[str, tuple[str, tuple[int, ...]]] = {**states, "row": ("int64", ()), "seen": ("uint8", ())}
+        per_row = row_bytes(fields) + _LEAF_BYTES
+        if config.sequence_length is not None:
+            per_row = row_bytes(fields) + (row_bytes(starts) + _LEAF_BYTES) / schema.num_rows
         num_rows = config.capacity_steps // columns + 1 + pad
         if config.capacity_bytes is not None:
-            num_rows = min(num_rows, int(config.capacity_bytes / (columns * (row_bytes(fields) + _LEAF_BYTES))))
-        if num_rows - 1 - pad < 1:
-            least = columns * (2 + pad) * (row_bytes(fields) + _LEAF_BYTES)
+            num_rows = min(num_rows, int(config.capacity_bytes / (columns * per_row)))
+        least = _least_steps(schema.num_rows, config)
+        if num_rows - 1 - pad < least:
             raise ConfigError(
-                f"replay.capacity_steps {config.capacity_steps:,} and replay.capacity_bytes {config.capacity_bytes} hold no step of each of "
-                f"{columns:,} environments ({num_groups:,} groups of {schema.num_envs:,}); they need {columns:,} steps in {least:,.0f} bytes at least"
+                f"replay.capacity_steps {config.capacity_steps:,} and replay.capacity_bytes {config.capacity_bytes} are too few for "
+                f"{columns:,} environments ({num_groups:,} groups of {schema.num_envs:,}), which need {least:,} steps each: "
+                f"{columns * least:,} steps in {columns * (least + 1 + pad) * per_row:,.0f} bytes at least"
             )
-        observations = tuple(f.name for f in shown if f.name != "action_mask")
-        steps = ("action", "reward", "policy_version")
-        return cls(fields, columns, num_rows, num_rows - 1 - pad, stacks, observations, steps, "action_mask" in fields)
+        return cls(
+            fields=fields,
+            num_columns=columns,
+            num_rows=num_rows,
+            reach=num_rows - 1 - pad,
+            stacks=stacks,
+            observations=tuple(f.name for f in shown if f.name != "action_mask"),
+            step_fields=("action", "reward", "policy_version"),
+            masked="action_mask" in fields,
+            state_fields=tuple(states),
+            start_fields=starts,
+            num_starts=num_rows // schema.num_rows + 1 if config.sequence_length is not None else 0,
+        )
 
     @property
     def size_bytes(self) -> int:
+        """Rows, starts of sequences, and the sum tree."""
+        if self.num_starts:
+            starts = self.num_starts * (row_bytes(self.start_fields) + _LEAF_BYTES)
+            return int(self.num_columns * (self.num_rows * row_bytes(self.fields) + starts))
         return int(self.num_columns * self.num_rows * (row_bytes(self.fields) + _LEAF_BYTES))
+
+
+def _least_steps(rollout_length: int, config: ReplayConfig) -> int:
+    """What an environment's column must hold. Raises ConfigError where sequences and rollouts do not go together."""
+    if config.sequence_length is None:
+        return 1
+    if config.burn_in + rollout_length > config.sequence_length:
+        raise ConfigError(
+            f"replay.sequence_length {config.sequence_length} is less than replay.burn_in {config.burn_in} and sampling.rollout_length "
+            f"{rollout_length} together: a sequence begins with every rollout, so steps would be left that no sequence trains"
+        )
+    return config.sequence_length + rollout_length
+
+
+def _is_state(name: str) -> bool:
+    return name.startswith("policy_state/") and not name.endswith("/end")
 
 
 def _images(schema: Schema) -> list[tuple[str, str, tuple[int, ...]]]:
