@@ -457,6 +457,7 @@ def _result(session: Session, outcome: dict[str, Any], directory: Path) -> dict[
         "lag": {"mean": mean, "p99": p99, "max": largest},
         "restarts": session.restarts,
         "skipped_steps": session.skipped_steps,
+        **({"replay": c.replay_facts} if c.limiter is not None else {}),
     }
 
 

@@ -214,7 +214,10 @@ def test_epsilon_falls_in_a_line_or_is_a_rung_of_the_ladder() -> None:
 # ---- SAC and TD3 -----------------------------------------------------------------------------------------------------
 def test_the_density_of_a_squashed_action_is_exact_also_where_tanh_is_one() -> None:
     generator = torch.Generator().manual_seed(0)
-    output, noise = torch.randn(50, 4, generator=generator, dtype=torch.float64), torch.randn(50, 2, generator=generator, dtype=torch.float64)
+    output, noise = (
+        torch.randn(50, 4, generator=generator, dtype=torch.float64),
+        torch.randn(50, 2, generator=generator, dtype=torch.float64),
+    )
     found = squash(output, noise)
     mean, log_std = output.chunk(2, 1)
     exact = TransformedDistribution(Normal(mean, log_std.clamp(max=2.0).exp()), [TanhTransform()])

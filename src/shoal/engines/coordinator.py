@@ -74,6 +74,7 @@ class Coordinator:
         self.consumption: list[dict[str, Any]] = []  # since the last version, for the log that replay follows
         self.limiter = None if self.plan.rate is None else RateLimiter(self.plan.rate)
         self.optimizer_steps = 0  # of the update that the learner is at, where it learns from a replay
+        self.sampled: dict[str, float] = {}  # how full the replay is, and how old what the last update sampled, by name
         self.released: list[tuple[int, int]] = []
 
     def _new_group(self, index: int) -> _Group:
@@ -319,6 +320,8 @@ class Coordinator:
                 self.lag[int(which)] += int(count)
             elif kind == "evicted":
                 self.ledger.evict(int(which), int(count))
+            elif kind == "replay":
+                self.sampled[which] = count
         self.training, self.consumption, self.optimizer_steps = [], [], 0
         episodes, self._episodes = self._episodes, []
         self.returns.extend(e.episode_return for e in episodes)
@@ -338,6 +341,15 @@ class Coordinator:
         if s.seconds is not None and seconds >= s.seconds:
             return "seconds"
         return None
+
+    @property
+    def replay_facts(self) -> dict[str, float]:
+        """Of a run that learns from a replay: `steps` it holds, `inserted` and `sampled` so far, `surplus` (samples beyond what is due), and the
+        ages of what was sampled last, in updates and in env steps."""
+        if self.limiter is None:
+            return {}
+        counts = {"inserted": self.limiter.inserted, "sampled": self.limiter.sampled, "surplus": self.limiter.surplus}
+        return {**{name: float(count) for name, count in counts.items()}, **self.sampled}
 
     @property
     def mean_return(self) -> float:
