@@ -59,7 +59,7 @@ class ReplayFiles:
                     self._known[name] = _write(directory / name, content)
                     rows.touched[chunk] = False
                 checksums[name] = self._known[name].crc32
-        checksums[_ARRAYS] = _write(directory / _ARRAYS, save({name: np.ascontiguousarray(array) for name, array in arrays.items()})).crc32
+        checksums[_ARRAYS] = _write(directory / _ARRAYS, save({name: np.asarray(array, order="C") for name, array in arrays.items()})).crc32
         body = to_json({"facts": facts, "files": checksums}).encode()
         _write(directory / _STATE, b"%08x\n" % zlib.crc32(body) + body)
 
