@@ -98,9 +98,9 @@ class ReplayLearner(Learner):
         taken, skipped = algorithm.steps
         means, samples = Means(), []
         for _ in range(optimizer_steps):
-            sample = self.replay.sample(self._batch_size, rng, beta=beta)
+            sample, before = self.replay.sample(self._batch_size, rng, beta=beta), algorithm.steps[1]
             metrics, priority_M = algorithm.learn(self._rows(sample), context)
-            if self._settings.prioritised and priority_M is not None:
+            if self._settings.prioritised and priority_M is not None and algorithm.steps[1] == before:  # else no number is to be trusted
                 self.replay.update_priorities(sample.index_M, priority_M.detach().cpu().numpy())
             means.add(metrics)
             samples.append(sample)
