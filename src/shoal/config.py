@@ -186,10 +186,11 @@ class DQNConfig(OffPolicyConfig):
     atoms: Annotated[int, Field(ge=2, le=1024)] = Field(51, description="atoms or quantiles of that distribution")
     value_min: FiniteFloat = Field(-10.0, description="c51: the lowest atom, in discounted return")
     value_max: FiniteFloat = Field(10.0, description="c51: the highest atom")
-    target_update_steps: Positive = Field(250, description="optimizer steps between two copies of the network into the target network")
     target_tau: Fraction | None = Field(
-        None, description="instead: after each optimizer step the target network goes this share of the way"
+        0.01,
+        description="after each optimizer step the target network goes this share of the way; none: it is copied (target_update_steps)",
     )
+    target_update_steps: Positive = Field(1000, description="optimizer steps between two such copies, where target_tau is none")
     epsilon: Literal["annealed", "ladder"] = Field(
         "annealed", description="share of random actions: one that falls with the env steps, or one of its own for each group (Ape-X)"
     )

@@ -157,7 +157,7 @@ def test_the_gradient_of_dqn_is_that_of_the_loss_in_the_papers(
     observation: tuple[LeafSpec, ...], distribution: Any, duelling: bool, double: bool
 ) -> None:
     spec = spec_of(CHOICES, observation, mask=True)
-    config = DQNConfig(distribution=distribution, duelling=duelling, double=double, atoms=5, value_min=-3, value_max=3)
+    config = DQNConfig(target_tau=0.0, distribution=distribution, duelling=duelling, double=double, atoms=5, value_min=-3, value_max=3)
     algorithm: DQN = made(config, spec)
     algorithm.target.flat.mul_(1.3)
     rows, online, target = rows_of(spec), algorithm.policy, algorithm.target.module
@@ -190,7 +190,7 @@ def _huber(q: Tensor, rows: Transitions, nxt: Tensor) -> Tensor:
 
 def test_the_target_network_follows_at_its_steps_or_by_its_share() -> None:
     spec = spec_of(CHOICES)
-    algorithm: DQN = made(DQNConfig(target_update_steps=3), spec)
+    algorithm: DQN = made(DQNConfig(target_tau=None, target_update_steps=3), spec)
     start = algorithm.target.flat.clone()
     for step in range(1, 4):
         algorithm.learn(rows_of(spec, step), context())
@@ -335,7 +335,7 @@ def test_the_gradients_of_td3_are_those_of_its_losses_and_the_policy_waits_its_t
 
 # ---- all -------------------------------------------------------------------------------------------------------------
 CONFIGS = {
-    "dqn": (DQNConfig(target_update_steps=2), CHOICES),
+    "dqn": (DQNConfig(target_tau=None, target_update_steps=2), CHOICES),
     "c51": (DQNConfig(distribution="c51", target_tau=0.1), CHOICES),
     "sac": (SACConfig(), BOX),
     "discrete sac": (SACConfig(), CHOICES),

@@ -125,7 +125,7 @@ class QPolicy(OffPolicy):
 
     def greedy(self, observation: Observation, action_mask: Tensor | None = None) -> Tensor:
         value_NA = self.ranked(self.trunk.forward(self.inputs.forward(observation)))
-        return (value_NA if action_mask is None else value_NA.masked_fill(~action_mask, MASKED_VALUE)).argmax(1)
+        return (value_NA if action_mask is None else value_NA.masked_fill(~action_mask, MASKED_VALUE)).max(1).indices
 
     def act(self, observation: Observation, noise: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, None]:
         greedy = self.greedy(observation, action_mask)
