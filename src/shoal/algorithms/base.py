@@ -304,7 +304,7 @@ def explained_variance(value: Tensor, target: Tensor) -> float:
 
 
 class Means:
-    """Means of metrics over the minibatches of an update; tensors are read once, at the end."""
+    """Means of metrics (numbers, or columns of them) over the minibatches of an update; tensors are read once, at the end."""
 
     def __init__(self) -> None:
         self._sums: defaultdict[str, list[Tensor | float]] = defaultdict(list)
@@ -314,4 +314,10 @@ class Means:
             self._sums[name].append(value.detach() if isinstance(value, Tensor) else value)
 
     def result(self) -> dict[str, float]:
-        return {name: float(np.mean([float(value) for value in values])) for name, values in self._sums.items()}
+        return {name: _mean(values) for name, values in self._sums.items()}
+
+
+def _mean(values: list[Tensor | float]) -> float:
+    if isinstance(values[0], Tensor) and values[0].ndim:  # whole columns, which cost less in one go
+        return float(torch.cat([value for value in values if isinstance(value, Tensor)]).mean())
+    return float(np.mean([float(value) for value in values]))

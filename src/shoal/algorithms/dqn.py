@@ -119,8 +119,8 @@ class DQN(OffPolicyAlgorithm[DQNConfig]):
         learning_rate = schedule(config.learning_rate, config.learning_rate_schedule, context.progress)
         grad_norm = self.optimizer.descend([found[p] for p in self.optimizer.parameters], learning_rate, loss.loss)
         self._follow()
-        metrics: Metrics = {"loss": loss.loss, "grad_norm": grad_norm, "td_error": loss.priority_M.mean(), "learning_rate": learning_rate}
-        metrics["q_mean"] = (chosen if config.distribution == "none" else policy.mean(chosen.unsqueeze(1))).mean()
+        metrics: Metrics = {"loss": loss.loss, "grad_norm": grad_norm, "td_error": loss.priority_M, "learning_rate": learning_rate}
+        metrics["q_mean"] = chosen if config.distribution == "none" else policy.mean(chosen.unsqueeze(1)).squeeze(1)
         return metrics, loss.priority_M
 
     def _target(self, rows: Transitions, later: Mapping[str, Tensor], online: Tensor | None) -> Tensor:

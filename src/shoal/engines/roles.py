@@ -25,6 +25,7 @@ from shoal.experience.schema import Schema, rollout_schema
 from shoal.learners.learner import Learner, WeightPublisher
 from shoal.learners.replay_learner import ReplayLearner
 from shoal.networks.acting import ACTOR_CRITIC, Acting, NetworkKind
+from shoal.networks.chain import ACTIVATIONS
 from shoal.networks.computing import check_compiler, check_precision, compute_facts
 from shoal.networks.fast import fast_actor
 from shoal.networks.policy import build_acting, named_tensors
@@ -129,6 +130,10 @@ class Blueprint:
         }
         for key in (key for key, given in refused.items() if given):
             raise ConfigError(f"{key}: {self.config.algorithm.name} learns from a replay, and takes this at its default only")
+        if self.network_kind.name in ("stochastic", "deterministic") and policy.activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"policy.activation: the critics of {self.config.algorithm.name} take {' or '.join(ACTIVATIONS)}, not {policy.activation}"
+            )
         if replay.learning_starts > replay.capacity_steps:
             raise ConfigError(
                 f"replay.learning_starts: the replay holds {replay.capacity_steps:,} env steps (replay.capacity_steps) and would never hold the "

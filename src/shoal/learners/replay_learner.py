@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +25,19 @@ from shoal.config import ReplayConfig, RunConfig
 from shoal.experience.envelope import Identity
 from shoal.experience.replay import Replay, Sample
 from shoal.experience.ring import Ring
+from shoal.experience.schema import numpy_dtype
 from shoal.learners.learner import Consumed, Learner, WeightPublisher
 from shoal.networks.acting import Acting
 from shoal.streams import Purpose, stream
-from shoal.types import Array, Arrays, EnvironmentSpec
+from shoal.types import Array, Arrays, EnvironmentSpec, FieldSpec
+
+
+_SAMPLED_BYTES = 2**22
+
+
+def field_bytes(field: FieldSpec) -> int:
+    """Of one element."""
+    return int(np.prod(field.shape, dtype=np.int64)) * numpy_dtype(field.dtype).itemsize
 
 
 @dataclass
@@ -62,6 +71,8 @@ class ReplayLearner(Learner):
         self.replay = Replay(ring.schema, config.sampling.groups or 1, replay, gamma=config.algorithm.gamma)
         self._settings, self._batch_size = replay, algorithm.config.batch_size
         self._device = next(iter(policy.parameters())).device
+        shown = sum(field_bytes(field) for field in ring.schema.fields if field.axis == "T+1")
+        self._most_at_once = max(1, _SAMPLED_BYTES // (2 * shown * self._batch_size))  # batches of one draw, where priorities do not change
 
     def consume(self, orders: Sequence[tuple[int, Identity]]) -> Inserted:
         """Check the rollouts and copy them into the replay. None is too old for it."""
@@ -97,35 +108,43 @@ class ReplayLearner(Learner):
         beta = self._settings.beta + context.progress * (1.0 - self._settings.beta)
         taken, skipped = algorithm.steps
         means, samples = Means(), []
-        for _ in range(optimizer_steps):
-            sample, before = self.replay.sample(self._batch_size, rng, beta=beta), algorithm.steps[1]
-            metrics, priority_M = algorithm.learn(self._rows(sample), context)
-            if self._settings.prioritised and priority_M is not None and algorithm.steps[1] == before:  # else no number is to be trusted
-                self.replay.update_priorities(sample.index_M, priority_M.detach().cpu().numpy())
-            means.add(metrics)
+        while optimizer_steps > 0:
+            at_once = 1 if self._settings.prioritised else min(optimizer_steps, self._most_at_once)
+            sample = self.replay.sample(at_once * self._batch_size, rng, beta=beta)
             samples.append(sample)
+            optimizer_steps -= at_once
+            for rows in self._rows(sample, at_once):
+                before = algorithm.steps[1]
+                metrics, priority_M = algorithm.learn(rows, context)
+                if self._settings.prioritised and priority_M is not None and algorithm.steps[1] == before:  # else no number is to be trusted
+                    self.replay.update_priorities(sample.index_M, priority_M.detach().cpu().numpy())
+                means.add(metrics)
         if not samples:
             return {"optimizer_steps": 0.0, "skipped_steps": 0.0}
         counted = {"optimizer_steps": algorithm.steps[0] - taken, "skipped_steps": algorithm.steps[1] - skipped}
         return {**means.result(), **_ages(samples), **{name: float(count) for name, count in counted.items()}}
 
-    def _rows(self, sample: Sample) -> Transitions:
-        def there(array: Array) -> torch.Tensor:
-            return torch.from_numpy(array).to(self._device)
+    def _rows(self, sample: Sample, parts: int = 1) -> Iterator[Transitions]:
+        """The sample on the learner's device, in equal parts."""
 
-        def all_there(arrays: Arrays) -> dict[str, torch.Tensor]:
-            return {name: there(array) for name, array in arrays.items()}
+        def cut(array: Array) -> Sequence[torch.Tensor]:
+            tensor = torch.from_numpy(array).to(self._device)
+            return (tensor,) if parts == 1 else tensor.chunk(parts)
 
-        masks = [None if mask is None else there(mask) for mask in (sample.action_mask, sample.next_action_mask)]
-        return Transitions(
-            observation=all_there(sample.observation),
-            action_mask=masks[0],
-            action=there(sample.action),
-            return_M=there(sample.return_M),
-            discount_M=there(sample.discount_M),
-            next_observation=all_there(sample.next_observation),
-            next_action_mask=masks[1],
-            weight_M=there(sample.weight_M),
+        def cut_all(arrays: Arrays) -> list[dict[str, torch.Tensor]]:
+            names = list(arrays)
+            return [dict(zip(names, each, strict=True)) for each in zip(*(cut(arrays[name]) for name in names), strict=True)]
+
+        return map(
+            Transitions,
+            cut_all(sample.observation),
+            [None] * parts if sample.action_mask is None else cut(sample.action_mask),
+            cut(sample.action),
+            cut(sample.return_M),
+            cut(sample.discount_M),
+            cut_all(sample.next_observation),
+            [None] * parts if sample.next_action_mask is None else cut(sample.next_action_mask),
+            cut(sample.weight_M),
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from shoal.config import PolicyConfig
 from shoal.errors import ConfigError
 from shoal.networks.acting import Acting
-from shoal.networks.chain import ACTIVATIONS, Found, Trunk, TwinChain
+from shoal.networks.chain import Found, Trunk, TwinChain
 from shoal.networks.encoders import Encoder, orthogonal
 from shoal.networks.heads import NoiseSpec
 from shoal.networks.inputs import Inputs
@@ -222,8 +222,6 @@ class Critics(nn.Module):
 
     def __init__(self, spec: EnvironmentSpec, inputs: Inputs, hidden_sizes: list[int], activation: str, orthogonal_init: bool) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ConfigError(f"policy.activation: critics take {' or '.join(ACTIVATIONS)}, not {activation}")
         self.encoder = Encoder(inputs.shapes, [], activation, orthogonal_init)
         box = spec.action.kind == "box"
         self._num_features = self.encoder.num_features
