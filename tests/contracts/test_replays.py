@@ -138,3 +138,67 @@ def test_a_rollout_that_was_closed_early_is_continued(kind, config):
         for group in range(kind.groups):
             both.insert(group, rows=rows)
     both.check_samples()
+
+
+def bytes_of(sample: Sample) -> list[bytes]:
+    arrays = [a for v in vars(sample).values() if v is not None for a in (v.values() if isinstance(v, dict) else [v])]
+    return [array.tobytes() for array in arrays]
+
+
+def filled(kind: Kind, config: ReplayConfig, *, capacity: int = 66, rounds: int = 6) -> Both:
+    both = Both(kind, config, capacity)
+    for _ in range(rounds):
+        for group in range(kind.groups):
+            both.insert(group)
+            sample = both.replay.sample(16, both.rng, beta=0.5)
+            both.replay.update_priorities(sample.index_M, np.abs(sample.return_M))
+    return both
+
+
+def test_what_is_sampled_does_not_depend_on_shards(kind, config):
+    samples = [
+        bytes_of(filled(kind, config.model_copy(update={"shards": shards})).replay.sample(200, np.random.default_rng(1), beta=0.5))
+        for shards in (1, 2, 3, 5)
+    ]
+    assert all(sample == samples[0] for sample in samples[1:])
+
+
+def test_a_restored_replay_goes_on_bit_for_bit_with_any_number_of_shards(kind, config, tmp_path):
+    kept = filled(kind, config)
+    kept.replay.save(tmp_path, None)
+    shards = 3 - config.shards if config.shards < 3 else 1
+    restored = Replay(kept.world.schema, kind.groups, kept.config.model_copy(update={"shards": shards}), gamma=GAMMA)
+    restored.load(tmp_path)
+    restored.check_valid()
+    rng = np.random.default_rng(2), np.random.default_rng(2)
+    for round_ in range(6):
+        slot, _ = kept.world.rollout(round_ % kind.groups, version=round_)
+        assert kept.replay.insert(slot, round_) == restored.insert(slot, round_)
+        one, other = kept.replay.sample(32, rng[0], beta=0.7), restored.sample(32, rng[1], beta=0.7)
+        assert bytes_of(one) == bytes_of(other)
+        kept.replay.update_priorities(one.index_M, np.abs(one.return_M))
+        restored.update_priorities(other.index_M, np.abs(other.return_M))
+    assert (restored.num_steps, restored.inserted_steps, restored.evicted_steps) == (
+        kept.replay.num_steps, kept.replay.inserted_steps, kept.replay.evicted_steps,
+    )  # fmt: skip
+
+
+def test_memory_that_is_used_again_holds_the_same_sample(kind, config):
+    replay = filled(kind, config).replay
+    fresh = replay.sample(40, np.random.default_rng(1), beta=0.5)
+    old = replay.sample(40, np.random.default_rng(2), beta=0.5)
+    smaller = replay.sample(30, np.random.default_rng(2), beta=0.5)
+    again = replay.sample(40, np.random.default_rng(1), beta=0.5, reuse=old)
+    assert bytes_of(again) == bytes_of(fresh) == bytes_of(replay.sample(40, np.random.default_rng(1), beta=0.5, reuse=smaller))
+    assert all(again.observation[name] is old.observation[name] for name in old.observation)
+
+
+def test_the_size_that_is_told_is_the_size_that_is_taken(kind, config):
+    both = filled(kind, config)
+    rows = both.replay._store.rows
+    taken = sum(array.nbytes for shard in rows._shards for array in shard.values())
+    told = Replay.size_bytes(both.world.schema, kind.groups, both.config)
+    if kind.stacked:  # by the shape alone the others are counted as if they were
+        assert taken <= told <= taken + 9 * rows.num_rows * rows.num_groups * rows.num_envs
+    capped = both.config.model_copy(update={"capacity_bytes": told // 2})
+    assert told // 3 < Replay.size_bytes(both.world.schema, kind.groups, capped) <= told // 2
