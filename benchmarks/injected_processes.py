@@ -50,6 +50,37 @@ def chaos(
     return work
 
 
+def kept(seconds: float, share: float) -> Callable[[Found, Path], None]:
+    """Throughput with a kill every five seconds against that without, in turns of one run, which takes twice `seconds`."""
+
+    def work(found: Found, place: Path) -> None:
+        with living(
+            "chaos",
+            "CartPole-v1",
+            "--kill",
+            "5s",
+            "--seconds",
+            f"{seconds:g}",
+            "--no-compare",
+            "--run-dir",
+            str(place / "run"),
+            "--json",
+            cwd=place,
+        ) as run:
+            out, _ = run.process.communicate(timeout=2 * seconds + CAP_SECONDS)
+        found.expect(run.process.returncode == 0, f"code {run.process.returncode}: {run.said[-300:]}")
+        if run.process.returncode == 0:
+            said = json.loads(out)
+            found.times, found.figure = (
+                said["faults"]["kill"]["injected"],
+                f"{said['kept']:.1%} kept of {said['env_steps_per_second']['quiet']:,.0f} env steps/s",
+            )
+            found.expect(said["kept"] >= share, f"{share:.0%} are wanted")
+            found.expect(said["balances"], "the ledger does not balance")
+
+    return work
+
+
 @contextlib.contextmanager
 def training(place: Path, *more: str, environment: str = "CartPole-v1") -> Iterator[tuple[Living, Path]]:
     """A run without end, with a checkpoint made."""
@@ -274,6 +305,7 @@ ROWS = {
         )
         for algorithm in ALGORITHMS
     },
+    "actor/throughput": Row("SIGKILL of an actor every 5 s, for 10 minutes", "at least 85 % of the throughput without", kept(600.0, 0.85)),
     "actor/woken": Row(
         "SIGSTOP of an actor, SIGCONT 0.3 to 1 s later", "harms nothing", again_and_again("actor", signal.SIGSTOP, 15, "appo", wake=True)
     ),

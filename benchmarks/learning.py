@@ -37,7 +37,9 @@ class Row:
     """One line of the table.
 
     Attributes:
-      target: mean return of the evaluation that every seed has to reach; None where only the curve counts.
+      target: mean return of the evaluation that every seed has to reach; None where only the curve counts, or the ceiling.
+      ceiling: mean return of the evaluation that no seed may pass: the row shows what cannot be learned so.
+      memory: of the policy; named beside the algorithm.
       seeds: how many, from 0.
       options: of `shoal train`, besides environment, algorithm and seed; as for any user, the rest is the preset's.
       env_steps_limit: what the target has to be reached within.
@@ -53,11 +55,35 @@ class Row:
     env_steps_limit: int | None = None
     curve: bool = False
     note: str = ""
+    ceiling: float | None = None
+    memory: str | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.environment}/{self.algorithm}"
+        return f"{self.environment}/{self.label}"
 
+    @property
+    def label(self) -> str:
+        """The algorithm as tables name it."""
+        return self.algorithm if self.memory is None else f"{self.algorithm}+{self.memory}"
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What `shoal train` is told besides environment, algorithm and seed."""
+        return self.options if self.memory is None else (*self.options, "--policy.memory", self.memory)
+
+
+HIDDEN, RECALL = "examples/memory.py:hidden_velocities", "examples/memory.py:Recall"
+HIDDEN_OPTIONS = (
+    "--sampling.rollout-length", "64", "--policy.hidden-sizes", "64", "--policy.normalise-observations", "true", "--policy.normalise-rewards", "true",
+    "--algorithm.minibatch-size", "512", "--algorithm.epochs", "6", "--algorithm.learning-rate", "1e-3", "--algorithm.gamma", "0.98",
+    "--stop.return", "475", "--stop.env-steps", "250000",
+)  # fmt: skip
+RECALL_OPTIONS = (
+    "--sampling.group-size", "4", "--sampling.rollout-length", "128", "--policy.hidden-sizes", "64", "--algorithm.minibatch-size", "512",
+    "--algorithm.epochs", "6", "--algorithm.learning-rate", "1e-3", "--algorithm.entropy-coefficient", "0.01",
+    "--stop.return", "0.98", "--stop.env-steps", "400000",
+)  # fmt: skip
 
 ROWS = (
     *(Row("CartPole-v1", algorithm, 475) for algorithm in ("ppo", "appo", "impala", "dqn")),
@@ -69,6 +95,10 @@ ROWS = (
     Row("LunarLander-v3", "dqn", 200, env_steps_limit=500_050),
     Row("LunarLanderContinuous-v3", "sac", 200, options=("--stop.return", "240", "--stop.env-steps", "300000")),
     Row("HalfCheetah-v5", "sac", 5000, seeds=1, options=("--stop.seconds", "3600"), note="within 300,000 env steps or an hour"),
+    Row(HIDDEN, "ppo", 400, options=HIDDEN_OPTIONS, memory="lstm"),
+    Row(HIDDEN, "ppo", None, options=HIDDEN_OPTIONS, memory="none", ceiling=200),
+    Row(RECALL, "ppo", 0.95, options=RECALL_OPTIONS, memory="gru", note="the share of right answers; a guess is right in one of four"),
+    Row(RECALL, "ppo", None, options=RECALL_OPTIONS, memory="none", ceiling=0.4),
     Row("HalfCheetah-v5", "ppo", 1500, seeds=1, note="published PPO figures: 1,500 to 3,000"),
     Row(
         "ALE/Pong-v5",
@@ -110,13 +140,13 @@ def measure(row: Row, seed: int, episodes: int, runs: Path) -> Entry:
     with scratch(runs) as directory:
         run = directory / "run"
         begun = time.monotonic()
-        command = ["train", row.environment, "--algorithm", row.algorithm, "--seed", str(seed), *row.options]
+        command = ["train", row.environment, "--algorithm", row.algorithm, "--seed", str(seed), *row.arguments]
         trained = shoal([*command, "--run-dir", str(run), "--json"])
         train_seconds = time.monotonic() - begun
         evaluated = shoal(["evaluate", str(run), "--episodes", str(episodes), "--json"])
         return {
             "environment": row.environment,
-            "algorithm": row.algorithm,
+            "algorithm": row.label,
             "seed": seed,
             "command": " ".join(["shoal", *command, "--json"]),
             "wall_seconds": round(train_seconds, 1),
@@ -138,7 +168,9 @@ def curve_of(run: Path) -> list[dict[str, float]]:
 def settings_of(row: Row, seed: int) -> str:
     """A digest of what a user's command resolves to, defaults apart, so that figures of other settings are not mistaken for these."""
     overrides = {"algorithm": row.algorithm, "seed": seed, "actors": 1}  # actors: by the machine's cores, which are said elsewhere
-    overrides |= {key.removeprefix("--").replace("-", "_"): value for key, value in zip(row.options[::2], row.options[1::2], strict=True)}
+    overrides |= {
+        key.removeprefix("--").replace("-", "_"): value for key, value in zip(row.arguments[::2], row.arguments[1::2], strict=True)
+    }
     config, _ = resolve(row.environment, overrides)
     settled = config.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     return digest(settled)
@@ -190,17 +222,30 @@ def _summary_line(row: Row, entries: list[Entry]) -> str:
     error = math.sqrt(sum(e["std_return"] ** 2 / e["episodes"] for e in evaluated)) / len(evaluated)
     half = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) * error
     steps = [entry["train"]["env_steps"] for entry in entries]
-    target = "rises" if row.target is None else f"{row.target:g}" + (f" in {row.env_steps_limit:,} steps" if row.env_steps_limit else "")
+    target = (
+        f"at most {row.ceiling:g}"
+        if row.ceiling is not None
+        else "rises"
+        if row.target is None
+        else f"{row.target:g}" + (f" in {row.env_steps_limit:,} steps" if row.env_steps_limit else "")
+    )
     cells = (
-        row.environment, row.algorithm, len(entries), f"{fmean(means):.1f}", f"{fmean(means) - half:.1f} to {fmean(means) + half:.1f}",
-        f"{min(means):.1f}", target, "yes" if reached(row, entries) else "no", f"{fmean(steps):,.0f} ({max(steps):,})",
+        row.environment, row.label, len(entries), shown(fmean(means)), f"{shown(fmean(means) - half)} to {shown(fmean(means) + half)}",
+        shown(min(means) if row.ceiling is None else max(means)), target, "yes" if reached(row, entries) else "no", f"{fmean(steps):,.0f} ({max(steps):,})",
         f"{fmean(entry['wall_seconds'] for entry in entries):.0f}",
     )  # fmt: skip
     return line(*cells)
 
 
+def shown(value: float) -> str:
+    """A mean return: to two places where it is a share."""
+    return f"{value:.2f}" if abs(value) < 2 else f"{value:.1f}"
+
+
 def reached(row: Row, entries: Sequence[Entry]) -> bool:
-    """Whether every seed reached the target within its env steps; without a target, whether every curve rises (see `rise`)."""
+    """Whether every seed reached the target within its env steps, or stayed under the ceiling; without either, whether every curve rises (see `rise`)."""
+    if row.ceiling is not None:
+        return all(entry["evaluate"]["mean_return"] <= row.ceiling for entry in entries)
     if row.target is None:
         return all(entry["curve"] and rise(entry["curve"]) > 0 for entry in entries)
     within = all(row.env_steps_limit is None or entry["train"]["env_steps"] <= row.env_steps_limit for entry in entries)
@@ -218,7 +263,7 @@ def _seed_line(entry: Entry) -> str:
     low, high = evaluated["ci95"]
     lag = (trained.get("lag") or {}).get("mean")
     cells = (
-        entry["environment"], entry["algorithm"], entry["seed"], f"{evaluated['mean_return']:.1f}", f"{low:.1f} to {high:.1f}",
+        entry["environment"], entry["algorithm"], entry["seed"], shown(evaluated["mean_return"]), f"{shown(low)} to {shown(high)}",
         f"{evaluated['min']:.1f}", f"{evaluated['max']:.1f}", f"{trained['env_steps']:,}", trained["reason"], f"{entry['wall_seconds']:.0f}",
         f"{trained['env_steps_per_second']:,.0f}", "–" if lag is None else f"{lag:.2f}",
     )  # fmt: skip

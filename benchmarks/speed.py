@@ -1,4 +1,5 @@
-"""What `make bench-speed` measures: waiting environments, the start, the time to a solved task, memory, weights, throughput, Atari.
+"""What `make bench-speed` measures: waiting environments, the start, the time to a solved task, memory, weights, throughput, the
+matched runs beside their ceilings, Atari.
 
 Every measurement is appended to `results/speed.jsonl` as soon as it is there, so that a bench that was cut off goes on with the next one; what was
 measured with other settings (options, a preset that changed since) is measured again. `results/speed.md` is written from all of it.
@@ -26,6 +27,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from observing import first_update_seconds, growth_mb, memory_of, steady_rate, wall_seconds
+from peers import EPOCHS, MATCHED
 from rows import SHOAL, Entry, Measurement, Store, answer_of, chosen, digest, line, measure_all, parser_of, scratch, shoal, where_and_when
 from waiting import blocking_seconds, exponential, fixed
 
@@ -208,18 +210,9 @@ def _solve(environment: str, wanted: float, seconds: float, seeds: int) -> Row:
                lambda figures: solved_seconds(figures, wanted) <= seconds, seeds, environment=environment, options=("--evaluation.episodes", "100"))  # fmt: skip
 
 
-def _pong(name: str, *options: str) -> Row:
-    return Row(
-        f"atari/{name}",
-        "≥ 80 % of its ceiling",
-        against_ceiling,
-        _fraction,
-        at_least("fraction", 0.80),
-        1,
-        "bench train",
-        "ALE/Pong-v5",
-        options,
-    )
+def _ceiling(name: str, environment: str, least: float, repeats: int, *options: str) -> Row:
+    wanted = f"≥ {least:.0%} of its ceiling"
+    return Row(name, wanted, against_ceiling, _fraction, at_least("fraction", least), repeats, "bench train", environment, options)
 
 
 def _start(figures: Sequence[Figures]) -> str:
@@ -249,8 +242,11 @@ ROWS = (
     _throughput("impala-python", 50_000, "--sampling.groups", "4", "--sampling.group-size", "64", "--sampling.rollout-length", "32", "--sampling.batch-rollouts", "2"),
     _throughput("impala-native", 150_000, "--env.form", "native", "--sampling.groups", "4", "--sampling.group-size", "256", "--sampling.rollout-length", "32",
                 "--sampling.batch-rollouts", "2"),
-    _pong("pong"),
-    _pong("pong-cpu", "--preset", "ALE-cpu"),
+    _ceiling("ceiling/CartPole-v1 ppo", "CartPole-v1", 0.70, 3, *MATCHED.split(), *EPOCHS.split()),
+    _ceiling("ceiling/CartPole-v1 appo", "CartPole-v1", 0.70, 3, *MATCHED.split(), *EPOCHS.split(), "--algorithm", "appo"),
+    _ceiling("ceiling/LunarLander-v3 ppo", "LunarLander-v3", 0.70, 3, *MATCHED.split(), *EPOCHS.split()),
+    _ceiling("atari/pong", "ALE/Pong-v5", 0.80, 1),
+    _ceiling("atari/pong-cpu", "ALE/Pong-v5", 0.80, 1, "--preset", "ALE-cpu"),
 )  # fmt: skip
 OVERRIDES = {"actors": "--actors", "groups": "--sampling.groups", "group_size": "--sampling.group-size",
              "rollout_length": "--sampling.rollout-length", "batch_rollouts": "--sampling.batch-rollouts"}  # fmt: skip
@@ -273,7 +269,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__, "speed")
     parser.add_argument("--repeats", type=int, help="measurements of each row (default: its own number)")
     parser.add_argument(
-        "--seconds", type=float, default=20.0, help="of each training of waiting/* and throughput/* (atari/*: three times as long)"
+        "--seconds",
+        type=float,
+        default=20.0,
+        help="of each training of waiting/* and throughput/* (ceiling/* and atari/*: three times as long)",
     )
     parser.add_argument("--memory-seconds", type=float, default=600.0, help="of the training of memory")
     for name, option in OVERRIDES.items():

@@ -202,12 +202,14 @@ class ScriptedBehaviour:
         self._state = state
         self.begun: list[tuple[int, int]] = []
         self.seen: list[Arrays] = []
+        self.states: list[Arrays] = []
 
     def begin(self, group: int, sequence: int) -> None:
         self.begun.append((group, sequence))
 
     def act(self, observation: Arrays, state: Arrays, row: int) -> Acted:
         self.seen.append({name: value.copy() for name, value in observation.items()})
+        self.states.append({name: value.copy() for name, value in state.items()})
         group, sequence = self.begun[-1]
         num_envs = len(next(iter(observation.values())))
         action = np.array([action_of(group, sequence, row, b) for b in range(num_envs)])

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from gymnasium import spaces
 
 import shoal.chaos
 from shoal.chaos import Stretches, chaos, recoveries
 from shoal.cli.chaos import Duration
+from shoal.cli.main import cli
 from shoal.config import EnvConfig
 from shoal.engines import environment_faults
 from shoal.environments.chaotic import spoil
@@ -41,6 +44,18 @@ def test_a_training_under_all_faults_balances_and_learns_the_same(tmp_path, monk
     assert found["faults"]["nan"]["recovered"] >= 1
     assert found["restarts"] >= 2
     assert found["seconds"]["faulty"] >= 3.0
+
+
+def test_a_run_that_is_not_to_be_compared_is_not_executed_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(shoal.chaos, "replay", None)
+    small = (
+        "--sampling.groups 1 --sampling.group-size 2 --policy.hidden-sizes 8 --preset none --algorithm ppo --algorithm.epochs 1 --actors 1"
+    )
+    words = ["chaos", "CartPole-v1", "--kill", "5s", "--seconds", "0.5", "--no-compare", "--json", *small.split()]
+    done = CliRunner().invoke(cli, [*words, "--run-dir", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["balances"], found["weights_equal"], found["ok"]) == (True, None, True)
 
 
 def test_stretches_take_turns_and_steps_count_where_they_were_trained():

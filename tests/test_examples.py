@@ -16,6 +16,7 @@ LAST_WORDS = {
     "own_environment.py": "as a lambda: ",
     "own_network.py": "ResidualTrunk(",
     "own_algorithm.py": "20 updates, mean return ",
+    "memory.py": "an episode with what was remembered: ",
     "callbacks.py": "resumed, and ended: updates",
 }
 

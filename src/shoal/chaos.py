@@ -27,6 +27,7 @@ from shoal.supervision.injector import Injection, Injector
 KINDS = ("kill", "stop", "slow", "nan", "learner")
 PERIODS = 6  # of a stretch without faults and one with them, where the time is enough for it
 MIN_STRETCH_SECONDS, MAX_STRETCH_SECONDS = 2.0, 30.0
+_SLACK_SECONDS = 300.0  # beyond what both kinds of stretches take: a run that needs more comes to nothing
 _BUDGET = 1_000_000  # faults of the environment that are mended: they are ours
 
 
@@ -83,7 +84,14 @@ class Stretches:
 
 
 def chaos(
-    target: str, every: Mapping[str, float], seconds: float, *, seed: int = 0, progress: View | None = None, **settings: Any
+    target: str,
+    every: Mapping[str, float],
+    seconds: float,
+    *,
+    seed: int = 0,
+    compare: bool = True,
+    progress: View | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Train with faults at random moments, and see what became of them.
 
@@ -91,14 +99,15 @@ def chaos(
       target: as of `shoal.train`, by name.
       every: seconds between two faults of a kind (KINDS), on average.
       seconds: of training with faults; as long again is trained without. seed: of the moments and victims.
+      compare: execute the training again without faults, in sync mode, and compare the weights.
     Returns:
       run, mode, updates, seconds, env_steps_per_second and kept (of the throughput), faults (by kind: injected, recovered, p50, p99, max in
       seconds), ledger, lost (share of what was produced, by reason), balances, restarts, weights_equal (sync mode: with those of the
-      same training executed again without faults; else None), ok.
+      same training executed again without faults; None where that was not done), ok.
     Raises:
       ConfigError: no kind of fault, or one that cannot be sent here; else as `shoal.train`.
     """
-    config, preset = resolve(target, _with_stop(settings))
+    config, preset = resolve(target, _with_stop(settings, seconds))
     config.preset = preset
     _check(config, every)
     config.env.restart_budget = max(config.env.restart_budget, _BUDGET)
@@ -114,7 +123,7 @@ def chaos(
     with closing(Injector(every, seed, active, path)) as injector:
         injector.start()
         run = execute(config, objects, directory, [stretches], progress)
-    return _report(run, config, injector.sent, stretches)
+    return _report(run, config, injector.sent, stretches, compare and config.mode != "async")
 
 
 def _wrapped(config: RunConfig, flags: Path) -> dict[str, Any]:
@@ -124,10 +133,10 @@ def _wrapped(config: RunConfig, flags: Path) -> dict[str, Any]:
     return {"env": ChaoticFactory(config.env, flags)}
 
 
-def _with_stop(settings: dict[str, Any]) -> dict[str, Any]:
-    """The time ends it, not the preset's conditions."""
+def _with_stop(settings: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The stretches end it, not the preset's conditions; should they never, this does."""
     given = any(str(key).startswith("stop") for key in settings)
-    return settings if given else {**settings, "stop": {"seconds": 1e9}}
+    return settings if given else {**settings, "stop": {"seconds": 2 * seconds + _SLACK_SECONDS}}
 
 
 def _check(config: RunConfig, every: Mapping[str, float]) -> None:
@@ -140,7 +149,7 @@ def _check(config: RunConfig, every: Mapping[str, float]) -> None:
 
 
 # ---- what became of it -----------------------------------------------------------------------------------------------
-def _report(run: Run, config: RunConfig, sent: Sequence[Injection], stretches: Stretches) -> dict[str, Any]:
+def _report(run: Run, config: RunConfig, sent: Sequence[Injection], stretches: Stretches, compare: bool) -> dict[str, Any]:
     with RunReader(run.path / "run.db") as reader:
         events = reader.events("recovered")
     ledger = run.result["ledger"]
@@ -149,12 +158,11 @@ def _report(run: Run, config: RunConfig, sent: Sequence[Injection], stretches: S
         ledger["produced"] == ledger["trained"] + ledger.get("replayed", 0) + sum(ledger["dropped"].values()) + ledger["in_flight"]
         and not ledger["in_flight"]
     )
-    sync = config.mode != "async"
-    equal = bool(replay(run.path)["equal"]) if sync else None
+    equal = bool(replay(run.path)["equal"]) if compare else None
     quiet, faulty = stretches.speed(False), stretches.speed(True)
     return {
         "run": str(run.path),
-        "mode": "sync" if sync else "async",
+        "mode": "async" if config.mode == "async" else "sync",
         "updates": run.result["updates"],
         "seconds": {"quiet": stretches.seconds[False], "faulty": stretches.seconds[True]},
         "env_steps_per_second": {"quiet": quiet, "faulty": faulty},

@@ -63,7 +63,12 @@ class PolicyConfig(Section):
         "auto",
         description="auto: Nature CNN for uint8 images, MLP for the rest, combined for Dict; compact_cnn: a third of the Nature CNN's cost",
     )
-    share_encoder: bool | None = Field(None, description="actor and critic share the encoder (default: for images only)")
+    share_encoder: bool | None = Field(None, description="actor and critic share the encoder (default: for images, and with a memory)")
+    memory: Literal["none", "lstm", "gru"] = Field(
+        "none",
+        description="what is remembered of an episode's earlier steps, between the encoder (which actor and critic then share) and the heads",
+    )
+    memory_size: Positive = Field(64, description="units of the memory")
     normalise_observations: bool = Field(False, description="running mean and variance of every non-image observation")
     normalise_rewards: bool = Field(False, description="divide rewards by the running deviation of the discounted return")
     exploration: Literal["gaussian", "gsde"] = Field(

@@ -187,7 +187,7 @@ def test_checksums_hold_wherever_rollouts_are_cut(rows):
         compare(actor.fill(0, Identity(G, sequence, 0), closing_after(rows)), oracle.rollout(sequence, rows), sequence)
 
 
-def test_the_behaviour_is_shown_each_row_before_it_is_stepped_and_its_state_goes_on():
+def test_the_behaviour_is_shown_each_row_before_it_is_stepped():
     actor, ring, _, behaviour = host()
     for sequence in range(2):
         slot = actor.fill(sequence, Identity(G, sequence, 0))
@@ -196,11 +196,44 @@ def test_the_behaviour_is_shown_each_row_before_it_is_stepped_and_its_state_goes
             assert set(shown) == {"observation/camera", "observation/position", "action_mask"}
             for name, value in shown.items():
                 np.testing.assert_array_equal(value, slot.arrays[name][t])
-        assert (slot.arrays["policy_state/h"] == sequence * T).all()
-        assert (slot.arrays["policy_state/h/end"] == (sequence + 1) * T).all()
     assert behaviour.begun == [(G, 0), (G, 1)]
     assert len(behaviour.seen) == 2 * T
     assert ring.slots[2].arrays["policy_version"].max() == -1  # poison: nobody wrote there
+
+
+@pytest.mark.parametrize("next_step", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, T])
+def test_the_recurrent_state_is_that_of_the_running_episode_wherever_rollouts_are_cut(rows, next_step):
+    """The behaviour's counts rows, and so does the observation; a last observation that has a row of its own is seen in its episode's state."""
+    actor, ring, _, behaviour = host(next_step=next_step)
+    for sequence in range(8):
+        ring.poison(0)
+        slot = actor.fill(0, Identity(G, sequence, 0), closing_after(rows) if rows < T else None, ((0, 2),) if sequence == 3 else ())
+        num_rows, stands = int(slot.envelope["num_rows"]), slot.arrays["observation/position"][..., 1]
+        shown = np.stack([state["policy_state/h"][:, 0] for state in behaviour.states])
+        np.testing.assert_array_equal(shown, stands[:num_rows])
+        np.testing.assert_array_equal(slot.arrays["policy_state/h"][:, 0], stands[0])
+        np.testing.assert_array_equal(slot.arrays["policy_state/h/end"][:, 0], stands[num_rows])
+        state = slot.arrays["policy_state/h"][:, 0]
+        for t, resets in enumerate(slot.resets()):  # a learner comes to the same states
+            state = np.where(resets, 0, state)
+            np.testing.assert_array_equal(state, stands[t])
+            state = state + 1
+        behaviour.states.clear()
+
+
+def test_the_state_that_a_behaviour_keeps_for_its_next_answer_is_not_the_groups():
+    class Forgetful(ScriptedBehaviour):
+        kept = np.zeros((B, 2), np.float32)
+
+        def act(self, observation, state, row):
+            self.kept[:] = state["policy_state/h"] + 1
+            return super().act(observation, state, row)._replace(state={"policy_state/h": self.kept})
+
+    actor, _, _, behaviour = host(behaviour=Forgetful())
+    end = actor.fill(0, Identity(G, 0, 0)).arrays["policy_state/h/end"].copy()
+    behaviour.kept[:] = 77  # it answered for another group
+    np.testing.assert_array_equal(actor.fill(1, Identity(G, 1, 0)).arrays["policy_state/h"], end)
 
 
 def test_the_next_rollout_begins_where_the_last_one_ended():
@@ -381,13 +414,16 @@ def test_a_restored_group_replaces_the_one_before_and_released_ones_are_closed()
     assert [g.closed for g in made] == [1, 1, 1]
 
 
-def test_environments_that_could_not_be_rebuilt_begin_their_checksums_anew():
+def test_environments_that_could_not_be_rebuilt_begin_their_checksums_and_their_recurrent_state_anew():
     state = fresh_state(B)
     state.cursor["num_steps"], state.cursor["episode"] = 1, 4
     state.cursor["observation_crc"], state.cursor["reward_crc"] = [7, 8, 9], [17, 18, 19]
+    state.policy_state["policy_state/h"][:] = 5
     actor, _, made, _ = host(lost=(1,))
     assert actor.restore(G, state) == [1]
-    start = actor.fill(0, Identity(G, 0, 0)).arrays["cursor/start"]
+    slot = actor.fill(0, Identity(G, 0, 0))
+    assert slot.arrays["policy_state/h"][:, 0].tolist() == [5, 0, 5]
+    start = slot.arrays["cursor/start"]
     assert start["episode"].tolist() == [4, 5, 4]
     assert start["observation_crc"].tolist() == [7, crc_of(seed_of(G, 1, 5), 0), 9]
     assert start["reward_crc"].tolist() == [17, 0, 19]

@@ -40,14 +40,15 @@ T, B, G = 6, 3, 2
 
 
 class Behaviour(ScriptedBehaviour):
-    """As ScriptedBehaviour, also where each environment is at a row of its own."""
+    """As ScriptedBehaviour, also where each environment is at a row of its own. Its state: the rows so far, and the version that saw the last."""
 
     def act(self, observation, state, row):
         rows = np.broadcast_to(row, len(next(iter(observation.values()))))
         group, sequence = self.begun[-1]
         action = np.array([action_of(group, sequence, int(t), b) for b, t in enumerate(rows)])
         log_prob = np.array([log_prob_of(int(a), int(t)) for a, t in zip(action, rows, strict=True)], np.float32)
-        return Acted(action, {"log_prob": log_prob}, state, self.version)
+        after = {name: np.stack([value[:, 0] + 1, np.full(len(value), self.version, np.float32)], 1) for name, value in state.items()}
+        return Acted(action, {"log_prob": log_prob}, after, self.version)
 
 
 class Metronome:
@@ -103,12 +104,12 @@ class Metronome:
 
 
 def metronomes(periods, *, whole=False, publish_every=0, **more):
-    ring = poisoned_ring(scripted_schema(T, len(periods), state=False, mask=False), 3)
+    ring = poisoned_ring(scripted_schema(T, len(periods), mask=False), 3)
     behaviour = Behaviour()
     group = Metronome(periods, behaviour, publish_every)
     assert isinstance(group, Paced)
     actor = Actor(ring, behaviour, lambda index: group, run_id=RUN_ID, whole=whole, **more)
-    actor.restore(G, fresh_state(len(periods), state=False))
+    actor.restore(G, fresh_state(len(periods)))
     return actor, behaviour, group
 
 
@@ -124,7 +125,7 @@ class Dawdling(Drift):
 
 
 def test_a_whole_rollout_is_what_stepping_row_by_row_gives_bit_for_bit():
-    schema = rollout_schema(make_group(EnvConfig(id="drift"), G, B, 3, Drift).spec, policy_fields(False), T, B)
+    schema = rollout_schema(make_group(EnvConfig(id="drift"), G, B, 3, Drift).spec, policy_fields(), T, B)
     ring = poisoned_ring(schema, 4)
     plain, paced = (
         Actor(
@@ -137,7 +138,7 @@ def test_a_whole_rollout_is_what_stepping_row_by_row_gives_bit_for_bit():
         for form in ("python", "threads")
     )
     for actor in (plain, paced):
-        actor.restore(G, fresh_state(B, state=False))
+        actor.restore(G, fresh_state(B))
     for sequence in range(5):
         one, other = (actor.fill(k, Identity(G, sequence, 0)) for k, actor in enumerate((plain, paced)))
         same_rollout(one, other)
@@ -178,6 +179,20 @@ def test_the_first_that_filled_its_rows_closes_the_rollout_and_steps_under_way_g
     np.testing.assert_array_equal(a["observation/position"][1, 2], observation_of(2, 1)["observation/position"])
     assert (a["policy_version"][0, :2] == 5).all()
     assert (int(second.envelope["version_min"]), int(second.envelope["version_max"])) == (0, 5)
+
+
+def test_the_recurrent_state_of_each_environment_goes_on_with_its_own_rows():
+    """The behaviour's counts the rows of an environment, as its observation does; it answers for all whenever one is ready, but only that one is told."""
+    actor, behaviour, _ = metronomes([1, 2, 17], publish_every=3)
+    for sequence in range(8):
+        slot = actor.fill(sequence % 3, Identity(G, sequence, 0), closing_after(behaviour, 2) if sequence % 3 == 1 else None)
+        used = slot.rows_used()
+        np.testing.assert_array_equal(slot.arrays["policy_state/h"][:, 0], slot.arrays["observation/position"][0, :, 1])
+        end = slot.arrays["policy_state/h/end"]
+        np.testing.assert_array_equal(end[:, 0], slot.arrays["policy_state/h"][:, 0] + used)
+        for b in np.flatnonzero(used):
+            assert end[b, 1] == slot.arrays["policy_version"][used[b] - 1, b]
+    assert slot.arrays["policy_state/h"][2, 0] == 2  # the slow one's steps began in one rollout and ended in another
 
 
 def test_the_row_after_an_environments_last_one_bootstraps_it():

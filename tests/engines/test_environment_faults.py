@@ -67,7 +67,7 @@ class TestALaterFault:
     def test_the_snippet_of_a_process_that_died_plays_each_environment_that_may_have_been_it(self, tmp_path: Path) -> None:
         with pytest.raises(EnvironmentFault) as caught:
             train(tmp_path, 1, env={"restart_budget": 0}, fault="exits", hidden=True)
-        assert "environment 1: step 4 of its episode, seed" in str(caught.value)
+        assert "environment 1: step 5 of its episode, seed" in str(caught.value)
         text = Path(str(caught.value.report["snippet"])).read_text()
         assert text.count("environment") > 2
         episodes = eval(text.split("EPISODES = ")[1].split("\n\nfor")[0])
@@ -94,7 +94,7 @@ def test_a_vector_form_that_ends_its_process_is_told_with_the_seed_that_it_was_r
             ZOO.replace(":make", ":vector"), env={"kwargs": {"fault": "exits"}, "form": "native", "restart_budget": 0}, actors=1, preset="none",
             sampling={"groups": 1, "group_size": 2, "rollout_length": 16}, run_dir=str(tmp_path), progress=SilentView(io.StringIO()),
         )  # fmt: skip
-    assert f"environment 1: step 4 of its episode, seed {group_seed(0, 0, 0)}" in str(caught.value)
+    assert f"environment 1: step 5 of its episode, seed {group_seed(0, 0, 0)}" in str(caught.value)
 
 
 @pytest.mark.usefixtures("never_early")
@@ -114,7 +114,7 @@ def test_a_hang_among_environments_that_act_on_their_own_is_told_in_full(tmp_pat
             progress=SilentView(io.StringIO()),
         )  # fmt: skip
     report = caught.value.report
-    assert {"kind": "hang", "environment": ZOO, "step": 4, "expected": "at most 1 s"}.items() <= report.items()
+    assert {"kind": "hang", "environment": ZOO, "step": 5, "expected": "at most 1 s"}.items() <= report.items()
     assert report["last_action"] in (0, 1)
     assert report["hint"]
     assert "faulty.py" in str(report["traceback"])

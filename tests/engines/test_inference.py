@@ -36,12 +36,13 @@ class World:
 
     made: ClassVar[list[World]] = []
 
-    def __init__(self, mode: str = "sync", mask: bool = True) -> None:
+    def __init__(self, mode: str = "sync", mask: bool = True, memory: str = "none") -> None:
         World.made.append(self)
         self.roles: list[Server | Client] = []
         self.config = RunConfig(mode=mode, seed=3, device="cpu")
         self.config.sampling.group_size, self.config.sampling.rollout_length = B, ROWS
         self.config.policy.hidden_sizes, self.config.policy.inference = [16], "server"
+        self.config.policy.memory, self.config.policy.memory_size = memory, 8
         self.blueprint = Blueprint(self.config, scripted_spec(mask), UserObjects(), bytes(16))
         policy = self.blueprint.policy()
         self.schema = self.blueprint.schema(policy)
@@ -66,6 +67,10 @@ class World:
             found["action_mask"][:, 0] = True
         return found
 
+    def state(self, tag: int) -> Arrays:
+        rng = np.random.default_rng(tag)
+        return {name: rng.normal(size=(B, 8)).astype(np.float32) for name in self.schema.state_names}
+
     def server(self, *, batches: bool = False) -> Server:
         self.roles.append(Server(self, batches))
         return self.roles[-1]
@@ -84,9 +89,9 @@ class Counted(PolicyCopy):
 
     passes: list[int]
 
-    def act(self, observation: Arrays, noise: Any) -> Any:
+    def act(self, observation: Arrays, state: Arrays, noise: Any) -> Any:
         self.passes.append(len(noise))
-        return super().act(observation, noise)
+        return super().act(observation, state, noise)
 
 
 class Server:
@@ -182,21 +187,27 @@ class Asking(threading.Thread):
         return self._answer
 
 
-def copied(acted: Any) -> tuple[Any, Any, int]:
-    return acted.action_B.copy(), acted.outputs["log_prob"].copy(), acted.version
+def copied(acted: Any) -> tuple[Any, Any, int, Any]:
+    return (
+        acted.action_B.copy(),
+        acted.outputs["log_prob"].copy(),
+        acted.version,
+        {name: value.copy() for name, value in acted.state.items()},
+    )
 
 
 def act(world: World, tag: int, row: int | Any = 0) -> Callable[[RemotePolicy], Any]:
     def question(behaviour: RemotePolicy) -> Any:
         behaviour.begin(1, tag)
-        return copied(behaviour.act(world.observation(tag), {}, row))
+        return copied(behaviour.act(world.observation(tag), world.state(tag), row))
 
     return question
 
 
+@pytest.mark.parametrize("memory", ["none", "lstm", "gru"])
 @pytest.mark.parametrize("mask", [True, False])
-def test_an_answer_is_bit_for_bit_what_would_be_chosen_in_place(mask: bool) -> None:
-    world = World(mask=mask)
+def test_an_answer_is_bit_for_bit_what_would_be_chosen_in_place(mask: bool, memory: str) -> None:
+    world = World(mask=mask, memory=memory)
     server, client = world.server(), world.client()
     client.told_of(server)
     local = world.blueprint.behaviour(world.board)
@@ -205,11 +216,13 @@ def test_an_answer_is_bit_for_bit_what_would_be_chosen_in_place(mask: bool) -> N
         asking = client.asks(act(world, tag, row))
         server.serve_once()
         local.begin(1, tag)
-        expected = copied(local.act(world.observation(tag), {}, row))
+        expected = copied(local.act(world.observation(tag), world.state(tag), row))
         found = asking.answer()
         assert np.array_equal(found[0], expected[0])
         assert np.array_equal(found[1], expected[1])
         assert found[2] == expected[2] == 0
+        assert list(found[3]) == list(expected[3]) == list(world.schema.state_names)
+        assert all(np.array_equal(found[3][name], expected[3][name]) for name in found[3])
         if mask:
             assert world.observation(tag)["action_mask"][np.arange(B), found[0]].all()
 
@@ -220,7 +233,7 @@ def test_who_asked_together_is_answered_by_one_pass_only_where_the_run_need_not_
 ) -> None:
     monkeypatch.setattr(inference, "GATHER_SECONDS", WAIT_SECONDS)
     monkeypatch.setattr(inference, "GATHER_SHARE", 1.0)
-    world = World("async" if batches else "sync")
+    world = World("async" if batches else "sync", memory="gru")
     server, clients = world.server(batches=batches), [world.client() for _ in range(3)]
     for actor, client in enumerate(clients):
         client.told_of(server, actor)
@@ -232,9 +245,13 @@ def test_who_asked_together_is_answered_by_one_pass_only_where_the_run_need_not_
     local.refresh()
     for tag, answer in enumerate(answers):
         local.begin(1, tag)
-        assert np.allclose(answer[1], local.act(world.observation(tag), {}, 0).outputs["log_prob"], atol=1e-5)
+        expected = copied(local.act(world.observation(tag), world.state(tag), 0))
+        (state,), (expected_state,) = answer[3].values(), expected[3].values()
+        assert np.allclose(answer[1], expected[1], atol=1e-5)
+        assert np.allclose(state, expected_state, atol=1e-5)
         if not batches:
-            assert np.array_equal(answer[1], local.act(world.observation(tag), {}, 0).outputs["log_prob"])
+            assert np.array_equal(answer[1], expected[1])
+            assert np.array_equal(state, expected_state)
     assert server.copy.passes == ([3 * B] if batches else [B] * 3)
 
 
@@ -335,7 +352,7 @@ def test_an_exact_rollout_refuses_an_answer_of_another_version() -> None:
 
 
 def test_no_field_of_a_mailbox_lies_on_another() -> None:
-    world = World()
+    world = World(memory="lstm")
     memory = np.zeros(world.layout.size_bytes, np.uint8)
     fields = [array for arrays in world.layout.views(memory) for array in arrays.values()]
     for array in fields:

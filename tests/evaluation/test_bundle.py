@@ -118,6 +118,36 @@ def test_state_dependent_exploration_keeps_its_matrix_while_the_state_is_passed_
     assert (first != other).any()
 
 
+@pytest.mark.parametrize("exploration", ["gaussian", "gsde"])
+def test_a_memory_is_passed_on_from_call_to_call(tmp_path: Path, exploration: Any) -> None:
+    config = PolicyConfig(memory="lstm", memory_size=6, exploration=exploration, log_std_init=-3.0, orthogonal_init=False)
+    module = bundle(tmp_path, lambda: Spaces(OBSERVATIONS["vector"], ACTIONS["unbounded"]), config=config)
+    policy = load_policy(tmp_path)
+    rows = np.random.default_rng(0).normal(size=(4, 2, 3)).astype(np.float32)
+    expected, before = [], module.initial_state(2)
+    with torch.inference_mode():
+        for row in rows:
+            distribution, before = module.next_distribution({"observation": torch.from_numpy(row)}, before)
+            expected.append(distribution.mode().numpy())
+    for deterministic in (True, False):
+        state, states = None, []
+        for t, row in enumerate(rows):
+            action, state = policy.predict(row, state, deterministic=deterministic)
+            np.testing.assert_allclose(action, expected[t], atol=1e-5 if deterministic else 1.0)
+            assert state is not None
+            states.append(state)
+        drawn = [state["noise"] for state in states if "noise" in state]  # gSDE's matrix stays for the episode, beside the memory
+        assert len(drawn) == (0 if deterministic or exploration == "gaussian" else len(rows))
+        assert all(matrix is drawn[0] for matrix in drawn)
+    first, one = policy.predict(rows[0, 1])
+    second, _ = policy.predict(rows[1, 1], one)
+    np.testing.assert_allclose([first, second], [expected[0][1], expected[1][1]], atol=1e-5)
+    with pytest.raises(SchemaError, match=r"state: expected policy_state/h \[2, 6\].*got \[1, 6\]"):
+        policy.predict(rows[0], one)
+    with pytest.raises(SchemaError, match=r"state: expected policy_state/h \[2, 6\].*got none"):
+        policy.predict(rows[0], {"h": np.zeros((2, 6))})
+
+
 def test_masked_actions_are_never_chosen(tmp_path: Path) -> None:
     mask = np.array([0, 0, 1, 0], np.int8)
     bundle(tmp_path / "info", lambda: Spaces(OBSERVATIONS["vector"], spaces.Discrete(4), mask=mask))

@@ -51,9 +51,10 @@ def test_exactly_the_episodes_asked_for_are_played_to_their_ends(tmp_path: Path,
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
-def test_the_result_does_not_depend_on_how_many_play_side_by_side(tmp_path: Path, env_id: str, deterministic: bool) -> None:
-    bundle(tmp_path, env=EnvConfig(id=env_id, max_episode_steps=80), config=PolicyConfig(hidden_sizes=[256, 256]))
+@pytest.mark.parametrize(("env_id", "memory"), [("CartPole-v1", "none"), ("Pendulum-v1", "none"), ("Pendulum-v1", "gru")])
+def test_the_result_does_not_depend_on_how_many_play_side_by_side(tmp_path: Path, env_id: str, memory: Any, deterministic: bool) -> None:
+    config = PolicyConfig(hidden_sizes=[256, 256], memory=memory)
+    bundle(tmp_path, env=EnvConfig(id=env_id, max_episode_steps=80), config=config)
     results = [evaluate(tmp_path, 10, num_envs=n, deterministic=deterministic) for n in (1, 3, 8)]
     assert results[0] == results[1] == results[2]
 

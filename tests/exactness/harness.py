@@ -42,6 +42,7 @@ TASKS = {
         f"{HERE / 'environments.py'}:Readings", *SAMPLING, "--algorithm", "sac", "--policy.hidden-sizes", "64,64",
         "--replay.samples-per-insert", "1.3", *REPLAY,
     ],
+    "memory": [f"{HERE.parents[1] / 'examples' / 'memory.py'}:hidden_velocities", *PPO, "--policy.memory", "lstm", "--policy.memory-size", "24"],
 }  # fmt: skip
 
 

@@ -157,9 +157,10 @@ def test_a_run_whose_learner_was_killed_is_accounted_for_and_replayed(tmp_path: 
     assert_replayed(recorded, tmp_path / "again")
 
 
-def test_a_run_that_was_killed_and_resumed_is_accounted_for_and_replayed(tmp_path: Path) -> None:
+def test_a_run_with_memory_that_was_killed_and_resumed_is_accounted_for_and_replayed(tmp_path: Path) -> None:
     recorded = Recorded.in_(tmp_path)
-    outcome = train_through_kills(recorded.arguments(*SMALL), recorded.run, 2, UPDATES, seed=23, env=recorded.env)
+    arguments = recorded.arguments(*SMALL, "--policy.memory", "gru")
+    outcome = train_through_kills(arguments, recorded.run, 2, UPDATES, seed=23, env=recorded.env)
     assert_accounted_for(recorded, outcome, whole=False)
     assert_replayed(recorded, tmp_path / "again")
 

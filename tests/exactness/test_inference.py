@@ -13,7 +13,7 @@ from .harness import PPO, SAMPLING, SAVING, TASKS, Killer, Outcome, shoal, start
 
 UPDATES = 24
 SERVER = ["--policy.inference", "server", "--device", "cpu"]
-TASK = {name: [*TASKS[name], *SERVER] for name in ("images", "dict")}
+TASK = {"images": [*TASKS["images"], *SERVER], "dict": [*TASKS["dict"], *SERVER, "--policy.memory", "gru"]}
 KILLS = {"actor": 3, "inference": 3, "learner": 2}
 
 

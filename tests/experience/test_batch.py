@@ -43,6 +43,7 @@ def test_an_episode_ended_where_it_was_terminated_or_truncated_and_valid_rows_ar
 
 def test_every_tensor_is_mapped_and_nothing_else_changes():
     batch = batch_of([(0, 1)], mask=torch.ones((3, 3, 2), dtype=torch.bool))
+    batch.reset_T1N = torch.zeros((3, 3), dtype=torch.bool)
     moved = batch.mapped(lambda tensor: tensor.to("meta"))
     for name, value in vars(batch).items():
         found = getattr(moved, name)
@@ -51,6 +52,7 @@ def test_every_tensor_is_mapped_and_nothing_else_changes():
             assert after.device.type == "meta", name
             assert (after.shape, after.dtype) == (before.shape, before.dtype)
     assert batch_of([]).mapped(lambda tensor: tensor.to("meta")).action_mask is None
+    assert batch_of([]).mapped(lambda tensor: tensor.to("meta")).reset_T1N is None
     same = batch.mapped(torch.Tensor.clone)
     assert same.observation["observation"].tolist() == batch.observation["observation"].tolist()
     assert same.valid_TN.tolist() == batch.valid_TN.tolist()

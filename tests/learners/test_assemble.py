@@ -76,10 +76,23 @@ def test_true_last_observations_point_to_their_columns():
     assert batch.ended_TN.nonzero().tolist() == [[0, 8], [1, 6], [2, 6], [3, 1]]
 
 
+def test_the_state_is_reset_where_an_episode_begins_and_not_where_a_last_observation_has_a_row_of_its_own():
+    slots = slots_of([4, 2, 4])
+    add_episode(slots[0], 3, 1, truncated=True, final=observation_of(1, 7))
+    add_episode(slots[1], 0, 2, final=observation_of(2, 8))
+    add_episode(slots[2], 1, 0, truncated=True)  # a NEXT_STEP autoreset: row 2 holds its last observation and is no step
+    slots[2].arrays["valid"][2, 0] = False
+    batch = assemble(slots, version=8, max_lag=6)  # the first rows of the first slot are too old to be trained, and were steps all the same
+    assert not batch.valid_TN[:2, :B].any()
+    assert batch.reset_T1N.dtype is torch.bool
+    assert batch.reset_T1N.nonzero().tolist() == [[1, B + 2], [3, 2 * B + 0], [4, 1]]
+
+
 def test_without_finals_masks_and_memory_their_places_are_empty():
     batch = assemble(slots_of([4, 4], mask=False, state=False), version=0, max_lag=0)
     assert batch.action_mask is None
     assert batch.policy_state == {}
+    assert batch.reset_T1N is None
     assert batch.final_index.shape == (0, 2)
     assert {name: value.shape for name, value in batch.final_observation.items()} == {
         "observation/camera": (0, 2, 3),

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from shoal.actors.paced import Carried, Pace, Paced, fill_paced
-from shoal.actors.recording import chain_checksums, crc_rows, first_observation, open_envelope, record_ends
+from shoal.actors.recording import chain_checksums, crc_rows, first_observation, next_state, open_envelope, record_ends
 from shoal.errors import EnvironmentFault
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring, Slot
@@ -77,7 +77,10 @@ class Actor:
         for name in ("observation_crc", "reward_crc"):
             cursor[name] = state.cursor[name]
         fresh = (cursor["num_steps"] == 0) | np.isin(np.arange(len(cursor)), lost)
-        self._hosted[group] = _Hosted(environments, cursor, state.policy_state)
+        policy_state = {name: value.copy() for name, value in state.policy_state.items()}
+        for value in policy_state.values():
+            value[lost] = 0
+        self._hosted[group] = _Hosted(environments, cursor, policy_state)
         if fresh.any():
             first = first_observation(environments, self._ring.slots[0])
             for b in np.flatnonzero(fresh):
@@ -126,7 +129,7 @@ class Actor:
         try:
             if isinstance(hosted.group, Paced):
                 how = Pace(self._recorder, self._whole, self._step_timeout_seconds, Counter(give_up), bool(careful))
-                fill_paced(slot, hosted.group, self._behaviour, hosted.carried, between_rows, how)
+                hosted.state = fill_paced(slot, hosted.group, self._behaviour, hosted.state, hosted.carried, between_rows, how)
             else:
                 self._step_rows(slot, hosted, between_rows, give_up, careful)
             self._finish(slot, hosted)
@@ -169,8 +172,10 @@ class Actor:
             valid[t], version[t] = step.valid_B, acted.version
             if step.ended:
                 ends += [(t, ended) for ended in step.ended]
+            if state and (step.ended or not step.valid_B.all()):
+                state = next_state(state, step)
             envelope["num_rows"] = t + 1
-        hosted.state = state
+        hosted.state = {name: value.copy() for name, value in state.items()}  # the behaviour's own arrays are its next answer's
         record_ends(slot, ends)
 
     def _prepare(self, group: EnvironmentGroup, index: int, row: int, give_up: Sequence[tuple[int, ...]], careful: Sequence[int]) -> None:

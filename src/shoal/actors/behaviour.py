@@ -35,8 +35,9 @@ class VersionSource(Protocol):
 class Inference(Protocol):
     """A policy elsewhere."""
 
-    def ask(self, observation: Arrays, noise_B: Array) -> tuple[Array, Arrays, int]:
-        """Actions as stored [B, ...], outputs by field name [B, ...], and the version that chose; arrays are valid until the next call."""
+    def ask(self, observation: Arrays, state: Arrays, noise_B: Array) -> tuple[Array, Arrays, Arrays, int]:
+        """Actions as stored [B, ...], outputs by field name [B, ...], the recurrent state after them, and the version that chose; arrays are valid
+        until the next call."""
 
 
 def never(group: int, sequence: int) -> float:
@@ -100,13 +101,19 @@ class PolicyCopy:
             self._flat.copy_(torch.from_numpy(self._host))
         return self.version
 
-    def act(self, observation: Arrays, noise: Array) -> tuple[Array, Arrays]:
-        """Actions as stored [N, ...] and outputs by field name [N, ...], for `observation[name]` [N, ...] (mask included) and noise [N, size]."""
+    def act(self, observation: Arrays, state: Arrays, noise: Array) -> tuple[Array, Arrays, Arrays]:
+        """Actions as stored [N, ...], outputs by field name [N, ...] and the recurrent state after them, for `observation[name]` [N, ...] (mask
+        included), `state[name]` [N, ...] (empty without memory) and noise [N, size]."""
         with torch.inference_mode():
             inputs = {name: torch.from_numpy(array).to(self._device) for name, array in observation.items()}
-            mask = inputs.pop("action_mask", None)
-            action, log_prob = self.policy.act(inputs, torch.from_numpy(noise).to(self._device), mask)
-        return action.cpu().numpy(), {} if log_prob is None else {"log_prob": log_prob.cpu().numpy()}
+            mask, chance = inputs.pop("action_mask", None), torch.from_numpy(noise).to(self._device)
+            if not state:
+                action, log_prob = self.policy.act(inputs, chance, mask)
+            else:
+                before = {name: torch.from_numpy(array).to(self._device) for name, array in state.items()}
+                action, log_prob, after = self.policy.step(inputs, before, chance, mask)
+                state = {name: value.cpu().numpy() for name, value in after.items()}
+        return action.cpu().numpy(), {} if log_prob is None else {"log_prob": log_prob.cpu().numpy()}, state
 
 
 class LocalPolicy:
@@ -129,9 +136,9 @@ class LocalPolicy:
     def act(self, observation: Arrays, state: Arrays, row: int | Array) -> Acted:
         noise = self._noise.of(row)
         if self._fast is not None:
-            action_B, log_prob_B = self._fast.act(observation, noise, observation.get("action_mask"))
+            action_B, log_prob_B, state = self._fast.step(observation, state, noise, observation.get("action_mask"))
             return Acted(action_B, {} if log_prob_B is None else {"log_prob": log_prob_B}, state, self._copy.version)
-        action_B, outputs = self._copy.act(observation, noise)
+        action_B, outputs, state = self._copy.act(observation, state, noise)
         return Acted(action_B, outputs, state, self._copy.version)
 
 
@@ -154,7 +161,7 @@ class RemotePolicy:
         self._noise.begin(group, sequence)
 
     def act(self, observation: Arrays, state: Arrays, row: int | Array) -> Acted:
-        action_B, outputs, version = self._server.ask(observation, self._noise.of(row))
+        action_B, outputs, state, version = self._server.ask(observation, state, self._noise.of(row))
         if self._exact and version != self.version:
             raise RuntimeError(f"the inference server answered with version {version}, this rollout is made with {self.version}")
         self.version = max(self.version, version)

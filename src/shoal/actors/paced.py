@@ -50,8 +50,35 @@ class Carried:
     observation: Arrays  # by field name, [*shape]
     action: Array
     outputs: Arrays
+    state: Arrays  # recurrent, after it
     version: int
     begun: float  # monotonic clock
+
+
+@dataclass
+class _Memory:
+    """The recurrent state of each environment, by name [B, ...]: before its row, and after it for those whose step is under way."""
+
+    before: Arrays
+    after: Arrays
+
+    @classmethod
+    def of(cls, state: Arrays, carried: dict[int, Carried]) -> _Memory:
+        before = {name: value.copy() for name, value in state.items()}
+        after = {name: value.copy() for name, value in state.items()}
+        for b, step in carried.items():
+            for name, value in step.state.items():
+                after[name][b] = value
+        return cls(before, after)
+
+    def answered(self, ready: list[int], state: Arrays) -> None:
+        for name, value in self.after.items():
+            value[ready] = state[name][ready]
+
+    def taken(self, b: int, ended: bool) -> None:
+        """The step is done. The next row begins an episode where one has `ended`."""
+        for name, value in self.before.items():
+            value[b] = 0 if ended else self.after[name][b]
 
 
 @dataclass(frozen=True)
@@ -76,16 +103,20 @@ def fill_paced(
     slot: Slot,
     group: Paced,
     behaviour: Behaviour,
+    state: Arrays,
     carried: dict[int, Carried],
     between_rows: Callable[[int], bool] | None,
     how: Pace,
-) -> None:
-    """Fill the rows of a slot. `carried` is what the rollout before left under way, and holds at the end what this one leaves."""
+) -> Arrays:
+    """Fill the rows of a slot. `carried` is what the rollout before left under way, and holds at the end what this one leaves.
+
+    state: recurrent, by name [B, ...], before each environment's row 0. Returns that before the next rollout's.
+    """
     num_envs, num_rows = slot.schema.num_envs, slot.schema.num_rows
     slot.envelope["paced"] = True
     slot.arrays["valid"][:] = False
     row_B = np.zeros(num_envs, np.int64)
-    began = _begin(slot, group, carried)
+    began, memory = _begin(slot, group, carried), _Memory.of(state, carried)
     outputs = _output_names(slot)
     to_answer = [b for b in range(num_envs) if b not in began]
     index, closing = int(slot.envelope["group"]), False
@@ -95,7 +126,7 @@ def fill_paced(
     while True:
         if to_answer:
             how.recorder.enter(Activity.INFERRING, index, -1, int(row_B.max()))
-            version = _answer(slot, behaviour, to_answer, row_B, outputs)
+            version = _answer(slot, behaviour, memory, to_answer, row_B, outputs)
             if not how.careful:  # said first: a step that takes the interpreter's lock leaves nobody to say it
                 how.recorder.enter(Activity.STEPPING, index, -1, int(row_B.max()))
             _send(slot, group, to_answer, row_B, how)
@@ -106,7 +137,7 @@ def fill_paced(
             how.recorder.enter(Activity.STEPPING, index, -1, int(row_B.max()))
         ready = group.ready(0.0 if closing else READY_SECONDS)
         for b in ready:
-            _take(slot, group, b, int(row_B[b]), ends)
+            memory.taken(b, _take(slot, group, b, int(row_B[b]), ends))
             row_B[b] += 1
             del began[b]
         _refuse_hangs(slot, group, began, row_B, how.step_timeout_seconds)
@@ -115,10 +146,11 @@ def fill_paced(
             break
         closing = bool(between_rows is not None and row_B.any() and between_rows(first_version))
         to_answer = [] if closing else [b for b in ready if not full[b]]
-    carried.update((b, _carry(slot, b, int(row_B[b]), outputs, since)) for b, since in began.items())
+    carried.update((b, _carry(slot, memory, b, int(row_B[b]), outputs, since)) for b, since in began.items())
     _blank(slot, row_B)
     slot.envelope["paced"] = not (how.whole and full.all())
     record_ends(slot, sorted(ends, key=lambda end: (end[0], end[1].env)))
+    return memory.before
 
 
 def _output_names(slot: Slot) -> list[str]:
@@ -141,22 +173,24 @@ def _begin(slot: Slot, group: Paced, carried: dict[int, Carried]) -> dict[int, f
     return {b: step.begun for b, step in carried.items()}
 
 
-def _carry(slot: Slot, b: int, t: int, outputs: list[str], since: float) -> Carried:
+def _carry(slot: Slot, memory: _Memory, b: int, t: int, outputs: list[str], since: float) -> Carried:
     a = slot.arrays
     return Carried(
         {n: a[n][t, b].copy() for n in slot.observation_names},
         a["action"][t, b].copy(),
         {n: a[n][t, b].copy() for n in outputs},
+        {n: value[b].copy() for n, value in memory.after.items()},
         int(a["policy_version"][t, b]),
         since,
     )
 
 
-def _answer(slot: Slot, behaviour: Behaviour, ready: list[int], row_B: Array, outputs: list[str]) -> int:
+def _answer(slot: Slot, behaviour: Behaviour, memory: _Memory, ready: list[int], row_B: Array, outputs: list[str]) -> int:
     """One inference over the whole group, each environment at its own row; only those that are ready are told."""
     a, every = slot.arrays, np.arange(slot.schema.num_envs)
     observation = {n: a[n][row_B, every] for n in slot.observation_names}
-    acted = behaviour.act(observation, {}, np.minimum(row_B, slot.schema.num_rows - 1))
+    acted = behaviour.act(observation, memory.before, np.minimum(row_B, slot.schema.num_rows - 1))
+    memory.answered(ready, acted.state)
     rows = row_B[ready]
     a["action"][rows, ready] = acted.action_B[ready]
     a["policy_version"][rows, ready] = acted.version
@@ -189,13 +223,14 @@ def _refuse_hangs(slot: Slot, group: Paced, began: dict[int, float], row_B: Arra
             stands = group.cursor()[b]
             episode, step, seed = int(stands["episode"]), int(stands["num_steps"]), int(stands["seed"])
             raise EnvironmentFault(
-                f"environment {b} of group {int(slot.envelope['group'])} has been in one step for {now - then:.1f} s (step {step} of its "
+                f"environment {b} of group {int(slot.envelope['group'])} has been in one step for {now - then:.1f} s (step {step + 1} of its "
                 f"episode, seed {seed}), allowed are {limit_seconds:g} s (--env.step-timeout-seconds)",
-                {"kind": "hang", "env": b, "row": int(row_B[b]), "step": step, "seed": seed, "paced": [episode, step]},
+                {"kind": "hang", "env": b, "row": int(row_B[b]), "step": step + 1, "seed": seed, "paced": [episode, step]},
             )
 
 
-def _take(slot: Slot, group: Paced, b: int, t: int, ends: list[tuple[int, Ended]]) -> None:
+def _take(slot: Slot, group: Paced, b: int, t: int, ends: list[tuple[int, Ended]]) -> bool:
+    """Whether its episode ended there."""
     a = slot.arrays
     try:
         step = group.take(b, {n: a[n][t + 1, b] for n in slot.observation_names})
@@ -206,6 +241,7 @@ def _take(slot: Slot, group: Paced, b: int, t: int, ends: list[tuple[int, Ended]
     a["valid"][t, b] = step.valid
     if step.ended is not None:
         ends.append((t, step.ended))
+    return step.ended is not None
 
 
 def _blank(slot: Slot, row_B: Array) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from shoal.experience.envelope import Fate, Identity, Source
 from shoal.experience.ring import Slot
-from shoal.types import Array, Arrays, Ended, EnvironmentGroup
+from shoal.types import Array, Arrays, Ended, EnvironmentGroup, GroupStep
 
 
 def open_envelope(slot: Slot, identity: Identity, run_id: bytes, who: tuple[int, int], epoch: int) -> None:
@@ -50,6 +50,13 @@ def record_ends(slot: Slot, ends: Sequence[tuple[int, Ended]]) -> None:
             into = a[f"final/{name}"]
             for place, (_, _, final) in enumerate(kept):
                 into[place] = final[name]
+
+
+def next_state(state: Arrays, step: GroupStep) -> Arrays:
+    """The recurrent state before the next row, for the one after this row: zeros where that row begins an episode, as Slot.resets has it."""
+    begins_B = ~step.valid_B
+    begins_B[[ended.env for ended in step.ended if ended.final is not None]] = True
+    return {name: np.where(begins_B.reshape(-1, *(1,) * (value.ndim - 1)), value.dtype.type(0), value) for name, value in state.items()}
 
 
 def chain_checksums(slot: Slot, start: Array, end: Array) -> None:

@@ -41,6 +41,7 @@ from shoal.algorithms.off_policy import OffPolicyAlgorithm
 from shoal.config import BUILT_IN, AlgorithmConfig, OffPolicyConfig
 from shoal.errors import ConfigError
 from shoal.imports import load_object
+from shoal.networks.acting import Acting
 from shoal.networks.policy import Policy
 from shoal.types import LeafSpec
 
@@ -133,5 +134,16 @@ def build_algorithm(policy: Policy, config: AlgorithmConfig, algorithm: type[Alg
       ConfigError: if there is no such algorithm, or a setting is unknown or wrong.
     """
     chosen: Any = algorithm or load_algorithm(config.name)
-    built: Algorithm[Any] = chosen(policy, checked_settings(chosen, config))
+    settings = checked_settings(chosen, config)
+    check_memory(policy, config.name, chosen)
+    built: Algorithm[Any] = chosen(policy, settings)
     return built
+
+
+def check_memory(policy: Acting, name: str, algorithm: type[AnyAlgorithm]) -> None:
+    """Raise ConfigError where the policy has a memory and the algorithm would train it as if it had none."""
+    if policy.initial_state(1) and not getattr(algorithm, "remembers", False):
+        raise ConfigError(
+            f"policy.memory: {name} does not train policies with memory; ppo, appo and impala do (one of your own says `remembers = True`, see "
+            "shoal.algorithms.base.Algorithm), or leave policy.memory at none"
+        )

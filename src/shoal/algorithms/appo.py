@@ -22,6 +22,7 @@ class APPO(Algorithm[APPOConfig]):
 
     Config = APPOConfig
     modes = ("async", "sync")
+    remembers = True
 
     def update(self, batch: Batch, context: UpdateContext) -> dict[str, float]:
         corrected, metrics = vtrace_of_batch(self.policy, batch, self.config)

@@ -9,16 +9,18 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, NamedTuple, TypeVar
+from typing import ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shoal.algorithms.sequences import Evaluated, SequenceMinibatch, evaluate_unrolled, sequence_minibatches
 from shoal.config import AlgorithmConfig
 from shoal.experience.batch import Batch
 from shoal.networks.evaluation import Evaluation
 from shoal.networks.policy import Policy
+from shoal.networks.recurrent import RecurrentPolicy
 
 GATHERED_BYTES = 2**22  # observations of one batch that are gathered in one go
 CHUNK_NUMBERS = 2**24  # observation numbers of one forward pass over a whole batch: bounds its memory
@@ -50,10 +52,12 @@ class Algorithm(Generic[ConfigT]):
     Attributes:
       Config: model of its settings.
       modes: of the engine, the default first: `sync` (one policy version per batch) or `async` (samples lag behind).
+      remembers: whether it trains policies with memory: it takes values and evaluations from `values_TN`, `evaluate_TN` and `epoch`, which unroll them.
     """
 
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     modes: ClassVar[tuple[Literal["sync", "async"], ...]] = ("sync",)
+    remembers: ClassVar[bool] = False
 
     def __init__(self, policy: Policy, config: ConfigT) -> None:
         self.policy = policy
@@ -196,6 +200,9 @@ def _next_value_TN(policy: Policy, batch: Batch, value_T1N: Tensor) -> Tensor:
 @torch.no_grad()
 def values_TN(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
     """V of every row's observation, and V of its true successor: float32 [T, N] each, without gradient."""
+    if isinstance(policy, RecurrentPolicy):
+        now = evaluate_unrolled(policy, batch, CHUNK_NUMBERS)
+        return now.value_TN, now.next_value_TN
     rows = {name: value.flatten(0, 1) for name, value in batch.observation.items()}
     T, N = batch.reward_TN.shape
     parts = [policy.value({name: value[part] for name, value in rows.items()}) for part in _chunks(batch, (T + 1) * N)]
@@ -203,17 +210,10 @@ def values_TN(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
     return value_T1N[:-1], _next_value_TN(policy, batch, value_T1N)
 
 
-class Evaluated(NamedTuple):
-    """What the policy as it is now says of a batch: float32 [T, N] each, without gradient."""
-
-    log_prob_TN: Tensor
-    value_TN: Tensor
-    next_value_TN: Tensor  # V of the true successor
-    whole: Evaluation | None  # of all (T+1) * N rows in their order, where it was made in one piece: its gradient costs no second pass
-
-
 def evaluate_TN(policy: Policy, batch: Batch, *, for_gradient: bool = False) -> Evaluated:
     """log pi of the actions taken, and values; `for_gradient` keeps what a gradient of all rows needs."""
+    if isinstance(policy, RecurrentPolicy):
+        return evaluate_unrolled(policy, batch, CHUNK_NUMBERS, for_gradient=for_gradient)
     rows = {name: value.flatten(0, 1) for name, value in batch.observation.items()}
     mask = None if batch.action_mask is None else batch.action_mask.flatten(0, 1)
     action = torch.cat([batch.action, torch.zeros_like(batch.action[:1])]).flatten(0, 1)
@@ -250,6 +250,19 @@ class Minibatch:
 
     def __len__(self) -> int:
         return len(self.action)
+
+    def evaluate(self, policy: Policy) -> Evaluation:
+        return policy.evaluate(self.observation, self.action, self.action_mask)
+
+
+def epoch(
+    policy: Policy, batch: Batch, size: int | None, rng: np.random.Generator, **columns_TN: Tensor
+) -> Iterator[Minibatch] | Iterator[SequenceMinibatch]:
+    """One epoch in minibatches: of single rows, or of whole sequences where the policy has memory. Either has `evaluate(policy)`, the columns by
+    name and a length."""
+    if isinstance(policy, RecurrentPolicy):
+        return sequence_minibatches(batch, size, rng, **columns_TN)
+    return minibatches(batch, size, rng, **columns_TN)
 
 
 def minibatches(batch: Batch, size: int | None, rng: np.random.Generator, **columns_TN: Tensor) -> Iterator[Minibatch]:

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from shoal.algorithms.base import (
     Algorithm,
-    Evaluated,
     Means,
     Optimizer,
     UpdateContext,
     cut_TN,
     discount_TN,
+    epoch,
     evaluate_TN,
     explained_variance,
-    minibatches,
     normalised,
     schedule,
 )
+from shoal.algorithms.sequences import Evaluated
 from shoal.config import ImpalaConfig, VTraceConfig
 from shoal.experience.batch import Batch
 from shoal.networks.evaluation import Evaluation
@@ -98,6 +98,7 @@ class IMPALA(Algorithm[ImpalaConfig]):
 
     Config = ImpalaConfig
     modes = ("async", "sync")
+    remembers = True
 
     def __init__(self, policy: Policy, config: ImpalaConfig) -> None:
         super().__init__(policy, config)
@@ -113,8 +114,8 @@ class IMPALA(Algorithm[ImpalaConfig]):
             self._step_on_all(corrected.now.whole, batch, corrected, learning_rate, means)
         else:
             columns = {"advantage": corrected.advantage_TN, "target": corrected.target_TN}
-            for rows in minibatches(batch, config.minibatch_size, context.rng, **columns):
-                evaluation = self.policy.evaluate(rows.observation, rows.action, rows.action_mask)
+            for rows in epoch(self.policy, batch, config.minibatch_size, context.rng, **columns):
+                evaluation = rows.evaluate(self.policy)
                 advantage = normalised(rows["advantage"]) if config.normalise_advantage else rows["advantage"]
                 weight = torch.full_like(advantage, 1.0 / len(rows))
                 self._step(evaluation, advantage, rows["target"], weight, learning_rate, means)

@@ -14,8 +14,8 @@ from shoal.algorithms.base import (
     UpdateContext,
     cut_TN,
     discount_TN,
+    epoch,
     explained_variance,
-    minibatches,
     normalised,
     schedule,
     values_TN,
@@ -90,8 +90,8 @@ def clipped_epochs(
     means, steps, skipped, epochs, stop = Means(), optimizer.steps, optimizer.skipped, 0, False
     while epochs < config.epochs and not stop:
         epochs += 1
-        for rows in minibatches(batch, config.minibatch_size, context.rng, **columns):
-            evaluation = policy.evaluate(rows.observation, rows.action, rows.action_mask)
+        for rows in epoch(policy, batch, config.minibatch_size, context.rng, **columns):
+            evaluation = rows.evaluate(policy)
             advantage = normalised(rows["advantage"]) if config.normalise_advantage else rows["advantage"]
             actor = clipped_policy_loss(evaluation.log_prob, rows["old_log_prob"], advantage, clip_range)
             critic_loss, d_value = value_loss(evaluation.value, rows["old_value"], rows["target"], clip_range_value)
@@ -124,6 +124,7 @@ class PPO(Algorithm[PPOConfig]):
 
     Config = PPOConfig
     modes = ("sync",)
+    remembers = True
 
     def update(self, batch: Batch, context: UpdateContext) -> dict[str, float]:
         config = self.config

@@ -188,6 +188,7 @@ class Cycle:
         rows, steps = int(slot.envelope["num_rows"]), int(slot.envelope["num_env_steps"])
         action, identity = slot.arrays["action"], slot.identity
         into = self._scratch.rows
+        state = {name: slot.arrays[name] for name in slot.schema.state_names}
 
         def step() -> None:
             for t in range(rows):
@@ -196,7 +197,7 @@ class Cycle:
         def infer() -> None:
             self._behaviour.begin(identity.group, identity.sequence)
             for t in range(rows):
-                self._behaviour.act(slot.rows[t], {}, t)
+                self._behaviour.act(slot.rows[t], state, t)
 
         stepped = steps if not slot.envelope["paced"] else rows * slot.schema.num_envs
         self.found["environment"].append((spend(step), stepped))

@@ -39,12 +39,25 @@ class Duration(click.ParamType[float]):
 @click.option(
     "--seconds", type=Duration(), default=60.0, show_default="60s", help="Time with faults; as long again without.", metavar="120"
 )
+@click.option(
+    "--compare/--no-compare",
+    default=True,
+    help="Sync mode: execute the run again without faults and compare the weights; takes as long as the run.",
+)
 @click.option("--chaos-seed", type=click.IntRange(min=0), default=0, help="Names the moments and the victims.")
 @json_option
 @debug_option
 @click.pass_context
 def chaos(
-    ctx: click.Context, /, env_or_config: str, seconds: float, chaos_seed: int, as_json: bool, debug: bool, **every: float | None
+    ctx: click.Context,
+    /,
+    env_or_config: str,
+    seconds: float,
+    compare: bool,
+    chaos_seed: int,
+    as_json: bool,
+    debug: bool,
+    **every: float | None,
 ) -> None:
     """Train while faults come at random moments, and report what they cost.
 
@@ -60,7 +73,7 @@ def chaos(
         view = open_view("lines" if as_json else "auto")
         try:
             chosen = {kind: often for kind, often in every.items() if often is not None}
-            return run_chaos(env_or_config, chosen, seconds, seed=chaos_seed, progress=view, **settings)
+            return run_chaos(env_or_config, chosen, seconds, seed=chaos_seed, compare=compare, progress=view, **settings)
         finally:
             view.close()
 

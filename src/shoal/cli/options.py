@@ -24,8 +24,9 @@ class ConfigCommand(click.Command):
         self.configuration_help = configuration_help
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        own = {name: parameter for parameter in self.get_params(ctx) for name in parameter.opts if isinstance(parameter, click.Option)}
-        rest, settings = split_settings(args, {name: not parameter.is_flag for name, parameter in own.items()})
+        options = [parameter for parameter in self.get_params(ctx) if isinstance(parameter, click.Option)]
+        own = {name: not option.is_flag for option in options for name in (*option.opts, *option.secondary_opts)}
+        rest, settings = split_settings(args, own)
         ctx.meta[SETTINGS] = settings
         return super().parse_args(ctx, rest)
 

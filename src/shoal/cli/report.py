@@ -162,7 +162,7 @@ def print_chaos(result: Mapping[str, Any]) -> None:
     speed, seconds = result["env_steps_per_second"], result["seconds"]
     kept = "-" if result["kept"] is None else f"{100 * result['kept']:.1f} %"
     equal = {
-        None: "async mode: not compared",
+        None: "not compared (async mode, or --no-compare)",
         True: "those of the same training without faults, bit for bit",
         False: "OTHER than without faults",
     }

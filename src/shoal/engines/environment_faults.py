@@ -176,7 +176,7 @@ class EnvironmentFaults:
             begin, actions = played[-1] if played else (None, [])
             if vector is not None:
                 begin = vector.seed
-            out.append((begin if isinstance(begin, int) else None, max(0, len(actions) - 1), actions[-1] if actions else None))
+            out.append((begin if isinstance(begin, int) else None, len(actions), actions[-1] if actions else None))
         return out
 
     def _episodes(self, identity: Identity, b: int) -> list[Episode]:

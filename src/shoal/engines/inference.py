@@ -40,14 +40,17 @@ _ALIGNMENT = 64
 class MailLayout:
     """What lies in a mailbox, for one group of B: (name, dtype, shape), in this order."""
 
-    questions: tuple[tuple[str, str, tuple[int, ...]], ...]  # observations, mask, and `noise`
-    answers: tuple[tuple[str, str, tuple[int, ...]], ...]  # `action`, and what else the policy emits
+    questions: tuple[tuple[str, str, tuple[int, ...]], ...]  # observations, mask, `noise`, and the recurrent state before
+    answers: tuple[tuple[str, str, tuple[int, ...]], ...]  # `action`, what else the policy emits, and the recurrent state after
+    states: tuple[str, ...]  # names of the recurrent state
 
     @classmethod
     def of(cls, schema: Schema, policy: Acting) -> MailLayout:
         shown = [(f.name, f.dtype, (schema.num_envs, *f.shape)) for f in schema.fields if f.axis == "T+1"]
         emitted = [(f.name, f.dtype, (schema.num_envs, *f.shape)) for f in policy.fields() if f.axis == "T"]
-        return cls((*shown, ("noise", "float32", (schema.num_envs, policy.noise.size))), tuple(emitted))
+        states = [(f.name, f.dtype, (schema.num_envs, *f.shape)) for f in policy.fields() if f.axis == "B"]
+        noise = ("noise", "float32", (schema.num_envs, policy.noise.size))
+        return cls((*shown, noise, *states), (*emitted, *states), tuple(name for name, _, _ in states))
 
     @property
     def size_bytes(self) -> int:
@@ -95,23 +98,24 @@ class InferenceClient:
         self._send(_WORD.pack(0, 0), [memory.fd])
         memory.close()  # the views keep it mapped
 
-    def ask(self, observation: Arrays, noise_B: Array) -> tuple[Array, Arrays, int]:
+    def ask(self, observation: Arrays, state: Arrays, noise_B: Array) -> tuple[Array, Arrays, Arrays, int]:
         """See actors.behaviour.Inference."""
         self._number += 1
         asked: Channel | None = None
         while True:
             if self._channel is not None and self._channel is not asked:
                 asked = self._channel
-                self._write(observation, noise_B)
+                self._write({**observation, **state}, noise_B)
             if (version := self._answered()) is not None:
                 outputs = dict(self._answers)
-                return outputs.pop("action"), outputs, version
+                after = {name: outputs.pop(name) for name in self._layout.states}
+                return outputs.pop("action"), outputs, after, version
             ready = wait([self._supervisor, *([] if self._channel is None else [self._channel])], _IDLE_SECONDS)
             if self._supervisor in ready:
                 self._listen()
 
-    def _write(self, observation: Arrays, noise_B: Array) -> None:
-        for name, array in observation.items():
+    def _write(self, shown: Arrays, noise_B: Array) -> None:
+        for name, array in shown.items():
             self._questions[name][:] = array
         self._questions["noise"][:] = noise_B
         self._send(_WORD.pack(self._number, 0))
@@ -254,9 +258,9 @@ class InferenceServer:
             self._copy.refresh()
         names = askers[0].questions
         together = {name: _beside([asker.questions[name] for asker in askers]) for name in names}
-        noise = together.pop("noise")
-        action, outputs = self._copy.act(together, noise)
-        whole = {"action": action, **outputs}
+        noise, state = together.pop("noise"), {name: together.pop(name) for name in self._layout.states}
+        action, outputs, state = self._copy.act(together, state, noise)
+        whole = {"action": action, **outputs, **state}
         num_envs = len(noise) // len(askers)
         for place, asker in enumerate(askers):
             rows = slice(place * num_envs, (place + 1) * num_envs)

@@ -127,6 +127,7 @@ class Blueprint:
             "policy.normalise_observations": policy.normalise_observations,
             "policy.normalise_rewards": policy.normalise_rewards,
             "policy.exploration": policy.exploration != "gaussian",
+            "policy.memory": policy.memory != "none",
         }
         for key in (key for key, given in refused.items() if given):
             raise ConfigError(f"{key}: {self.config.algorithm.name} learns from a replay, and takes this at its default only")

@@ -80,6 +80,8 @@ def environment_fault(
 ) -> EnvironmentFault:
     """The exception for one fault of one environment: its kind, and in words; `what` is the first line, such as `step() raised ValueError`.
 
+    step: of its episode, counted from 1; 0 in the reset.
+
     error: what it raised; or stack: where a process hung or died, as faulthandler wrote it.
     """
     what, actual, hint = cut(what, 1_000), cut(actual, 1_000), hint or _HINTS.get(kind, "")

@@ -138,6 +138,7 @@ class Instance:
         try:
             result = self._step(action)
         except RAISED as error:
+            self.num_steps += 1  # counted as those are whose result is a fault
             raise self._fault(**raised_in("step()", error)) from error
         self.num_steps += 1
         if result.__class__ is not tuple or len(result) != 5:

@@ -356,8 +356,9 @@ class NativeGroup:
     ) -> EnvironmentFault:
         self.close()
         row = self._cursor[env]
+        step = int(row["num_steps"]) + (self._last_action is not None and kind != "snapshot")
         return environment_fault(
-            kind, what, environment=self._name, group=self._group, env=env, step=int(row["num_steps"]), seed=int(row["seed"]),
+            kind, what, environment=self._name, group=self._group, env=env, step=step, seed=int(row["seed"]),
             last_action=self._last_action, field=field, expected=expected, actual=actual, hint=hint, error=error,
         )  # fmt: skip
 

@@ -96,32 +96,58 @@ class LoadedPolicy:
 
         Args:
           observation: as the environment returns it (after its preprocessing), Dict and Tuple nested as there.
-          state: what the previous call of this episode returned; None at its beginning.
+          state: what the previous call of this episode returned; None at its beginning. Of a batch, the rows [i] of its arrays are to be zeroed
+            where an episode begins while others go on.
           deterministic: the most probable action; else one is drawn.
           action_mask: True where allowed, for environments whose mask is in `info`; one that is in the observation is found there.
           rng: what actions are drawn from, or a seed; by default a generator of this object's own.
         Returns:
           (action, state): the action as `env.step` takes it, with a leading dimension for a batch.
         Raises:
-          SchemaError: an observation that does not fit the policy's; names the leaf, what was expected and what came.
+          SchemaError: an observation or a state that does not fit the policy's; names the leaf, what was expected and what came.
         """
         arrays, single = self._as_batch(observation, action_mask)
         num = len(next(iter(arrays.values())))
-        noise = None
+        before, noise = self._remembered(num, state), None
         if not deterministic:
             noise, state = self._noise(num, state, np.random.default_rng(rng) if isinstance(rng, int) else rng or self._rng)
-        action_N = self.act(arrays, noise)
+        action_N, after = self.act(arrays, noise, before)
+        if after:
+            state = {**(state or {}), **after}
         return (action_N[0] if single else action_N), state
 
-    def act(self, arrays: Arrays, noise: Array | None) -> Array:
-        """Actions [N, ...] for the environment. `arrays`: by field name, [N, *shape], with `action_mask` where there is one; noise [N, size]
-        float32, None for the most probable action."""
+    def act(self, arrays: Arrays, noise: Array | None, memory: Arrays) -> tuple[Array, Arrays]:
+        """Actions [N, ...] for the environment, and the policy's recurrent state after them.
+
+        Args:
+          arrays: by field name, [N, *shape], with `action_mask` where there is one.
+          noise: [N, size] float32, None for the most probable action.
+          memory: the recurrent state before, see `initial_memory`.
+        """
         with torch.inference_mode():
             inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            before = {name: torch.from_numpy(array) for name, array in memory.items()}
             mask = inputs.pop(MASK, None)
-            chosen = self.network.greedy(inputs, mask) if noise is None else self.network.act(inputs, torch.from_numpy(noise), mask)[0]
+            if noise is None:
+                chosen, after = self.network.greedy_step(inputs, before, mask)
+            else:
+                chosen, _, after = self.network.step(inputs, before, torch.from_numpy(noise), mask)
             stored: Array = chosen.numpy()
-        return to_environment_action(self.spec.action, stored)
+        return to_environment_action(self.spec.action, stored), {name: value.numpy() for name, value in after.items()}
+
+    def initial_memory(self, num: int) -> Arrays:
+        """The recurrent state at an episode's beginning, [num, ...] by name; empty where the policy has none."""
+        return {name: value.numpy() for name, value in self.network.initial_state(num).items()}
+
+    def _remembered(self, num: int, state: Arrays | None) -> Arrays:
+        memory = self.initial_memory(num)
+        if not state:
+            return memory
+        for name, beginning in memory.items():
+            if name not in state or np.shape(state[name]) != beginning.shape:
+                came = "none" if name not in state else list(np.shape(state[name]))
+                raise SchemaError(f"state: expected {name} {list(beginning.shape)} (what the last call returned, or None), got {came}")
+        return {name: np.ascontiguousarray(state[name], np.float32) for name in memory}
 
     def draw_noise(self, num: int, rng: np.random.Generator) -> Array:
         """Exploration noise for one step (or, with gSDE, for one episode) of `num` environments: float32 [num, size]."""
@@ -130,7 +156,8 @@ class LoadedPolicy:
     def _noise(self, num: int, state: Arrays | None, rng: np.random.Generator) -> tuple[Array, Arrays | None]:
         if self.network.noise.per == "step":
             return self.draw_noise(num, rng), state
-        state = state or {"noise": self.draw_noise(num, rng)}  # gSDE keeps its matrix for an episode
+        if not state or "noise" not in state:  # gSDE keeps its matrix for an episode
+            state = {**(state or {}), "noise": self.draw_noise(num, rng)}
         return state["noise"], state
 
     def _as_batch(self, observation: Any, action_mask: Any) -> tuple[Arrays, bool]:

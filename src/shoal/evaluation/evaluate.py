@@ -136,13 +136,15 @@ class _Seat:
             self._noise = self._policy.draw_noise(1, self._rng)[0]
         return self._noise
 
-    def step(self, action: Any, returns: Array, lengths: Array) -> None:
+    def step(self, action: Any, returns: Array, lengths: Array) -> bool:
+        """Whether its episode ended."""
         ended = self.instance.advance(action)
         self.episode_return += self.instance.reward
         self.length += 1
         if ended:
             returns[self.episode], lengths[self.episode] = self.episode_return, self.length
             self._take()
+        return ended
 
     def does_not_end(self) -> EnvironmentFault:
         """The fault of an episode that goes on and on."""
@@ -161,6 +163,7 @@ def _play(
     rows_B = allocate(policy.spec, MAX_ENVS)
     float_rows = {name: rows for name, rows in rows_B.items() if rows.dtype.kind == "f"}
     noise_B = None if deterministic else np.zeros((MAX_ENVS, policy.network.noise.size), np.float32)
+    memory_B = policy.initial_memory(MAX_ENVS)
     waiting = iter(range(episodes))
     seats: list[_Seat] = []
     try:
@@ -175,9 +178,11 @@ def _play(
             if noise_B is not None:
                 for seat in playing:
                     noise_B[seat.index] = seat.noise()
-            action_B = policy.act(rows_B, noise_B)
+            action_B, memory_B = policy.act(rows_B, noise_B, memory_B)
             for seat in playing:
-                seat.step(action_B[seat.index], returns, lengths)
+                if seat.step(action_B[seat.index], returns, lengths):
+                    for array_B in memory_B.values():
+                        array_B[seat.index] = 0
                 if seat.length >= endless:
                     raise seat.does_not_end()
             playing = [seat for seat in playing if seat.episode is not None]

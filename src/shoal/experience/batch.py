@@ -27,6 +27,7 @@ class Batch:
     final_observation: by field name, [F, ...]: true last observations of episodes that ended where row t+1 does not hold them.
     final_index: int64 [F, 2] = (t, n) of those.
     policy_state: recurrent state by name at each column's first row, [N, ...]; empty without memory.
+    reset_T1N: bool [T+1, N], where the recurrent state before a row is the initial one, see Slot.resets; None without memory.
     """
 
     observation: dict[str, Tensor]
@@ -41,6 +42,7 @@ class Batch:
     final_observation: dict[str, Tensor]
     final_index: Tensor
     policy_state: dict[str, Tensor]
+    reset_T1N: Tensor | None = None
 
     @property
     def ended_TN(self) -> Tensor:

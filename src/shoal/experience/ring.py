@@ -54,6 +54,18 @@ class Slot:
         valid = self.arrays["valid"][:num_rows]
         return np.where(valid.any(0), num_rows - valid[::-1].argmax(0), 0)
 
+    def resets(self) -> Array:
+        """Before which rows the recurrent state is the initial one, bool [num_rows + 1, B]; row 0 begins with the state that is stored.
+
+        That is where an episode begins: after the row in which one ended, or, where the row after that one still holds its last observation (a
+        NEXT_STEP autoreset), after that row, which is not valid. So a last observation always meets the state that its episode led to.
+        """
+        num_rows, num_finals = int(self.envelope["num_rows"]), int(self.envelope["num_finals"])
+        resets = np.zeros((num_rows + 1, self.schema.num_envs), np.bool_)
+        resets[1:] = ~self.arrays["valid"][:num_rows]
+        resets[self.arrays["final/row"][:num_finals] + 1, self.arrays["final/env"][:num_finals]] = True
+        return resets
+
     def timely(self, oldest_version: int) -> Array:
         """Valid rows that this policy version or a newer one chose, bool [num_rows, B]."""
         num_rows = int(self.envelope["num_rows"])

@@ -60,6 +60,11 @@ class Schema:
         offsets[""] = -(-at // 4096) * 4096  # slots begin on pages, so that sparse fields cost no memory until they are used
         return offsets
 
+    @cached_property
+    def state_names(self) -> tuple[str, ...]:
+        """Fields of the recurrent state at a rollout's start; empty without memory."""
+        return tuple(f.name for f in self.fields if f.axis == "B" and f.name.startswith("policy_state/") and not f.name.endswith("/end"))
+
     @property
     def slot_bytes(self) -> int:
         return self.offsets[""]

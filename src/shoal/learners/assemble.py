@@ -51,7 +51,7 @@ def assemble(slots: Sequence[Slot], version: int, max_lag: int, staging: Staging
         np.stack([s.arrays["final/row"][:f], s.arrays["final/env"][:f] + offset], axis=1)
         for s, f, offset in zip(slots, finals, offsets, strict=True)
     ]
-    states = [f.name for f in first.schema.fields if f.axis == "B" and f.name.startswith("policy_state/") and not f.name.endswith("/end")]
+    states = first.schema.state_names
     lag = version - beside("policy_version")
     valid = beside("valid") & (lag <= max_lag)
     tensor = staging.begin
@@ -68,7 +68,14 @@ def assemble(slots: Sequence[Slot], version: int, max_lag: int, staging: Staging
         final_observation={n: tensor(_finals(slots, finals, n, staging)) for n in observations},
         final_index=tensor(np.concatenate(index).astype(np.int64)),
         policy_state={n: tensor(np.concatenate([s.arrays[n] for s in slots])) for n in states},
+        reset_T1N=tensor(_resets(slots, t_max)) if states else None,
     )
+
+
+def _resets(slots: Sequence[Slot], t_max: int) -> Array:
+    """Slot.resets side by side, [t_max + 1, N]; below a column's last row nothing matters."""
+    parts = [slot.resets() for slot in slots]
+    return np.concatenate([np.pad(part, ((0, t_max + 1 - len(part)), (0, 0))) for part in parts], axis=1)
 
 
 def _finals(slots: Sequence[Slot], finals: Sequence[int], name: str, staging: Staging) -> Array:

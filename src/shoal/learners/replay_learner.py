@@ -31,7 +31,6 @@ from shoal.networks.acting import Acting
 from shoal.streams import Purpose, stream
 from shoal.types import Array, Arrays, EnvironmentSpec, FieldSpec
 
-
 _SAMPLED_BYTES = 2**22
 
 
@@ -116,7 +115,9 @@ class ReplayLearner(Learner):
             for rows in self._rows(sample, at_once):
                 before = algorithm.steps[1]
                 metrics, priority_M = algorithm.learn(rows, context)
-                if self._settings.prioritised and priority_M is not None and algorithm.steps[1] == before:  # else no number is to be trusted
+                if (
+                    self._settings.prioritised and priority_M is not None and algorithm.steps[1] == before
+                ):  # else no number is to be trusted
                     self.replay.update_priorities(sample.index_M, priority_M.detach().cpu().numpy())
                 means.add(metrics)
         if not samples:

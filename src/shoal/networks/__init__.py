@@ -5,11 +5,13 @@
     evaluation.py log-probability, entropy, value, and the gradient of a loss of them
     computing.py  mixed precision and torch.compile, for learners
     fast.py       a small policy's acting in numpy
+    memory.py     LSTM and GRU, stepped and unrolled
+    recurrent.py  policies with one
     policy.py     Policy = inputs + encoders + heads; `build_policy`, `named_tensors`, `weights_sha256`
 
 A network of your own replaces the encoders: a callable `(spec, config) -> nn.Module` whose forward takes the prepared observation
 (by field name: [N, size] float32 for vectors and one-hot choices, [N, C, H, W] in 0..1 for images) and returns features [N, D], with D as its
-attribute `num_features`. Heads for the action and the value are put on top:
+attribute `num_features`. The memory, where `policy.memory` asks for one, and heads for the action and the value are put on top:
 
     class Trunk(nn.Module):
         num_features = 32

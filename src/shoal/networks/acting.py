@@ -51,6 +51,18 @@ class Acting(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__}.act")
 
+    def step(
+        self, observation: Mapping[str, Tensor], state: Mapping[str, Tensor], noise: Tensor, action_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """As `act`, with the recurrent state before this row; and the state after it."""
+        return *self.act(observation, noise, action_mask), dict(state)
+
+    def greedy_step(
+        self, observation: Mapping[str, Tensor], state: Mapping[str, Tensor], action_mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `greedy`, with the recurrent state before this row; and the state after it."""
+        return self.greedy(observation, action_mask), dict(state)
+
     def greedy(self, observation: Mapping[str, Tensor], action_mask: Tensor | None = None) -> Tensor:
         """The best action as the policy knows it (the most probable one, or that of the highest value), as stored [N, ...]."""
         raise NotImplementedError(f"{type(self).__name__}.greedy")

@@ -1,8 +1,8 @@
 """A small policy's acting in numpy: at 8 environments and 2 x 64 units, a torch operation costs more for its call than for its numbers.
 
 The same mathematics on the same memory as the policy (float32; equal to `Policy.act` up to rounding). Only what is common and small: one vector
-as observation, an MLP with tanh or relu, one discrete or an independent Gaussian action; action values, and the actors of SAC and TD3.
-Everything else acts in torch.
+as observation, an MLP with tanh or relu, a memory behind it or none, one discrete or an independent Gaussian action; action values, and the actors
+of SAC and TD3. Everything else acts in torch.
 
 Legend: N environments, A actions.
 """
@@ -20,8 +20,10 @@ from torch import nn
 from shoal.networks.acting import Acting
 from shoal.networks.encoders import Encoder
 from shoal.networks.inputs import CLIP, VectorInput
+from shoal.networks.memory import Memory
 from shoal.networks.off_policy import LOG_STD_MAX, LOG_STD_MIN, DeterministicPolicy, GaussianPolicy, QPolicy
 from shoal.networks.policy import Policy
+from shoal.networks.recurrent import RecurrentPolicy
 from shoal.ops.distributions import HALF_LOG_2PI, MASKED_LOGIT
 
 Array = npt.NDArray[Any]
@@ -38,12 +40,56 @@ class Fast(Protocol):
     def act(self, observation: dict[str, Array], noise: Array, action_mask: Array | None = None) -> tuple[Array, Array | None]:
         """As the policy's `act`, from and to numpy, in arrays of their own."""
 
+    def step(
+        self, observation: dict[str, Array], state: dict[str, Array], noise: Array, action_mask: Array | None = None
+    ) -> tuple[Array, Array | None, dict[str, Array]]:
+        """As the policy's `step`."""
+
     def refresh(self) -> None:
         """Look again where the policy's tensors lie: whatever may have replaced them (and not only written into them) must be followed by this."""
 
 
+class FastMemory:
+    """A memory's step in numpy; the state that it returns is in arrays of its own."""
+
+    def __init__(self, memory: Memory, num_envs: int) -> None:
+        self._memory = memory
+        self._lstm, self._size = memory.kind == "lstm", memory.num_features
+        self._from_input, self._from_state = np.empty((2, num_envs, len(memory.bias)), np.float32)
+        self.refresh()
+
+    def refresh(self) -> None:
+        memory = self._memory
+        self._input_weight, self._state_weight = memory.input_weight.detach().numpy().T, memory.state_weight.detach().numpy().T
+        self._bias = memory.bias.detach().numpy()
+
+    def step(self, value: Array, state: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        """As `Memory.step`: [N, D] -> [N, H]."""
+        h, x, u, H = state["policy_state/h"], self._from_input, self._from_state, self._size
+        np.add(np.dot(value, self._input_weight, out=x), self._bias, out=x)
+        np.dot(h, self._state_weight, out=u)
+        if not self._lstm:
+            gates = _sigmoid(x[:, : 2 * H] + u[:, : 2 * H])
+            new = np.tanh(x[:, 2 * H :] + gates[:, :H] * u[:, 2 * H :])
+            h = new + gates[:, H:] * (h - new)
+            return h, {"policy_state/h": h}
+        np.add(x, u, out=x)
+        gates = _sigmoid(x[:, : 3 * H])
+        c = gates[:, 2 * H :] * state["policy_state/c"] + gates[:, H : 2 * H] * np.tanh(x[:, 3 * H :])
+        h = gates[:, :H] * np.tanh(c)
+        return h, {"policy_state/h": h, "policy_state/c": c}
+
+
+def _sigmoid(value: Array) -> Array:
+    """By tanh, which overflows nowhere."""
+    half: Array = np.tanh(value * np.float32(0.5))
+    half += np.float32(1.0)
+    half *= np.float32(0.5)
+    return half
+
+
 class FastLayers:
-    """One vector through an MLP and a head, [N, ...] -> [N, outputs]; the result is overwritten by the next call."""
+    """One vector through an MLP and a head, [N, ...] -> [N, outputs]; results are overwritten by the next call."""
 
     def __init__(self, name: str, leaf: VectorInput, encoder: Encoder, head: nn.Linear, num_envs: int) -> None:
         self._name, self._leaf, self._num_envs = name, leaf, num_envs
@@ -61,6 +107,10 @@ class FastLayers:
             self._mean, self._inverse_std = self._leaf.mean.numpy(), self._leaf.inverse_std.numpy()
 
     def __call__(self, observation: dict[str, Array]) -> Array:
+        return self.head(self.hidden(observation))
+
+    def hidden(self, observation: dict[str, Array]) -> Array:
+        """What the head is given."""
         value = observation[self._name].reshape(self._num_envs, -1)
         if self._leaf.scale is not None:
             value = value * np.float32(self._leaf.scale)
@@ -73,6 +123,9 @@ class FastLayers:
             np.dot(value, weight, out=buffer)
             np.add(buffer, bias, out=buffer)
             value = activation(buffer, out=buffer)
+        return value
+
+    def head(self, value: Array) -> Array:
         weight, bias, output = self._layers[-1]
         np.dot(value, weight, out=output)
         np.add(output, bias, out=output)
@@ -87,16 +140,30 @@ class FastActor:
         self._rows = np.arange(num_envs)
         self._shape = (num_envs, *policy.action_head.field.shape)
         self._discrete = policy.action_head.field.dtype == "int64"
+        self._memory = FastMemory(policy.memory, num_envs) if isinstance(policy, RecurrentPolicy) else None
         self.refresh()
 
     def refresh(self) -> None:
         self._layers.refresh()
+        if self._memory is not None:
+            self._memory.refresh()
         if not self._discrete:
             self._log_std = self._policy.action_head.log_std.detach().numpy()
 
     def act(self, observation: dict[str, Array], noise: Array, action_mask: Array | None = None) -> tuple[Array, Array]:
         """As `Policy.act`, from and to numpy: actions as stored [N, ...] and log-probabilities [N], in arrays of their own."""
-        output = self._layers(observation)
+        return self._answer(self._layers(observation), noise, action_mask)
+
+    def step(
+        self, observation: dict[str, Array], state: dict[str, Array], noise: Array, action_mask: Array | None = None
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        """As `Policy.step`."""
+        value = self._layers.hidden(observation)
+        if self._memory is not None:
+            value, state = self._memory.step(value, state)
+        return *self._answer(self._layers.head(value), noise, action_mask), state
+
+    def _answer(self, output: Array, noise: Array, action_mask: Array | None) -> tuple[Array, Array]:
         return self._choose(output, noise, action_mask) if self._discrete else self._add_noise(output, noise)
 
     def _choose(self, logits: Array, noise: Array, action_mask: Array | None) -> tuple[Array, Array]:
@@ -132,6 +199,11 @@ class FastQ:
             action[row] = place if action_mask is None else np.flatnonzero(action_mask[row])[place]
         return action, None
 
+    def step(
+        self, observation: dict[str, Array], state: dict[str, Array], noise: Array, action_mask: Array | None = None
+    ) -> tuple[Array, None, dict[str, Array]]:
+        return *self.act(observation, noise, action_mask), state
+
 
 class FastContinuous:
     """In place of a `GaussianPolicy` or a `DeterministicPolicy`."""
@@ -153,10 +225,16 @@ class FastContinuous:
             action[row] = [math.erf(number * math.sqrt(0.5)) for number in noise[row, 1:].tolist()]
         return action.reshape(-1, *self._shape), None
 
+    def step(
+        self, observation: dict[str, Array], state: dict[str, Array], noise: Array, action_mask: Array | None = None
+    ) -> tuple[Array, None, dict[str, Array]]:
+        return *self.act(observation, noise, action_mask), state
+
 
 def fast_actor(policy: Acting, num_envs: int) -> Fast | None:
     """A fast actor for groups of `num_envs`, or None where the policy is none of those that are known, is not on the CPU, or is too large to gain."""
-    if type(policy) is Policy:
+    if type(policy) in (Policy, RecurrentPolicy):
+        assert isinstance(policy, Policy)
         known, encoder, head = policy.action_head.kind in ("discrete", "box"), policy.actor, policy.action_head.linear
     elif type(policy) in (QPolicy, GaussianPolicy, DeterministicPolicy):
         assert isinstance(policy, (QPolicy, GaussianPolicy, DeterministicPolicy))
@@ -166,7 +244,7 @@ def fast_actor(policy: Acting, num_envs: int) -> Fast | None:
     leaves = policy.inputs.leaves
     if not known or not isinstance(encoder, Encoder) or encoder.mlp.activation not in _ACTIVATIONS:
         return None
-    if len(leaves) != 1 or not isinstance(leaves[0], VectorInput) or _too_large([*encoder.mlp.linears, head], num_envs):
+    if len(leaves) != 1 or not isinstance(leaves[0], VectorInput) or _too_large(policy, [*encoder.mlp.linears, head], num_envs):
         return None
     layers = FastLayers(policy.inputs.names[0], leaves[0], encoder, head, num_envs)
     if isinstance(policy, Policy):
@@ -174,5 +252,8 @@ def fast_actor(policy: Acting, num_envs: int) -> Fast | None:
     return FastQ(policy, layers) if isinstance(policy, QPolicy) else FastContinuous(policy, layers)
 
 
-def _too_large(linears: Sequence[nn.Linear], num_envs: int) -> bool:
-    return any(num_envs * layer.weight.numel() > SINGLE_THREAD_PRODUCT or layer.weight.is_cuda for layer in linears)
+def _too_large(policy: Acting, linears: Sequence[nn.Linear], num_envs: int) -> bool:
+    weights = [layer.weight for layer in linears]
+    if isinstance(policy, RecurrentPolicy):
+        weights += [policy.memory.input_weight, policy.memory.state_weight]
+    return any(num_envs * weight.numel() > SINGLE_THREAD_PRODUCT or weight.is_cuda for weight in weights)

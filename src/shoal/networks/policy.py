@@ -21,6 +21,7 @@ from shoal.networks.encoders import Encoder, orthogonal
 from shoal.networks.evaluation import Evaluation, GraphEvaluation, SmallEvaluation, small_network
 from shoal.networks.heads import ActionHead, NoiseSpec
 from shoal.networks.inputs import Inputs
+from shoal.networks.memory import Memory
 from shoal.networks.off_policy import DeterministicPolicy, QPolicy, stochastic_policy
 from shoal.ops.distributions import Distribution
 from shoal.types import EnvironmentSpec, FieldSpec
@@ -79,7 +80,7 @@ class Policy(Acting):
         return [self.action_head.field, FieldSpec("log_prob", "float32", (), "T")]
 
     def initial_state(self, num_envs: int) -> dict[str, Tensor]:
-        """Recurrent state at an episode's start, by name, [num_envs, ...]: empty, this policy has no memory."""
+        """Recurrent state at an episode's start, by name, zeros [num_envs, ...]: empty, this policy has no memory (recurrent.py has one)."""
         return {}
 
     def distribution(self, observation: Mapping[str, Tensor], action_mask: Tensor | None = None) -> Distribution:
@@ -117,9 +118,27 @@ class Policy(Acting):
         action = distribution.sample(noise)
         return action, distribution.log_prob(action)
 
+    def step(
+        self, observation: Mapping[str, Tensor], state: Mapping[str, Tensor], noise: Tensor, action_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `act`, with the recurrent state before this row; and the state after it."""
+        return *self.act(observation, noise, action_mask), dict(state)
+
+    def next_distribution(
+        self, observation: Mapping[str, Tensor], state: Mapping[str, Tensor], action_mask: Tensor | None = None
+    ) -> tuple[Distribution, dict[str, Tensor]]:
+        """As `distribution`, with the recurrent state before this row; and the state after it."""
+        return self.distribution(observation, action_mask), dict(state)
+
     def greedy(self, observation: Mapping[str, Tensor], action_mask: Tensor | None = None) -> Tensor:
         """The most probable action."""
         return self.distribution(observation, action_mask).mode()
+
+    def greedy_step(
+        self, observation: Mapping[str, Tensor], state: Mapping[str, Tensor], action_mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        distribution, after = self.next_distribution(observation, state, action_mask)
+        return distribution.mode(), after
 
     def _features(self, encoder: nn.Module, prepared: Mapping[str, Tensor]) -> Tensor:
         if not self._mixed:
@@ -234,6 +253,10 @@ def _default_policy(spec: EnvironmentSpec, config: PolicyConfig, kind: NetworkKi
             inputs.shapes, config.hidden_sizes, config.activation, config.orthogonal_init, compact=config.encoder == "compact_cnn"
         )
 
+    if config.memory != "none" and kind == ACTOR_CRITIC:
+        if config.share_encoder is False:
+            raise ConfigError("policy.share_encoder: with policy.memory, actor and critic share encoder and memory; leave it out")
+        return _remembering(spec, config, inputs, encoder())
     actor = encoder()
     if kind != ACTOR_CRITIC:
         return _off_policy(spec, config, inputs, actor, kind)
@@ -247,9 +270,23 @@ def _off_policy(spec: EnvironmentSpec, config: PolicyConfig, inputs: Inputs, enc
     return policy
 
 
+def _remembering(spec: EnvironmentSpec, config: PolicyConfig, inputs: Inputs, encoder: nn.Module) -> Policy:
+    """encoder: with its `num_features`."""
+    from shoal.networks.recurrent import RecurrentPolicy
+
+    assert config.memory != "none"
+    memory = Memory(config.memory, int(encoder.num_features), config.memory_size, config.orthogonal_init)  # type: ignore[arg-type]
+    return RecurrentPolicy(inputs, encoder, memory, *_heads(spec, config, config.memory_size, config.memory_size))
+
+
 def _custom_policy(spec: EnvironmentSpec, config: PolicyConfig, network: Network, kind: NetworkKind) -> Acting:
     trunk = network(spec, config)
     if isinstance(trunk, Policy) and kind == ACTOR_CRITIC:
+        if config.memory != "none" and not trunk.initial_state(1):
+            raise ConfigError(
+                f"policy.memory: {type(trunk).__name__}, which policy.network made, is a whole policy without a place for a memory; return a torch "
+                "module with num_features, to which the memory is added, or a RecurrentPolicy, or leave policy.memory at none"
+            )
         return trunk
     num_features: Any = getattr(trunk, "num_features", None)
     if not isinstance(trunk, nn.Module) or not isinstance(num_features, int):
@@ -260,6 +297,8 @@ def _custom_policy(spec: EnvironmentSpec, config: PolicyConfig, network: Network
     inputs = Inputs(spec, config.normalise_observations, _image_fields(spec, config))
     if kind != ACTOR_CRITIC:
         return _off_policy(spec, config, inputs, trunk, kind)
+    if config.memory != "none":
+        return _remembering(spec, config, inputs, trunk)
     return Policy(inputs, trunk, None, *_heads(spec, config, num_features, num_features))
 
 

@@ -1,0 +1,123 @@
+"""What algorithms ask of a batch when the policy has memory: every row with the state that the rows before it lead to.
+
+A rollout of one environment, a column of the batch, is unrolled as a whole, from the state that is stored at its start (networks/recurrent.py says
+how stale that is). So minibatches are made of whole columns, and V of a truncated episode's last observation is computed in the state that its
+episode led to.
+
+Legend: T rows, N environments (columns), K columns of a minibatch, M valid rows of them, F episodes that ended inside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.experience.batch import Batch
+from shoal.networks.evaluation import Evaluation
+from shoal.networks.memory import Unrolled
+from shoal.networks.policy import Policy
+from shoal.networks.recurrent import RecurrentPolicy, Sequences
+
+
+class Evaluated(NamedTuple):
+    """What the policy as it is now says of a batch: float32 [T, N] each, without gradient."""
+
+    log_prob_TN: Tensor
+    value_TN: Tensor
+    next_value_TN: Tensor  # V of the true successor
+    whole: Evaluation | None  # of all (T+1) * N rows in their order, where it was made in one piece: its gradient costs no second pass
+
+
+@dataclass(frozen=True)
+class SequenceMinibatch:
+    """M valid rows of K columns, in the order of rows. `rows["name"]` gives the [M] column that was passed to `sequence_minibatches`.
+
+    Attributes:
+      valid: int64 [M], which of the T * K flat rows of `sequences` they are.
+    """
+
+    sequences: Sequences
+    valid: Tensor
+    columns: dict[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def __len__(self) -> int:
+        return len(self.valid)
+
+    def evaluate(self, policy: Policy) -> Evaluation:
+        assert isinstance(policy, RecurrentPolicy)
+        return policy.evaluate_sequences(self.sequences, self.valid)[0]
+
+
+def sequences_of(batch: Batch, num_rows: int, columns: Tensor | slice) -> Sequences:
+    """The first `num_rows` rows of some columns. The row after the last of `batch.action` has none, and gets zeros."""
+    assert batch.reset_T1N is not None
+    action = batch.action
+    if num_rows > len(action):
+        action = torch.cat([action, torch.zeros_like(action[:1])])
+    return Sequences(
+        {name: value[:num_rows, columns] for name, value in batch.observation.items()},
+        action[:num_rows, columns],
+        None if batch.action_mask is None else batch.action_mask[:num_rows, columns],
+        {name: value[columns] for name, value in batch.policy_state.items()},
+        batch.reset_T1N[:num_rows, columns],
+    )
+
+
+def evaluate_unrolled(policy: RecurrentPolicy, batch: Batch, chunk_numbers: int, *, for_gradient: bool = False) -> Evaluated:
+    """As `evaluate_TN`: in one pass over all columns, or in several of at most `chunk_numbers` observation numbers each."""
+    T, N = batch.reward_TN.shape
+    numbers = sum(tensor[0, 0].numel() for tensor in batch.observation.values()) * (T + 1)
+    size = max(1, chunk_numbers // max(1, numbers))
+    log_prob_T1N, value_T1N = batch.log_prob_TN.new_empty(2, T + 1, N)
+    final_value_F = batch.log_prob_TN.new_zeros(len(batch.final_index))
+    whole: Evaluation | None = None
+    for begin in range(0, N, size):
+        part = slice(begin, begin + size)
+        with torch.set_grad_enabled(for_gradient and size >= N):
+            evaluation, unrolled = policy.evaluate_sequences(sequences_of(batch, T + 1, part))
+        log_prob_T1N[:, part] = evaluation.log_prob.view(T + 1, -1)
+        value_T1N[:, part] = evaluation.value.view(T + 1, -1)
+        _value_ends(policy, batch, unrolled, begin, begin + size, final_value_F)
+        whole = evaluation if for_gradient and size >= N else None
+    return Evaluated(log_prob_T1N[:-1], value_T1N[:-1], batch.next_value_TN(value_T1N, final_value_F), whole)
+
+
+@torch.no_grad()
+def _value_ends(policy: RecurrentPolicy, batch: Batch, unrolled: Unrolled, begin: int, end: int, final_value_F: Tensor) -> None:
+    """V of the true last observations of episodes that were truncated in columns `begin` to `end`; a discount of 0 hides the others."""
+    if not len(batch.final_index):
+        return
+    t, n = batch.final_index.unbind(1)
+    truncated = batch.truncated_TN[t, n] & ~batch.terminated_TN[t, n]
+    wanted = (truncated & (n >= begin) & (n < end)).nonzero().squeeze(1)
+    if len(wanted):
+        state = unrolled.state_after(t[wanted], n[wanted] - begin)
+        final_value_F[wanted] = policy.next_value({name: value[wanted] for name, value in batch.final_observation.items()}, state)
+
+
+def sequence_minibatches(batch: Batch, size: int | None, rng: np.random.Generator, **columns_TN: Tensor) -> Iterator[SequenceMinibatch]:
+    """One epoch: every column once, in random order, in as many minibatches as rows of `size` would make (None: all in one), but of whole columns.
+
+    Args:
+      columns_TN: float32 [T, N] each, such as advantages; `rows[name]` holds their valid rows.
+    """
+    T, N = batch.valid_TN.shape
+    num_valid = batch.num_env_steps
+    if not num_valid:
+        return
+    count = 1 if size is None else min(N, math.ceil(num_valid / size))
+    order = torch.from_numpy(rng.permutation(N)).to(batch.valid_TN.device)
+    for part in order.tensor_split(count):
+        valid = batch.valid_TN[:, part].flatten().nonzero().squeeze(1)
+        if len(valid):
+            columns = {name: value[:, part].flatten()[valid] for name, value in columns_TN.items()}
+            yield SequenceMinibatch(sequences_of(batch, T, part), valid, columns)
