@@ -129,11 +129,10 @@ class LoadedPolicy:
             before = {name: torch.from_numpy(array) for name, array in memory.items()}
             mask = inputs.pop(MASK, None)
             if noise is None:
-                chosen, after = self.network.greedy_step(inputs, before, mask)
+                action, after = self.network.greedy_step(inputs, before, mask)
             else:
-                chosen, _, after = self.network.step(inputs, before, torch.from_numpy(noise), mask)
-            stored: Array = chosen.numpy()
-        return to_environment_action(self.spec.action, stored), {name: value.numpy() for name, value in after.items()}
+                action, _, after = self.network.step(inputs, before, torch.from_numpy(noise), mask)
+        return to_environment_action(self.spec.action, action.numpy()), {name: value.numpy() for name, value in after.items()}
 
     def initial_memory(self, num: int) -> Arrays:
         """The recurrent state at an episode's beginning, [num, ...] by name; empty where the policy has none."""

@@ -124,21 +124,9 @@ class Policy(Acting):
         """As `act`, with the recurrent state before this row; and the state after it."""
         return *self.act(observation, noise, action_mask), dict(state)
 
-    def next_distribution(
-        self, observation: Mapping[str, Tensor], state: Mapping[str, Tensor], action_mask: Tensor | None = None
-    ) -> tuple[Distribution, dict[str, Tensor]]:
-        """As `distribution`, with the recurrent state before this row; and the state after it."""
-        return self.distribution(observation, action_mask), dict(state)
-
     def greedy(self, observation: Mapping[str, Tensor], action_mask: Tensor | None = None) -> Tensor:
         """The most probable action."""
         return self.distribution(observation, action_mask).mode()
-
-    def greedy_step(
-        self, observation: Mapping[str, Tensor], state: Mapping[str, Tensor], action_mask: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        distribution, after = self.next_distribution(observation, state, action_mask)
-        return distribution.mode(), after
 
     def _features(self, encoder: nn.Module, prepared: Mapping[str, Tensor]) -> Tensor:
         if not self._mixed:

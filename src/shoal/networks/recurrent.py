@@ -72,9 +72,16 @@ class RecurrentPolicy(Policy):
         action = distribution.sample(noise)
         return action, distribution.log_prob(action), state
 
+    def greedy_step(
+        self, observation: Mapping[str, Tensor], state: Mapping[str, Tensor], action_mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        distribution, state = self.next_distribution(observation, state, action_mask)
+        return distribution.mode(), state
+
     def next_distribution(
         self, observation: Mapping[str, Tensor], state: Mapping[str, Tensor], action_mask: Tensor | None = None
     ) -> tuple[Distribution, State]:
+        """As `distribution`, in this state; and the state after it."""
         output, state = self.memory.step(self._encoded(observation), state)
         return self.action_head.forward(output, action_mask), state
 
