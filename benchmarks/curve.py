@@ -19,9 +19,9 @@ from typing import Any
 
 import shoal
 from shoal.config import RunConfig
-from shoal.engines import coordinator
 from shoal.engines.coordinator import Coordinator, Plan
 from shoal.experience.envelope import Identity
+from shoal.experience.limiter import Rate
 from shoal.monitoring.live import open_view
 
 
@@ -29,15 +29,14 @@ def keep_full(depth: int) -> None:
     """Let every run of this process (the supervisor) keep its queue `depth` batches deep."""
     plan_of, next_batch = Plan.of, Coordinator.next_batch
 
-    def deep_plan(config: RunConfig) -> Plan:
-        plan = plan_of(config)
-        return replace(plan, slots_per_group=-(-plan.batch_rollouts * depth // plan.num_groups) + 1)
+    def deep_plan(config: RunConfig, rate: Rate | None = None) -> Plan:
+        plan = plan_of(config, rate)
+        return replace(plan, batches_ahead=depth, slots_per_group=-(-plan.batch_rollouts * depth // plan.num_groups) + 1)
 
     def next_old_batch(self: Coordinator) -> list[tuple[int, Identity]] | None:
         full = len(self.ready) >= self.plan.batch_rollouts * depth
         return next_batch(self) if full or not any(group.leased for group in self.groups) else None
 
-    coordinator.BATCHES_AHEAD = depth
     Plan.of = staticmethod(deep_plan)  # type: ignore[method-assign,assignment]
     Plan.close_after_lag = property(lambda plan: 1 << 30)  # type: ignore[method-assign,assignment]
     Coordinator.next_batch = next_old_batch  # type: ignore[method-assign]

@@ -86,11 +86,15 @@ RECALL_OPTIONS = (
 )  # fmt: skip
 
 ROWS = (
-    *(Row("CartPole-v1", algorithm, 475) for algorithm in ("ppo", "appo", "impala")),
+    *(Row("CartPole-v1", algorithm, 475) for algorithm in ("ppo", "appo", "impala", "dqn")),
     *(Row("Acrobot-v1", algorithm, -100) for algorithm in ("ppo", "appo")),
     Row("Pendulum-v1", "ppo", -200),
+    *(Row("Pendulum-v1", algorithm, -200, env_steps_limit=20_050) for algorithm in ("sac", "td3")),
     Row("MountainCarContinuous-v0", "ppo", 90),
     *(Row("LunarLander-v3", algorithm, 200, env_steps_limit=1_000_000) for algorithm in ("ppo", "appo")),
+    Row("LunarLander-v3", "dqn", 200, env_steps_limit=500_050),
+    Row("LunarLanderContinuous-v3", "sac", 200, options=("--stop.return", "240", "--stop.env-steps", "300000")),
+    Row("HalfCheetah-v5", "sac", 5000, seeds=1, options=("--stop.seconds", "3600"), note="within 300,000 env steps or an hour"),
     Row(HIDDEN, "ppo", 400, options=HIDDEN_OPTIONS, memory="lstm"),
     Row(HIDDEN, "ppo", None, options=HIDDEN_OPTIONS, memory="none", ceiling=200),
     Row(RECALL, "ppo", 0.95, options=RECALL_OPTIONS, memory="gru", note="the share of right answers; a guess is right in one of four"),

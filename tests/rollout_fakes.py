@@ -269,7 +269,8 @@ def write_rollout(
             extra = (1,) * (a[name].ndim - 2)
             a[name][: rows + 1] = number.reshape(*number.shape, *extra)
     a["action"][:rows] = number[:rows] % NUM_ACTIONS
-    a["log_prob"][:rows] = -number[:rows] / 64
+    if "log_prob" in a:  # of a policy that says it
+        a["log_prob"][:rows] = -number[:rows] / 64
     a["reward"][:rows] = number[:rows] / 8
     a["terminated"][:rows] = a["truncated"][:rows] = False
     a["valid"][:rows], a["valid"][rows:] = True, False

@@ -422,3 +422,35 @@ def test_a_manifest_is_what_its_documentation_says(tmp_path: Path) -> None:
     assert (manifest["format"], manifest["update"]) == (1, 6)
     assert set(manifest["files"]) == {"learner.safetensors", "state.json"}
     assert set(manifest["files"]["state.json"]) == {"bytes", "sha256"}
+
+
+def test_a_file_that_is_linked_from_the_checkpoint_before_is_not_read_again_but_verified_when_loaded(tmp_path: Path, monkeypatch) -> None:
+    with CheckpointDirectory(tmp_path).begin(1) as staging:
+        assert staging.previous is None
+        (staging.path / "large.bin").write_bytes(b"large")
+        first = staging.commit()
+    read: list[str] = []
+    digest = files._digest
+    monkeypatch.setattr(files, "_digest", lambda path, **how: read.append(path.name) or digest(path, **how))
+    with CheckpointDirectory(tmp_path).begin(2) as staging:
+        assert staging.previous == first
+        os.link(first / "large.bin", staging.path / "large.bin")
+        (staging.path / "small.bin").write_bytes(b"small")
+        second = staging.commit()
+    assert read == ["small.bin"]
+    assert load_checkpoint(second).read("large.bin") == b"large"
+    CheckpointDirectory(tmp_path).sweep(1)
+    assert not first.exists()
+    assert load_checkpoint(second).read("large.bin") == b"large"
+    (second / "large.bin").write_bytes(b"lArge")
+    with pytest.raises(CheckpointError, match=r"large\.bin does not have the SHA-256"):
+        load_checkpoint(second)
+
+
+def test_a_linked_file_that_no_checkpoint_knows_is_hashed(tmp_path: Path) -> None:
+    outside = tmp_path / "outside.bin"
+    outside.write_bytes(b"content")
+    with CheckpointDirectory(tmp_path / "checkpoints").begin(1) as staging:
+        os.link(outside, staging.path / "linked.bin")
+        committed = staging.commit()
+    assert load_checkpoint(committed).files["linked.bin"] == (7, hashlib.sha256(b"content").hexdigest())

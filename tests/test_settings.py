@@ -142,7 +142,7 @@ def test_what_follows_from_other_keys_is_filled_in() -> None:
         ({"algorithm.epochs": 0}, ["algorithm.epochs", "greater than 0", "got 0"]),
         ({"algorithm.epochs": 0, "seed": -1}, ["algorithm.epochs", "seed"]),
         ({"mode": "asinc"}, ["'sync' or 'async'", "did you mean async?"]),
-        ({"mode": "async"}, ["ppo runs in sync mode", "appo or impala"]),
+        ({"mode": "async"}, ["ppo runs in sync mode", "appo, impala or dqn"]),
         ({"policy": 3}, ["policy is a section", "not 3"]),
         ({"policy.hidden_sizes": "64,x"}, ["policy.hidden_sizes", "x"]),
         ({"stop.return": "high"}, ["stop.return", "'high'"]),

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.config import RunConfig
+from shoal.config import ReplayConfig, RunConfig
 from shoal.engines.coordinator import Coordinator
 from shoal.engines.local import LocalEngine
 from shoal.engines.plan import Plan
 from shoal.engines.session import ATTEMPTS_PER_PART, Session
-from shoal.engines.sizes import check_memory
+from shoal.engines.sizes import check_memory, check_replay, rate_of
 from shoal.engines.snippets import with_snippet
 from shoal.environments.make import check_registered
 from shoal.errors import CheckpointError, ConfigError, EnvironmentFault, RunError, ShoalError
@@ -405,11 +405,15 @@ def _session(
     config.env.form = facts["form"]  # measured once: a resumed run keeps it
     config.policy.inference = facts["inference"]
     more_actors = adapt_actors(config)
+    replay = None if facts["replay"] is None else ReplayConfig.model_validate(facts["replay"])
+    config.replay = replay or config.replay
+    plan = Plan.of(config, rate_of(config, replay))
     (directory / "result.json").unlink(missing_ok=True)  # of an earlier part, which may have had another configuration
     write_text_atomically(directory / "config.yaml", dump_config(config))
-    plan = Plan.of(config)
     schema = rollout_schema(spec, fields, plan.rollout_length, plan.group_size)
     check_memory(plan, schema, facts["weights"], (config.actors or 0) + (config.policy.inference == "server"))
+    if replay is not None:
+        check_replay(plan, schema, replay)
     ring = make_ring(schema, plan, facts["weights"])
     session = Session(config, spec, Coordinator(plan, spec, ring, config.stop), directory, recorder)
     recorder.attach(session)
@@ -474,6 +478,7 @@ def _result(session: Session, outcome: dict[str, Any], directory: Path) -> dict[
         "lag": {"mean": mean, "p99": p99, "max": largest},
         "restarts": session.restarts,
         "skipped_steps": session.skipped_steps,
+        **({"replay": c.replay_facts} if c.limiter is not None else {}),
     }
 
 

@@ -154,7 +154,10 @@ def _report(run: Run, config: RunConfig, sent: Sequence[Injection], stretches: S
         events = reader.events("recovered")
     ledger = run.result["ledger"]
     produced = max(1, ledger["produced"])
-    balances = ledger["produced"] == ledger["trained"] + sum(ledger["dropped"].values()) + ledger["in_flight"] and not ledger["in_flight"]
+    balances = (
+        ledger["produced"] == ledger["trained"] + ledger.get("replayed", 0) + sum(ledger["dropped"].values()) + ledger["in_flight"]
+        and not ledger["in_flight"]
+    )
     equal = bool(replay(run.path)["equal"]) if compare else None
     quiet, faulty = stretches.speed(False), stretches.speed(True)
     return {

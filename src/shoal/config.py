@@ -92,10 +92,15 @@ class PolicyConfig(Section):
     )
 
 
+ActionKind = Literal["box", "discrete", "multi_discrete", "multi_binary"]
+
+
 class AlgorithmConfig(Section):
-    """What every on-policy algorithm has."""
+    """What every algorithm has."""
 
     modes: ClassVar[tuple[Literal["sync", "async"], ...]] = ("sync", "async")  # what it can run in; the first is its default
+    actions: ClassVar[tuple[ActionKind, ...]] = ("box", "discrete", "multi_discrete", "multi_binary")  # what it can choose among
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {}  # keys of other sections whose defaults are others with this algorithm
 
     name: str
     learning_rate: PositiveFloat = Field(2.5e-4, description="of Adam")
@@ -103,12 +108,17 @@ class AlgorithmConfig(Section):
     schedule_env_steps: Positive | None = Field(None, description="env steps over which schedules run to zero (default: stop.env_steps)")
     adam_epsilon: PositiveFloat = Field(1e-5, description="of Adam, for numerical stability")
     gamma: Fraction = Field(0.99, description="discount")
-    entropy_coefficient: Weight = Field(0.0, description="weight of the entropy bonus in the loss")
-    value_coefficient: Weight = Field(0.5, description="weight of the value loss")
     max_gradient_norm: PositiveFloat = Field(0.5, description="gradients are clipped to this global norm")
 
 
-class PPOConfig(AlgorithmConfig):
+class OnPolicyConfig(AlgorithmConfig):
+    """What learns from what its own policy, or a recent version of it, did."""
+
+    entropy_coefficient: Weight = Field(0.0, description="weight of the entropy bonus in the loss")
+    value_coefficient: Weight = Field(0.5, description="weight of the value loss")
+
+
+class PPOConfig(OnPolicyConfig):
     """Schulman et al. 2017, arXiv:1707.06347."""
 
     modes = ("sync",)
@@ -124,7 +134,7 @@ class PPOConfig(AlgorithmConfig):
     target_kl: PositiveFloat | None = Field(None, description="stop the epochs of an update once 1.5 times this is passed")
 
 
-class VTraceConfig(AlgorithmConfig):
+class VTraceConfig(OnPolicyConfig):
     """What the algorithms with V-trace (Espeholt et al. 2018, arXiv:1802.01561) have."""
 
     modes = ("async", "sync")
@@ -156,13 +166,115 @@ class APPOConfig(VTraceConfig):
     target_kl: PositiveFloat | None = Field(None, description="stop the epochs of an update once 1.5 times this is passed")
 
 
+class OffPolicyConfig(AlgorithmConfig):
+    """What learns from a replay of everything that was done; the section `replay` says from how much, and how often."""
+
+    n_step: ClassVar[int] = 1  # default of replay.n_step
+    prioritised: ClassVar[bool] = False  # default of replay.prioritised
+    updates_per_step: ClassVar[float] = 1.0  # optimizer steps per env step, which replay.samples_per_insert says otherwise
+
+    batch_size: Positive = Field(256, description="transitions of one optimizer step")
+
+
+class DQNConfig(OffPolicyConfig):
+    """Mnih et al. 2015, doi:10.1038/nature14236, as Rainbow improved it (arXiv:1710.02298); with async actors and the ladder of epsilons, Ape-X
+    (Horgan et al. 2018, arXiv:1803.00933)."""
+
+    actions = ("discrete",)
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "policy": {"activation": "relu"},
+        "sampling": {"groups": 4, "group_size": 2, "rollout_length": 8},
+    }
+    n_step, prioritised, updates_per_step = 3, True, 0.25
+
+    name: Literal["dqn"] = "dqn"
+    learning_rate: PositiveFloat = Field(1e-3, description="of Adam")
+    batch_size: Positive = Field(128, description="transitions of one optimizer step")
+    max_gradient_norm: PositiveFloat = Field(10.0, description="gradients are clipped to this global norm")
+    double: bool = Field(True, description="the online network chooses the next action, the target network values it (arXiv:1509.06461)")
+    duelling: bool = Field(True, description="state value and advantages apart (arXiv:1511.06581)")
+    distribution: Literal["none", "c51", "quantile"] = Field(
+        "none", description="learn the return's distribution: on fixed atoms (arXiv:1707.06887), or its quantiles (arXiv:1710.10044)"
+    )
+    atoms: Annotated[int, Field(ge=2, le=1024)] = Field(51, description="atoms or quantiles of that distribution")
+    value_min: FiniteFloat = Field(-10.0, description="c51: the lowest atom, in discounted return")
+    value_max: FiniteFloat = Field(10.0, description="c51: the highest atom")
+    target_tau: Fraction | None = Field(
+        0.01,
+        description="after each optimizer step the target network goes this share of the way; none: it is copied (target_update_steps)",
+    )
+    target_update_steps: Positive = Field(1000, description="optimizer steps between two such copies, where target_tau is none")
+    epsilon: Literal["annealed", "ladder"] = Field(
+        "annealed", description="share of random actions: one that falls with the env steps, or one of its own for each group (Ape-X)"
+    )
+    epsilon_initial: Fraction = Field(1.0, description="annealed: at the beginning")
+    epsilon_final: Fraction = Field(0.05, description="annealed: from epsilon_env_steps on")
+    epsilon_env_steps: Positive = Field(10_000, description="annealed: env steps over which it falls, in a line")
+    epsilon_base: Fraction = Field(0.4, description="ladder: group i of N acts with epsilon_base ^ (1 + i / (N - 1) * epsilon_exponent)")
+    epsilon_exponent: Weight = Field(7.0, description="ladder: see epsilon_base")
+
+    @model_validator(mode="after")
+    def _atoms_in_order(self) -> DQNConfig:
+        if self.value_min >= self.value_max:
+            raise ValueError(f"value_min {self.value_min:g} is not below value_max {self.value_max:g}")
+        return self
+
+
+_CONTINUOUS: dict[str, dict[str, Any]] = {
+    "policy": {"activation": "relu", "hidden_sizes": [256, 256]},
+    "sampling": {"groups": 2, "group_size": 2, "rollout_length": 8},
+}
+
+
+class SACConfig(OffPolicyConfig):
+    """Haarnoja et al. 2018, arXiv:1812.05905; for discrete actions Christodoulou 2019, arXiv:1910.07207."""
+
+    actions = ("box", "discrete")
+    defaults = _CONTINUOUS
+
+    name: Literal["sac"] = "sac"
+    learning_rate: PositiveFloat = Field(3e-4, description="of Adam: policy, critics and temperature")
+    critic_learning_rate: PositiveFloat | None = Field(None, description="of the critics, where it is another one")
+    adam_epsilon: PositiveFloat = Field(1e-8, description="of Adam, for numerical stability")
+    max_gradient_norm: PositiveFloat = Field(1e3, description="gradients are clipped to this global norm")
+    target_tau: Fraction = Field(0.005, description="after each optimizer step the target critics go this share of the way")
+    temperature: Weight | None = Field(None, description="weight of the entropy; default: learned, so that the entropy is target_entropy")
+    target_entropy: FiniteFloat | None = Field(
+        None, description="nats that the learned temperature aims at (default: -1 per action dimension; discrete: 0.3 log A)"
+    )
+
+
+class TD3Config(OffPolicyConfig):
+    """Fujimoto et al. 2018, arXiv:1802.09477."""
+
+    actions = ("box",)
+    defaults = _CONTINUOUS
+
+    name: Literal["td3"] = "td3"
+    learning_rate: PositiveFloat = Field(1e-3, description="of Adam: policy and critics")
+    adam_epsilon: PositiveFloat = Field(1e-8, description="of Adam, for numerical stability")
+    max_gradient_norm: PositiveFloat = Field(1e3, description="gradients are clipped to this global norm")
+    target_tau: Fraction = Field(0.005, description="after each update of the policy the target networks go this share of the way")
+    policy_delay: Positive = Field(2, description="optimizer steps of the critics for one of the policy")
+    exploration_noise: Weight = Field(0.1, description="deviation of the noise on actions that are played, in -1..1")
+    target_noise: Weight = Field(0.2, description="deviation of the noise on the target policy's actions")
+    target_noise_clip: Weight = Field(0.5, description="that noise is clipped to this")
+
+
 class CustomConfig(AlgorithmConfig):
     """An algorithm of the user's own, by import path; its own keys are checked by its own Config."""
 
     model_config = ConfigDict(extra="allow", validate_assignment=True, populate_by_name=True)
 
 
-BUILT_IN: dict[str, type[AlgorithmConfig]] = {"ppo": PPOConfig, "impala": ImpalaConfig, "appo": APPOConfig}
+BUILT_IN: dict[str, type[AlgorithmConfig]] = {
+    "ppo": PPOConfig,
+    "impala": ImpalaConfig,
+    "appo": APPOConfig,
+    "dqn": DQNConfig,
+    "sac": SACConfig,
+    "td3": TD3Config,
+}
 
 
 class StopConfig(Section):
@@ -187,6 +299,35 @@ class LearnerConfig(Section):
     timeout_seconds: PositiveFloat = Field(600.0, description="an update that takes longer is a hang: the learner is made anew")
 
 
+class ReplayConfig(Section):
+    """The experience replay of off-policy algorithms (experience/replay.py)."""
+
+    capacity_steps: Positive = Field(100_000, description="env steps that it holds at most, divided evenly over all environments")
+    capacity_bytes: Positive | None = Field(None, description="memory that it takes at most; fewer steps are held where they do not fit")
+    prioritised: bool | None = Field(
+        None, description="sample in proportion to priorities (Schaul et al. 2016) instead of uniformly (default: the algorithm's)"
+    )
+    alpha: Fraction = Field(0.6, description="exponent of priorities; 0 is uniform")
+    beta: Fraction = Field(0.4, description="exponent of importance weights at the start; rises to 1 over algorithm.schedule_env_steps")
+    n_step: Positive | None = Field(None, description="steps of a return before it bootstraps (default: the algorithm's)")
+    samples_per_insert: PositiveFloat | None = Field(
+        None, description="how often each env step is sampled on average (default: the algorithm's)"
+    )
+    tolerance: PositiveFloat = Field(
+        2.0, description="async: updates by which inserting may run ahead of sampling, or fall behind, before one waits for the other"
+    )
+    learning_starts: Annotated[int, Field(ge=0)] = Field(1_000, description="env steps that are inserted before the first is sampled")
+    shards: Positive = Field(1, description="parts that the groups are spread over; what is sampled does not depend on it")
+    sequence_length: Positive | None = Field(
+        None,
+        description="rows of a sampled sequence, burn-in included (default: the algorithm's); one begins with every rollout, so it shares "
+        "sequence_length - sampling.rollout_length rows with the next",
+    )
+    burn_in: Annotated[int, Field(ge=0)] = Field(
+        0, description="first rows of a sequence, which warm the recurrent state up and are not trained"
+    )
+
+
 class EvaluationConfig(Section):
     """What the final policy plays at the end of the run."""
 
@@ -202,6 +343,7 @@ class CheckpointConfig(Section):
     every_seconds: PositiveFloat | None = Field(30.0, description="wall time between checkpoints")
     every_updates: Positive | None = Field(None, description="updates between checkpoints, besides those by time")
     keep: Annotated[int, Field(ge=2)] = Field(3, description="newest checkpoints kept")
+    replay: bool = Field(True, description="save the replay too; without it a resumed run fills it anew, and ends with other weights")
 
 
 class RunConfig(Section):
@@ -213,6 +355,7 @@ class RunConfig(Section):
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     stop: StopConfig = Field(default_factory=StopConfig)
     learner: LearnerConfig = Field(default_factory=LearnerConfig)
+    replay: ReplayConfig = Field(default_factory=ReplayConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="names every random stream of the run")

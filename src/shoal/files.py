@@ -59,6 +59,13 @@ class Staging:
             self.path.mkdir()
         active.add(self.path)
 
+    @property
+    def previous(self) -> Path | None:
+        """The newest committed checkpoint. A file of it that did not change may be linked (`os.link`) instead of written: it is the same
+        file, made durable and hashed when that one was committed, so `commit` does not read it again. It is hashed whenever one is loaded.
+        """
+        return max(_committed(self._root), default=(0, 0, None))[2]
+
     def write_arrays(self, name: str, arrays: Mapping[str, Array]) -> None:
         """Write `{name}.safetensors`; `name` may hold a slash. Structured arrays (CURSOR) keep their dtype.
 
@@ -91,13 +98,18 @@ class Staging:
     def _commit(self) -> Path:
         files: dict[str, dict[str, object]] = {}
         directories = [self.path]
+        known: dict[tuple[int, int], tuple[int, str]] | None = None
         for path in sorted(self.path.rglob("*")):
             if path.is_symlink() or not (path.is_dir() or path.is_file()):
                 raise CheckpointError(f"{path}: a checkpoint holds plain files only, this is a link or a device")
             if path.is_dir():
                 directories.append(path)
             elif path.relative_to(self.path) != Path(MANIFEST):
-                size_bytes, sha256 = _digest(path, sync=True)
+                status = path.stat()
+                if status.st_nlink > 1 and known is None:
+                    known = _committed_digests(self._root)
+                committed = (known or {}).get((status.st_dev, status.st_ino))
+                size_bytes, sha256 = committed or _digest(path, sync=True)
                 files[path.relative_to(self.path).as_posix()] = {"bytes": size_bytes, "sha256": sha256}
         manifest = self.path / MANIFEST
         manifest.write_bytes(_manifest_bytes({"format": FORMAT, "update": self.update, "files": files}))
@@ -321,6 +333,18 @@ def _committed(root: Path) -> list[tuple[int, int, Path]]:
         return []
     matches = ((_COMMITTED.fullmatch(path.name), path) for path in root.iterdir())
     return sorted((int(match[1]), int(match[2] or 0), path) for match, path in matches if match)
+
+
+def _committed_digests(root: Path) -> dict[tuple[int, int], tuple[int, str]]:
+    """Size and SHA-256 of the files of committed checkpoints, by device and inode."""
+    known: dict[tuple[int, int], tuple[int, str]] = {}
+    for _, _, checkpoint in _committed(root):
+        with contextlib.suppress(CheckpointError, OSError):  # a torn one says nothing
+            for name, (size_bytes, sha256) in _read_manifest(checkpoint)[1].items():
+                status = (checkpoint / name).stat()
+                if status.st_size == size_bytes:
+                    known[status.st_dev, status.st_ino] = size_bytes, sha256
+    return known
 
 
 def _directory_name(update: int, revision: int) -> str:

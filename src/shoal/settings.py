@@ -1,6 +1,6 @@
 """From what the user wrote to one complete `RunConfig`: layers, their order, and messages that say what was meant.
 
-Lowest first: the defaults of the models, the preset of a known environment, a YAML file, what was given by hand. Naming another
+Lowest first: the defaults of the models, those that the algorithm has of other sections, the preset of a known environment, a YAML file, what was given by hand. Naming another
 algorithm drops the keys of the one below it, and the mode that went with it; giving a stop condition drops those of the preset.
 No torch here: the command line and the supervisor import this file.
 """
@@ -191,7 +191,7 @@ def _nest(tree: Mapping[str, Any], source: str) -> Tree:
     return nested
 
 
-def _merge(low: Tree, high: Mapping[str, Any]) -> Tree:
+def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> Tree:
     merged = dict(low)
     for key, value in high.items():
         below = merged.get(key)
@@ -265,9 +265,9 @@ def _resolve(layers: list[_Layer]) -> tuple[RunConfig, str]:
     by_algorithm = shared.pop("algorithms", {})
     preset = _Layer.of(f"preset {name}", shared)
     algorithm = next((layer.algorithm for layer in reversed([preset, *layers]) if layer.algorithm), "ppo")
-    algorithm_model(algorithm)
+    defaults = algorithm_model(algorithm).defaults
     preset.tree["algorithm"] = {"name": algorithm}
-    preset.tree = _merge(preset.tree, _Layer.of(preset.source, by_algorithm.get(algorithm, {})).tree)
+    preset.tree = _merge(_merge(defaults, preset.tree), _Layer.of(preset.source, by_algorithm.get(algorithm, {})).tree)
     running = _Layer.of("", shared).algorithm or "ppo"
     _replace_stop(preset, layers)
     tree = preset.checked(algorithm)
@@ -353,7 +353,7 @@ def _complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> Run
         config.mode = algorithm.modes[0]
     if config.mode is not None and not own and config.mode not in algorithm.modes:
         raise ConfigError(
-            f"mode: {algorithm.name} runs in {' or '.join(algorithm.modes)} mode, not {config.mode}; for async take --algorithm appo or impala"
+            f"mode: {algorithm.name} runs in {' or '.join(algorithm.modes)} mode, not {config.mode}; for async take --algorithm appo, impala or dqn"
         )
     sampling.groups = sampling.groups or DEFAULT_GROUPS
     sampling.group_size = sampling.group_size or DEFAULT_GROUP_SIZE

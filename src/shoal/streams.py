@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     MINIBATCH = 3  # permutations of the n-th update
     EVALUATION = 4
     ENVIRONMENT = 5  # construction of an environment that takes one seed for all (native vector forms)
+    REPLAY = 6  # what the n-th update samples from the replay
 
 
 def seed_sequence(run_seed: int, purpose: Purpose, group: int = 0, env: int = 0, index: int = 0, epoch: int = 0) -> np.random.SeedSequence:

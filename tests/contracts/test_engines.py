@@ -24,6 +24,14 @@ SMALL = {
 }
 PPO = {**SMALL, "algorithm": {"name": "ppo", "minibatch_size": 16, "epochs": 2}}
 APPO = {**SMALL, "algorithm": {"name": "appo", "minibatch_size": 16, "epochs": 2}, "mode": "async"}
+DQN = {
+    "sampling": {"groups": 3, "group_size": 2, "rollout_length": 8},
+    "policy": {"hidden_sizes": [8]},
+    "algorithm": {"name": "dqn", "batch_size": 8, "target_update_steps": 5},
+    "replay": {"learning_starts": 60, "capacity_steps": 240, "samples_per_insert": 0.7},
+    "seed": 5,
+    "preset": "none",
+}
 COMPARED = ("reason", "env_steps", "updates", "mean_return", "policy_version", "weights_sha256", "ledger", "lag", "restarts")
 
 
@@ -99,6 +107,50 @@ def test_an_async_training_balances_stays_within_its_lag_and_can_be_replayed(act
     replayed = shoal.replay(run.path, env=Drift)
     assert replayed["equal"], replayed
     assert (replayed["updates"], replayed["weights_sha256"]) == (8, result["weights_sha256"])
+
+
+@pytest.fixture(scope="module")
+def replayed_straight(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return train(tmp_path_factory.mktemp("replayed") / "run", 0, DQN, stop={"updates": 8})
+
+
+def test_a_training_that_learns_from_a_replay_is_the_same_everywhere_and_can_be_executed_again(actors, replayed_straight, tmp_path):
+    run = train(tmp_path / "run", actors, DQN, stop={"updates": 8})
+    assert {k: run.result[k] for k in COMPARED} == {k: replayed_straight.result[k] for k in COMPARED}
+    facts = run.result["replay"]
+    ledger = {"produced": 384, "trained": 0, "dropped": {}, "in_flight": 0, "replayed": 384, "evicted": 384 - int(facts["steps"])}
+    assert run.result["ledger"] == ledger
+    assert 150 < facts["steps"] <= 240
+    assert (facts["inserted"], facts["sampled"]) == (384.0, 8 * int(0.7 * (384 - 60) / 8))  # what a division leaves is owed
+    assert facts["surplus"] == pytest.approx(facts["sampled"] - 0.7 * (384 - 60))
+    assert 0 < facts["age_updates_mean"] <= facts["age_updates_max"] < 8
+    assert shoal.replay(run.path, env=Drift)["equal"]
+
+
+def test_a_training_that_learns_from_a_replay_goes_on_with_it_after_an_interruption(actors, replayed_straight, tmp_path):
+    run = train(tmp_path / "run", actors, DQN, stop={"updates": 8}, callbacks=[lambda facts: facts["update"] < 4])
+    assert run.result["updates"] == 4
+    resumed = shoal.resume(run.path, env=Drift, actors={0: 1, 1: 2, 2: 0}[actors], progress=quiet())
+    compared = [k for k in COMPARED if k != "ledger"]
+    assert {k: resumed.result[k] for k in compared} == {k: replayed_straight.result[k] for k in compared}
+
+
+@pytest.mark.parametrize("actors", [0, 2], ids=["inline", "local"])
+def test_an_async_training_that_learns_from_a_replay_keeps_its_rate_and_can_be_executed_again(actors, tmp_path):
+    settings = {
+        **DQN,
+        "algorithm": {**DQN["algorithm"], "epsilon": "ladder"},
+        "mode": "async",
+        "replay": {**DQN["replay"], "tolerance": 3.0},
+    }
+    run = train(tmp_path / "run", actors, settings, stop={"updates": 20})
+    ledger, facts = run.result["ledger"], run.result["replay"]
+    assert ledger["produced"] == ledger["replayed"] + sum(ledger["dropped"].values())
+    assert ledger["replayed"] == run.result["env_steps"] == facts["inserted"]
+    assert set(ledger["dropped"]) <= {"shutdown"}
+    assert -8 < facts["surplus"] <= 3.0 * 0.7 * 48
+    replayed = shoal.replay(run.path, env=Drift)
+    assert (replayed["equal"], replayed["updates"]) == (True, 20)
 
 
 class Breaking(Drift):

@@ -29,12 +29,18 @@ ROLES = ("shoal:actor", "shoal:learner", "shoal:inference")
 SAMPLING = ["--preset", "none", "--sampling.groups", "4", "--sampling.group-size", "4", "--sampling.rollout-length", "24"]
 SAVING = ["--checkpoint.every-updates", "2"]
 PPO = [*SAMPLING, "--algorithm", "ppo", "--algorithm.epochs", "2", "--algorithm.minibatch-size", "128", *SAVING]
+REPLAY = ["--replay.learning-starts", "200", "--replay.capacity-steps", "3000", "--algorithm.batch-size", "32", *SAVING]
 TASKS = {
     "cartpole": ["CartPole-v1", *PPO],
     "images": [f"{HERE / 'environments.py'}:Images", *PPO, "--sampling.group-size", "2", "--sampling.rollout-length", "16"],
     "dict": [
         f"{HERE / 'environments.py'}:Readings", *PPO, "--policy.hidden-sizes", "256,256",
         "--policy.normalise-observations", "true", "--policy.normalise-rewards", "true",
+    ],
+    "dqn": ["CartPole-v1", *SAMPLING, "--algorithm", "dqn", "--replay.samples-per-insert", "3.1", *REPLAY],
+    "sac": [
+        f"{HERE / 'environments.py'}:Readings", *SAMPLING, "--algorithm", "sac", "--policy.hidden-sizes", "64,64",
+        "--replay.samples-per-insert", "1.3", *REPLAY,
     ],
     "memory": [f"{HERE.parents[1] / 'examples' / 'memory.py'}:hidden_velocities", *PPO, "--policy.memory", "lstm", "--policy.memory-size", "24"],
 }  # fmt: skip
@@ -272,11 +278,12 @@ def _kill_whole(process: subprocess.Popen[str], run: Path, moment: int, rng: ran
 
 
 def balanced(result: dict[str, Any]) -> None:
-    """produced = trained + dropped + in flight, and nothing in flight at the end."""
+    """produced = trained + replayed + dropped + in flight, and nothing in flight at the end."""
     ledger = result["ledger"]
-    assert ledger["produced"] == ledger["trained"] + sum(ledger["dropped"].values()) + ledger["in_flight"], ledger
+    consumed = ledger["trained"] + ledger.get("replayed", 0)
+    assert ledger["produced"] == consumed + sum(ledger["dropped"].values()) + ledger["in_flight"], ledger
     assert ledger["in_flight"] == 0
-    assert ledger["trained"] == result["env_steps"]
+    assert consumed == result["env_steps"]
 
 
 def groups_of(run: Path) -> dict[int, dict[str, Any]]:

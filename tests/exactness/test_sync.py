@@ -11,8 +11,8 @@ import pytest
 from .harness import HERE, TASKS, TIMEOUT_SECONDS, Killer, Outcome, balanced, reference, shoal, start, train, train_through_kills
 from .recording import DEATHS
 
-UPDATES = {"cartpole": 40, "images": 24, "dict": 30, "memory": 30}
-LONG = {"cartpole": 160, "images": 80, "dict": 120, "memory": 120}
+UPDATES = {"cartpole": 40, "images": 24, "dict": 30, "dqn": 30, "sac": 24, "memory": 30}
+LONG = {"cartpole": 160, "images": 80, "dict": 120, "dqn": 120, "sac": 80, "memory": 120}
 tasks = pytest.mark.parametrize("task", TASKS)
 Soaked = Callable[..., None]
 
@@ -26,7 +26,8 @@ def assert_same(outcome: Outcome, task: str, updates: int, shared: Path) -> None
     assert outcome.result["updates"] == updates
     assert outcome.sha == expected.sha
     assert outcome.result["mean_return"] == expected.result["mean_return"]
-    assert outcome.result["ledger"]["trained"] == expected.result["ledger"]["trained"]
+    for consumed in ("trained", "replayed", "evicted"):
+        assert outcome.result["ledger"].get(consumed) == expected.result["ledger"].get(consumed)
 
 
 @tasks
@@ -87,6 +88,17 @@ def test_weights_do_not_depend_on_the_learner_and_actors_that_are_killed_at_once
     killer = Killer.of("shoal:", 3, UPDATES["cartpole"], seed=4)
     killer.together = True
     assert_same(train(arguments("cartpole", UPDATES["cartpole"], 2), tmp_path / "run", killer), "cartpole", UPDATES["cartpole"], shared)
+
+
+def test_a_resume_without_the_replay_says_what_that_costs_and_goes_on(tmp_path: Path) -> None:
+    run, args = tmp_path / "run", [*TASKS["dqn"], "--checkpoint.replay", "false", "--actors", "1"]
+    first = shoal("train", *args, "--stop.updates", "6", "--run-dir", str(run), log=run.with_suffix(".log"))
+    resumed = shoal("resume", str(run), "--stop.updates", "12", log=run.with_suffix(".log"))
+    assert "the checkpoint of update 6 holds no replay (checkpoint.replay false)" in run.with_suffix(".log").read_text()
+    assert resumed["weights_sha256"] != first["weights_sha256"]
+    assert resumed["ledger"]["replayed"] == 12 * 4 * 4 * 24
+    assert resumed["ledger"]["evicted"] >= 6 * 4 * 4 * 24  # all that was lost
+    balanced(resumed)
 
 
 def test_another_seed_gives_other_weights(tmp_path: Path, shared: Path) -> None:

@@ -18,6 +18,7 @@ def test_fates_are_a_closed_list_with_fixed_numbers():
         "rolled_back": 6,
         "shutdown": 7,
         "environment_fault": 8,
+        "replayed": 9,
     }
     assert {source.name: source.value for source in Source} == {"STEPPED": 0, "CLIENT": 1}
 

@@ -226,15 +226,34 @@ def test_a_roll_back_undoes_what_was_trained_since_and_keeps_what_was_lost():
     ledger.begin(Identity(1, 0, 1))
 
 
+def test_what_went_into_the_replay_is_replayed_and_what_left_it_a_part_of_that():
+    ledger = Ledger()
+    for sequence in range(2):
+        ledger.begin(Identity(0, sequence, 0))
+        ledger.finish(Identity(0, sequence, 0), 6)
+        ledger.settle(Identity(0, sequence, 0), Fate.REPLAYED)
+    ledger.evict(0, 5)
+    ledger.check()
+    assert ledger.balance() == {"produced": 12, "trained": 0, "dropped": {}, "in_flight": 0, "replayed": 12, "evicted": 5}
+    mark = json.loads(json.dumps(ledger.get_state()))
+    with pytest.raises(LedgerError, match="group 0: 13 steps evicted from the replay, 12 went into it"):
+        ledger.evict(0, 8)
+    ledger.roll_back(mark)
+    assert ledger.balance()["evicted"] == 5
+    ledger.evict_all()
+    assert ledger.balance()["evicted"] == 12
+
+
 # ---- against a list of every rollout ---------------------------------------------------------------------------------
 @dataclass
 class Record:
     identity: Identity
     steps: int = 0
     fate: Fate = Fate.IN_FLIGHT
+    evicted: int = 0  # steps
 
 
-FINAL = (Fate.TRAINED, Fate.OVER_LAG, Fate.INVALID)
+FINAL = (Fate.TRAINED, Fate.REPLAYED, Fate.OVER_LAG, Fate.INVALID)
 
 
 class Oracle:
@@ -262,8 +281,15 @@ class Oracle:
         def total(*fates: Fate) -> int:
             return sum(r.steps if of == "steps" else 1 for r in records if r.fate in fates)
 
-        dropped = {f.label: total(f) for f in Fate if f not in (Fate.TRAINED, Fate.IN_FLIGHT) and total(f)}
-        return {"produced": total(*Fate), "trained": total(Fate.TRAINED), "dropped": dropped, "in_flight": total(Fate.IN_FLIGHT)}
+        dropped = {f.label: total(f) for f in Fate if f not in (Fate.TRAINED, Fate.REPLAYED, Fate.IN_FLIGHT) and total(f)}
+        counts: dict[str, object] = {
+            "produced": total(*Fate), "trained": total(Fate.TRAINED), "dropped": dropped, "in_flight": total(Fate.IN_FLIGHT)
+        }  # fmt: skip
+        if total(Fate.REPLAYED):
+            counts["replayed"] = total(Fate.REPLAYED)
+            if of == "steps":
+                counts["evicted"] = sum(r.evicted for r in records if r.fate is Fate.REPLAYED)
+        return counts
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -306,6 +332,15 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.settle(record.identity, fate)
         record.fate = fate
 
+    @precondition(lambda self: any(r.fate is Fate.REPLAYED for r in self.oracle.records))
+    @rule(data=st.data(), steps=st.integers(0, 60))
+    def evict(self, data, steps):
+        """Whole rollouts or parts of them leave the replay; never more than went in."""
+        record = data.draw(st.sampled_from([r for r in self.oracle.records if r.fate is Fate.REPLAYED]))
+        steps = min(steps, record.steps - record.evicted)
+        self.ledger.evict(record.identity.group, steps)
+        record.evicted += steps
+
     @rule(group=st.integers(0, 3), sequence=st.integers(0, 4), attempt=st.integers(0, 40), fate=st.sampled_from(SETTLING))
     def refuse_strangers(self, group, sequence, attempt, fate):
         identity = Identity(group, sequence, attempt)
@@ -330,14 +365,19 @@ class LedgerMachine(RuleBasedStateMachine):
     def roll_back(self, mark):
         """Only to a mark of this history: one that a resume or a roll-back has not cut off."""
         state, then = mark
-        if [r.identity for r in then] != [r.identity for r in self.oracle.records[: len(then)]]:
+        now = self.oracle.records[: len(then)]
+        if [r.identity for r in then] != [r.identity for r in now]:
+            return
+        if any(old.fate in FINAL and (new.fate is not old.fate or new.evicted < old.evicted) for old, new in zip(then, now, strict=True)):
             return
         self.ledger.roll_back(json.loads(state))
         before = {r.identity: r.fate for r in then}
+        evicted = {r.identity: r.evicted for r in then}
         for record in self.oracle.records:
             undone = record.fate in FINAL and before.get(record.identity) not in FINAL
             if record.fate is Fate.IN_FLIGHT or undone:
                 record.fate = Fate.ROLLED_BACK
+            record.evicted = evicted.get(record.identity, 0)
         self.next = {g: self.oracle.first_open(g) for g in self.next}
 
     @rule(mark=consumes(marks))
@@ -357,7 +397,8 @@ class LedgerMachine(RuleBasedStateMachine):
         assert ledger.balance_rollouts() == oracle.count(oracle.records, "rollouts")
         for group, row in ledger.by_group().items():
             expected = oracle.count(oracle.of(group), "steps")
-            share = expected["trained"] / expected["produced"] if expected["produced"] else 0.0
+            consumed = expected["trained"] + expected.get("replayed", 0)
+            share = consumed / expected["produced"] if expected["produced"] else 0.0
             assert row == {**expected, "trained_share": share}
             assert ledger.get_state()[str(group)]["final"] == oracle.first_open(group)
 

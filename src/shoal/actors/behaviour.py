@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from shoal.networks.fast import FastActor
+from shoal.networks.acting import Acting
+from shoal.networks.fast import Fast
 from shoal.networks.heads import NoiseSpec
-from shoal.networks.policy import Policy, named_tensors
+from shoal.networks.policy import named_tensors
 from shoal.streams import Purpose, stream
 from shoal.types import Acted, Array, Arrays
 from shoal.weights.board import WeightLayout
@@ -38,21 +40,36 @@ class Inference(Protocol):
         until the next call."""
 
 
+def never(group: int, sequence: int) -> float:
+    """No action is one at random."""
+    return 0.0
+
+
 class RolloutNoise:
     """Exploration noise, drawn at a rollout's beginning from a stream of its own, so what is sampled depends on
     (run seed, group, sequence, row) and the weights, and on nothing else.
+
+    Args:
+      epsilon: share of random actions in a group's n-th rollout, for policies that explore so.
     """
 
-    def __init__(self, spec: NoiseSpec, run_seed: int, num_rows: int, num_envs: int, epoch: int = 0) -> None:
-        self._spec, self._seed, self._epoch = spec, run_seed, epoch
+    def __init__(
+        self,
+        spec: NoiseSpec,
+        run_seed: int,
+        num_rows: int,
+        num_envs: int,
+        epoch: int = 0,
+        epsilon: Callable[[int, int], float] = never,
+    ) -> None:
+        self._spec, self._seed, self._epoch, self._epsilon = spec, run_seed, epoch, epsilon
         self._per_step = spec.per == "step"
-        self._shape = (num_rows if self._per_step else 1, num_envs, spec.size)
+        self._lead = (num_rows if self._per_step else 1, num_envs)
         self._noise: Array = np.empty(0, np.float32)
 
     def begin(self, group: int, sequence: int) -> None:
         generator = stream(self._seed, Purpose.ACTION, group, index=sequence, epoch=self._epoch)
-        uniform = self._spec.kind == "uniform"
-        self._noise = generator.random(self._shape, np.float32) if uniform else generator.standard_normal(self._shape, np.float32)
+        self._noise = self._spec.draw(self._lead, generator, self._epsilon(group, sequence))
 
     def of(self, row: int | Array) -> Array:
         """[B, size] for one row, or for a row per environment ([B])."""
@@ -68,7 +85,7 @@ class PolicyCopy:
     version: of its weights; -1 before the first `refresh`.
     """
 
-    def __init__(self, policy: Policy, source: WeightSource, device: torch.device) -> None:
+    def __init__(self, policy: Acting, source: WeightSource, device: torch.device) -> None:
         self.policy = policy.to(device)
         self.version = -1
         self._source, self._device = source, device
@@ -96,13 +113,13 @@ class PolicyCopy:
                 before = {name: torch.from_numpy(array).to(self._device) for name, array in state.items()}
                 action, log_prob, after = self.policy.step(inputs, before, chance, mask)
                 state = {name: value.cpu().numpy() for name, value in after.items()}
-        return action.cpu().numpy(), {"log_prob": log_prob.cpu().numpy()}, state
+        return action.cpu().numpy(), {} if log_prob is None else {"log_prob": log_prob.cpu().numpy()}, state
 
 
 class LocalPolicy:
     """A policy in this process. `fast` acts in its place, where it can (see networks/fast.py)."""
 
-    def __init__(self, copy: PolicyCopy, noise: RolloutNoise, fast: FastActor | None = None) -> None:
+    def __init__(self, copy: PolicyCopy, noise: RolloutNoise, fast: Fast | None = None) -> None:
         self._copy, self._noise, self._fast = copy, noise, fast
 
     @property
@@ -120,7 +137,7 @@ class LocalPolicy:
         noise = self._noise.of(row)
         if self._fast is not None:
             action_B, log_prob_B, state = self._fast.step(observation, state, noise, observation.get("action_mask"))
-            return Acted(action_B, {"log_prob": log_prob_B}, state, self._copy.version)
+            return Acted(action_B, {} if log_prob_B is None else {"log_prob": log_prob_B}, state, self._copy.version)
         action_B, outputs, state = self._copy.act(observation, state, noise)
         return Acted(action_B, outputs, state, self._copy.version)
 

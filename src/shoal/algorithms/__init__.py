@@ -25,74 +25,122 @@ An algorithm of your own is a class with an `update` (and, where it has settings
 
     shoal.train("CartPole-v1", algorithm={"name": "a2c.py:A2C", "gae_lambda": 0.9})
 
+One that learns from a replay is a subclass of `OffPolicyAlgorithm` with a `learn` (algorithms/off_policy.py).
 `load_algorithm` finds a class by name or path; `build_algorithm` checks its settings and makes it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import Any, TypeGuard
 
 from pydantic import ValidationError
 
 from shoal.algorithms.base import Algorithm, UpdateContext
-from shoal.config import AlgorithmConfig
+from shoal.algorithms.off_policy import OffPolicyAlgorithm
+from shoal.config import BUILT_IN, AlgorithmConfig, OffPolicyConfig
 from shoal.errors import ConfigError
 from shoal.imports import load_object
+from shoal.networks.acting import Acting
 from shoal.networks.policy import Policy
+from shoal.types import LeafSpec
 
-__all__ = ["Algorithm", "UpdateContext", "build_algorithm", "load_algorithm"]
+__all__ = [
+    "Algorithm",
+    "AnyAlgorithm",
+    "OffPolicyAlgorithm",
+    "UpdateContext",
+    "build_algorithm",
+    "check_actions",
+    "checked_settings",
+    "learns_from_replay",
+    "load_algorithm",
+]
 
-_METHODS = ("update", "get_state", "set_state")
+_MODULES = {
+    "ppo": ("ppo", "PPO"),
+    "impala": ("impala", "IMPALA"),
+    "appo": ("appo", "APPO"),
+    "dqn": ("dqn", "DQN"),
+    "sac": ("sac", "SAC"),
+    "td3": ("td3", "TD3"),
+}
+AnyAlgorithm = Algorithm[Any] | OffPolicyAlgorithm[Any]
 
 
-def load_algorithm(name_or_path: str) -> type[Algorithm[Any]]:
-    """The class of a built-in algorithm (`ppo`, `impala`, `appo`), or of `package.module:Class` or `file.py:Class`.
+def load_algorithm(name_or_path: str) -> type[AnyAlgorithm]:
+    """The class of a built-in algorithm, or of `package.module:Class` or `file.py:Class`.
 
     Raises:
       ConfigError: if there is no such algorithm, or what is found lacks a method or `Config`, `modes`.
     """
     if ":" in name_or_path:
         found = load_object(name_or_path)
-        missing = [m for m in ("Config", "modes", *_METHODS) if not hasattr(found, m)]
+        wanted = ("Config", "modes", "learn" if hasattr(found, "learn") else "update", "get_state", "set_state")
+        missing = [m for m in wanted if not hasattr(found, m)]
         if missing or not isinstance(found, type):
             what = f"a class without {', '.join(missing)}" if isinstance(found, type) else f"a {type(found).__name__}"
             raise ConfigError(
                 f"algorithm.name: {name_or_path} is {what}; expected a subclass of shoal.algorithms.base.Algorithm or the same methods"
             )
         return found
-    if name_or_path == "ppo":
-        from shoal.algorithms.ppo import PPO
+    if name_or_path not in _MODULES:
+        raise ConfigError(
+            f"algorithm.name: no algorithm {name_or_path!r}; expected {', '.join(_MODULES)}, package.module:Class or file.py:Class"
+        )
+    module, name = _MODULES[name_or_path]
+    found_class: type[AnyAlgorithm] = getattr(import_module(f"shoal.algorithms.{module}"), name)
+    return found_class
 
-        return PPO
-    if name_or_path == "impala":
-        from shoal.algorithms.impala import IMPALA
 
-        return IMPALA
-    if name_or_path == "appo":
-        from shoal.algorithms.appo import APPO
+def learns_from_replay(algorithm: type[AnyAlgorithm]) -> TypeGuard[type[OffPolicyAlgorithm[Any]]]:
+    """Whether it samples what was done, instead of being given batches in order."""
+    return issubclass(algorithm, OffPolicyAlgorithm)
 
-        return APPO
-    raise ConfigError(f"algorithm.name: no algorithm {name_or_path!r}; expected ppo, impala, appo, package.module:Class or file.py:Class")
+
+def checked_settings(algorithm: type[AnyAlgorithm], config: AlgorithmConfig) -> AlgorithmConfig:
+    """The settings as the algorithm's own `Config`. Raises ConfigError where one is unknown or wrong."""
+    if isinstance(config, algorithm.Config):
+        return config
+    try:
+        return algorithm.Config.model_validate(config.model_dump())
+    except ValidationError as error:
+        details = "; ".join(f"algorithm.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"{details} (settings of {config.name})") from error
+
+
+def check_actions(config: AlgorithmConfig, action: LeafSpec) -> None:
+    """Raise ConfigError where an algorithm cannot choose among actions of this kind; says which can."""
+    off_policy = isinstance(config, OffPolicyConfig)
+    if action.kind in config.actions and (action.kind != "box" or action.bounded or not off_policy):
+        return
+    able = [name for name, model in BUILT_IN.items() if action.kind in model.actions]
+    if action.kind == "box" and not action.bounded:
+        able = [name for name in able if not issubclass(BUILT_IN[name], OffPolicyConfig)]
+    kind = {"box": "continuous (a Box)" if action.bounded else "continuous without bounds (a Box)"}.get(action.kind, action.kind)
+    raise ConfigError(
+        f"algorithm: {config.name} chooses among {' or '.join(_ACTIONS[kind] for kind in config.actions)} actions, and this environment's are "
+        f"{kind}; {', '.join(able)} can serve them"
+    )
+
+
+_ACTIONS = {"box": "bounded continuous", "discrete": "discrete", "multi_discrete": "multi_discrete", "multi_binary": "multi_binary"}
 
 
 def build_algorithm(policy: Policy, config: AlgorithmConfig, algorithm: type[Algorithm[Any]] | None = None) -> Algorithm[Any]:
-    """The algorithm that `config.name` names (or the class given), its settings checked by its own `Config`.
+    """The on-policy algorithm that `config.name` names (or the class given), its settings checked by its own `Config`.
 
     Raises:
       ConfigError: if there is no such algorithm, or a setting is unknown or wrong.
     """
-    algorithm = algorithm or load_algorithm(config.name)
-    if not isinstance(config, algorithm.Config):
-        try:
-            config = algorithm.Config.model_validate(config.model_dump())
-        except ValidationError as error:
-            details = "; ".join(f"algorithm.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise ConfigError(f"{details} (settings of {config.name})") from error
-    check_memory(policy, config.name, algorithm)
-    return algorithm(policy, config)
+    chosen: Any = algorithm or load_algorithm(config.name)
+    settings = checked_settings(chosen, config)
+    check_memory(policy, config.name, chosen)
+    built: Algorithm[Any] = chosen(policy, settings)
+    return built
 
 
-def check_memory(policy: Policy, name: str, algorithm: type[Algorithm[Any]]) -> None:
+def check_memory(policy: Acting, name: str, algorithm: type[AnyAlgorithm]) -> None:
     """Raise ConfigError where the policy has a memory and the algorithm would train it as if it had none."""
     if policy.initial_state(1) and not getattr(algorithm, "remembers", False):
         raise ConfigError(

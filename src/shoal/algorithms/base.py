@@ -110,6 +110,16 @@ class Optimizer:
             self._places.append(parameter.data_ptr())
             place += parameter.numel()
 
+    def _look(self) -> None:
+        if [p.data_ptr() for p in self.parameters] != self._places:
+            self._flatten()
+
+    @property
+    def flat(self) -> Tensor:
+        """The parameters as one vector [P], of which they are views."""
+        self._look()
+        return self._flat
+
     def step(self, loss: Tensor, learning_rate: float) -> float:
         """One step down the gradient of `loss` (a scalar); returns the gradient's norm before clipping, non-finite where the step was refused."""
         gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True, allow_unused=True)
@@ -118,8 +128,7 @@ class Optimizer:
     def descend(self, gradients: Sequence[Tensor], learning_rate: float, loss: Tensor) -> float:
         """The same from the gradients of `parameters`, in their order and shapes. `loss` is only looked at: the step is refused where it is
         not finite."""
-        if [p.data_ptr() for p in self.parameters] != self._places:
-            self._flatten()
+        self._look()
         gradient = torch.cat([g.reshape(-1) for g in gradients])
         norm = float(gradient.norm())
         if not (math.isfinite(norm) and math.isfinite(float(loss.detach()))):
@@ -308,7 +317,7 @@ def explained_variance(value: Tensor, target: Tensor) -> float:
 
 
 class Means:
-    """Means of metrics over the minibatches of an update; tensors are read once, at the end."""
+    """Means of metrics (numbers, or columns of them) over the minibatches of an update; tensors are read once, at the end."""
 
     def __init__(self) -> None:
         self._sums: defaultdict[str, list[Tensor | float]] = defaultdict(list)
@@ -318,4 +327,10 @@ class Means:
             self._sums[name].append(value.detach() if isinstance(value, Tensor) else value)
 
     def result(self) -> dict[str, float]:
-        return {name: float(np.mean([float(value) for value in values])) for name, values in self._sums.items()}
+        return {name: _mean(values) for name, values in self._sums.items()}
+
+
+def _mean(values: list[Tensor | float]) -> float:
+    if isinstance(values[0], Tensor) and values[0].ndim:  # whole columns, which cost less in one go
+        return float(torch.cat([value for value in values if isinstance(value, Tensor)]).mean())
+    return float(np.mean([float(value) for value in values]))

@@ -11,6 +11,7 @@ from shoal.benching.ceilings import ceilings
 from shoal.benching.measuring import machine
 from shoal.config import RunConfig
 from shoal.engines.plan import Plan
+from shoal.errors import ConfigError
 from shoal.settings import available_cores, resolve
 from shoal.types import EnvironmentSpec
 
@@ -39,6 +40,8 @@ def bench_costs(
     config, _ = resolve(target, settings)
     told("costs: looking at the environment")
     facts = look(config, UserObjects())
+    if facts["replay"] is not None:
+        raise ConfigError(f"costs are taken apart for ppo, appo and impala; {config.algorithm.name} learns from a replay")
     config.mode, config.env.form, config.policy.inference = facts["mode"], facts["form"], facts["inference"]
     blueprint = Blueprint(config, EnvironmentSpec.from_json(facts["spec"]), UserObjects(), bytes(16))
     cores = available_cores()

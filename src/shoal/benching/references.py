@@ -236,6 +236,7 @@ def bare_update(network: BareNetwork, config: RunConfig, seconds: float) -> floa
     extra = plan.group_size * plan.batch_rollouts
     algorithm = config.algorithm
     epochs, size = int(getattr(algorithm, "epochs", 1)), int(getattr(algorithm, "minibatch_size", None) or n)
+    value_coefficient, entropy_coefficient = getattr(algorithm, "value_coefficient", 0.5), getattr(algorithm, "entropy_coefficient", 0.0)
     rows = network.rows(n + extra)
     action = torch.randint(0, network.num_actions, (n,)) if network.discrete else torch.randn(n, network.num_actions)
     old, advantage, target = torch.full((n,), -1.0), torch.randn(n), torch.randn(n)
@@ -260,7 +261,7 @@ def bare_update(network: BareNetwork, config: RunConfig, seconds: float) -> floa
                 ratio, a = (new - old[index]).exp(), advantage[index]
                 policy_loss = -torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a).mean()
                 value_loss = (network.critic(features).squeeze(-1) - target[index]).square().mean()
-                loss = policy_loss + algorithm.value_coefficient * value_loss - algorithm.entropy_coefficient * entropy
+                loss = policy_loss + value_coefficient * value_loss - entropy_coefficient * entropy
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(network.parameters, algorithm.max_gradient_norm)

@@ -1,4 +1,4 @@
-"""`shoal bench`: how fast the parts are, what the machine could do, and how close a training comes."""
+"""`shoal bench`: how fast the parts are, what the machine could do, how close a training comes, and the replay."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ seconds_option = click.option(
 
 @click.group()
 def bench() -> None:
-    """Measure speed: the costs of the parts and the ceilings that follow, or a training against its ceiling."""
+    """Measure speed: the costs of the parts and the ceilings that follow, a training against its ceiling, or the replay."""
 
 
 @bench.command(cls=ConfigCommand)
@@ -67,6 +67,24 @@ def train(ctx: click.Context, env: str, seconds: float, as_json: bool, debug: bo
     _give(work_on(work, as_json), as_json, _print_train)
 
 
+@bench.command()
+@click.option("--seconds", type=click.FloatRange(min=0.0), default=5.0, show_default=True, help="Of each figure.")
+@json_option
+@debug_option
+def replay(seconds: float, as_json: bool, debug: bool) -> None:
+    """How many transitions a second the experience replay takes in, and gives out by priority, alone on one core.
+
+    With observations like CartPole's, and with stacks of four 84x84 frames like Atari's.
+    """
+
+    def work() -> Any:
+        from shoal.benching.replays import bench_replay
+
+        return bench_replay(seconds=seconds, told=_told)
+
+    _give(work_on(work, as_json), as_json, _print_replay)
+
+
 def _told(text: str) -> None:
     say(f"{text} ...", "lines")
 
@@ -76,6 +94,26 @@ def _give(result: Any, as_json: bool, report: Callable[[Mapping[str, Any]], None
         print_json(result)
     else:
         report(plain(result))
+
+
+def _print_replay(found: Mapping[str, Any]) -> None:
+    what, machine = found["settings"], found["machine"]
+    print(
+        f"prioritised, {what['n_step']}-step returns, batches of {what['batch']} with their priorities updated, rollouts of "
+        f"{what['groups']} groups of {what['group_size']}; one core of {machine['cpu']}, load {machine['load']}\n"
+    )
+    rows = [
+        {
+            "observations": name,
+            "rollouts of": case["rollout_length"],
+            "steps held": f"{case['capacity_steps']:,}",
+            "MB": round(case["size_bytes"] / 1e6),
+            "inserted/s": f"{case['insert_per_second']:,.0f}",
+            "sampled/s": f"{case['sample_per_second']:,.0f}",
+        }
+        for name, case in found["cases"].items()
+    ]
+    print_table(rows, ["observations", "rollouts of", "steps held", "MB", "inserted/s", "sampled/s"], indent=2)
 
 
 def _print_train(found: Mapping[str, Any]) -> None:

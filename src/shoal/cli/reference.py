@@ -56,7 +56,7 @@ def _configuration() -> Iterator[str]:
         head = key.name.rpartition(".")[0].split(".")[0]
         if head != "algorithm":
             sections.setdefault(head, []).append(key)
-    for head in ["", "stop", "env", "sampling", "policy", "learner", "evaluation", "checkpoint"]:
+    for head in ["", "stop", "env", "sampling", "policy", "learner", "replay", "evaluation", "checkpoint"]:
         yield f"### {head or 'Run'}\n"
         yield _key_table(sections.pop(head))
     assert not sections, f"sections without a place on the page: {list(sections)}"

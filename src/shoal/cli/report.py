@@ -39,6 +39,8 @@ def print_training(result: Mapping[str, Any]) -> None:
         rows.append(("evaluated", found))
     rows.append(("steps", _steps(result)))
     rows += _accounts(result.get("ledger"), result.get("lag"))
+    if result.get("replay"):
+        rows.append(("replay", _replay(result["replay"])))
     if result.get("restarts"):
         rows.append(("restarts", word(result["restarts"])))
     rows += [("weights", f"version {word(result.get('policy_version'))}, sha256 {result.get('weights_sha256')}"), ("run", path)]
@@ -60,11 +62,24 @@ def _accounts(ledger: Any, lag: Any) -> Iterator[tuple[str, str]]:
         yield "lag", f"mean {word(lag.get('mean'))}, p99 {word(lag.get('p99'))}, max {word(lag.get('max'))} updates"
 
 
+def _replay(facts: Mapping[str, float]) -> str:
+    """How much was sampled for what went in, and how old it was."""
+    per_insert = facts["sampled"] / facts["inserted"] if facts["inserted"] else 0.0
+    words = f"{word(int(facts['inserted']))} env steps in, {word(int(facts['sampled']))} sampled ({per_insert:.2f} for each)"
+    if "age_updates_mean" in facts:
+        words += f"; age in the last update: {facts['age_updates_mean']:,.1f} updates, {facts['age_steps_mean']:,.0f} env steps"
+    return words
+
+
 def _balance(ledger: Mapping[str, Any]) -> str:
     """The law of conservation with its numbers."""
     dropped = [f" + {word(count)} {reason.replace('_', ' ')}" for reason, count in (ledger.get("dropped") or {}).items()]
-    terms = f"{word(ledger.get('trained'))} trained{''.join(dropped)} + {word(ledger.get('in_flight'))} in flight"
-    return f"{word(ledger.get('produced'))} produced = {terms}"
+    consumed = f"{word(ledger.get('trained'))} trained"
+    if ledger.get("replayed"):
+        consumed = f"{word(ledger['replayed'])} replayed" + (f" + {consumed}" if ledger.get("trained") else "")
+    terms = f"{consumed}{''.join(dropped)} + {word(ledger.get('in_flight'))} in flight"
+    evicted = f"; {word(ledger['evicted'])} of those replayed were evicted since" if ledger.get("evicted") else ""
+    return f"{word(ledger.get('produced'))} produced = {terms}{evicted}"
 
 
 def print_show(shown: Mapping[str, Any]) -> None:
@@ -101,7 +116,8 @@ def print_show(shown: Mapping[str, Any]) -> None:
 def _print_groups(groups: Any) -> None:
     if isinstance(groups, Mapping) and groups:
         print("\nledger by environment group (env steps)")
-        columns = ["produced", "trained", "in_flight", "dropped", "trained_share"]
+        replayed = ["replayed", "evicted"] if any(row.get("replayed") for row in groups.values()) else ["trained"]
+        columns = ["produced", *replayed, "in_flight", "dropped", "trained_share"]
         rows = [{"group": int(group), **{name: row.get(name) for name in columns}} for group, row in groups.items()]
         print_table(rows, ["group", *columns], indent=2)
         paced = {group: row["by_environment"] for group, row in groups.items() if row.get("by_environment")}

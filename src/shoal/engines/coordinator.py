@@ -7,6 +7,9 @@ says. It holds what must survive the death of any other role: the ledger, each g
     async   rollouts are ordered while fewer than two batches (or max_policy_lag of them) are unconsumed: one is learned from, one is
             made, and more would only grow stale. So even the last in the queue arrives within the bound; the oldest are trained
             first, and those that could not wait another update join the batch beyond its size
+
+Of a run that learns from a replay, an update is: these rollouts go in, and so many optimizer steps are made (experience/limiter.py). In async
+mode the learner makes steps ahead while too few rollouts are there, and actors wait once too many are; both within replay.tolerance.
 """
 
 from __future__ import annotations
@@ -20,11 +23,12 @@ from typing import Any
 import numpy as np
 
 from shoal.config import StopConfig
-from shoal.engines.plan import BATCHES_AHEAD, Episode, Lease, Plan, Restore
+from shoal.engines.plan import Episode, Lease, Plan, Restore
 from shoal.engines.poison import ANY_ROW, CERTAIN, UNNAMED, WHILE_RESTORED, Suspects
 from shoal.experience.envelope import Fate, Identity
 from shoal.experience.group_state import GroupHistory, pack, unpack
 from shoal.experience.ledger import Ledger, Shares
+from shoal.experience.limiter import RateLimiter
 from shoal.experience.ring import Ring
 from shoal.types import Array, Arrays, EnvironmentSpec
 
@@ -68,6 +72,9 @@ class Coordinator:
         self._episodes: list[Episode] = []
         self._shares: dict[Identity, Shares] = {}  # of paced rollouts that are being trained
         self.consumption: list[dict[str, Any]] = []  # since the last version, for the log that replay follows
+        self.limiter = None if self.plan.rate is None else RateLimiter(self.plan.rate)
+        self.optimizer_steps = 0  # of the update that the learner is at, where it learns from a replay
+        self.sampled: dict[str, float] = {}  # how full the replay is, and how old what the last update sampled, by name
         self.released: list[tuple[int, int]] = []
 
     def _new_group(self, index: int) -> _Group:
@@ -207,11 +214,12 @@ class Coordinator:
         if self.plan.mode == "sync":
             return group.next_sequence == self.version and not self.learner_busy
         outstanding = len(self.ready) + sum(len(g.leased) for g in self.groups)
-        return outstanding < self.plan.batch_rollouts * min(self.plan.max_policy_lag, BATCHES_AHEAD)
+        return outstanding < self.plan.batch_rollouts * min(self.plan.max_policy_lag, self.plan.batches_ahead)
 
     def next_batch(self) -> list[tuple[int, Identity]] | None:
-        """The rollouts of the next update in training order, or None: not enough are there, or the learner is at work."""
-        if self.learner_busy or not self.ready:
+        """The rollouts of the next update in training order, or None: not enough are there, or the learner is at work. Without rollouts: the
+        learner is to make `optimizer_steps` from its replay alone."""
+        if self.learner_busy:
             return None
         if self.plan.mode == "sync":
             if len(self.ready) < self.plan.num_groups:
@@ -219,8 +227,8 @@ class Coordinator:
             batch = sorted(self.ready, key=lambda entry: entry[1].group)
         else:
             stuck = not any(g.leased for g in self.groups)
-            if len(self.ready) < self.plan.batch_rollouts and not stuck:
-                return None
+            if not self.ready or (len(self.ready) < self.plan.batch_rollouts and not stuck):
+                return self._ahead()
             oldest = sorted(self.ready, key=lambda entry: self._version_min(entry[0]))
             urgent = sum(self.version + 1 - self._version_min(s) > self.plan.max_policy_lag for s, _ in oldest)
             wanted = Counter(identity.group for _, identity in oldest[: max(self.plan.batch_rollouts, urgent)])
@@ -232,6 +240,7 @@ class Coordinator:
             batch.sort(key=self.ready.index)
         self.ready = [entry for entry in self.ready if entry not in batch]
         self.training, self.learner_busy = batch, True
+        self._pace(batch)
         self.consumption += [self._log_entry(slot, identity) for slot, identity in batch]
         self._episodes += [e for slot, _ in batch for e in self._episodes_in(slot)]
         for _, identity in batch:
@@ -239,6 +248,23 @@ class Coordinator:
             group.history.forget_before(identity.sequence + 1)
             group.suspects.forget_before(identity.sequence + 1)
         return batch
+
+    def _pace(self, batch: list[tuple[int, Identity]]) -> None:
+        """How many optimizer steps come with these rollouts. Replay follows the log in async mode, and reckons again in sync mode."""
+        if self.limiter is None:
+            return
+        self.optimizer_steps = self.limiter.insert(sum(int(self.ring.slots[slot].envelope["num_env_steps"]) for slot, _ in batch))
+        if self.plan.mode == "async":
+            self.consumption.append({"optimizer_steps": self.optimizer_steps})
+
+    def _ahead(self) -> list[tuple[int, Identity]] | None:
+        """An update without rollouts, where the replay may be sampled ahead of them."""
+        steps = 0 if self.limiter is None else self.limiter.ahead(self.plan.steps_of_batch)
+        if not steps:
+            return None
+        self.training, self.learner_busy, self.optimizer_steps = [], True, steps
+        self.consumption.append({"optimizer_steps": steps})
+        return []
 
     def _version_min(self, slot: int) -> int:
         return int(self.ring.slots[slot].envelope["version_min"])
@@ -272,7 +298,7 @@ class Coordinator:
                 self._shares[identity] = shares
         self.training = [(slot, i) for slot, i in self.training if i not in dropped]
         for entry in self.consumption:
-            fate = dropped.get(Identity(*entry["id"]))
+            fate = dropped.get(Identity(*entry["id"])) if "id" in entry else None
             if fate is not None:
                 entry["fate"] = fate.label
 
@@ -282,16 +308,21 @@ class Coordinator:
         Where all of the batch was dropped there is no version; its episodes and its part of the log come with the next one.
         """
         self.learner_busy = False
-        if not self.training:
+        if not self.training and not self.optimizer_steps:
             return []
         for _, identity in self.training:
-            self.ledger.settle(identity, Fate.TRAINED, self._shares.pop(identity, None))
+            self.ledger.settle(identity, self.plan.fate, self._shares.pop(identity, None))
         self.version += 1
         self.env_steps += int(metrics["num_env_steps"])
         for name, count in metrics.items():
-            if name.startswith("lag/"):
-                self.lag[int(name[4:])] += int(count)
-        self.training, self.consumption = [], []
+            kind, _, which = name.partition("/")
+            if kind == "lag":
+                self.lag[int(which)] += int(count)
+            elif kind == "evicted":
+                self.ledger.evict(int(which), int(count))
+            elif kind == "replay":
+                self.sampled[which] = count
+        self.training, self.consumption, self.optimizer_steps = [], [], 0
         episodes, self._episodes = self._episodes, []
         self.returns.extend(e.episode_return for e in episodes)
         self.lengths.extend(e.num_steps for e in episodes)
@@ -310,6 +341,15 @@ class Coordinator:
         if s.seconds is not None and seconds >= s.seconds:
             return "seconds"
         return None
+
+    @property
+    def replay_facts(self) -> dict[str, float]:
+        """Of a run that learns from a replay: `steps` it holds, `inserted` and `sampled` so far, `surplus` (samples beyond what is due), and the
+        ages of what was sampled last, in updates and in env steps."""
+        if self.limiter is None:
+            return {}
+        counts = {"inserted": self.limiter.inserted, "sampled": self.limiter.sampled, "surplus": self.limiter.surplus}
+        return {**{name: float(count) for name, count in counts.items()}, **self.sampled}
 
     @property
     def mean_return(self) -> float:
@@ -346,6 +386,8 @@ class Coordinator:
             "ledger": self.ledger.get_state(),
             "groups": groups,
         }
+        if self.limiter is not None:
+            facts["limiter"] = self.limiter.get_state()
         return arrays, facts
 
     def set_state(self, arrays: Arrays, facts: dict[str, Any], *, live: bool = False) -> None:
@@ -368,7 +410,12 @@ class Coordinator:
             group.attempt = max(saved["attempt"], attempts[index]) + 1
             group.actor = group.target = actors[index] if live else -1
         self.ready, self.training, self._episodes, self._shares = [], [], [], {}
-        self.learner_busy = False
+        self.learner_busy, self.optimizer_steps = False, 0
+        if self.limiter is not None:
+            self.limiter.set_state(facts["limiter"])
+            if not facts.get("holds_replay", True):
+                self.limiter.begin_again()
+                self.ledger.evict_all()
         self.consumption = list(facts.get("consumption", []))
         self.version, self.env_steps = facts["version"], facts["env_steps"]
         self.num_episodes = facts["num_episodes"]
@@ -388,7 +435,8 @@ class Coordinator:
         if not held.envelope["paced"]:
             return None
         made_B = held.timely(0).sum(0)
-        timely_B = 0 * made_B if whole else held.timely(self.version - self.plan.max_policy_lag).sum(0)
+        oldest = self.version - self.plan.max_policy_lag if self.limiter is None else 0
+        timely_B = 0 * made_B if whole else held.timely(oldest).sum(0)
         return Shares(timely_B, made_B - timely_B)
 
     def _episodes_in(self, slot: int) -> list[Episode]:
@@ -405,7 +453,7 @@ class Coordinator:
         """What replay needs to make this rollout again: its identity, rows, and the policy version of each row."""
         held = self.ring.slots[slot]
         versions = held.arrays["policy_version"][: int(held.envelope["num_rows"])]
-        entry = {"id": list(identity), "steps": int(held.envelope["num_env_steps"]), "fate": "trained"}
+        entry = {"id": list(identity), "steps": int(held.envelope["num_env_steps"]), "fate": self.plan.fate.label}
         if held.envelope["paced"]:
             return {**entry, "paced": True}
         if given_up := self.groups[identity.group].suspects.given_up(identity.sequence):

@@ -22,7 +22,7 @@ import numpy as np
 
 from shoal.actors.behaviour import PolicyCopy
 from shoal.experience.schema import Schema, numpy_dtype
-from shoal.networks.policy import Policy
+from shoal.networks.acting import Acting
 from shoal.supervision.channel import Channel, wait
 from shoal.supervision.memory import SharedMemory
 from shoal.supervision.trace import Span, Tracer
@@ -45,7 +45,7 @@ class MailLayout:
     states: tuple[str, ...]  # names of the recurrent state
 
     @classmethod
-    def of(cls, schema: Schema, policy: Policy) -> MailLayout:
+    def of(cls, schema: Schema, policy: Acting) -> MailLayout:
         shown = [(f.name, f.dtype, (schema.num_envs, *f.shape)) for f in schema.fields if f.axis == "T+1"]
         emitted = [(f.name, f.dtype, (schema.num_envs, *f.shape)) for f in policy.fields() if f.axis == "T"]
         states = [(f.name, f.dtype, (schema.num_envs, *f.shape)) for f in policy.fields() if f.axis == "B"]

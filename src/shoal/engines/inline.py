@@ -108,9 +108,10 @@ class InlineEngine:
         self._trace.begin(Span.CONSUME)
         consumed = self._learner.consume(batch)
         self._trace.end(len(batch))
+        steps = self._session.coordinator.optimizer_steps
         self._session.coordinator.consumed(consumed.dropped)
         self._trace.begin(Span.UPDATE)
-        metrics = self._learner.update(consumed) if consumed.batch is not None else {}
+        metrics = self._learner.update(consumed, steps) if consumed.groups or steps else {}
         self._trace.end(self._learner.version)
         self._behaviour.refresh()
         return self._session.finish_update(metrics)
@@ -172,7 +173,7 @@ class InlineEngine:
         staging, arrays, facts = self._session.begin_checkpoint()
         with staging:
             with staging.disk_errors():
-                save_learner(self._learner, staging.path, self._blueprint)
+                save_learner(self._learner, staging.path, self._blueprint, self._session.checkpoint_path)
             self._session.commit(staging, arrays, facts)
         self._trace.end()
 

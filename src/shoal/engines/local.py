@@ -207,7 +207,8 @@ class LocalEngine:
         if not self._fleet.learner.ready:
             return
         if not self._saves.under_way and (batch := self._coordinator.next_batch()) is not None:
-            self.tell_learner({"do": "train", "rollouts": [[slot, list(identity)] for slot, identity in batch]})
+            rollouts = [[slot, list(identity)] for slot, identity in batch]
+            self.tell_learner({"do": "train", "rollouts": rollouts, "optimizer_steps": self._coordinator.optimizer_steps})
 
     def tell_learner(self, order: dict[str, Any]) -> None:
         self._fleet.learner.told_at = time.monotonic()

@@ -83,8 +83,12 @@ def look(config: RunConfig, objects: UserObjects, tell: Tell = quiet) -> dict[st
     tell("")
     blueprint = Blueprint(config, found.spec, objects, bytes(16))
     blueprint.device()
+    blueprint.check_algorithm()
     if objects.network is None and config.policy.network is None:
-        check_weights(policy_size(found.spec, config.policy), f"policy.hidden_sizes {config.policy.hidden_sizes} on this observation")
+        check_weights(
+            policy_size(found.spec, config.policy, blueprint.network_kind),
+            f"policy.hidden_sizes {config.policy.hidden_sizes} on this observation",
+        )
     policy = blueprint.policy()
     blueprint.check_computing(policy)
     check_memory(policy, config.algorithm.name, objects.algorithm or load_algorithm(config.algorithm.name))
@@ -100,6 +104,7 @@ def look(config: RunConfig, objects: UserObjects, tell: Tell = quiet) -> dict[st
         "inference": blueprint.inference(policy),
         "measured": measured,
         "build": blueprint.build_facts(),
+        "replay": None if blueprint.replay is None else blueprint.replay.model_dump(mode="json"),
     }
 
 
@@ -297,20 +302,20 @@ class _LearnerProcess:
             if order["do"] == "stop":
                 return
             if order["do"] == "train":
-                self._train([(slot, Identity(*identity)) for slot, identity in order["rollouts"]])
+                self._train([(slot, Identity(*identity)) for slot, identity in order["rollouts"]], order["optimizer_steps"])
             else:
                 self._heart.enter(Activity.SAVING)
-                self._save(Path(order["path"]))
+                self._save(Path(order["path"]), None if order["previous"] is None else Path(order["previous"]))
 
-    def _save(self, path: Path) -> None:
+    def _save(self, path: Path, previous: Path | None) -> None:
         try:
-            save_learner(self._learner, path, self._blueprint)
+            save_learner(self._learner, path, self._blueprint, previous)
         except OSError as error:
             self._say({"is": "not_saved", "message": f"{error.strerror or error} ({error.filename or path})"})
         else:
             self._say({"is": "saved", "weights_sha256": self._learner.weights_sha256})
 
-    def _train(self, orders: list[tuple[int, Identity]]) -> None:
+    def _train(self, orders: list[tuple[int, Identity]], optimizer_steps: int) -> None:
         self._heart.enter(Activity.LEARNING)
         begun = time.monotonic()
         self._trace.begin(Span.CONSUME)
@@ -318,9 +323,9 @@ class _LearnerProcess:
         self._trace.end(len(orders))
         self._say({"is": "consumed", "dropped": [[list(i), int(fate)] for i, fate in consumed.dropped.items()]})
         metrics: dict[str, float] = {}
-        if consumed.batch is not None:
+        if consumed.groups or optimizer_steps:
             self._trace.begin(Span.UPDATE)
-            metrics = self._learner.update(consumed)
+            metrics = self._learner.update(consumed, optimizer_steps)
             self._trace.end(self._learner.version)
             metrics["update_seconds"] = time.monotonic() - begun
         self._say({"is": "trained", "version": self._learner.version, "metrics": metrics})

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shoal.config import RunConfig
-from shoal.experience.envelope import Identity
+from shoal.experience.envelope import Fate, Identity
+from shoal.experience.limiter import Rate
 from shoal.types import GroupState
 
 BATCHES_AHEAD = 2  # async: batches that are unconsumed at most
@@ -23,9 +24,12 @@ class Plan:
     batch_rollouts: int
     max_policy_lag: int
     slots_per_group: int
+    rate: Rate | None = None  # of a run that learns from a replay
+    batches_ahead: float = BATCHES_AHEAD
 
     @classmethod
-    def of(cls, config: RunConfig) -> Plan:
+    def of(cls, config: RunConfig, rate: Rate | None = None) -> Plan:
+        """rate: of an algorithm that learns from a replay; None for the others."""
         groups = config.sampling.groups or 1
         sync = config.mode != "async"
         batch = groups if sync else config.sampling.batch_rollouts or groups
@@ -37,11 +41,26 @@ class Plan:
             batch_rollouts=batch,
             max_policy_lag=0 if sync else config.max_policy_lag,
             slots_per_group=1 if sync else max(2, -(-batch // groups) + 1),
+            rate=rate,
+            batches_ahead=BATCHES_AHEAD if rate is None else max(1.0, config.replay.tolerance),
         )
 
     @property
     def num_slots(self) -> int:
         return self.num_groups * self.slots_per_group
+
+    @property
+    def fate(self) -> Fate:
+        """What becomes of a rollout that an update consumed."""
+        return Fate.TRAINED if self.rate is None else Fate.REPLAYED
+
+    @property
+    def steps_of_batch(self) -> int:
+        """Optimizer steps that a batch of whole rollouts brings with it, of a run that learns from a replay; at least one."""
+        if self.rate is None:
+            return 0
+        samples = self.rate.samples_per_insert * self.batch_rollouts * self.rollout_length * self.group_size
+        return max(1, int(samples / self.rate.batch_size))
 
     @property
     def close_after_lag(self) -> int:

@@ -1,14 +1,18 @@
-"""Replay: executes a run again in one process, update by update, from what its log says was consumed.
+"""Replay of a run: executes it again in one process, update by update, from what its log says was consumed.
+
+(Not the replay that algorithms learn from, which is experience/replay.py.)
 
 An async run's weights depend on which rollouts each update consumed, and with which policy version each of their rows was made. The
 log holds both, and everything else is a function of the configuration: so the same weights come out, bit for bit. A sync run needs
-no log: update k consumes rollout k of every group, made with version k. Where an episode was given up, since the same step broke twice, is an
+no log: update k consumes rollout k of every group, made with version k. How many optimizer steps an update of a run that learns from
+a replay makes is in the log of an async run, and is reckoned again for a sync one. Where an episode was given up, since the same step broke twice, is an
 event of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +22,7 @@ from shoal.engines.roles import Blueprint, one_thread
 from shoal.errors import RunError
 from shoal.experience.envelope import Identity
 from shoal.experience.group_state import GroupHistory
+from shoal.experience.limiter import RateLimiter
 from shoal.experience.ring import allocate
 from shoal.types import Array
 
@@ -70,7 +75,7 @@ def replay(
         raise RunError(
             "this run cannot be replayed: its environments wait, and each acted when it was ready (env.form threads, mode async)"
         )
-    plan = Plan.of(blueprint.config)
+    plan = blueprint.plan()
     if blueprint.served and plan.mode == "async":
         raise RunError(
             "this run cannot be replayed: its actions were chosen for all who had asked together, and the numbers depend on who they were "
@@ -79,7 +84,7 @@ def replay(
     policy = blueprint.policy()
     schema = blueprint.schema(policy)
     updates = list(_updates(plan, log, num_updates, given_up or {}))
-    ring = allocate(schema, max(len(entries) for entries in updates) if updates else 1)
+    ring = allocate(schema, max([1, *(len(update.entries) for update in updates)]))
     weights = WeightHistory(blueprint.layout(policy).size)
     behaviour = blueprint.behaviour(weights)
     actor = blueprint.actor(ring, behaviour)
@@ -89,11 +94,12 @@ def replay(
     for group in range(plan.num_groups):
         states = {n: np.zeros((plan.group_size, *f.shape), f.dtype) for n, f in ((f.name, f) for f in policy.fields() if f.axis == "B")}
         actor.restore(group, GroupHistory(plan.group_size, action.shape, action.dtype, states).state_at(0))
-    oldest = _oldest_versions(updates)
-    for update, entries in enumerate(updates):
-        weights.forget_before(oldest[update])
+    oldest = _oldest_versions([update.entries for update in updates])
+    limiter = None if plan.rate is None else RateLimiter(plan.rate)
+    for number, update in enumerate(updates):
+        weights.forget_before(oldest[number])
         orders = []
-        for slot, entry in enumerate(entries):
+        for slot, entry in enumerate(update.entries):
             identity = Identity(*entry["id"])
             rows = _versions_by_row(entry["versions"])
             weights.wanted = rows[0]
@@ -101,25 +107,43 @@ def replay(
             with one_thread(blueprint.config.learner.threads):
                 follow = None if plan.mode == "sync" else _follow(rows, weights, behaviour.refresh)
                 actor.fill(slot, identity, follow, [tuple(g) for g in entry.get("give_up", ())])
-            if entry["fate"] == "trained":
+            if entry["fate"] == plan.fate.label:
                 orders.append((slot, identity))
-        if orders:
-            learner.update(learner.consume(orders))
-        told(update + 1)
+        steps = update.optimizer_steps
+        if limiter is not None and steps is None:
+            steps = limiter.insert(sum(int(ring.slots[slot].envelope["num_env_steps"]) for slot, _ in orders))
+        if orders or steps:
+            learner.update(learner.consume(orders), steps or 0)
+        told(number + 1)
     actor.close()
     return learner.weights_sha256
 
 
-def _updates(plan: Plan, log: dict[int, list[Entry]], num_updates: int, given_up: GivenUp) -> Iterator[list[Entry]]:
+@dataclass(frozen=True)
+class _Update:
+    """What an update consumed, in order, and the optimizer steps that the log says it made."""
+
+    entries: list[Entry]
+    optimizer_steps: int | None = None
+
+    @classmethod
+    def of(cls, logged: list[Entry]) -> _Update:
+        steps = [int(entry["optimizer_steps"]) for entry in logged if "id" not in entry]
+        return cls([entry for entry in logged if "id" in entry], sum(steps) if steps else None)
+
+
+def _updates(plan: Plan, log: dict[int, list[Entry]], num_updates: int, given_up: GivenUp) -> Iterator[_Update]:
     for update in range(1, num_updates + 1):
         if plan.mode == "sync":
             versions = [[update - 1, plan.rollout_length]]
-            yield [
-                {"id": [g, update - 1, 0], "versions": versions, "fate": "trained", "give_up": given_up.get((g, update - 1), ())}
+            fate = plan.fate.label
+            entries = [
+                {"id": [g, update - 1, 0], "versions": versions, "fate": fate, "give_up": given_up.get((g, update - 1), ())}
                 for g in range(plan.num_groups)
             ]
+            yield _Update(entries)
         elif update in log:
-            yield log[update]
+            yield _Update.of(log[update])
         else:
             raise RunError(f"the log has no update {update}: it was lost with run.db, and the run cannot be replayed beyond {update - 1}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -13,16 +13,22 @@ import torch
 
 from shoal.actors.actor import Actor
 from shoal.actors.behaviour import Inference, LocalPolicy, PolicyCopy, RemotePolicy, RolloutNoise, VersionSource, WeightSource
-from shoal.algorithms import build_algorithm
-from shoal.config import RunConfig
+from shoal.algorithms import AnyAlgorithm, build_algorithm, check_actions, checked_settings, learns_from_replay, load_algorithm
+from shoal.algorithms.off_policy import Beginning
+from shoal.config import AlgorithmConfig, OffPolicyConfig, ReplayConfig, RunConfig
+from shoal.engines.plan import Plan
+from shoal.engines.sizes import rate_of
 from shoal.environments.make import make_group
 from shoal.errors import ConfigError
 from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema, rollout_schema
 from shoal.learners.learner import Learner, WeightPublisher
+from shoal.learners.replay_learner import ReplayLearner
+from shoal.networks.acting import ACTOR_CRITIC, Acting, NetworkKind
+from shoal.networks.chain import ACTIVATIONS
 from shoal.networks.computing import check_compiler, check_precision, compute_facts
 from shoal.networks.fast import fast_actor
-from shoal.networks.policy import Policy, build_policy, named_tensors
+from shoal.networks.policy import build_acting, named_tensors
 from shoal.streams import Purpose, seed_sequence
 from shoal.types import CLOSING, Activity, ActivityRecorder, Array, Behaviour, EnvironmentGroup, EnvironmentSpec, NullRecorder
 from shoal.weights.board import WeightLayout
@@ -77,16 +83,76 @@ class Blueprint:
     run_id: bytes  # 16 bytes
     epoch: int = 0
 
-    def policy(self) -> Policy:
-        """The policy with its initial weights, which depend on the run's seed only."""
-        seed = int(seed_sequence(self.config.seed, Purpose.PARAMETERS, epoch=0).generate_state(1)[0])
-        return build_policy(self.spec, self.config.policy, self.objects.network, seed=seed)
+    @cached_property
+    def algorithm(self) -> type[AnyAlgorithm]:
+        """Its class."""
+        return self.objects.algorithm or load_algorithm(self.config.algorithm.name)
 
-    def schema(self, policy: Policy) -> Schema:
+    @cached_property
+    def settings(self) -> AlgorithmConfig:
+        """The algorithm's, as its own model has them."""
+        return checked_settings(self.algorithm, self.config.algorithm)
+
+    @property
+    def network_kind(self) -> NetworkKind:
+        """Which policy is learned."""
+        return self.algorithm.network(self.settings) if learns_from_replay(self.algorithm) else ACTOR_CRITIC
+
+    @cached_property
+    def replay(self) -> ReplayConfig | None:
+        """What the run samples from, with the algorithm's defaults filled in; None for one that learns from batches in order."""
+        settings = self.settings
+        if not isinstance(settings, OffPolicyConfig) or not learns_from_replay(self.algorithm):
+            return None
+        given = self.config.replay
+        samples_per_insert = settings.updates_per_step * settings.batch_size
+        return given.model_copy(
+            update={
+                "n_step": given.n_step or settings.n_step,
+                "prioritised": settings.prioritised if given.prioritised is None else given.prioritised,
+                "samples_per_insert": given.samples_per_insert or samples_per_insert,
+            }
+        )
+
+    def plan(self) -> Plan:
+        return Plan.of(self.config, rate_of(self.config, self.replay))
+
+    def check_algorithm(self) -> None:
+        """Raise ConfigError where the algorithm cannot do what is asked of it here."""
+        check_actions(self.settings, self.spec.action)
+        if self.replay is None:
+            return
+        policy, replay = self.config.policy, self.replay
+        refused = {
+            "policy.normalise_observations": policy.normalise_observations,
+            "policy.normalise_rewards": policy.normalise_rewards,
+            "policy.exploration": policy.exploration != "gaussian",
+            "policy.memory": policy.memory != "none",
+        }
+        for key in (key for key, given in refused.items() if given):
+            raise ConfigError(f"{key}: {self.config.algorithm.name} learns from a replay, and takes this at its default only")
+        if self.network_kind.name in ("stochastic", "deterministic") and policy.activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"policy.activation: the critics of {self.config.algorithm.name} take {' or '.join(ACTIVATIONS)}, not {policy.activation}"
+            )
+        if replay.learning_starts > replay.capacity_steps:
+            raise ConfigError(
+                f"replay.learning_starts: the replay holds {replay.capacity_steps:,} env steps (replay.capacity_steps) and would never hold the "
+                f"{replay.learning_starts:,} after which learning starts; lower it, or raise the other"
+            )
+
+    def policy(self) -> Acting:
+        """The policy with its initial weights, which depend on the run's seed only."""
+        return build_acting(self.spec, self.config.policy, self.objects.network, seed=self._parameter_seed(0), kind=self.network_kind)
+
+    def _parameter_seed(self, index: int) -> int:
+        return int(seed_sequence(self.config.seed, Purpose.PARAMETERS, index=index, epoch=0).generate_state(1)[0])
+
+    def schema(self, policy: Acting) -> Schema:
         sampling = self.config.sampling
         return rollout_schema(self.spec, policy.fields(), sampling.rollout_length, sampling.group_size or 1)
 
-    def layout(self, policy: Policy) -> WeightLayout:
+    def layout(self, policy: Acting) -> WeightLayout:
         return WeightLayout.of((n, tuple(t.shape)) for n, t in named_tensors(policy).items())
 
     def group(self, index: int, recorder: ActivityRecorder | None = None) -> EnvironmentGroup:
@@ -110,7 +176,7 @@ class Blueprint:
         fast = None if self.served else fast_actor(copy.policy, self.config.sampling.group_size or 1)
         return LocalPolicy(copy, self._noise(copy.policy), fast)
 
-    def remote_behaviour(self, server: Inference, versions: VersionSource, policy: Policy) -> RemotePolicy:
+    def remote_behaviour(self, server: Inference, versions: VersionSource, policy: Acting) -> RemotePolicy:
         """Has a server choose. policy: only looked at."""
         return RemotePolicy(server, versions, self._noise(policy), exact=self.config.mode != "async")
 
@@ -119,16 +185,25 @@ class Blueprint:
         policy.eval()
         return PolicyCopy(policy, source, self.device() if self.served else torch.device("cpu"))
 
-    def _noise(self, policy: Policy) -> RolloutNoise:
-        sampling = self.config.sampling
-        return RolloutNoise(policy.noise, self.config.seed, sampling.rollout_length, sampling.group_size or 1, self.epoch)
+    def _noise(self, policy: Acting) -> RolloutNoise:
+        sampling, envs = self.config.sampling, self.config.sampling.group_size or 1
+        return RolloutNoise(policy.noise, self.config.seed, sampling.rollout_length, envs, self.epoch, self.epsilon)
+
+    def epsilon(self, group: int, sequence: int) -> float:
+        """Share of actions at random in a group's n-th rollout; every group is taken to have made as many."""
+        algorithm, replay, sampling = self.algorithm, self.replay, self.config.sampling
+        if replay is None or not learns_from_replay(algorithm):
+            return 0.0
+        groups = sampling.groups or 1
+        env_steps = sequence * groups * (sampling.group_size or 1) * sampling.rollout_length
+        return algorithm.epsilon(self.settings, Beginning(group, groups, env_steps, replay.learning_starts))
 
     @property
     def served(self) -> bool:
         """Whether actions are chosen on the learner's device, for all actors by one process; once the configuration is resolved."""
         return self.config.policy.inference == "server"
 
-    def inference(self, policy: Policy) -> Literal["actor", "server"]:
+    def inference(self, policy: Acting) -> Literal["actor", "server"]:
         """Who chooses actions: what was asked for, or what `auto` means here."""
         wanted = self.config.policy.inference
         if wanted != "auto":
@@ -150,19 +225,24 @@ class Blueprint:
         )  # fmt: skip
 
     def learner(self, ring: Ring, board: WeightPublisher, max_policy_lag: int, recorder: ActivityRecorder | None = None) -> Learner:
-        policy = self.policy().to(self.device())
+        policy: Any = self.policy().to(self.device())
         self.compute(policy)
-        algorithm = build_algorithm(policy, self.config.algorithm, self.objects.algorithm)
         publisher = board if recorder is None else _TimedPublisher(board, recorder)
+        if self.replay is not None and learns_from_replay(self.algorithm):
+            learns = self.algorithm.make(policy, self.settings, self.spec, self.config.policy, self._parameter_seed(1))
+            return ReplayLearner(
+                self.config, self.spec, policy, learns, ring, publisher, run_id=self.run_id, replay=self.replay, epoch=self.epoch
+            )
+        algorithm = build_algorithm(policy, self.config.algorithm, self.objects.algorithm)
         return Learner(
             self.config, self.spec, policy, algorithm, ring, publisher, run_id=self.run_id, max_policy_lag=max_policy_lag, epoch=self.epoch
         )
 
-    def compute(self, policy: Policy) -> None:
+    def compute(self, policy: Acting) -> None:
         """Have a learner's policy compute as the configuration says. Raises ConfigError where it cannot."""
         policy.compute(mixed=self.config.learner.precision == "bfloat16", compile=self.config.learner.compile)
 
-    def check_computing(self, policy: Policy) -> None:
+    def check_computing(self, policy: Acting) -> None:
         """Raise ConfigError where the learner could not compute with `policy` as the configuration says; before anything runs."""
         self.compute(policy)
         if self.config.learner.precision == "bfloat16":

@@ -60,7 +60,9 @@ class Saves:
             return
         finally:
             self._trace.end()
-        self._tell_learner({"do": "save", "path": str(self._current.staging.path)})
+        before = self._session.checkpoint_path
+        order = {"do": "save", "path": str(self._current.staging.path), "previous": None if before is None else str(before.absolute())}
+        self._tell_learner(order)
 
     def saved(self, weights_sha256: str) -> None:
         """The learner wrote its part."""

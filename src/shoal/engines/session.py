@@ -125,6 +125,8 @@ class Session:
         """The supervisor's part of a checkpoint; the learner writes its own beside it, then `commit`."""
         self.coordinator.ledger.check()
         arrays, facts = self.coordinator.get_state()
+        if self.coordinator.limiter is not None:
+            facts["holds_replay"] = self.config.checkpoint.replay
         facts |= {"seconds": self.seconds, "restarts": self.restarts, "epoch": self.epoch, "skipped_steps": self.skipped_steps}
         staging = self.checkpoints.begin(self.coordinator.version)
         staging.write_arrays("coordinator", arrays)
@@ -154,6 +156,18 @@ class Session:
             self.epoch, self.skipped_steps = int(facts.get("epoch", 0)), int(facts.get("skipped_steps", 0))
         self.checkpoint_path, self._beginning = loaded.path, None
         self._saved_version = self.coordinator.version
+        self._say_what_is_lost(facts)
+
+    def _say_what_is_lost(self, facts: dict[str, Any]) -> None:
+        """Of a checkpoint without the replay that the run learns from."""
+        rate, limiter = self.coordinator.plan.rate, facts.get("limiter")
+        if rate is None or limiter is None or facts.get("holds_replay", True) or not limiter["inserted"]:
+            return
+        message = (
+            f"the checkpoint of update {facts['version']:,} holds no replay (checkpoint.replay false): it is filled anew, learning goes on once "
+            f"{rate.learning_starts:,} env steps are in (replay.learning_starts), and the weights will be others than those of a run that went on"
+        )
+        self.observer.event("warning", message=message)
 
     def return_to_checkpoint(self) -> Path | None:
         """Go back in place to the newest whole checkpoint (None: to the beginning), since the learner was lost or its numbers diverged.
@@ -166,6 +180,7 @@ class Session:
         self.coordinator.set_state(arrays, facts, live=True)
         self._saved_version, self.checkpoint_path, self.may_save = self.coordinator.version, path, True
         self.observer.event("rolled_back", update=facts["version"], updates_undone=undone)
+        self._say_what_is_lost(facts)
         return path
 
     def _newest_whole(self) -> tuple[Arrays, dict[str, Any], Path | None]:

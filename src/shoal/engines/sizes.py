@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 
+from shoal.config import ReplayConfig, RunConfig
 from shoal.engines.plan import Plan
 from shoal.errors import ConfigError
+from shoal.experience.limiter import Rate
+from shoal.experience.replay import Replay
 from shoal.experience.schema import Schema, numpy_dtype
 from shoal.machine import available_bytes
 
@@ -27,6 +30,27 @@ def check_weights(num_weights: int, what: str) -> None:
     if free is not None and needed > free:
         raise ConfigError(
             f"{what}: {num_weights:,} weights need {in_words(needed)} of memory with gradient and optimizer; {in_words(free)} are free here"
+        )
+
+
+def rate_of(config: RunConfig, replay: ReplayConfig | None) -> Rate | None:
+    """How much of a replay is sampled; `replay` with the algorithm's defaults filled in, None where nothing is replayed."""
+    if replay is None:
+        return None
+    sampling, samples_per_insert = config.sampling, replay.samples_per_insert or 0.0
+    groups = sampling.groups or 1
+    batch = (sampling.batch_rollouts or groups) * (sampling.group_size or 1) * sampling.rollout_length
+    batch_size = int(getattr(config.algorithm, "batch_size", 1))
+    return Rate(samples_per_insert, batch_size, replay.learning_starts, replay.tolerance * samples_per_insert * batch)
+
+
+def check_replay(plan: Plan, schema: Schema, replay: ReplayConfig) -> None:
+    """Raise ConfigError where the replay does not fit into memory."""
+    free, needed = available_bytes(), Replay.size_bytes(schema, plan.num_groups, replay)
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"replay.capacity_steps: {replay.capacity_steps:,} env steps need {in_words(needed)} of memory, and {in_words(free)} are free here; "
+            "lower it, or give replay.capacity_bytes"
         )
 
 

@@ -127,6 +127,11 @@ def _learner_waits(situation: Situation, learner: Seen) -> Iterator[Facts]:
         why += f"; being made: {', '.join(f'group {index} (actor {c.groups[index].actor})' for index in missing)}"
     elif situation.paused:
         why += "; the run is paused"
+    if c.plan.mode == "async" and c.limiter is not None and c.limiter.learns:
+        why += (
+            f"; it has sampled {max(0.0, c.limiter.surplus):,.0f} steps ahead of what was inserted, and may no more than "
+            f"{c.limiter.rate.tolerance_samples:,.0f} (replay.tolerance)"
+        )
     yield {"who": _name(learner), "for": makers, "seconds": learner.record.age_seconds, "why": why}
 
 
@@ -142,7 +147,11 @@ def _why_no_lease(situation: Situation, actor: Seen) -> tuple[list[str], str]:
     if learner.saving:
         return [_name(learner)], "a checkpoint is being saved"
     if c.learner_busy:
-        return [_name(learner)], "an update is being made" if c.plan.mode == "sync" else "enough is waiting to be learned from"
+        if c.plan.mode == "sync":
+            return [_name(learner)], "an update is being made"
+        if c.limiter is not None:
+            return [_name(learner)], "the learner is behind: it samples what is due for the rollouts before (replay.samples_per_insert)"
+        return [_name(learner)], "enough is waiting to be learned from"
     others = list(dict.fromkeys(f"actor-{group.actor}" for group in c.groups if group.leased and group.actor != actor.index))
     return others, "the other rollouts of this update are not there"
 

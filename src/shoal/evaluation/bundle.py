@@ -21,7 +21,8 @@ from shoal.config import EnvConfig, PolicyConfig
 from shoal.environments.spaces import MASK, to_environment_action
 from shoal.errors import CheckpointError, ConfigError, RunError, SchemaError
 from shoal.files import MANIFEST, CheckpointDirectory, arrays_from_bytes, load_checkpoint, to_json, write_arrays
-from shoal.networks.policy import Network, Policy, build_policy, named_tensors, policy_size
+from shoal.networks.acting import ACTOR_CRITIC, Acting, NetworkKind
+from shoal.networks.policy import Network, build_acting, named_tensors, policy_size
 from shoal.types import Array, Arrays, EnvironmentSpec, LeafSpec
 
 FORMAT = 1
@@ -29,12 +30,18 @@ NAME = "policy"
 
 
 def save_bundle(
-    directory: Path, tensors: Mapping[str, Array], spec: EnvironmentSpec, policy_config: PolicyConfig, env_config: EnvConfig
+    directory: Path,
+    tensors: Mapping[str, Array],
+    spec: EnvironmentSpec,
+    policy_config: PolicyConfig,
+    env_config: EnvConfig,
+    kind: NetworkKind = ACTOR_CRITIC,
 ) -> None:
     """Write a bundle into `directory` (made if need be), which may be `policy/` of a checkpoint's staging: its commit then makes it durable.
 
     Args:
       tensors: every parameter and buffer of the policy by name, as `networks.named_tensors` has them.
+      kind: what its algorithm learned.
     """
     directory.mkdir(parents=True, exist_ok=True)
     weights = directory / f"{NAME}.safetensors"
@@ -44,6 +51,7 @@ def save_bundle(
         "spec": spec.to_json(),
         "policy": policy_config.model_dump(mode="json"),
         "env": env_config.model_dump(mode="json"),
+        "network": {"kind": kind.name, "options": dict(kind.options)},
         "weights_file_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
     }
     (directory / f"{NAME}.json").write_text(to_json(description), encoding="utf-8")
@@ -62,7 +70,7 @@ class LoadedPolicy:
 
     def __init__(
         self,
-        network: Policy,
+        network: Acting,
         spec: EnvironmentSpec,
         policy_config: PolicyConfig,
         env_config: EnvConfig,
@@ -142,9 +150,7 @@ class LoadedPolicy:
 
     def draw_noise(self, num: int, rng: np.random.Generator) -> Array:
         """Exploration noise for one step (or, with gSDE, for one episode) of `num` environments: float32 [num, size]."""
-        spec = self.network.noise
-        draw = rng.random if spec.kind == "uniform" else rng.standard_normal
-        return np.asarray(draw((num, spec.size), np.float32))
+        return self.network.noise.draw((num,), rng)
 
     def _noise(self, num: int, state: Arrays | None, rng: np.random.Generator) -> tuple[Array, Arrays | None]:
         if self.network.noise.per == "step":
@@ -208,11 +214,13 @@ def load_policy(path: str | Path, *, network: Network | None = None, environment
         spec = EnvironmentSpec.from_json(description["spec"])
         policy_config = PolicyConfig.model_validate(description["policy"])
         env_config = EnvConfig.model_validate(description["env"])
+        described = description.get("network", {"kind": "actor_critic", "options": {}})
+        kind = NetworkKind(described["kind"], described["options"])
         if network is None and policy_config.network is None:
-            _fits(spec, policy_config, tensors)
+            _fits(spec, policy_config, tensors, kind)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ConfigError) as error:
         raise CheckpointError(f"{path}: {NAME}.json does not describe a policy that this version of shoal knows: {error}") from error
-    module = build_policy(spec, policy_config, network)
+    module = build_acting(spec, policy_config, network, kind=kind)
     expected = {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
     stored = {name: array.shape for name, array in tensors.items()}
     if expected != stored:
@@ -226,11 +234,11 @@ def load_policy(path: str | Path, *, network: Network | None = None, environment
     return LoadedPolicy(module, spec, policy_config, env_config, environment)
 
 
-def _fits(spec: EnvironmentSpec, config: PolicyConfig, tensors: Arrays) -> None:
+def _fits(spec: EnvironmentSpec, config: PolicyConfig, tensors: Arrays, kind: NetworkKind) -> None:
     """Raise ValueError, before anything is allocated, where the policy described has another size than the weights that are there."""
     stored = sum(array.size for array in tensors.values())
     choices = sum(n for leaf in spec.observation for n in leaf.nvec)  # each is an input, and so has weights
-    if choices > stored or (wanted := policy_size(spec, config)) != stored:
+    if choices > stored or (wanted := policy_size(spec, config, kind)) != stored:
         raise ValueError(f"it describes {choices if choices > stored else wanted:,} weights, and {stored:,} are there")
 
 

@@ -20,12 +20,14 @@ class Fate(IntEnum):
     ROLLED_BACK = 6  # trained or waiting, and undone by a return to a checkpoint; the sequence is made again
     SHUTDOWN = 7  # in flight when the run ended
     ENVIRONMENT_FAULT = 8  # its environment broke its contract; the sequence is made again from a fresh one
+    REPLAYED = 9  # it went into the replay, from which it is sampled until it is evicted
 
     @property
     def label(self) -> str:
         return self.name.lower()
 
 
+CONSUMED = frozenset({Fate.TRAINED, Fate.REPLAYED})  # what became of it is what it was made for
 REMADE = frozenset(
     {Fate.ACTOR_DIED, Fate.ROLLED_BACK, Fate.SUPERSEDED, Fate.SHUTDOWN, Fate.ENVIRONMENT_FAULT}
 )  # these leave the sequence open

@@ -1,7 +1,7 @@
 """The ledger: what became of every rollout.
 
-At any moment, per group and in total: produced = trained + dropped (by reason) + in flight, in rollouts and in environment steps.
-In-flight rollouts are listed by identity; nothing here is computed as a remainder, so the law can be checked.
+At any moment, per group and in total: produced = trained + replayed + dropped (by reason) + in flight, in rollouts and in environment steps.
+Replayed is what went into a replay; what was evicted from it since is counted beside, and is a part of it. In-flight rollouts are listed by identity; nothing here is computed as a remainder, so the law can be checked.
 Steps count as produced when a rollout is finished, or when it is found unfinished at its actor's death.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shoal.errors import LedgerError
-from shoal.experience.envelope import REMADE, Fate, Identity
+from shoal.experience.envelope import CONSUMED, REMADE, Fate, Identity
 from shoal.types import Array
 
 
@@ -35,6 +35,7 @@ class _Account:
     rollouts: dict[Fate, int] = field(default_factory=lambda: defaultdict(int))
     steps: dict[Fate, int] = field(default_factory=lambda: defaultdict(int))
     late_steps: int = 0  # of rollouts that were trained without them: dropped as over_lag
+    evicted_steps: int = 0  # of the replayed ones, those that the replay holds no more
     shares: Shares | None = None  # of a group whose environments act each on its own
     next_sequence: int = 0  # the first that was never begun
     final: int = 0  # high-water mark: every sequence below has one final attempt
@@ -92,6 +93,20 @@ class Ledger:
                 account.final_ahead.discard(account.final)
                 account.final += 1
 
+    def evict(self, group: int, num_env_steps: int) -> None:
+        """So many replayed steps of a group left the replay."""
+        account = self._accounts[group]
+        account.evicted_steps += num_env_steps
+        if account.evicted_steps > account.steps[Fate.REPLAYED]:
+            raise LedgerError(
+                f"group {group}: {account.evicted_steps} steps evicted from the replay, {account.steps[Fate.REPLAYED]} went into it"
+            )
+
+    def evict_all(self) -> None:
+        """The replay is gone, and with it all that it held."""
+        for account in self._accounts.values():
+            account.evicted_steps = account.steps[Fate.REPLAYED]
+
     @staticmethod
     def _share(identity: Identity, account: _Account, fate: Fate, steps: int, shares: Shares) -> None:
         late, trained = int(shares.late_B.sum()), int(shares.trained_B.sum())
@@ -115,12 +130,12 @@ class Ledger:
         before.set_state(mark)
         for group, account in self._accounts.items():
             old = before._accounts[group]
-            for undone in (Fate.TRAINED, Fate.OVER_LAG, Fate.INVALID):
+            for undone in (Fate.TRAINED, Fate.REPLAYED, Fate.OVER_LAG, Fate.INVALID):
                 for now, then in ((account.rollouts, old.rollouts), (account.steps, old.steps)):
                     now[Fate.ROLLED_BACK] += now[undone] - then[undone]
                     now[undone] = then[undone]
             account.steps[Fate.ROLLED_BACK] += account.late_steps - old.late_steps
-            account.late_steps, account.shares = old.late_steps, old.shares
+            account.late_steps, account.shares, account.evicted_steps = old.late_steps, old.shares, old.evicted_steps
             account.next_sequence = account.final = old.final
             account.final_ahead = set()
 
@@ -161,8 +176,10 @@ class Ledger:
                 raise LedgerError(f"group {group}: {account.produced_steps} steps produced, {steps} accounted for")
 
     def balance(self) -> dict[str, Any]:
-        """Totals in environment steps: {produced, trained, dropped: {reason: n}, in_flight}."""
-        return self._summed([(a.produced_steps, _steps_by_fate(a)) for a in self._accounts.values()], sum(self._in_flight.values()))
+        """Totals in environment steps: {produced, trained, dropped: {reason: n}, in_flight}; of a run with a replay also {replayed, evicted}."""
+        evicted = sum(a.evicted_steps for a in self._accounts.values())
+        rows = [(a.produced_steps, _steps_by_fate(a)) for a in self._accounts.values()]
+        return self._summed(rows, sum(self._in_flight.values()), evicted)
 
     def balance_rollouts(self) -> dict[str, Any]:
         """Totals in rollouts."""
@@ -174,26 +191,32 @@ class Ledger:
         out = {}
         for group, account in sorted(self._accounts.items()):
             waiting = sum(s for i, s in self._in_flight.items() if i.group == group)
-            row = self._summed([(account.produced_steps, _steps_by_fate(account))], waiting)
-            row["trained_share"] = row["trained"] / row["produced"] if row["produced"] else 0.0
+            row = self._summed([(account.produced_steps, _steps_by_fate(account))], waiting, account.evicted_steps)
+            consumed = row["trained"] + row.get("replayed", 0)
+            row["trained_share"] = consumed / row["produced"] if row["produced"] else 0.0
             if account.shares is not None:
                 row["by_environment"] = _listed(account.shares)
             out[group] = row
         return out
 
     @staticmethod
-    def _summed(rows: list[tuple[int, dict[Fate, int]]], in_flight: int) -> dict[str, Any]:
+    def _summed(rows: list[tuple[int, dict[Fate, int]]], in_flight: int, evicted: int | None = None) -> dict[str, Any]:
         total: dict[Fate, int] = defaultdict(int)
         for _, fates in rows:
             for fate, count in fates.items():
                 total[fate] += count
-        dropped = {f.label: n for f, n in sorted(total.items()) if n and f is not Fate.TRAINED}
-        return {
+        dropped = {f.label: n for f, n in sorted(total.items()) if n and f not in CONSUMED}
+        summed = {
             "produced": sum(produced for produced, _ in rows),
             "trained": total[Fate.TRAINED],
             "dropped": dropped,
             "in_flight": in_flight,
         }
+        if total[Fate.REPLAYED]:
+            summed["replayed"] = total[Fate.REPLAYED]
+            if evicted is not None:
+                summed["evicted"] = evicted
+        return summed
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
     def get_state(self) -> dict[str, Any]:
@@ -208,6 +231,8 @@ class Ledger:
                 "steps": {f.label: n for f, n in a.steps.items()},
                 "final": a.final,
             }
+            if a.evicted_steps:
+                out[str(group)]["evicted_steps"] = a.evicted_steps
             if a.shares is not None:
                 out[str(group)] |= {"late_steps": a.late_steps, "by_environment": _listed(a.shares)}
         return out
@@ -223,6 +248,7 @@ class Ledger:
                 getattr(account, name).update({Fate[k.upper()]: n for k, n in row[name].items()})
             account.next_sequence = account.final = row["final"]
             account.late_steps, by = row.get("late_steps", 0), row.get("by_environment")
+            account.evicted_steps = row.get("evicted_steps", 0)
             account.shares = None if by is None else Shares(np.array(by["trained"], np.int64), np.array(by["late"], np.int64))
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from shoal.algorithms.base import Algorithm, UpdateContext
+from shoal.algorithms.base import UpdateContext
 from shoal.config import RunConfig
 from shoal.errors import DivergedError
 from shoal.experience.batch import Batch
@@ -26,7 +26,8 @@ from shoal.experience.ring import Ring
 from shoal.learners.assemble import assemble
 from shoal.learners.normaliser import ObservationNormaliser, RewardNormaliser
 from shoal.learners.transfer import ways
-from shoal.networks.policy import Policy, named_tensors, weights_sha256
+from shoal.networks.acting import Acting
+from shoal.networks.policy import named_tensors, weights_sha256
 from shoal.streams import Purpose, stream
 from shoal.types import Array, Arrays, EnvironmentSpec
 from shoal.weights.board import WeightLayout
@@ -58,8 +59,8 @@ class Learner:
         self,
         config: RunConfig,
         spec: EnvironmentSpec,
-        policy: Policy,
-        algorithm: Algorithm[Any],
+        policy: Acting,
+        algorithm: Any,
         ring: Ring,
         board: WeightPublisher,
         *,
@@ -100,8 +101,11 @@ class Learner:
         return Consumed(assemble(slots, self.version, self._max_lag, self._staging) if slots else None, groups, dropped)
 
     @np.errstate(over="ignore", invalid="ignore")
-    def update(self, consumed: Consumed) -> dict[str, float]:
-        """One update: it makes the next policy version, which is published before this returns."""
+    def update(self, consumed: Consumed, optimizer_steps: int = 0) -> dict[str, float]:
+        """One update: it makes the next policy version, which is published before this returns.
+
+        optimizer_steps: of one that learns from a replay; how many others make is their algorithm's.
+        """
         batch = consumed.batch
         assert batch is not None
         num_env_steps = batch.num_env_steps

@@ -242,13 +242,26 @@ def panel(snapshot: Snapshot, returns: list[float], width: int | None = None) ->
         rows.add_row("lag", lag)
     rows.add_row("actors", _actor_dots(snapshot))
     dropped = "".join(f"   {count:,} {reason.replace('_', ' ')}" for reason, count in snapshot.dropped.items() if count)
-    rows.add_row("ledger", f"{snapshot.produced:,} produced   {snapshot.trained:,} trained   {snapshot.in_flight:,} in flight{dropped}")
+    consumed = f"{snapshot.replayed:,} replayed" if snapshot.replay else f"{snapshot.trained:,} trained"
+    rows.add_row("ledger", f"{snapshot.produced:,} produced   {consumed}   {snapshot.in_flight:,} in flight{dropped}")
+    if snapshot.replay:
+        rows.add_row("replay", replay_words(snapshot))
     rows.add_row("clock", _clock_words(snapshot))
     title = Text.assemble(
         (f"{snapshot.env} · {snapshot.algorithm} {snapshot.mode} · seed {snapshot.seed} · ", "bold"),
         (snapshot.phase, f"bold {_PHASE_COLOURS.get(snapshot.phase, 'yellow')}"),
     )
     return Panel(rows, title=title, subtitle=Text(snapshot.run, style="dim"), title_align="left", subtitle_align="right", width=width)
+
+
+def replay_words(snapshot: Snapshot) -> str:
+    """How full the replay is, how old what is sampled from it, and who is ahead."""
+    facts = snapshot.replay
+    words = f"{facts.get('steps', 0):,.0f} steps   {snapshot.evicted:,} evicted"
+    if "age_updates_mean" in facts:
+        words += f"   age {facts['age_updates_mean']:,.1f} updates, {facts['age_steps_mean']:,.0f} steps"
+    surplus = facts["surplus"]
+    return words if abs(surplus) < 1 else words + f"   learner {abs(surplus):,.0f} samples {'ahead' if surplus > 0 else 'behind'}"
 
 
 def _clock_words(snapshot: Snapshot) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from shoal.config import RunConfig
 from shoal.errors import RunError
-from shoal.experience.envelope import Fate, Identity
+from shoal.experience.envelope import CONSUMED, Fate, Identity
 from shoal.monitoring.live import View
 from shoal.monitoring.snapshot import ActorHealth, RoleTime, Snapshot, eta_seconds, scalars
 from shoal.monitoring.store import EpisodeRow, RunStore
@@ -98,7 +98,7 @@ class Recorder:
 
     # ---- what the engine calls -----------------------------------------------------------------------------------
     def updated(self, report: UpdateReport) -> bool:
-        self._metrics = {k: v for k, v in report.metrics.items() if not k.startswith("lag/")}
+        self._metrics = {k: v for k, v in report.metrics.items() if "/" not in k}
         self._keep(lambda: self._record(report))
         now = time.monotonic()
         self._rate.append((now, report.env_steps))
@@ -196,6 +196,9 @@ class Recorder:
             max_policy_lag=c.plan.max_policy_lag,
             produced=balance["produced"],
             trained=balance["trained"],
+            replayed=balance.get("replayed", 0),
+            evicted=balance.get("evicted", 0),
+            replay=c.replay_facts,
             dropped=balance["dropped"],
             in_flight=balance["in_flight"],
             actors=self._health(),
@@ -262,7 +265,7 @@ class Recorder:
             self.store.forget_consumed(self._checkpoints[0])
 
     def _settled(self, identity: Identity, fate: Fate, num_env_steps: int) -> None:
-        if fate is not Fate.TRAINED:
+        if fate not in CONSUMED:
             self.store.dropped(identity.group, identity.sequence, identity.attempt, fate.label, self._coordinator.version, num_env_steps)
 
     def _write_scalars(self) -> None:

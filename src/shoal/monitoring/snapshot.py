@@ -44,7 +44,9 @@ class Snapshot:
       time_by_role: seconds of ROLES since the last snapshot, over all processes; the view shows shares.
       roles: each role's time so far, learner first (`actors: 0`: all roles in one).
       lag_*: policy lag in updates, per trained step, of the last updates; `max_policy_lag` is its bound.
-      produced, trained, in_flight, dropped (by reason): the ledger in env steps; `produced = trained + sum(dropped) + in_flight`.
+      produced, trained, replayed, in_flight, dropped (by reason): the ledger in env steps; `produced` is the sum of the others. evicted: of those
+        replayed.
+      replay: of a run that learns from a replay, see `Coordinator.replay_facts`; empty for the others.
       train: the algorithm's metrics of the last update, names without prefix (`approx_kl`).
       eta_seconds: until the nearest stop condition whose distance is known; None where none is.
     """
@@ -72,8 +74,11 @@ class Snapshot:
     max_policy_lag: int = 0
     produced: int = 0
     trained: int = 0
+    replayed: int = 0
+    evicted: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)
     in_flight: int = 0
+    replay: Mapping[str, float] = field(default_factory=dict)
     actors: tuple[ActorHealth, ...] = ()
     restarts: int = 0
     train: Mapping[str, float] = field(default_factory=dict)
@@ -135,6 +140,9 @@ def scalars(snapshot: Snapshot) -> dict[str, float]:
         "ledger/in_flight": snapshot.in_flight,
         "faults/restarts": snapshot.restarts,
     }
+    if snapshot.replay:
+        values |= {"ledger/replayed": snapshot.replayed, "ledger/evicted": snapshot.evicted}
+        values |= {f"replay/{name}": value for name, value in snapshot.replay.items()}
     values |= {f"ledger/dropped_{reason}": count for reason, count in snapshot.dropped.items()}
     values |= {f"train/{name}": value for name, value in snapshot.train.items()}
     total = sum(snapshot.time_by_role.values())

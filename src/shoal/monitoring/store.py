@@ -179,6 +179,8 @@ class RunStore:
         undone = run('SELECT "update", consumed FROM updates WHERE "update" > ?', (update,)).fetchall()
         for when, consumed in undone:
             for entry in json.loads(consumed):
+                if "id" not in entry:  # optimizer steps of a run that learns from a replay
+                    continue
                 group, sequence, attempt = entry["id"]
                 if sequence >= final.get(group, 0):
                     lost.append((group, sequence, attempt, "", when, entry["steps"]))

@@ -1,23 +1,27 @@
 """A small policy's acting in numpy: at 8 environments and 2 x 64 units, a torch operation costs more for its call than for its numbers.
 
 The same mathematics on the same memory as the policy (float32; equal to `Policy.act` up to rounding). Only what is common and small: one vector
-as observation, an MLP with tanh or relu, a memory behind it or none, one discrete or an independent Gaussian action. Everything else acts in
-torch.
+as observation, an MLP with tanh or relu, a memory behind it or none, one discrete or an independent Gaussian action; action values, and the actors
+of SAC and TD3. Everything else acts in torch.
 
 Legend: N environments, A actions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
+from shoal.networks.acting import Acting
 from shoal.networks.encoders import Encoder
 from shoal.networks.inputs import CLIP, VectorInput
 from shoal.networks.memory import Memory
+from shoal.networks.off_policy import LOG_STD_MAX, LOG_STD_MIN, DeterministicPolicy, GaussianPolicy, QPolicy
 from shoal.networks.policy import Policy
 from shoal.networks.recurrent import RecurrentPolicy
 from shoal.ops.distributions import HALF_LOG_2PI, MASKED_LOGIT
@@ -28,6 +32,21 @@ Array = npt.NDArray[Any]
 # variables of the process decide.
 SINGLE_THREAD_PRODUCT = 2**18
 _ACTIVATIONS: dict[str, Callable[..., Array]] = {"tanh": np.tanh, "relu": lambda value, out: np.maximum(value, 0.0, out=out)}
+
+
+class Fast(Protocol):
+    """Acts for N environments in a policy's place. Not for use in two threads at once: layers write into buffers of its own."""
+
+    def act(self, observation: dict[str, Array], noise: Array, action_mask: Array | None = None) -> tuple[Array, Array | None]:
+        """As the policy's `act`, from and to numpy, in arrays of their own."""
+
+    def step(
+        self, observation: dict[str, Array], state: dict[str, Array], noise: Array, action_mask: Array | None = None
+    ) -> tuple[Array, Array | None, dict[str, Array]]:
+        """As the policy's `step`."""
+
+    def refresh(self) -> None:
+        """Look again where the policy's tensors lie: whatever may have replaced them (and not only written into them) must be followed by this."""
 
 
 class FastMemory:
@@ -69,53 +88,30 @@ def _sigmoid(value: Array) -> Array:
     return half
 
 
-class FastActor:
-    """Acts for N environments; see `fast_actor`. Not for use in two threads at once: layers write into buffers of its own."""
+class FastLayers:
+    """One vector through an MLP and a head, [N, ...] -> [N, outputs]; results are overwritten by the next call."""
 
-    def __init__(self, policy: Policy, num_envs: int) -> None:
-        self._policy = policy
-        encoder, leaf = policy.actor, policy.inputs.leaves[0]
-        assert isinstance(encoder, Encoder)
-        assert isinstance(leaf, VectorInput)
-        self._name, self._leaf = policy.inputs.names[0], leaf
+    def __init__(self, name: str, leaf: VectorInput, encoder: Encoder, head: nn.Linear, num_envs: int) -> None:
+        self._name, self._leaf, self._num_envs = name, leaf, num_envs
         self._activation = _ACTIVATIONS[encoder.mlp.activation]
-        linears = [*encoder.mlp.linears, policy.action_head.linear]
-        self._linears = linears
-        self._buffers = [np.empty((num_envs, layer.out_features), np.float32) for layer in linears]
-        self._rows = np.arange(num_envs)
-        self._shape = (num_envs, *policy.action_head.field.shape)
-        self._discrete = policy.action_head.field.dtype == "int64"
-        self._memory = FastMemory(policy.memory, num_envs) if isinstance(policy, RecurrentPolicy) else None
+        self._linears = [*encoder.mlp.linears, head]
+        self._buffers = [np.empty((num_envs, layer.out_features), np.float32) for layer in self._linears]
         self.refresh()
 
     def refresh(self) -> None:
-        """Look again where the policy's tensors lie: whatever may have replaced them (and not only written into them) must be followed by this."""
         self._layers = [
             (layer.weight.detach().numpy().T, layer.bias.detach().numpy(), buffer)
             for layer, buffer in zip(self._linears, self._buffers, strict=True)
         ]
-        if self._memory is not None:
-            self._memory.refresh()
         if self._leaf.normalise:
             self._mean, self._inverse_std = self._leaf.mean.numpy(), self._leaf.inverse_std.numpy()
-        if not self._discrete:
-            self._log_std = self._policy.action_head.log_std.detach().numpy()
 
-    def act(self, observation: dict[str, Array], noise: Array, action_mask: Array | None = None) -> tuple[Array, Array]:
-        """As `Policy.act`, from and to numpy: actions as stored [N, ...] and log-probabilities [N], in arrays of their own."""
-        return self._answer(self._encoded(observation), noise, action_mask)
+    def __call__(self, observation: dict[str, Array]) -> Array:
+        return self.head(self.hidden(observation))
 
-    def step(
-        self, observation: dict[str, Array], state: dict[str, Array], noise: Array, action_mask: Array | None = None
-    ) -> tuple[Array, Array, dict[str, Array]]:
-        """As `Policy.step`."""
-        value = self._encoded(observation)
-        if self._memory is not None:
-            value, state = self._memory.step(value, state)
-        return *self._answer(value, noise, action_mask), state
-
-    def _encoded(self, observation: dict[str, Array]) -> Array:
-        value = observation[self._name].reshape(len(self._rows), -1)
+    def hidden(self, observation: dict[str, Array]) -> Array:
+        """What the head is given."""
+        value = observation[self._name].reshape(self._num_envs, -1)
         if self._leaf.scale is not None:
             value = value * np.float32(self._leaf.scale)
         if value.dtype != np.float32:
@@ -129,10 +125,45 @@ class FastActor:
             value = activation(buffer, out=buffer)
         return value
 
-    def _answer(self, value: Array, noise: Array, action_mask: Array | None) -> tuple[Array, Array]:
+    def head(self, value: Array) -> Array:
         weight, bias, output = self._layers[-1]
         np.dot(value, weight, out=output)
         np.add(output, bias, out=output)
+        return output
+
+
+class FastActor:
+    """In place of a `Policy`; see `fast_actor`."""
+
+    def __init__(self, policy: Policy, layers: FastLayers, num_envs: int) -> None:
+        self._policy, self._layers = policy, layers
+        self._rows = np.arange(num_envs)
+        self._shape = (num_envs, *policy.action_head.field.shape)
+        self._discrete = policy.action_head.field.dtype == "int64"
+        self._memory = FastMemory(policy.memory, num_envs) if isinstance(policy, RecurrentPolicy) else None
+        self.refresh()
+
+    def refresh(self) -> None:
+        self._layers.refresh()
+        if self._memory is not None:
+            self._memory.refresh()
+        if not self._discrete:
+            self._log_std = self._policy.action_head.log_std.detach().numpy()
+
+    def act(self, observation: dict[str, Array], noise: Array, action_mask: Array | None = None) -> tuple[Array, Array]:
+        """As `Policy.act`, from and to numpy: actions as stored [N, ...] and log-probabilities [N], in arrays of their own."""
+        return self._answer(self._layers(observation), noise, action_mask)
+
+    def step(
+        self, observation: dict[str, Array], state: dict[str, Array], noise: Array, action_mask: Array | None = None
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        """As `Policy.step`."""
+        value = self._layers.hidden(observation)
+        if self._memory is not None:
+            value, state = self._memory.step(value, state)
+        return *self._answer(self._layers.head(value), noise, action_mask), state
+
+    def _answer(self, output: Array, noise: Array, action_mask: Array | None) -> tuple[Array, Array]:
         return self._choose(output, noise, action_mask) if self._discrete else self._add_noise(output, noise)
 
     def _choose(self, logits: Array, noise: Array, action_mask: Array | None) -> tuple[Array, Array]:
@@ -150,16 +181,79 @@ class FastActor:
         return action.reshape(self._shape), log_prob
 
 
-def fast_actor(policy: Policy, num_envs: int) -> FastActor | None:
-    """A FastActor for groups of `num_envs`, or None where the policy is none of those that it knows, is not on the CPU, or is too large to gain."""
-    encoder, leaves, head = policy.actor, policy.inputs.leaves, policy.action_head
-    if type(policy) not in (Policy, RecurrentPolicy) or not isinstance(encoder, Encoder) or encoder.mlp.activation not in _ACTIVATIONS:
+class FastQ:
+    """In place of a `QPolicy` without distribution. The best advantage is the best value: V and mean A are the same for all actions."""
+
+    def __init__(self, policy: QPolicy, layers: FastLayers) -> None:
+        self._layers, self.refresh = layers, layers.refresh
+        self._first, self._num_actions = int(policy.duelling), policy.num_actions
+
+    def act(self, observation: dict[str, Array], noise: Array, action_mask: Array | None = None) -> tuple[Array, None]:
+        value = self._layers(observation)[:, self._first :]
+        if action_mask is not None:
+            value[~action_mask] = -np.inf
+        action = value.argmax(1)
+        for row in np.flatnonzero(noise[:, 0] < 0):
+            count = self._num_actions if action_mask is None else int(action_mask[row].sum())
+            place = min(int(noise[row, 1] * np.float32(count)), count - 1)
+            action[row] = place if action_mask is None else np.flatnonzero(action_mask[row])[place]
+        return action, None
+
+    def step(
+        self, observation: dict[str, Array], state: dict[str, Array], noise: Array, action_mask: Array | None = None
+    ) -> tuple[Array, None, dict[str, Array]]:
+        return *self.act(observation, noise, action_mask), state
+
+
+class FastContinuous:
+    """In place of a `GaussianPolicy` or a `DeterministicPolicy`."""
+
+    def __init__(self, policy: GaussianPolicy | DeterministicPolicy, layers: FastLayers) -> None:
+        self._layers, self.refresh = layers, layers.refresh
+        self._policy, self._gaussian, self._size = policy, isinstance(policy, GaussianPolicy), policy.size
+        self._shape = policy.fields()[0].shape
+
+    def act(self, observation: dict[str, Array], noise: Array, action_mask: Array | None = None) -> tuple[Array, None]:
+        output = self._layers(observation)
+        if self._gaussian:
+            std = np.exp(np.clip(output[:, self._size :], LOG_STD_MIN, LOG_STD_MAX))
+            action = np.tanh(output[:, : self._size] + noise[:, 1:] * std)
+        else:
+            deviation = np.float32(getattr(self._policy, "exploration_noise", 0.0))
+            action = np.clip(np.tanh(output) + deviation * noise[:, 1:], -1.0, 1.0)
+        for row in np.flatnonzero(noise[:, 0] < 0):
+            action[row] = [math.erf(number * math.sqrt(0.5)) for number in noise[row, 1:].tolist()]
+        return action.reshape(-1, *self._shape), None
+
+    def step(
+        self, observation: dict[str, Array], state: dict[str, Array], noise: Array, action_mask: Array | None = None
+    ) -> tuple[Array, None, dict[str, Array]]:
+        return *self.act(observation, noise, action_mask), state
+
+
+def fast_actor(policy: Acting, num_envs: int) -> Fast | None:
+    """A fast actor for groups of `num_envs`, or None where the policy is none of those that are known, is not on the CPU, or is too large to gain."""
+    if type(policy) in (Policy, RecurrentPolicy):
+        assert isinstance(policy, Policy)
+        known, encoder, head = policy.action_head.kind in ("discrete", "box"), policy.actor, policy.action_head.linear
+    elif type(policy) in (QPolicy, GaussianPolicy, DeterministicPolicy):
+        assert isinstance(policy, (QPolicy, GaussianPolicy, DeterministicPolicy))
+        known, encoder, head = getattr(policy, "distribution", "none") == "none", policy.encoder, policy.head
+    else:
         return None
-    if len(leaves) != 1 or not isinstance(leaves[0], VectorInput) or head.kind not in ("discrete", "box"):
+    leaves = policy.inputs.leaves
+    if not known or not isinstance(encoder, Encoder) or encoder.mlp.activation not in _ACTIVATIONS:
         return None
-    weights = [layer.weight for layer in (*encoder.mlp.linears, head.linear)]
+    if len(leaves) != 1 or not isinstance(leaves[0], VectorInput) or _too_large(policy, [*encoder.mlp.linears, head], num_envs):
+        return None
+    layers = FastLayers(policy.inputs.names[0], leaves[0], encoder, head, num_envs)
+    if isinstance(policy, Policy):
+        return FastActor(policy, layers, num_envs)
+    return FastQ(policy, layers) if isinstance(policy, QPolicy) else FastContinuous(policy, layers)
+
+
+def _too_large(policy: Acting, linears: Sequence[nn.Linear], num_envs: int) -> bool:
+    weights = [layer.weight for layer in linears]
     if isinstance(policy, RecurrentPolicy):
         weights += [policy.memory.input_weight, policy.memory.state_weight]
-    if any(num_envs * weight.numel() > SINGLE_THREAD_PRODUCT or weight.is_cuda for weight in weights):
-        return None
-    return FastActor(policy, num_envs)
+    return any(num_envs * weight.numel() > SINGLE_THREAD_PRODUCT or weight.is_cuda for weight in weights)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,11 +24,23 @@ class NoiseSpec:
     """Exploration noise that one environment needs: `size` float32 numbers per step, or per rollout (the same in each of its steps).
 
     kind: `uniform` in [0, 1), drawn as float32 (a float64 below 1 may round up to 1); `normal` standard.
+    explores: the first number is uniform, less the share of random actions (epsilon): where it is negative, the action is one at random.
     """
 
     kind: Literal["uniform", "normal"]
     size: int
     per: Literal["step", "rollout"] = "step"
+    explores: bool = False
+
+    def draw(self, lead: Sequence[int], rng: np.random.Generator, epsilon: float = 0.0) -> npt.NDArray[np.float32]:
+        """Noise float32 [*lead, size]. epsilon: share of random actions, for a policy that `explores`."""
+        shape = (*lead, self.size)
+        noise = rng.random(shape, np.float32) if self.kind == "uniform" else rng.standard_normal(shape, np.float32)
+        if self.explores:
+            if self.kind == "normal":
+                noise[..., 0] = rng.random(tuple(lead), np.float32)
+            noise[..., 0] -= np.float32(epsilon)
+        return noise
 
 
 class ActionHead(nn.Module):

@@ -15,18 +15,19 @@ from torch import Tensor, nn
 from shoal.config import PolicyConfig
 from shoal.errors import ConfigError
 from shoal.imports import load_object
+from shoal.networks.acting import ACTOR_CRITIC, Acting, NetworkKind
 from shoal.networks.computing import any_length, compiled
 from shoal.networks.encoders import Encoder, orthogonal
 from shoal.networks.evaluation import Evaluation, GraphEvaluation, SmallEvaluation, small_network
 from shoal.networks.heads import ActionHead, NoiseSpec
 from shoal.networks.inputs import Inputs
 from shoal.networks.memory import Memory
+from shoal.networks.off_policy import DeterministicPolicy, QPolicy, stochastic_policy
 from shoal.ops.distributions import Distribution
-from shoal.ops.moments import Moments
 from shoal.types import EnvironmentSpec, FieldSpec
 
 
-class Policy(nn.Module):
+class Policy(Acting):
     """Inputs, one encoder for both or one each, and two heads.
 
     Observations are dicts by field name (`observation`, `observation/camera/0`): [N, *leaf shape] with the environment's dtypes. Action masks
@@ -127,20 +128,9 @@ class Policy(nn.Module):
         """As `act`, with the recurrent state before this row; and the state after it."""
         return *self.act(observation, noise, action_mask), dict(state)
 
-    def greedy_step(
-        self, observation: Mapping[str, Tensor], state: Mapping[str, Tensor], action_mask: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The most probable actions as stored [N, ...], with the recurrent state before this row; and the state after it."""
-        return self.distribution(observation, action_mask).mode(), dict(state)
-
-    @property
-    def normalised(self) -> tuple[str, ...]:
-        """Names of the observation fields whose running statistics the policy carries; empty without normalisation."""
-        return self.inputs.normalised
-
-    def set_statistics(self, moments: Mapping[str, Moments]) -> None:
-        """Freeze observation statistics into the buffers, for every field of `normalised`."""
-        self.inputs.set_statistics(moments)
+    def greedy(self, observation: Mapping[str, Tensor], action_mask: Tensor | None = None) -> Tensor:
+        """The most probable action."""
+        return self.distribution(observation, action_mask).mode()
 
     def _features(self, encoder: nn.Module, prepared: Mapping[str, Tensor]) -> Tensor:
         if not self._mixed:
@@ -175,11 +165,21 @@ Network = Callable[[EnvironmentSpec, PolicyConfig], nn.Module]
 
 
 def build_policy(spec: EnvironmentSpec, config: PolicyConfig, network: Network | None = None, *, seed: int = 0) -> Policy:
+    """The policy of an on-policy run; see `build_acting`."""
+    policy = build_acting(spec, config, network, seed=seed)
+    assert isinstance(policy, Policy)
+    return policy
+
+
+def build_acting(
+    spec: EnvironmentSpec, config: PolicyConfig, network: Network | None = None, *, seed: int = 0, kind: NetworkKind = ACTOR_CRITIC
+) -> Acting:
     """The policy of a run. The same arguments give the same parameters; torch's global generator is left as it was.
 
     Args:
       network: the user's own (see the package's docstring); the one of `config.network` by default, else the encoders of this package.
       seed: of the initial parameters, [0, 2**63).
+      kind: what its algorithm learns.
     Raises:
       ConfigError: if the encoder does not fit the observation, or the network is not of the form described.
     """
@@ -189,7 +189,7 @@ def build_policy(spec: EnvironmentSpec, config: PolicyConfig, network: Network |
             raise ConfigError(f"policy.network: {config.network} is {type(network).__name__}, not a callable (spec, config)")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        policy = _default_policy(spec, config) if network is None else _custom_policy(spec, config, network)
+        policy = _default_policy(spec, config, kind) if network is None else _custom_policy(spec, config, network, kind)
     for name, tensor in named_tensors(policy).items():
         if tensor.dtype is not torch.float32:
             raise ConfigError(
@@ -198,7 +198,7 @@ def build_policy(spec: EnvironmentSpec, config: PolicyConfig, network: Network |
     return policy
 
 
-def policy_size(spec: EnvironmentSpec, config: PolicyConfig) -> int:
+def policy_size(spec: EnvironmentSpec, config: PolicyConfig, kind: NetworkKind = ACTOR_CRITIC) -> int:
     """Numbers in the tensors of this package's policy, found without allocating any.
 
     Raises:
@@ -206,7 +206,7 @@ def policy_size(spec: EnvironmentSpec, config: PolicyConfig) -> int:
     """
     try:
         with torch.device("meta"):
-            return sum(tensor.numel() for tensor in named_tensors(_default_policy(spec, config)).values())
+            return sum(tensor.numel() for tensor in named_tensors(_default_policy(spec, config, kind)).values())
     except (RuntimeError, OverflowError, TypeError) as error:
         raise ConfigError(f"policy.hidden_sizes: no layer can have {config.hidden_sizes} units: {str(error).splitlines()[0]}") from error
 
@@ -235,7 +235,7 @@ def _heads(spec: EnvironmentSpec, config: PolicyConfig, num_features: int, num_v
     return ActionHead(spec.action, num_features, config), value_head
 
 
-def _default_policy(spec: EnvironmentSpec, config: PolicyConfig) -> Policy:
+def _default_policy(spec: EnvironmentSpec, config: PolicyConfig, kind: NetworkKind) -> Acting:
     images = _image_fields(spec, config)
     inputs = Inputs(spec, config.normalise_observations, images)
     share = bool(images) if config.share_encoder is None else config.share_encoder
@@ -245,13 +245,21 @@ def _default_policy(spec: EnvironmentSpec, config: PolicyConfig) -> Policy:
             inputs.shapes, config.hidden_sizes, config.activation, config.orthogonal_init, compact=config.encoder == "compact_cnn"
         )
 
-    if config.memory != "none":
+    if config.memory != "none" and kind == ACTOR_CRITIC:
         if config.share_encoder is False:
             raise ConfigError("policy.share_encoder: with policy.memory, actor and critic share encoder and memory; leave it out")
         return _remembering(spec, config, inputs, encoder())
     actor = encoder()
+    if kind != ACTOR_CRITIC:
+        return _off_policy(spec, config, inputs, actor, kind)
     critic = None if share else encoder()
     return Policy(inputs, actor, critic, *_heads(spec, config, actor.num_features, actor.num_features))
+
+
+def _off_policy(spec: EnvironmentSpec, config: PolicyConfig, inputs: Inputs, encoder: nn.Module, kind: NetworkKind) -> Acting:
+    make = {"q": QPolicy, "stochastic": stochastic_policy, "deterministic": DeterministicPolicy}[kind.name]
+    policy: Acting = make(spec, inputs, encoder, config.orthogonal_init, **kind.options)
+    return policy
 
 
 def _remembering(spec: EnvironmentSpec, config: PolicyConfig, inputs: Inputs, encoder: nn.Module) -> Policy:
@@ -263,9 +271,9 @@ def _remembering(spec: EnvironmentSpec, config: PolicyConfig, inputs: Inputs, en
     return RecurrentPolicy(inputs, encoder, memory, *_heads(spec, config, config.memory_size, config.memory_size))
 
 
-def _custom_policy(spec: EnvironmentSpec, config: PolicyConfig, network: Network) -> Policy:
+def _custom_policy(spec: EnvironmentSpec, config: PolicyConfig, network: Network, kind: NetworkKind) -> Acting:
     trunk = network(spec, config)
-    if isinstance(trunk, Policy):
+    if isinstance(trunk, Policy) and kind == ACTOR_CRITIC:
         if config.memory != "none" and not trunk.initial_state(1):
             raise ConfigError(
                 f"policy.memory: {type(trunk).__name__}, which policy.network made, is a whole policy without a place for a memory; return a torch "
@@ -279,6 +287,8 @@ def _custom_policy(spec: EnvironmentSpec, config: PolicyConfig, network: Network
             f"(or a Policy), got {type(trunk).__name__} with num_features {num_features!r}"
         )
     inputs = Inputs(spec, config.normalise_observations, _image_fields(spec, config))
+    if kind != ACTOR_CRITIC:
+        return _off_policy(spec, config, inputs, trunk, kind)
     if config.memory != "none":
         return _remembering(spec, config, inputs, trunk)
     return Policy(inputs, trunk, None, *_heads(spec, config, num_features, num_features))

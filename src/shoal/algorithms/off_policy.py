@@ -1,0 +1,142 @@
+"""What algorithms share that learn from a replay: the base class, what they are given, target networks, and how much is done at random.
+
+Legend: M rows of a sample, P parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from shoal.algorithms.base import UpdateContext
+from shoal.config import OffPolicyConfig, PolicyConfig
+from shoal.networks.acting import NetworkKind
+from shoal.types import EnvironmentSpec
+
+Metrics = dict[str, Tensor | float]
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """What one optimizer step learns from, on the learner's device.
+
+    Attributes:
+      observation, next_observation: by field name, [M, ...]; the next is that of n steps later, or the true last one of its episode.
+      action_mask, next_action_mask: bool [M, A] or None.
+      action: [M, ...] as stored.
+      return_M: float32, the discounted sum of the rewards in between. discount_M: float32 of the value after them; 0 where the episode terminated.
+      weight_M: float32, of importance: at most 1.
+    """
+
+    observation: dict[str, Tensor]
+    action_mask: Tensor | None
+    action: Tensor
+    return_M: Tensor
+    discount_M: Tensor
+    next_observation: dict[str, Tensor]
+    next_action_mask: Tensor | None
+    weight_M: Tensor
+
+    def __len__(self) -> int:
+        return len(self.return_M)
+
+
+class Beginning(NamedTuple):
+    """Where a rollout begins, as far as it decides how much of it is done at random.
+
+    env_steps: of the whole run by then, as the group's own count of rollouts says.
+    """
+
+    group: int
+    num_groups: int
+    env_steps: int
+    learning_starts: int
+
+
+ConfigT = TypeVar("ConfigT", bound=OffPolicyConfig)
+
+
+class OffPolicyAlgorithm(Generic[ConfigT]):
+    """Turns samples of a replay into optimizer steps. A subclass writes `learn`, and says which `network` it needs and how it explores.
+
+    Given the policy, the state and (rows, context), a step is deterministic: no clock, no global random numbers.
+
+    Attributes:
+      Config: model of its settings. modes: of the engine, the default first.
+    """
+
+    Config: ClassVar[type[OffPolicyConfig]] = OffPolicyConfig
+    modes: ClassVar[tuple[Literal["sync", "async"], ...]] = ("sync", "async")
+
+    def __init__(self, policy: Any, config: ConfigT) -> None:
+        self.policy = policy
+        self.config = config
+
+    @classmethod
+    def make(cls, policy: Any, config: Any, spec: EnvironmentSpec, networks: PolicyConfig, seed: int) -> Self:
+        """With whatever else it learns besides the policy. seed: of its initial parameters, [0, 2**63)."""
+        return cls(policy, config)
+
+    @classmethod
+    def network(cls, config: Any) -> NetworkKind:
+        """Which policy is learned."""
+        raise NotImplementedError(f"{cls.__name__}.network")
+
+    @classmethod
+    def epsilon(cls, config: Any, beginning: Beginning) -> float:
+        """Share of random actions in a rollout: all of them until learning starts."""
+        return float(beginning.env_steps < beginning.learning_starts)
+
+    def learn(self, rows: Transitions, context: UpdateContext) -> tuple[Metrics, Tensor | None]:
+        """One optimizer step: changes parameters in place. Returns metrics by the names of Stable-Baselines3, without `train/`, and each row's new
+        priority [M], not negative, where the algorithm has one."""
+        raise NotImplementedError(f"{type(self).__name__}.learn")
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Optimizer steps taken, and refused since loss or gradient was not finite."""
+        raise NotImplementedError(f"{type(self).__name__}.steps")
+
+    def get_state(self) -> dict[str, Tensor]:
+        """Everything besides the policy's tensors that the next step depends on: copies, by name, flat."""
+        raise NotImplementedError(f"{type(self).__name__}.get_state")
+
+    def set_state(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `get_state`, exactly."""
+        raise NotImplementedError(f"{type(self).__name__}.set_state")
+
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class Target(Generic[ModuleT]):
+    """A copy of a network that follows it; its parameters are views of one vector [P], in the order of the optimizer's."""
+
+    def __init__(self, module: ModuleT) -> None:
+        self.module: ModuleT = copy.deepcopy(module).requires_grad_(False)
+        parameters = list(self.module.parameters())
+        self.flat = torch.cat([p.detach().reshape(-1) for p in parameters])
+        for parameter, part in zip(parameters, torch.split(self.flat, [p.numel() for p in parameters]), strict=True):
+            parameter.data = part.view(parameter.shape)
+
+    def follow(self, flat: Tensor, tau: float = 1.0) -> None:
+        """Go the share `tau` of the way to `flat` [P]: all of it copies (Polyak averaging otherwise)."""
+        if tau == 1.0:
+            self.flat.copy_(flat)
+        else:
+            self.flat.lerp_(flat, tau)
+
+
+def prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same under longer names."""
+    return {f"{prefix}/{name}": value for name, value in state.items()}
+
+
+def part_of(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `prefixed`, of a state that holds more."""
+    return {name.removeprefix(f"{prefix}/"): value for name, value in state.items() if name.startswith(f"{prefix}/")}

@@ -1,0 +1,162 @@
+"""A learner that samples from a replay: rollouts go in, and each update makes as many optimizer steps as it is told.
+
+consumes    orders: the slots of one update, which are free once `consume` returns
+waits for   nothing; it is called
+unblocks    whoever waits for the slots and for the next policy version
+on failure  as learners/learner.py
+
+Legend: M rows of a sample.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from shoal.algorithms.base import Means
+from shoal.algorithms.off_policy import OffPolicyAlgorithm, Transitions
+from shoal.config import ReplayConfig, RunConfig
+from shoal.experience.envelope import Identity
+from shoal.experience.replay import Replay, Sample
+from shoal.experience.ring import Ring
+from shoal.experience.schema import numpy_dtype
+from shoal.learners.learner import Consumed, Learner, WeightPublisher
+from shoal.networks.acting import Acting
+from shoal.streams import Purpose, stream
+from shoal.types import Array, Arrays, EnvironmentSpec, FieldSpec
+
+_SAMPLED_BYTES = 2**22
+
+
+def field_bytes(field: FieldSpec) -> int:
+    """Of one element."""
+    return int(np.prod(field.shape, dtype=np.int64)) * numpy_dtype(field.dtype).itemsize
+
+
+@dataclass
+class Inserted(Consumed):
+    """What went into the replay, and what left it for that: env steps by group, and by policy lag when they went in."""
+
+    num_env_steps: int = 0
+    evicted: Counter[int] = field(default_factory=Counter)
+    lag: Counter[int] = field(default_factory=Counter)
+
+
+class ReplayLearner(Learner):
+    """Attributes:
+    replay: filled by `consume`, sampled by `update`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        spec: EnvironmentSpec,
+        policy: Acting,
+        algorithm: OffPolicyAlgorithm[Any],
+        ring: Ring,
+        board: WeightPublisher,
+        *,
+        run_id: bytes,
+        replay: ReplayConfig,
+        epoch: int = 0,
+    ) -> None:
+        super().__init__(config, spec, policy, algorithm, ring, board, run_id=run_id, max_policy_lag=0, epoch=epoch)
+        self.replay = Replay(ring.schema, config.sampling.groups or 1, replay, gamma=config.algorithm.gamma)
+        self._settings, self._batch_size = replay, algorithm.config.batch_size
+        self._device = next(iter(policy.parameters())).device
+        shown = sum(field_bytes(field) for field in ring.schema.fields if field.axis == "T+1")
+        self._most_at_once = max(1, _SAMPLED_BYTES // (2 * shown * self._batch_size))  # batches of one draw, where priorities do not change
+
+    def consume(self, orders: Sequence[tuple[int, Identity]]) -> Inserted:
+        """Check the rollouts and copy them into the replay. None is too old for it."""
+        inserted = Inserted(None, [])
+        for index, identity in orders:
+            slot = self._ring.slots[index]
+            slot.check(self._run_id, identity)
+            slot.envelope["consumed_ns"] = time.monotonic_ns()
+            num_rows = int(slot.envelope["num_rows"])
+            lag = self.version - slot.arrays["policy_version"][:num_rows][slot.arrays["valid"][:num_rows]]
+            inserted.lag.update(lag.tolist())
+            inserted.evicted[identity.group] += self.replay.insert(slot, self.version)
+            inserted.groups.append(identity.group)
+            inserted.num_env_steps += int(slot.envelope["num_env_steps"])
+        return inserted
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def update(self, consumed: Consumed, optimizer_steps: int = 0) -> dict[str, float]:
+        """One update: `optimizer_steps` from the replay as it is now (none before learning starts). It makes the next version."""
+        assert isinstance(consumed, Inserted)
+        metrics = self._learn(optimizer_steps)
+        self._refuse_divergence(metrics)
+        self.version += 1
+        self.env_steps += consumed.num_env_steps
+        self.publish()
+        counts = {f"lag/{lag}": float(count) for lag, count in consumed.lag.items()}
+        counts |= {f"evicted/{group}": float(count) for group, count in consumed.evicted.items() if count}
+        return {**metrics, **counts, "num_env_steps": float(consumed.num_env_steps), "replay/steps": float(self.replay.num_steps)}
+
+    def _learn(self, optimizer_steps: int) -> dict[str, float]:
+        algorithm: OffPolicyAlgorithm[Any] = self._algorithm
+        context, rng = self._context(), stream(self._config.seed, Purpose.REPLAY, index=self.version, epoch=self._epoch)
+        beta = self._settings.beta + context.progress * (1.0 - self._settings.beta)
+        taken, skipped = algorithm.steps
+        means, samples = Means(), []
+        while optimizer_steps > 0:
+            at_once = 1 if self._settings.prioritised else min(optimizer_steps, self._most_at_once)
+            sample = self.replay.sample(at_once * self._batch_size, rng, beta=beta)
+            samples.append(sample)
+            optimizer_steps -= at_once
+            for rows in self._rows(sample, at_once):
+                before = algorithm.steps[1]
+                metrics, priority_M = algorithm.learn(rows, context)
+                if (
+                    self._settings.prioritised and priority_M is not None and algorithm.steps[1] == before
+                ):  # else no number is to be trusted
+                    self.replay.update_priorities(sample.index_M, priority_M.detach().cpu().numpy())
+                means.add(metrics)
+        if not samples:
+            return {"optimizer_steps": 0.0, "skipped_steps": 0.0}
+        counted = {"optimizer_steps": algorithm.steps[0] - taken, "skipped_steps": algorithm.steps[1] - skipped}
+        return {**means.result(), **_ages(samples), **{name: float(count) for name, count in counted.items()}}
+
+    def _rows(self, sample: Sample, parts: int = 1) -> Iterator[Transitions]:
+        """The sample on the learner's device, in equal parts."""
+
+        def cut(array: Array) -> Sequence[torch.Tensor]:
+            tensor = torch.from_numpy(array).to(self._device)
+            return (tensor,) if parts == 1 else tensor.chunk(parts)
+
+        def cut_all(arrays: Arrays) -> list[dict[str, torch.Tensor]]:
+            names = list(arrays)
+            return [dict(zip(names, each, strict=True)) for each in zip(*(cut(arrays[name]) for name in names), strict=True)]
+
+        return map(
+            Transitions,
+            cut_all(sample.observation),
+            [None] * parts if sample.action_mask is None else cut(sample.action_mask),
+            cut(sample.action),
+            cut(sample.return_M),
+            cut(sample.discount_M),
+            cut_all(sample.next_observation),
+            [None] * parts if sample.next_action_mask is None else cut(sample.next_action_mask),
+            cut(sample.weight_M),
+        )
+
+
+def _ages(samples: Sequence[Sample]) -> dict[str, float]:
+    """How old what was sampled is: in updates since the policy that chose it, and in env steps since it went in."""
+    updates = np.concatenate([sample.age_updates_M for sample in samples])
+    steps = np.concatenate([sample.age_steps_M for sample in samples])
+    return {
+        "replay/age_updates_mean": float(updates.mean()),
+        "replay/age_updates_p99": float(np.partition(updates, int(0.99 * (len(updates) - 1)))[int(0.99 * (len(updates) - 1))]),
+        "replay/age_updates_max": float(updates.max()),
+        "replay/age_steps_mean": float(steps.mean()),
+        "replay/age_steps_max": float(steps.max()),
+    }

@@ -1,0 +1,178 @@
+"""The replay's priorities, weights, ages and refusals; how it fills and samples is in tests/contracts/test_replays.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from replay_world import IMAGE, VECTOR, Kind, World
+from shoal.config import ReplayConfig
+from shoal.errors import ConfigError, SchemaError
+from shoal.experience.replay import Replay
+from shoal.experience.stacks import Stack, is_stacked, likely_stack, possible_stacks
+from shoal.types import LeafSpec
+
+PRIORITISED = ReplayConfig(capacity_steps=10_000, prioritised=True, alpha=0.6)
+
+
+def made(config: ReplayConfig = PRIORITISED, rounds: int = 3, kind: Kind = Kind()) -> tuple[World, Replay]:  # noqa: B008
+    world = World(kind)
+    replay = Replay(world.schema, kind.groups, config, gamma=0.9)
+    fill(world, replay, rounds)
+    return world, replay
+
+
+def fill(world: World, replay: Replay, rounds: int, version: int = 0) -> None:
+    for _ in range(rounds):
+        for group in range(world.kind.groups):
+            replay.insert(world.rollout(group, version=version)[0], version)
+
+
+def every(replay: Replay) -> np.ndarray:
+    """The names of all steps."""
+    found = np.unique(replay.sample(20 * replay.num_steps, np.random.default_rng(0), beta=0.0).index_M)
+    assert len(found) == replay.num_steps
+    return found
+
+
+def counts(replay: Replay, names: np.ndarray, num: int, draws: int = 40, seed: int = 1) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return sum(np.bincount(names.searchsorted(replay.sample(num, rng, beta=0.5).index_M), minlength=len(names)) for _ in range(draws))
+
+
+@pytest.mark.parametrize("num", [1, 7, 512])
+def test_a_step_is_drawn_as_often_as_its_priority_to_the_alpha_says(num):
+    _, replay = made()
+    names = every(replay)
+    priority = np.random.default_rng(2).random(len(names)) * 3 + 0.05
+    replay.update_priorities(names, priority)
+    draws = {1: 8_000, 7: 4_000, 512: 400}[num]
+    expected = priority**0.6 / (priority**0.6).sum() * num * draws
+    found = counts(replay, names, num, draws)
+    # Stratified draws vary less than independent ones, for which this would be chi-square: 99.9 % of it, and a floor for num = 1.
+    chi_square = ((found - expected) ** 2 / expected).sum()
+    freedom = len(names) - 1
+    assert chi_square < freedom + 3.3 * np.sqrt(2 * freedom)
+    assert num > 1 or chi_square > freedom - 3.3 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("config", [ReplayConfig(prioritised=False), PRIORITISED.model_copy(update={"alpha": 0.0}), PRIORITISED])
+def test_without_other_priorities_all_steps_are_drawn_alike_with_weights_of_one(config):
+    _, replay = made(config)
+    names = every(replay)
+    if config.alpha == 0 or not config.prioritised:
+        replay.update_priorities(names, np.linspace(0, 5, len(names)))
+    found = counts(replay, names, len(names), 10)
+    assert ((found >= 8) & (found <= 12)).all()  # one of each stratum: at most one too many at either edge
+    assert (replay.sample(50, np.random.default_rng(0), beta=0.7).weight_M == 1.0).all()
+
+
+def test_weights_make_up_for_how_often_a_step_is_drawn():
+    _, replay = made()
+    names = every(replay)
+    priority = np.linspace(0.1, 4, len(names))
+    replay.update_priorities(names, priority)
+    sample = replay.sample(300, np.random.default_rng(0), beta=0.7)
+    drawn = priority[names.searchsorted(sample.index_M)] ** 0.6
+    np.testing.assert_allclose(sample.weight_M, (drawn / drawn.min()) ** -0.7, rtol=1e-6)
+    assert (sample.weight_M.dtype, sample.weight_M.max()) == (np.float32, 1.0)
+
+
+def test_new_steps_enter_at_the_largest_priority_so_far():
+    world, replay = made()
+    old = every(replay)
+    replay.update_priorities(old, np.full(len(old), 0.5))
+    replay.update_priorities(old[:1], np.array([9.0]))
+    replay.update_priorities(old[:1], np.array([0.5]))
+    fill(world, replay, 1)
+    names = every(replay)
+    found = counts(replay, names, 1000)
+    new = ~np.isin(names, old)
+    assert 0 < new.sum() < len(names)
+    assert found[new].mean() / found[~new].mean() == pytest.approx((9.0 / 0.5) ** 0.6, rel=0.05)
+
+
+def test_priorities_of_steps_that_were_evicted_meanwhile_are_ignored():
+    world, replay = made(PRIORITISED.model_copy(update={"capacity_steps": 60}))
+    old = every(replay)
+    fill(world, replay, 1)
+    gone = np.setdiff1d(old, every(replay))
+    assert len(gone) > 0
+    fill(world, replay, 4)  # others lie where they lay
+    before = replay.sample(200, np.random.default_rng(0), beta=1.0).index_M
+    replay.update_priorities(gone, np.full(len(gone), 1e9))
+    assert (replay.sample(200, np.random.default_rng(0), beta=1.0).index_M == before).all()
+    replay.check_valid()
+
+
+def test_a_step_of_priority_zero_is_still_there():
+    _, replay = made()
+    names = every(replay)
+    replay.update_priorities(names, np.zeros(len(names)))
+    replay.check_valid()
+    assert len(every(replay)) == len(names)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -0.5])
+def test_a_priority_that_is_no_number_is_refused_and_changes_nothing(bad):
+    _, replay = made()
+    names = every(replay)
+    before = replay.sample(100, np.random.default_rng(0), beta=1.0).index_M
+    with pytest.raises(SchemaError, match="priority 1 of 3 is"):
+        replay.update_priorities(names[:3], np.array([1.0, bad, 5.0]))
+    assert (replay.sample(100, np.random.default_rng(0), beta=1.0).index_M == before).all()
+
+
+def test_ages_count_updates_since_the_policy_chose_and_steps_since_the_insertion():
+    world, replay = made(rounds=0)
+    fill(world, replay, 1, version=3)
+    after = replay.inserted_steps
+    fill(world, replay, 2, version=7)
+    sample = replay.sample(400, np.random.default_rng(0), beta=1.0)
+    assert set(sample.age_updates_M) == {0, 4}
+    old = sample.age_updates_M == 4
+    assert sample.age_steps_M[old].min() == replay.inserted_steps - after
+    assert sample.age_steps_M[~old].min() == 0
+
+
+def test_nothing_is_drawn_from_an_empty_replay():
+    _, replay = made(rounds=0)
+    with pytest.raises(ValueError, match="nothing can be sampled yet: 0 env steps"):
+        replay.sample(1, np.random.default_rng(0), beta=1.0)
+
+
+def test_a_capacity_that_holds_no_step_of_an_environment_is_refused():
+    with pytest.raises(ConfigError, match=r"replay\.capacity_steps 5 .* 6 environments \(3 groups of 2\), which need 1 steps each"):
+        made(PRIORITISED.model_copy(update={"capacity_steps": 5}))
+    with pytest.raises(ConfigError, match=r"replay\.capacity_bytes 100 "):
+        made(PRIORITISED.model_copy(update={"capacity_bytes": 100}))
+
+
+# ---- stacks ----------------------------------------------------------------------------------------------------------------
+def test_a_stack_of_four_costs_a_frame():
+    def size(shape: tuple[int, ...]) -> int:
+        leaf = LeafSpec((), "box", "uint8", shape, low=(0.0,), high=(255.0,))
+        return Replay.size_bytes(Kind((leaf,)).schema(), 3, PRIORITISED)
+
+    assert size((4, 84, 84)) == size((84, 84, 4)) < 1.01 * size((84, 84)) < 0.26 * size((84, 84, 16)) * 4
+    assert size((84, 84, 3)) > 2.9 * size((84, 84))  # colours
+
+
+def test_planes_that_do_not_follow_each_other_or_never_move_are_no_stack():
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (20, 2, 5, 5), np.uint8)
+    stacks = frames[np.arange(16)[:, None] + np.arange(4)].swapaxes(1, 2)
+    assert is_stacked(stacks, Stack(0, 4))
+    assert is_stacked(np.moveaxis(stacks, 2, -1), Stack(-1, 4))
+    assert not is_stacked(stacks[:, :, ::-1], Stack(0, 4))
+    assert not is_stacked(np.ones_like(stacks), Stack(0, 4))
+    assert possible_stacks("uint8", (84, 84)) == possible_stacks("float32", (4, 84, 84)) == possible_stacks("uint8", (40, 30, 20)) == []
+    assert likely_stack("uint8", (84, 84, 3)) is None
+    assert likely_stack("uint8", (12, 84, 84)) == Stack(0, 12)
+
+
+def test_frames_are_stored_once_and_a_reset_costs_the_older_ones():
+    kind = Kind((IMAGE, VECTOR), num_rows=16)
+    _, replay = made(kind=kind, rounds=4)
+    assert replay._store.layout.stacks == {"observation/image": Stack(0, 4)}
+    assert replay._store.rows.fields["observation/image"] == ("uint8", (2, 3))

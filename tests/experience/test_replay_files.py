@@ -1,0 +1,176 @@
+"""A replay's files: what is written, what is linked, and what is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from replay_world import IMAGE, VECTOR, Kind, World
+from shoal.config import ReplayConfig
+from shoal.errors import CheckpointError
+from shoal.experience import replay_rows
+from shoal.experience.replay import Replay
+from shoal.files import CheckpointDirectory
+
+KIND = Kind((IMAGE, VECTOR), mask=True, memory=True)
+STEPS = ReplayConfig(capacity_steps=600, prioritised=True, n_step=3)
+SEQUENCES = STEPS.model_copy(update={"sequence_length": 10, "burn_in": 3})
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(replay_rows, "_LEAST_CHUNK_BYTES", 512)
+
+
+def filled(world: World, config: ReplayConfig, rounds: int) -> Replay:
+    replay = Replay(world.schema, KIND.groups, config, gamma=0.9)
+    grow(replay, world, rounds)
+    return replay
+
+
+def grow(replay: Replay, world: World, rounds: int) -> None:
+    for _ in range(rounds):
+        for group in range(KIND.groups):
+            replay.insert(world.rollout(group)[0], 0)
+
+
+def drawn(replay: Replay, config: ReplayConfig) -> bytes:
+    draw = replay.sample if config.sequence_length is None else replay.sample_sequences
+    return b"".join(array.tobytes() for array in flat(vars(draw(50, np.random.default_rng(5), beta=0.5))))
+
+
+def flat(values) -> list:
+    return [a for v in values.values() for a in (flat(v) if isinstance(v, dict) else [np.asarray(v)])]
+
+
+def inodes(directory: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_ino for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("config", [STEPS, SEQUENCES], ids=["steps", "sequences"])
+def test_chunks_that_did_not_change_are_linked_and_the_others_written(config, tmp_path):
+    world = World(KIND)
+    replay = filled(world, config, 12)
+    replay.save(tmp_path / "1", None)
+    grow(replay, world, 1)
+    replay.save(tmp_path / "2", tmp_path / "1")
+    before, after = inodes(tmp_path / "1"), inodes(tmp_path / "2")
+    shared = {name for name in after if after[name] == before.get(name)}
+    changed = {name for name in after if name.startswith("rows") and name not in shared}
+    assert len(shared) > len(changed) >= 1
+    assert not any(name.startswith("state") for name in shared)
+    again = Replay(world.schema, KIND.groups, config, gamma=0.9)
+    again.load(tmp_path / "2")
+    assert drawn(again, config) == drawn(replay, config)
+
+
+def test_what_was_loaded_is_linked_on(tmp_path):
+    world = World(KIND)
+    filled(world, STEPS, 12).save(tmp_path / "1", None)
+    again = Replay(world.schema, KIND.groups, STEPS, gamma=0.9)
+    again.load(tmp_path / "1")
+    again.save(tmp_path / "2", tmp_path / "1")
+    before, after = inodes(tmp_path / "1"), inodes(tmp_path / "2")
+    assert {name for name in after if after[name] != before[name]} == {"state.json", "state.safetensors"}
+
+
+def test_a_file_of_another_time_line_is_not_taken_for_ones_own(tmp_path):
+    world = World(KIND)
+    filled(World(KIND, seed=9), STEPS, 12).save(tmp_path / "other", None)
+    replay = filled(world, STEPS, 12)
+    replay.save(tmp_path / "1", None)
+    replay.save(tmp_path / "2", tmp_path / "other")
+    replay.save(tmp_path / "3", tmp_path / "not there")
+    for directory in ("2", "3"):
+        again = Replay(world.schema, KIND.groups, STEPS, gamma=0.9)
+        again.load(tmp_path / directory)
+        assert drawn(again, STEPS) == drawn(replay, STEPS)
+
+
+def test_a_save_that_failed_halfway_takes_nothing_from_the_next(tmp_path, monkeypatch):
+    world = World(KIND)
+    replay = filled(world, STEPS, 12)
+    replay.save(tmp_path / "1", None)
+    grow(replay, world, 2)
+    written = Path.write_bytes
+
+    def full(path, content):
+        if path.name == "state.safetensors":
+            raise OSError(28, "No space left on device", str(path))
+        return written(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space left"):
+            replay.save(tmp_path / "2", tmp_path / "1")
+    for path in (tmp_path / "2").iterdir():
+        path.unlink()
+    grow(replay, world, 1)
+    replay.save(tmp_path / "3", tmp_path / "1")
+    again = Replay(world.schema, KIND.groups, STEPS, gamma=0.9)
+    again.load(tmp_path / "3")
+    assert drawn(again, STEPS) == drawn(replay, STEPS)
+
+
+@pytest.mark.parametrize("config", [STEPS, SEQUENCES], ids=["steps", "sequences"])
+def test_a_flipped_byte_in_any_file_is_found_before_it_is_used(config, tmp_path):
+    world = World(KIND)
+    filled(world, config, 3).save(tmp_path / "replay", None)
+    rng = np.random.default_rng(0)
+    for path in sorted((tmp_path / "replay").iterdir()):
+        content = path.read_bytes()
+        for at in {0, len(content) - 1, *rng.integers(0, len(content), 6).tolist()}:
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1 << int(rng.integers(8))]) + content[at + 1 :])
+            with pytest.raises(CheckpointError, match=f"{path.name} is damaged"):
+                Replay(world.schema, KIND.groups, config, gamma=0.9).load(tmp_path / "replay")
+        path.write_bytes(content[: len(content) // 2])
+        with pytest.raises(CheckpointError):
+            Replay(world.schema, KIND.groups, config, gamma=0.9).load(tmp_path / "replay")
+        path.unlink()
+        with pytest.raises(CheckpointError, match=path.name):
+            Replay(world.schema, KIND.groups, config, gamma=0.9).load(tmp_path / "replay")
+        path.write_bytes(content)
+    Replay(world.schema, KIND.groups, config, gamma=0.9).load(tmp_path / "replay")
+
+
+def test_a_checkpoint_with_a_damaged_chunk_is_passed_over(tmp_path):
+    world = World(KIND)
+    replay, directory = filled(world, STEPS, 12), CheckpointDirectory(tmp_path)
+    for update in (1, 2):
+        grow(replay, world, 1)
+        with directory.begin(update) as staging:
+            replay.save(staging.path / "replay", staging.previous and staging.previous / "replay")
+            staging.commit()
+    newest, before = reversed(directory.paths())
+    own = next(p for p in sorted((newest / "replay").iterdir()) if p.stat().st_nlink == 1)
+    assert any(p.stat().st_nlink == 2 for p in (newest / "replay").iterdir())
+    content = bytearray(own.read_bytes())
+    content[-1] ^= 1
+    own.write_bytes(bytes(content))
+    loaded = directory.newest()
+    assert loaded.path == before
+    assert own.name in loaded.warnings[0]
+
+
+def test_a_replay_of_other_settings_is_refused_with_what_to_do(tmp_path):
+    world = World(KIND)
+    filled(world, STEPS, 2).save(tmp_path / "replay", None)
+    other = STEPS.model_copy(update={"capacity_steps": 1200})
+    with pytest.raises(CheckpointError, match=r"rows for each environment.*resume with the replay\.capacity_"):
+        Replay(world.schema, KIND.groups, other, gamma=0.9).load(tmp_path / "replay")
+    with pytest.raises(CheckpointError, match="does not hold the state"):
+        Replay(world.schema, KIND.groups, SEQUENCES, gamma=0.9).load(tmp_path / "replay")
+
+
+def test_an_empty_replay_is_saved_and_loaded(tmp_path):
+    world = World(KIND)
+    Replay(world.schema, KIND.groups, STEPS, gamma=0.9).save(tmp_path / "replay", None)
+    assert sorted(os.listdir(tmp_path / "replay")) == ["state.json", "state.safetensors"]
+    again = Replay(world.schema, KIND.groups, STEPS, gamma=0.9)
+    again.load(tmp_path / "replay")
+    assert again.num_steps == 0
+    grow(again, world, 1)
+    assert drawn(again, STEPS) == drawn(filled(World(KIND), STEPS, 1), STEPS)

@@ -1,0 +1,163 @@
+"""Sequences for recurrent policies, against what truly happened: every valid row with its state, its return and its successor.
+
+The world's recurrent state counts the steps since an episode began, so a state that was unrolled wrongly shows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from replay_world import IMAGE, VECTOR, Kind, Model, World, name_of
+from shoal.config import ReplayConfig
+from shoal.errors import ConfigError
+from shoal.experience.replay import Replay
+
+LENGTH, BURN_IN, GAMMA = 10, 3, 0.9
+KINDS = {
+    "vectors": Kind(mask=True, memory=True),
+    "reset rows": Kind(next_step=True, memory=True),
+    "frames": Kind((IMAGE, VECTOR), memory=True),
+    "frames, reset rows": Kind((IMAGE,), memory=True, next_step=True),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
+
+
+class Watched:
+    """A replay of sequences, and all that went into it."""
+
+    def __init__(self, kind: Kind, *, capacity: int = 10_000, n_step: int = 3, shards: int = 1, length: int = LENGTH) -> None:
+        config = ReplayConfig(
+            capacity_steps=capacity, n_step=n_step, shards=shards, prioritised=True, sequence_length=length, burn_in=BURN_IN
+        )
+        self.length = length
+        self.world = World(kind)
+        self.replay = Replay(self.world.schema, kind.groups, config, gamma=GAMMA)
+        self.model = Model(kind, capacity // (kind.groups * kind.num_envs), n_step=n_step, gamma=GAMMA)
+        self.steps: dict[bytes, object] = {}
+        self.rng = np.random.default_rng(0)
+
+    def insert(self, group: int, **how) -> None:
+        slot, events = self.world.rollout(group, **how)
+        self.model.insert(slot, events)
+        self.replay.insert(slot, 0)
+        self.replay.check_valid()
+        assert self.replay.num_steps == len(self.model.steps())
+        self.steps |= {step.name: step for happened in events for what, step in happened if what == "step"}
+
+    def check_sequences(self, num: int = 200) -> set[bytes]:
+        """Check all that is sampled; returns the names of the steps that are valid somewhere after the burn-in."""
+        sample = self.replay.sample_sequences(num, self.rng, beta=0.5)
+        assert sample.valid_LM.shape == (self.length, num)
+        assert sample.valid_LM[BURN_IN:].any(axis=0).all()
+        trained = set()
+        for m in range(num):
+            state = sample.state["policy_state/h"][m, 0]
+            for t in range(self.length):
+                if sample.begins_L1M[t, m]:
+                    state = 0.0
+                if sample.valid_LM[t, m]:
+                    step = self.steps[name_of({n: v[t, m] for n, v in sample.observation.items()})]
+                    self.check_row(sample, t, m, step, state)
+                    trained |= {step.name} if t >= BURN_IN else set()
+                state += 1.0
+        return trained
+
+    def check_row(self, sample, t, m, step, state) -> None:
+        assert step.state == state
+        assert (sample.action[t, m], sample.reward_LM[t, m]) == (step.action, np.float32(step.reward))
+        assert (sample.terminated_LM[t, m], sample.truncated_LM[t, m]) == (step.terminated, step.truncated)
+        self.model.n_step, whole = min(self.model.n_step, self.length - t), self.model.n_step
+        total, discount, last = self.model.returns(step)
+        self.model.n_step = whole
+        assert sample.return_LM[t, m] == pytest.approx(total, rel=1e-5, abs=1e-6)
+        assert sample.discount_LM[t, m] == pytest.approx(discount, rel=1e-6)
+        successor = sample.successor_LM[t, m]
+        assert t < successor <= self.length
+        assert name_of({n: v[successor, m] for n, v in sample.observation.items()}) == name_of(last.successor)
+
+
+@pytest.mark.parametrize(("n_step", "shards"), [(1, 1), (3, 2), (5, 3)])
+def test_rows_have_the_state_the_return_and_the_successor_that_they_truly_had(kind, n_step, shards):
+    watched = Watched(kind, n_step=n_step, shards=shards)
+    for _ in range(10):
+        for group in range(kind.groups):
+            watched.insert(group, end_share=0.15)
+    watched.check_sequences()
+
+
+def test_every_step_is_trained_in_some_sequence_but_for_the_first_and_the_newest(kind):
+    watched = Watched(kind, length=20)  # with room for the rows that episodes' ends take
+    for _ in range(20):
+        for group in range(kind.groups):
+            watched.insert(group, end_share=0.1)
+    trained = watched.check_sequences(600)
+    for rows in watched.model.columns:
+        due = [step.name for step in rows[1 + watched.model.pad + BURN_IN : -20 - kind.num_rows] if step is not None]
+        assert len(due) > 20
+        assert trained.issuperset(due)
+
+
+def test_sequences_leave_with_their_rows(kind):
+    watched = Watched(kind, capacity=30 * 6)
+    for round_ in range(30):
+        for group in range(kind.groups):
+            watched.insert(group, end_share=0.3 if round_ % 3 else 0.0)
+        if round_ > 4:
+            newest = {step.name for step in watched.model.steps()}
+            assert watched.check_sequences(40) <= newest
+
+
+def test_what_follows_a_missing_rollout_or_a_lost_environment_is_not_trained_until_an_episode_begins(kind):
+    watched = Watched(kind)
+    for round_ in range(14):
+        for group in range(kind.groups):
+            if round_ == 6:
+                watched.world.rollout(group)  # nobody gets it
+            watched.insert(group, end_share=0.1, lost=(1,) if round_ == 9 else ())
+    watched.check_sequences()
+
+
+def test_rollouts_that_were_closed_early_do_not_break_sequences(kind):
+    watched = Watched(kind)
+    for round_ in range(24):
+        for group in range(kind.groups):
+            watched.insert(group, rows=1 + (round_ * 7 + group) % 4)
+    watched.check_sequences()
+
+
+def test_priorities_of_sequences_lead_the_draw_and_those_that_left_are_ignored(kind):
+    watched = Watched(kind, capacity=30 * 6)
+    for _ in range(8):
+        for group in range(kind.groups):
+            watched.insert(group, end_share=0.0)
+    old = watched.replay.sample_sequences(300, watched.rng, beta=1.0)
+    chosen = old.index_M[0]
+    watched.replay.update_priorities(old.index_M, np.where(old.index_M == chosen, 1.0, 0.0))
+    assert np.mean(watched.replay.sample_sequences(300, watched.rng, beta=1.0).index_M == chosen) > 0.9
+    for _ in range(12):
+        for group in range(kind.groups):
+            watched.insert(group, end_share=0.0)
+    before = watched.replay.sample_sequences(100, np.random.default_rng(3), beta=1.0).index_M
+    watched.replay.update_priorities(old.index_M, np.full(300, 1e6))
+    assert (watched.replay.sample_sequences(100, np.random.default_rng(3), beta=1.0).index_M == before).all()
+
+
+def test_lengths_that_would_leave_steps_untrained_are_refused():
+    kind = Kind(memory=True)
+    with pytest.raises(ConfigError, match=r"replay\.sequence_length 10 is less than replay\.burn_in 8 and sampling\.rollout_length 4"):
+        Replay(kind.schema(), 3, ReplayConfig(sequence_length=10, burn_in=8), gamma=0.9)
+    with pytest.raises(ConfigError, match=r"which need 14 steps each"):
+        Replay(kind.schema(), 3, ReplayConfig(sequence_length=10, capacity_steps=13 * 6), gamma=0.9)
+
+
+def test_steps_and_sequences_are_not_drawn_from_each_others_replay():
+    kind = Kind(memory=True)
+    with pytest.raises(ValueError, match="call sample_sequences"):
+        Replay(kind.schema(), 3, ReplayConfig(sequence_length=10), gamma=0.9).sample(1, np.random.default_rng(0), beta=1.0)
+    with pytest.raises(ValueError, match=r"set replay\.sequence_length"):
+        Replay(kind.schema(), 3, ReplayConfig(), gamma=0.9).sample_sequences(1, np.random.default_rng(0), beta=1.0)

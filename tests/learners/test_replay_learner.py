@@ -1,0 +1,154 @@
+"""A learner with a replay: what goes in, how much is learned for it, and that its state is everything.
+
+Legend: T rows of a rollout, B environments of a group.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rollout_fakes import RUN_ID, poisoned_ring, scripted_spec, write_rollout
+from shoal.algorithms.dqn import DQN
+from shoal.config import DQNConfig, ReplayConfig, RunConfig
+from shoal.errors import DivergedError, SchemaError
+from shoal.experience.envelope import Identity
+from shoal.experience.schema import rollout_schema
+from shoal.learners.replay_learner import ReplayLearner
+from shoal.networks.policy import build_acting, named_tensors
+from shoal.weights.board import WeightBoard, WeightLayout
+
+T, B, GROUPS = 4, 3, 2
+
+
+class World:
+    """A ring, a board, and a learner over them. Rollouts of the n-th update are the same in every world."""
+
+    def __init__(self, **replay) -> None:
+        algorithm = DQNConfig(batch_size=8)
+        config = RunConfig(algorithm=algorithm, seed=5)
+        config.sampling.groups, config.sampling.group_size, config.sampling.rollout_length = GROUPS, B, T
+        config.policy.hidden_sizes = [8]
+        self.spec = scripted_spec()
+        policy = build_acting(self.spec, config.policy, seed=1, kind=DQN.network(algorithm))
+        self.ring = poisoned_ring(rollout_schema(self.spec, policy.fields(), T, B), GROUPS)
+        layout = WeightLayout.of((n, tuple(t.shape)) for n, t in named_tensors(policy).items())
+        self.board = WeightBoard(layout.size, np.zeros(WeightBoard.size_bytes(layout.size), np.uint8))
+        self.board.reset()
+        settings = ReplayConfig(**{"capacity_steps": 60, "prioritised": True, "n_step": 2, "samples_per_insert": 1.0, **replay})
+        self.learner = ReplayLearner(
+            config, self.spec, policy, DQN(policy, algorithm), self.ring, self.board, run_id=RUN_ID, replay=settings
+        )  # fmt: skip
+
+    def rollouts(self, sequence: int, *, reward: float = 0.0, version: int | None = None) -> list[tuple[int, Identity]]:
+        orders = []
+        for group in range(GROUPS):
+            identity = Identity(group, sequence, 0)
+            slot = write_rollout(
+                self.ring.slots[group], identity, version=sequence if version is None else version, tag=group + 3 * sequence
+            )
+            slot.arrays["reward"][:] = np.sin(sequence + np.arange(T))[:, None] + reward
+            slot.envelope["checksum"] = slot.checksum()
+            orders.append((group, identity))
+        return orders
+
+    def update(self, sequence: int, steps: int, **more: float) -> dict[str, float]:
+        return self.learner.update(self.learner.consume(self.rollouts(sequence, **more)), steps)
+
+
+def test_what_goes_in_is_counted_and_what_leaves_for_it_too() -> None:
+    world = World()
+    first = world.update(0, 0)
+    assert (first["num_env_steps"], first["optimizer_steps"], first["replay/steps"]) == (GROUPS * B * T, 0.0, GROUPS * B * T)
+    assert not any(name.startswith("evicted/") for name in first)
+    metrics = [world.update(sequence, 0) for sequence in range(1, 4)]
+    assert metrics[-1]["evicted/0"] == metrics[-1]["evicted/1"] > 0
+    evicted = sum(count for m in metrics for name, count in m.items() if name.startswith("evicted/"))
+    assert metrics[-1]["replay/steps"] == 4 * GROUPS * B * T - evicted <= 60
+    world.learner.replay.check_valid()
+
+
+def test_slots_are_free_once_they_are_consumed() -> None:
+    world, undisturbed = World(), World()
+    for sequence in range(3):
+        consumed = world.learner.consume(world.rollouts(sequence))
+        for index in range(GROUPS):
+            world.ring.poison(index)
+        world.learner.update(consumed, 2)
+        undisturbed.update(sequence, 2)
+    assert world.learner.weights_sha256 == undisturbed.learner.weights_sha256
+
+
+def test_policy_lag_is_counted_and_nothing_is_too_old() -> None:
+    world = World()
+    world.learner.version = 9
+    consumed = world.learner.consume(world.rollouts(0, version=2))
+    assert consumed.dropped == {}
+    assert world.learner.update(consumed)["lag/7"] == GROUPS * B * T
+
+
+def test_an_update_makes_the_steps_that_it_is_told_and_a_version() -> None:
+    world = World()
+    before = world.learner.weights_sha256
+    world.update(0, 0)
+    assert (world.learner.weights_sha256, world.learner.version) == (before, 1)
+    metrics = world.update(1, 3)
+    assert (metrics["optimizer_steps"], metrics["skipped_steps"], world.learner.version) == (3.0, 0.0, 2)
+    assert world.learner.weights_sha256 != before
+    assert 0 <= metrics["replay/age_updates_mean"] <= metrics["replay/age_updates_max"] <= 1
+    assert metrics["replay/age_steps_max"] <= 2 * GROUPS * B * T
+    ahead = world.learner.update(world.learner.consume([]), 2)
+    assert (ahead["optimizer_steps"], ahead["num_env_steps"], world.learner.version) == (2.0, 0.0, 3)
+    out = np.zeros(world.board.size, np.float32) if hasattr(world.board, "size") else None
+    assert out is None or world.board.read(out) == 3
+
+
+def test_a_learner_that_was_saved_with_its_replay_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    world = World()
+    for sequence in range(4):
+        world.update(sequence, 2)
+    arrays, facts = world.learner.get_state()
+    world.learner.replay.save(tmp_path, None)
+    other = World()
+    other.learner.set_state(arrays, facts)
+    other.learner.replay.load(tmp_path)
+    for each in (world, other):
+        for sequence in range(4, 7):
+            each.update(sequence, 2)
+    assert world.learner.weights_sha256 == other.learner.weights_sha256
+    assert {n: a.tolist() for n, a in world.learner.get_state()[0].items()} == {
+        n: a.tolist() for n, a in other.learner.get_state()[0].items()
+    }
+
+
+def test_what_is_sampled_depends_on_the_seed_and_the_update_only() -> None:
+    found = []
+    for shards in (1, 2):
+        world = World(shards=shards)
+        for sequence in range(4):
+            world.update(sequence, 2)
+        found.append(world.learner.weights_sha256)
+    assert found[0] == found[1]
+
+
+def test_numbers_that_are_not_finite_train_nothing_and_end_the_run_in_the_end() -> None:
+    world = World()
+    world.update(0, 0, reward=np.inf)
+    before = world.learner.weights_sha256
+    for _ in range(9):
+        metrics = world.learner.update(world.learner.consume([]), 1)
+        assert (metrics["optimizer_steps"], metrics["skipped_steps"]) == (0.0, 1.0)
+    nothing = world.learner.consume([])
+    with pytest.raises(DivergedError, match="10 updates in a row"):
+        world.learner.update(nothing, 1)
+    assert world.learner.weights_sha256 == before
+
+
+def test_a_rollout_of_another_run_is_refused() -> None:
+    world = World()
+    orders = world.rollouts(0)
+    world.ring.slots[1].envelope["run_id"] = np.void(bytes(16))
+    with pytest.raises(SchemaError, match="slot 1: of run"):
+        world.learner.consume(orders)
