@@ -405,11 +405,27 @@ def test_fast_acting_chooses_what_the_policy_does(name: str, masked: bool) -> No
         with torch.inference_mode():
             slow, none = policy.act(rows.observation, torch.from_numpy(noise), rows.action_mask)
         mask = None if rows.action_mask is None else rows.action_mask.numpy()
-        found, _ = fast.act({"observation": rows.observation["observation"].numpy()}, noise, mask)
+        found, _, _ = fast.step({"observation": rows.observation["observation"].numpy()}, {}, noise, mask)
         np.testing.assert_allclose(found, slow.numpy(), rtol=1e-4, atol=1e-5)
         assert none is None
         if mask is not None:
             assert mask[np.arange(M), found].all()
+
+
+@pytest.mark.parametrize("name", ["dqn", "sac", "td3"])
+def test_a_state_passes_through_a_policy_without_memory(name: str) -> None:
+    config, action = CONFIGS[name]
+    spec = spec_of(action)
+    policy, rows = made(config, spec).policy, rows_of(spec)
+    noise, state = torch.from_numpy(policy.noise.draw((M,), np.random.default_rng(3), 0.5)), {"kept": torch.ones(M)}
+    with torch.inference_mode():
+        chosen, log_prob, after = policy.step(rows.observation, state, noise, rows.action_mask)
+        best, same = policy.greedy_step(rows.observation, state, rows.action_mask)
+        assert torch.equal(chosen, policy.act(rows.observation, noise, rows.action_mask)[0])
+        assert torch.equal(best, policy.greedy(rows.observation, rows.action_mask))
+    assert log_prob is None
+    assert after == same == state
+    assert not torch.equal(chosen, best)
 
 
 def test_actions_at_random_are_as_many_as_epsilon_says_and_uniform() -> None:

@@ -16,9 +16,11 @@ import torch
 
 from shoal.algorithms.base import evaluate_TN
 from shoal.config import RunConfig
+from shoal.engines.mains import look
 from shoal.engines.replay import WeightHistory
 from shoal.engines.roles import Blueprint, UserObjects
 from shoal.environments.probe import probe
+from shoal.errors import ConfigError
 from shoal.experience.envelope import Identity
 from shoal.experience.group_state import GroupHistory
 from shoal.experience.ring import allocate
@@ -77,3 +79,10 @@ def test_the_behaviours_log_probabilities_are_those_of_the_unroll(form: str, mod
     actor.close()
     assert ends >= ROLLOUTS
     assert (carried > 0) == (form == "threads")
+
+
+@pytest.mark.parametrize(("name", "environment"), [("dqn", "CartPole-v1"), ("sac", "Pendulum-v1"), ("td3", "Pendulum-v1")])
+def test_what_learns_from_a_replay_refuses_a_memory(name: str, environment: str) -> None:
+    settings = {"env": {"id": environment}, "algorithm": {"name": name}, "policy": {"memory": "lstm", "activation": "relu"}}
+    with pytest.raises(ConfigError, match=f"^policy.memory: {name} learns from a replay, and takes this at its default only"):
+        look(RunConfig.model_validate(settings), UserObjects())

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shoal.config import PolicyConfig
-from shoal.networks.fast import SINGLE_THREAD_PRODUCT, FastActor, fast_actor
+from shoal.networks.fast import SINGLE_THREAD_PRODUCT, Fast, fast_actor
 from shoal.networks.policy import Policy, build_policy, named_tensors
 from shoal.ops.moments import Moments
 from shoal.types import LeafSpec
@@ -26,17 +26,17 @@ OBSERVATIONS = {
 CHOICES = LeafSpec((), "discrete", "int64", (), nvec=(7,), start=(0,))
 
 
-def fast(policy: Policy, num_envs: int = 8) -> FastActor:
+def fast(policy: Policy, num_envs: int = 8) -> Fast:
     actor = fast_actor(policy, num_envs)
     assert actor is not None
     return actor
 
 
-def check_equal(policy: Policy, actor: FastActor, environment: object, mask: np.ndarray | None = None, seed: int = 0) -> None:
+def check_equal(policy: Policy, actor: Fast, environment: object, mask: np.ndarray | None = None, seed: int = 0) -> None:
     observation, draws = raw(environment, 8, seed), noise(policy, 8)  # type: ignore[arg-type]
     with torch.inference_mode():
         action, log_prob = policy.act(observation, draws, None if mask is None else torch.from_numpy(mask))
-    found_action, found_log_prob = actor.act({name: value.numpy() for name, value in observation.items()}, draws.numpy(), mask)
+    found_action, found_log_prob, _ = actor.step({name: value.numpy() for name, value in observation.items()}, {}, draws.numpy(), mask)
     assert found_action.shape == tuple(action.shape)
     assert str(action.dtype) == f"torch.{found_action.dtype}"
     assert found_log_prob.dtype == np.float32
@@ -72,7 +72,7 @@ def test_masks_are_kept_and_left_alone() -> None:
     actor = fast(policy)
     check_equal(policy, actor, environment, mask)
     for u in (0.0, float(np.nextafter(np.float32(1), np.float32(0)))):
-        action, _ = actor.act({"observation": rng.normal(size=(8, 4)).astype(np.float32)}, np.full((8, 1), u, np.float32), mask)
+        action, _, _ = actor.step({"observation": rng.normal(size=(8, 4)).astype(np.float32)}, {}, np.full((8, 1), u, np.float32), mask)
         assert mask[np.arange(8), action].all()
     assert (mask == before).all()
 
@@ -95,21 +95,21 @@ def test_results_stay_when_it_acts_again() -> None:
     environment = spec(VECTOR, CHOICES)
     policy = build_policy(environment, PolicyConfig())
     actor = fast(policy)
-    first = actor.act({"observation": np.ones((8, 4), np.float32)}, np.full((8, 1), 0.5, np.float32))
+    first = actor.step({"observation": np.ones((8, 4), np.float32)}, {}, np.full((8, 1), 0.5, np.float32))[:2]
     kept = [array.copy() for array in first]
-    actor.act({"observation": -np.ones((8, 4), np.float32)}, np.full((8, 1), 0.9, np.float32))
+    actor.step({"observation": -np.ones((8, 4), np.float32)}, {}, np.full((8, 1), 0.9, np.float32))
     assert all(np.array_equal(a, b) for a, b in zip(first, kept, strict=True))
 
 
 def test_bits_do_not_depend_on_where_the_observation_lies() -> None:
     policy = build_policy(spec(VECTOR, CHOICES), PolicyConfig())
     values, draws = np.random.default_rng(1).normal(size=(8, 4)).astype(np.float32), np.full((8, 1), 0.5, np.float32)
-    expected = fast(policy).act({"observation": values}, draws)
+    expected = fast(policy).step({"observation": values}, {}, draws)[:2]
     for offset in range(1, 16):
         room = np.zeros(64, np.float32)
         moved = room[offset : offset + 32].reshape(8, 4)
         moved[:] = values
-        for a, b in zip(expected, fast(policy).act({"observation": moved}, draws), strict=True):
+        for a, b in zip(expected, fast(policy).step({"observation": moved}, {}, draws)[:2], strict=True):
             assert np.array_equal(a, b)
 
 

@@ -107,13 +107,10 @@ class PolicyCopy:
         with torch.inference_mode():
             inputs = {name: torch.from_numpy(array).to(self._device) for name, array in observation.items()}
             mask, chance = inputs.pop("action_mask", None), torch.from_numpy(noise).to(self._device)
-            if not state:
-                action, log_prob = self.policy.act(inputs, chance, mask)
-            else:
-                before = {name: torch.from_numpy(array).to(self._device) for name, array in state.items()}
-                action, log_prob, after = self.policy.step(inputs, before, chance, mask)
-                state = {name: value.cpu().numpy() for name, value in after.items()}
-        return action.cpu().numpy(), {} if log_prob is None else {"log_prob": log_prob.cpu().numpy()}, state
+            before = {name: torch.from_numpy(array).to(self._device) for name, array in state.items()}
+            action, log_prob, after = self.policy.step(inputs, before, chance, mask)
+        outputs = {} if log_prob is None else {"log_prob": log_prob.cpu().numpy()}
+        return action.cpu().numpy(), outputs, {name: value.cpu().numpy() for name, value in after.items()}
 
 
 class LocalPolicy:

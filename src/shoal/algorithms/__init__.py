@@ -52,6 +52,7 @@ __all__ = [
     "UpdateContext",
     "build_algorithm",
     "check_actions",
+    "check_remembers",
     "checked_settings",
     "learns_from_replay",
     "load_algorithm",
@@ -135,12 +136,12 @@ def build_algorithm(policy: Policy, config: AlgorithmConfig, algorithm: type[Alg
     """
     chosen: Any = algorithm or load_algorithm(config.name)
     settings = checked_settings(chosen, config)
-    check_memory(policy, config.name, chosen)
+    check_remembers(policy, config.name, chosen)
     built: Algorithm[Any] = chosen(policy, settings)
     return built
 
 
-def check_memory(policy: Acting, name: str, algorithm: type[AnyAlgorithm]) -> None:
+def check_remembers(policy: Acting, name: str, algorithm: type[AnyAlgorithm]) -> None:
     """Raise ConfigError where the policy has a memory and the algorithm would train it as if it had none."""
     if policy.initial_state(1) and not getattr(algorithm, "remembers", False):
         raise ConfigError(

@@ -18,7 +18,7 @@ from typing import Any
 
 from shoal.actors.actor import Actor
 from shoal.actors.behaviour import LocalPolicy, RemotePolicy
-from shoal.algorithms import check_memory, load_algorithm
+from shoal.algorithms import check_remembers, load_algorithm
 from shoal.config import RunConfig
 from shoal.engines.beginning import IDLE_SECONDS, Stopped, attach, read_and_close, receive_setup, user_objects
 from shoal.engines.inference import InferenceClient, InferenceServer, MailLayout
@@ -91,7 +91,7 @@ def look(config: RunConfig, objects: UserObjects, tell: Tell = quiet) -> dict[st
         )
     policy = blueprint.policy()
     blueprint.check_computing(policy)
-    check_memory(policy, config.algorithm.name, objects.algorithm or load_algorithm(config.algorithm.name))
+    check_remembers(policy, config.algorithm.name, objects.algorithm or load_algorithm(config.algorithm.name))
     fields = [vars(f) | {"shape": list(f.shape)} for f in policy.fields()]
     form = choose_form(config.env, found)
     measured = {k: v for k, v in found.to_json().items() if k != "spec"}

@@ -39,7 +39,7 @@ class Acting(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}.fields")
 
     def initial_state(self, num_envs: int) -> dict[str, Tensor]:
-        """Recurrent state at an episode's start, by name, [num_envs, ...]: empty without memory."""
+        """Recurrent state at an episode's start, by name, zeros [num_envs, ...]: empty without memory."""
         return {}
 
     def act(self, observation: Mapping[str, Tensor], noise: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -54,7 +54,7 @@ class Acting(nn.Module):
     def step(
         self, observation: Mapping[str, Tensor], state: Mapping[str, Tensor], noise: Tensor, action_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """As `act`, with the recurrent state before this row; and the state after it."""
+        """As `act`, with the recurrent state before this row; and the state after it. Without memory it passes through."""
         return *self.act(observation, noise, action_mask), dict(state)
 
     def greedy_step(

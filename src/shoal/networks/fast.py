@@ -1,7 +1,7 @@
 """A small policy's acting in numpy: at 8 environments and 2 x 64 units, a torch operation costs more for its call than for its numbers.
 
-The same mathematics on the same memory as the policy (float32; equal to `Policy.act` up to rounding). Only what is common and small: one vector
-as observation, an MLP with tanh or relu, a memory behind it or none, one discrete or an independent Gaussian action; action values, and the actors
+The same mathematics on the same memory as the policy (float32; equal to its `step` up to rounding). Only what is common and small: one vector as
+observation, an MLP with tanh or relu, a memory behind it or none; one discrete or an independent Gaussian action, action values, and the actors
 of SAC and TD3. Everything else acts in torch.
 
 Legend: N environments, A actions.
@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
+from torch import Tensor, nn
 
 from shoal.networks.acting import Acting
 from shoal.networks.encoders import Encoder
@@ -32,21 +32,6 @@ Array = npt.NDArray[Any]
 # variables of the process decide.
 SINGLE_THREAD_PRODUCT = 2**18
 _ACTIVATIONS: dict[str, Callable[..., Array]] = {"tanh": np.tanh, "relu": lambda value, out: np.maximum(value, 0.0, out=out)}
-
-
-class Fast(Protocol):
-    """Acts for N environments in a policy's place. Not for use in two threads at once: layers write into buffers of its own."""
-
-    def act(self, observation: dict[str, Array], noise: Array, action_mask: Array | None = None) -> tuple[Array, Array | None]:
-        """As the policy's `act`, from and to numpy, in arrays of their own."""
-
-    def step(
-        self, observation: dict[str, Array], state: dict[str, Array], noise: Array, action_mask: Array | None = None
-    ) -> tuple[Array, Array | None, dict[str, Array]]:
-        """As the policy's `step`."""
-
-    def refresh(self) -> None:
-        """Look again where the policy's tensors lie: whatever may have replaced them (and not only written into them) must be followed by this."""
 
 
 class FastMemory:
@@ -89,11 +74,14 @@ def _sigmoid(value: Array) -> Array:
 
 
 class FastLayers:
-    """One vector through an MLP and a head, [N, ...] -> [N, outputs]; results are overwritten by the next call."""
+    """One vector through an MLP, a memory (or none) and a head, [N, ...] -> [N, outputs]; the output is overwritten by the next call."""
 
-    def __init__(self, name: str, leaf: VectorInput, encoder: Encoder, head: nn.Linear, num_envs: int) -> None:
-        self._name, self._leaf, self._num_envs = name, leaf, num_envs
+    def __init__(self, policy: Acting, encoder: Encoder, memory: Memory | None, head: nn.Linear, num_envs: int) -> None:
+        leaf = policy.inputs.leaves[0]
+        assert isinstance(leaf, VectorInput)
+        self._name, self._leaf, self._num_envs = policy.inputs.names[0], leaf, num_envs
         self._activation = _ACTIVATIONS[encoder.mlp.activation]
+        self._memory = None if memory is None else FastMemory(memory, num_envs)
         self._linears = [*encoder.mlp.linears, head]
         self._buffers = [np.empty((num_envs, layer.out_features), np.float32) for layer in self._linears]
         self.refresh()
@@ -103,14 +91,13 @@ class FastLayers:
             (layer.weight.detach().numpy().T, layer.bias.detach().numpy(), buffer)
             for layer, buffer in zip(self._linears, self._buffers, strict=True)
         ]
+        if self._memory is not None:
+            self._memory.refresh()
         if self._leaf.normalise:
             self._mean, self._inverse_std = self._leaf.mean.numpy(), self._leaf.inverse_std.numpy()
 
-    def __call__(self, observation: dict[str, Array]) -> Array:
-        return self.head(self.hidden(observation))
-
-    def hidden(self, observation: dict[str, Array]) -> Array:
-        """What the head is given."""
+    def step(self, observation: dict[str, Array], state: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        """The head's output, and the recurrent state after it."""
         value = observation[self._name].reshape(self._num_envs, -1)
         if self._leaf.scale is not None:
             value = value * np.float32(self._leaf.scale)
@@ -123,45 +110,51 @@ class FastLayers:
             np.dot(value, weight, out=buffer)
             np.add(buffer, bias, out=buffer)
             value = activation(buffer, out=buffer)
-        return value
-
-    def head(self, value: Array) -> Array:
+        if self._memory is not None:
+            value, state = self._memory.step(value, state)
         weight, bias, output = self._layers[-1]
         np.dot(value, weight, out=output)
         np.add(output, bias, out=output)
-        return output
+        return output, state
 
 
-class FastActor:
-    """In place of a `Policy`; see `fast_actor`."""
+class Fast:
+    """Acts for N environments in a policy's place; see `fast_actor`. Not for use in two threads at once: layers write into buffers of its own."""
 
-    def __init__(self, policy: Policy, layers: FastLayers, num_envs: int) -> None:
-        self._policy, self._layers = policy, layers
-        self._rows = np.arange(num_envs)
-        self._shape = (num_envs, *policy.action_head.field.shape)
-        self._discrete = policy.action_head.field.dtype == "int64"
-        self._memory = FastMemory(policy.memory, num_envs) if isinstance(policy, RecurrentPolicy) else None
-        self.refresh()
+    def __init__(self, layers: FastLayers) -> None:
+        self._layers = layers
 
     def refresh(self) -> None:
+        """Look again where the policy's tensors lie: whatever may have replaced them (and not only written into them) must be followed by this."""
         self._layers.refresh()
-        if self._memory is not None:
-            self._memory.refresh()
-        if not self._discrete:
-            self._log_std = self._policy.action_head.log_std.detach().numpy()
-
-    def act(self, observation: dict[str, Array], noise: Array, action_mask: Array | None = None) -> tuple[Array, Array]:
-        """As `Policy.act`, from and to numpy: actions as stored [N, ...] and log-probabilities [N], in arrays of their own."""
-        return self._answer(self._layers(observation), noise, action_mask)
 
     def step(
         self, observation: dict[str, Array], state: dict[str, Array], noise: Array, action_mask: Array | None = None
-    ) -> tuple[Array, Array, dict[str, Array]]:
-        """As `Policy.step`."""
-        value = self._layers.hidden(observation)
-        if self._memory is not None:
-            value, state = self._memory.step(value, state)
-        return *self._answer(self._layers.head(value), noise, action_mask), state
+    ) -> tuple[Array, Array | None, dict[str, Array]]:
+        """As the policy's `step`, from and to numpy, in arrays of their own."""
+        output, state = self._layers.step(observation, state)
+        return *self._answer(output, noise, action_mask), state
+
+    def _answer(self, output: Array, noise: Array, action_mask: Array | None) -> tuple[Array, Array | None]:
+        """Actions as stored, and their log-probabilities where the policy has them."""
+        raise NotImplementedError(f"{type(self).__name__}._answer")
+
+
+class FastActor(Fast):
+    """In place of a `Policy` or a `RecurrentPolicy`."""
+
+    def __init__(self, policy: Policy, layers: FastLayers, num_envs: int) -> None:
+        super().__init__(layers)
+        self._policy = policy
+        self._rows = np.arange(num_envs)
+        self._shape = (num_envs, *policy.action_head.field.shape)
+        self._discrete = policy.action_head.field.dtype == "int64"
+        self.refresh()
+
+    def refresh(self) -> None:
+        super().refresh()
+        if not self._discrete:
+            self._log_std = self._policy.action_head.log_std.detach().numpy()
 
     def _answer(self, output: Array, noise: Array, action_mask: Array | None) -> tuple[Array, Array]:
         return self._choose(output, noise, action_mask) if self._discrete else self._add_noise(output, noise)
@@ -181,15 +174,15 @@ class FastActor:
         return action.reshape(self._shape), log_prob
 
 
-class FastQ:
+class FastQ(Fast):
     """In place of a `QPolicy` without distribution. The best advantage is the best value: V and mean A are the same for all actions."""
 
     def __init__(self, policy: QPolicy, layers: FastLayers) -> None:
-        self._layers, self.refresh = layers, layers.refresh
+        super().__init__(layers)
         self._first, self._num_actions = int(policy.duelling), policy.num_actions
 
-    def act(self, observation: dict[str, Array], noise: Array, action_mask: Array | None = None) -> tuple[Array, None]:
-        value = self._layers(observation)[:, self._first :]
+    def _answer(self, output: Array, noise: Array, action_mask: Array | None) -> tuple[Array, None]:
+        value = output[:, self._first :]
         if action_mask is not None:
             value[~action_mask] = -np.inf
         action = value.argmax(1)
@@ -199,22 +192,16 @@ class FastQ:
             action[row] = place if action_mask is None else np.flatnonzero(action_mask[row])[place]
         return action, None
 
-    def step(
-        self, observation: dict[str, Array], state: dict[str, Array], noise: Array, action_mask: Array | None = None
-    ) -> tuple[Array, None, dict[str, Array]]:
-        return *self.act(observation, noise, action_mask), state
 
-
-class FastContinuous:
+class FastContinuous(Fast):
     """In place of a `GaussianPolicy` or a `DeterministicPolicy`."""
 
     def __init__(self, policy: GaussianPolicy | DeterministicPolicy, layers: FastLayers) -> None:
-        self._layers, self.refresh = layers, layers.refresh
+        super().__init__(layers)
         self._policy, self._gaussian, self._size = policy, isinstance(policy, GaussianPolicy), policy.size
         self._shape = policy.fields()[0].shape
 
-    def act(self, observation: dict[str, Array], noise: Array, action_mask: Array | None = None) -> tuple[Array, None]:
-        output = self._layers(observation)
+    def _answer(self, output: Array, noise: Array, action_mask: Array | None) -> tuple[Array, None]:
         if self._gaussian:
             std = np.exp(np.clip(output[:, self._size :], LOG_STD_MIN, LOG_STD_MAX))
             action = np.tanh(output[:, : self._size] + noise[:, 1:] * std)
@@ -225,14 +212,10 @@ class FastContinuous:
             action[row] = [math.erf(number * math.sqrt(0.5)) for number in noise[row, 1:].tolist()]
         return action.reshape(-1, *self._shape), None
 
-    def step(
-        self, observation: dict[str, Array], state: dict[str, Array], noise: Array, action_mask: Array | None = None
-    ) -> tuple[Array, None, dict[str, Array]]:
-        return *self.act(observation, noise, action_mask), state
-
 
 def fast_actor(policy: Acting, num_envs: int) -> Fast | None:
     """A fast actor for groups of `num_envs`, or None where the policy is none of those that are known, is not on the CPU, or is too large to gain."""
+    memory = policy.memory if isinstance(policy, RecurrentPolicy) else None
     if type(policy) in (Policy, RecurrentPolicy):
         assert isinstance(policy, Policy)
         known, encoder, head = policy.action_head.kind in ("discrete", "box"), policy.actor, policy.action_head.linear
@@ -244,16 +227,16 @@ def fast_actor(policy: Acting, num_envs: int) -> Fast | None:
     leaves = policy.inputs.leaves
     if not known or not isinstance(encoder, Encoder) or encoder.mlp.activation not in _ACTIVATIONS:
         return None
-    if len(leaves) != 1 or not isinstance(leaves[0], VectorInput) or _too_large(policy, [*encoder.mlp.linears, head], num_envs):
+    weights = [layer.weight for layer in (*encoder.mlp.linears, head)]
+    if memory is not None:
+        weights += [memory.input_weight, memory.state_weight]
+    if len(leaves) != 1 or not isinstance(leaves[0], VectorInput) or _too_large(weights, num_envs):
         return None
-    layers = FastLayers(policy.inputs.names[0], leaves[0], encoder, head, num_envs)
+    layers = FastLayers(policy, encoder, memory, head, num_envs)
     if isinstance(policy, Policy):
         return FastActor(policy, layers, num_envs)
     return FastQ(policy, layers) if isinstance(policy, QPolicy) else FastContinuous(policy, layers)
 
 
-def _too_large(policy: Acting, linears: Sequence[nn.Linear], num_envs: int) -> bool:
-    weights = [layer.weight for layer in linears]
-    if isinstance(policy, RecurrentPolicy):
-        weights += [policy.memory.input_weight, policy.memory.state_weight]
+def _too_large(weights: Sequence[Tensor], num_envs: int) -> bool:
     return any(num_envs * weight.numel() > SINGLE_THREAD_PRODUCT or weight.is_cuda for weight in weights)

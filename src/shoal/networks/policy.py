@@ -76,12 +76,8 @@ class Policy(Acting):
             self._outputs, self._values = compiled(_outputs), compiled(_values)
 
     def fields(self) -> list[FieldSpec]:
-        """What acting emits into a rollout besides observations: the action as stored, its log-probability, recurrent state (none yet)."""
+        """What acting emits into a rollout besides observations: the action as stored, and its log-probability."""
         return [self.action_head.field, FieldSpec("log_prob", "float32", (), "T")]
-
-    def initial_state(self, num_envs: int) -> dict[str, Tensor]:
-        """Recurrent state at an episode's start, by name, zeros [num_envs, ...]: empty, this policy has no memory (recurrent.py has one)."""
-        return {}
 
     def distribution(self, observation: Mapping[str, Tensor], action_mask: Tensor | None = None) -> Distribution:
         return self.action_head.forward(self._features(self.actor, self.inputs.forward(observation)), action_mask)
@@ -121,12 +117,6 @@ class Policy(Acting):
         distribution = self.distribution(observation, action_mask)
         action = distribution.sample(noise)
         return action, distribution.log_prob(action)
-
-    def step(
-        self, observation: Mapping[str, Tensor], state: Mapping[str, Tensor], noise: Tensor, action_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """As `act`, with the recurrent state before this row; and the state after it."""
-        return *self.act(observation, noise, action_mask), dict(state)
 
     def greedy(self, observation: Mapping[str, Tensor], action_mask: Tensor | None = None) -> Tensor:
         """The most probable action."""
@@ -245,13 +235,13 @@ def _default_policy(spec: EnvironmentSpec, config: PolicyConfig, kind: NetworkKi
             inputs.shapes, config.hidden_sizes, config.activation, config.orthogonal_init, compact=config.encoder == "compact_cnn"
         )
 
-    if config.memory != "none" and kind == ACTOR_CRITIC:
+    if kind != ACTOR_CRITIC:
+        return _off_policy(spec, config, inputs, encoder(), kind)
+    if config.memory != "none":
         if config.share_encoder is False:
             raise ConfigError("policy.share_encoder: with policy.memory, actor and critic share encoder and memory; leave it out")
         return _remembering(spec, config, inputs, encoder())
     actor = encoder()
-    if kind != ACTOR_CRITIC:
-        return _off_policy(spec, config, inputs, actor, kind)
     critic = None if share else encoder()
     return Policy(inputs, actor, critic, *_heads(spec, config, actor.num_features, actor.num_features))
 
