@@ -79,10 +79,10 @@ HIDDEN_OPTIONS = (
     "--algorithm.minibatch-size", "512", "--algorithm.epochs", "6", "--algorithm.learning-rate", "1e-3", "--algorithm.gamma", "0.98",
     "--stop.return", "475", "--stop.env-steps", "250000",
 )  # fmt: skip
-RECALL_OPTIONS = (
-    "--sampling.group-size", "4", "--sampling.rollout-length", "128", "--policy.hidden-sizes", "64", "--algorithm.minibatch-size", "512",
-    "--algorithm.epochs", "6", "--algorithm.learning-rate", "1e-3", "--algorithm.entropy-coefficient", "0.01",
-    "--stop.return", "0.98", "--stop.env-steps", "400000",
+RECALL_OPTIONS = (  # a rollout holds two episodes
+    "--sampling.rollout-length", "102", "--policy.hidden-sizes", "64", "--algorithm.minibatch-size", "816", "--algorithm.epochs", "6",
+    "--algorithm.learning-rate", "2e-3", "--algorithm.learning-rate-schedule", "linear", "--algorithm.entropy-coefficient", "0.003",
+    "--stop.env-steps", "300000",
 )  # fmt: skip
 
 ROWS = (
