@@ -313,6 +313,7 @@ def test_the_gradients_of_td3_are_those_of_its_losses_and_the_policy_waits_its_t
     algorithm: TD3 = made(TD3Config(policy_delay=2), spec)
     algorithm.target_critics.flat.mul_(1.2)
     policy, rows = algorithm.policy, rows_of(spec)
+    algorithm.actor_optimizer.flat.mul_(8.0)  # so that tanh bends
     actor, critic = Caught(algorithm.actor_optimizer), Caught(algorithm.critic_optimizer)
     algorithm.actor_optimizer, algorithm.critic_optimizer = actor, critic  # type: ignore[assignment]
     critic.steps = 1
