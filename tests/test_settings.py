@@ -154,6 +154,8 @@ def test_what_follows_from_other_keys_is_filled_in() -> None:
         ({"algorithm.minibatch_size": 5000}, ["algorithm.minibatch_size: 5000 is more than the 1024 env steps", "sampling.groups"]),
         ({"sampling.batch_rollouts": 3}, ["sampling.batch_rollouts belongs to async mode", "appo or impala"]),
         ({"max_policy_lag": 3}, ["max_policy_lag belongs to async mode"]),
+        ({"replay.n_step": 3}, ["replay.n_step is for what learns from a replay (dqn, sac, td3)", "ppo"]),
+        ({"algorithm": {"name": "dqn", "value_min": 3, "value_max": 2}}, ["value_min 3 is not below value_max 2"]),
         ({"algorithm": "appo", "max_policy_lag": 0}, ["max_policy_lag", "greater than 0", "got 0"]),
         ({"sampling.rollout_length": "many"}, ["sampling.rollout_length: should be a whole number, got 'many'"]),
         ({"algorithm.entropy_coefficient": float("inf")}, ["algorithm.entropy_coefficient", "finite"]),
@@ -325,3 +327,11 @@ def test_groups_of_environments_that_wait_get_an_actor_each_unless_asked_otherwi
     config.env.form = form
     assert adapt_actors(config) == (expected != before)
     assert config.actors == expected
+
+
+def test_an_algorithm_has_defaults_of_its_own_for_other_sections_below_every_other_layer() -> None:
+    sac, _ = resolve("Blackjack-v1", {"algorithm": "sac"})
+    assert (sac.policy.activation, sac.policy.hidden_sizes, sac.sampling.group_size) == ("relu", [256, 256], 2)
+    assert resolve("Blackjack-v1", {"algorithm": "sac", "policy.activation": "tanh"})[0].policy.activation == "tanh"
+    assert resolve("CartPole-v1", {"algorithm": "dqn"})[0].policy.hidden_sizes == [128, 128]  # the preset's
+    assert resolve("Blackjack-v1", {})[0].policy.activation == "tanh"

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from shoal.config import CustomConfig, RunConfig
+from shoal.config import BUILT_IN, CustomConfig, OffPolicyConfig, RunConfig
 from shoal.errors import ConfigError
 from shoal.imports import OPAQUE, load_object, nearest, object_path
 from shoal.keys import Tree, algorithm_model, check_keys, fields_by_key, section_of
@@ -354,6 +354,12 @@ def _complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> Run
     if config.mode is not None and not own and config.mode not in algorithm.modes:
         raise ConfigError(
             f"mode: {algorithm.name} runs in {' or '.join(algorithm.modes)} mode, not {config.mode}; for async take --algorithm appo, impala or dqn"
+        )
+    given = {key for key, value in (asked_for[-1].get("replay") or {}).items() if value is not None}
+    if given and not own and not isinstance(algorithm, OffPolicyConfig):
+        able = ", ".join(name for name, model in BUILT_IN.items() if issubclass(model, OffPolicyConfig))
+        raise ConfigError(
+            f"replay.{sorted(given)[0]} is for what learns from a replay ({able}), and this run's algorithm is {algorithm.name}"
         )
     sampling.groups = sampling.groups or DEFAULT_GROUPS
     sampling.group_size = sampling.group_size or DEFAULT_GROUP_SIZE

@@ -89,3 +89,12 @@ def test_answers_and_replays_are_said_in_words(capsys: pytest.CaptureFixture[str
     text = said(capsys)
     assert "saved: checkpoint of update 7" in text
     assert "OTHER weights: the run has cd" in text
+
+
+def test_a_training_from_a_replay_is_summed_up_with_what_was_sampled(capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = {"produced": 90, "trained": 0, "dropped": {"shutdown": 10}, "in_flight": 0, "replayed": 80, "evicted": 30}
+    replay = {"inserted": 80.0, "sampled": 160.0, "surplus": 0.0, "steps": 50.0, "age_updates_mean": 2.5, "age_steps_mean": 12.0}
+    print_training({"reason": "updates", "ledger": ledger, "replay": replay})
+    out = " ".join(capsys.readouterr().out.split())
+    assert "90 produced = 80 replayed + 10 shutdown + 0 in flight; 30 of those replayed were evicted since (env steps)" in out
+    assert "80 env steps in, 160 sampled (2.00 for each); age in the last update: 2.5 updates, 12 env steps" in out

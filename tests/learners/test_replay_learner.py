@@ -152,3 +152,18 @@ def test_a_rollout_of_another_run_is_refused() -> None:
     world.ring.slots[1].envelope["run_id"] = np.void(bytes(16))
     with pytest.raises(SchemaError, match="slot 1: of run"):
         world.learner.consume(orders)
+
+
+def test_batches_that_are_drawn_at_once_each_come_from_all_of_the_replay() -> None:
+    world = World(prioritised=False, capacity_steps=600)
+    for sequence in range(8):
+        world.update(sequence, 0)
+    sample = world.learner.replay.sample(4 * 8, np.random.default_rng(0), beta=1.0)
+    assert (np.diff(sample.index_M) >= 0).all()  # one from each stratum, in order
+    parts = list(world.learner._rows(sample, 4))
+    for i, rows in enumerate(parts):
+        np.testing.assert_array_equal(rows.return_M, sample.return_M[i::4])
+        np.testing.assert_array_equal(rows.observation["observation/position"], sample.observation["observation/position"][i::4])
+        np.testing.assert_array_equal(rows.action_mask, sample.action_mask[i::4])
+        tags = rows.observation["observation/position"][:, 0].numpy() // 100  # names group and sequence
+        assert len({int(tag) % 3 for tag in tags}) == GROUPS

@@ -25,6 +25,7 @@ from shoal.monitoring.live import (
     line,
     open_view,
     panel,
+    replay_words,
     sparkline,
 )
 from shoal.monitoring.snapshot import ActorHealth, Snapshot
@@ -69,6 +70,19 @@ def test_a_line_says_everything_that_matters() -> None:
         "ETA 0:30",
     ):
         assert part in text
+
+
+def test_a_replay_is_shown_with_how_full_it_is_how_old_and_who_is_ahead() -> None:
+    facts = {"steps": 9_000.0, "inserted": 1e4, "sampled": 5e4, "surplus": 256.0, "age_updates_mean": 12.25, "age_steps_mean": 800.0}
+    shown = dataclasses.replace(a_snapshot(), trained=0, replayed=10_000, evicted=1_000, replay=facts)
+    assert replay_words(shown) == "9,000 steps   1,000 evicted   age 12.2 updates, 800 steps   learner 256 samples ahead"
+    behind = dataclasses.replace(shown, replay={"steps": 10.0, "surplus": -64.0})
+    assert replay_words(behind) == "10 steps   1,000 evicted   learner 64 samples behind"
+    out = io.StringIO()
+    Console(file=out, width=120).print(panel(shown, [1.0], 120))
+    assert "10,000 replayed" in out.getvalue()
+    assert "9,000 steps" in out.getvalue()
+    assert "trained" not in out.getvalue()
 
 
 def test_lines_come_every_few_seconds_and_the_last_one_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,3 +55,10 @@ def test_a_snapshot_is_json_with_null_for_what_is_not_finite() -> None:
 )
 def test_the_nearest_stop_condition_says_how_long_it_takes(stop: dict[str, float], expected: float | None) -> None:
     assert eta_seconds(StopConfig.model_validate(stop), update=4, env_steps=400, seconds=2.0) == expected
+
+
+def test_a_replay_has_tags_of_its_own() -> None:
+    values = scalars(a_snapshot(replayed=7, evicted=2, replay={"age_updates_mean": 3.5, "surplus": -1.0}))
+    named = {name: value for name, value in values.items() if name.startswith(("replay/", "ledger/replayed", "ledger/evicted"))}
+    assert named == {"ledger/replayed": 7, "ledger/evicted": 2, "replay/age_updates_mean": 3.5, "replay/surplus": -1.0}
+    assert not [name for name in scalars(a_snapshot()) if name.startswith("replay/")]

@@ -126,11 +126,14 @@ class ReplayLearner(Learner):
         return {**means.result(), **_ages(samples), **{name: float(count) for name, count in counted.items()}}
 
     def _rows(self, sample: Sample, parts: int = 1) -> Iterator[Transitions]:
-        """The sample on the learner's device, in equal parts."""
+        """The sample on the learner's device, in equal parts. Rows come in the order of their places in the replay, so each part takes every
+        `parts`-th of them: a part is drawn from all of the replay, as the whole is."""
 
         def cut(array: Array) -> Sequence[torch.Tensor]:
             tensor = torch.from_numpy(array).to(self._device)
-            return (tensor,) if parts == 1 else tensor.chunk(parts)
+            if parts == 1:
+                return (tensor,)
+            return tensor.view(-1, parts, *tensor.shape[1:]).transpose(0, 1).contiguous().unbind(0)
 
         def cut_all(arrays: Arrays) -> list[dict[str, torch.Tensor]]:
             names = list(arrays)
