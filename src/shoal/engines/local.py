@@ -351,9 +351,14 @@ class LocalEngine:
         if lost := next((event for event in happened if isinstance(event, Lost)), None):
             self._lost_zygote(lost)  # and with it all that died
             return
-        for event in happened:
-            if isinstance(event, Death) and not event.process.up:  # else it was started anew with all others
-                self._died(event)
+        dead = [event for event in happened if isinstance(event, Death)]
+        for death in sorted(
+            dead, key=lambda death: death.process.name != "actor"
+        ):  # their rollouts are settled before anybody is made anew
+            if not death.process.up:  # else it was started anew with all others
+                self._died(death)
+        if not self._end.begun and any(death.process.name == "actor" for death in dead):
+            self._place()
 
     def _died(self, death: Death) -> None:
         process = death.process
@@ -396,7 +401,6 @@ class LocalEngine:
                 f"the last {death.how} (making {lost[:1] or 'nothing'}).\n{self._fleet.log_tail(actor)}",
                 {"how": death.how},
             )
-        self._place()
 
     def _in_environment(self, record: ActivityRecord) -> bool:
         """Whether code of an environment ran: that of a paced group also runs while actions are chosen for others of it."""
