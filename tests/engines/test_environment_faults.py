@@ -28,10 +28,12 @@ from shoal.supervision.channel import MAX_MESSAGE_BYTES
 ZOO = f"{Path(__file__).parents[1] / 'environments' / 'faulty.py'}:make"
 
 
-def train(directory: Path, actors: int, updates: int = 4, env: dict[str, Any] | None = None, **kwargs: Any) -> shoal.Run:
+def train(
+    directory: Path, actors: int, updates: int = 4, env: dict[str, Any] | None = None, rollout_length: int = 16, **kwargs: Any
+) -> shoal.Run:
     return shoal.train(
         ZOO, env={"kwargs": kwargs, "step_timeout_seconds": 1.0, **(env or {})}, actors=actors, sampling={"groups": 2, "group_size": 2,
-        "rollout_length": 16}, stop={"updates": updates}, preset="none", run_dir=str(directory), progress=SilentView(io.StringIO()),
+        "rollout_length": rollout_length}, stop={"updates": updates}, preset="none", run_dir=str(directory), progress=SilentView(io.StringIO()),
     )  # fmt: skip
 
 
@@ -103,6 +105,15 @@ def test_a_hang_in_one_process_is_a_hang_with_its_limit(tmp_path: Path) -> None:
         train(tmp_path, 0, env={"restart_budget": 0}, fault="sleeps", hidden=True)
     assert {"kind": "hang", "expected": "at most 1 s"}.items() <= caught.value.report.items()
     assert "faulty.py" in str(caught.value.report["traceback"])
+
+
+def test_a_hang_in_close_is_told_by_the_look_and_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFault, match=r"close\(\) has not returned for 1\.\d s"):
+        train(tmp_path / "always", 0, fault="sleeps", where="close")
+    run = train(tmp_path / "end", 0, updates=1, rollout_length=5, fault="sleeps", where="close", hidden=True)
+    assert run.result["updates"] == 1
+    (found,) = events(run, "warning")
+    assert "close() has not returned for 1" in found["message"]
 
 
 @pytest.mark.usefixtures("never_early")

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from shoal.environments.faults import RAISED, FaultKind, environment_fault, raised_in, wrong_result
+from shoal.environments.faults import RAISED, FaultKind, TookTooLong, environment_fault, raised_in, wrong_result
 from shoal.environments.spaces import MASK, SpaceMismatch, extend_crc, mask_writer, observation_writer
 from shoal.errors import ConfigError, EnvironmentFault
 from shoal.types import Array, Arrays, Ended, EnvironmentSpec
@@ -113,8 +113,12 @@ class Instance:
     def close(self) -> None:
         env, self._env, self._failed = self._env, None, False
         if env is not None:
-            with suppress(*RAISED):  # it is given up anyway, and what matters of it is recorded
+            try:
                 env.close()
+            except TookTooLong as error:
+                raise self._fault(**raised_in("close()", error)) from error
+            except RAISED:
+                pass  # it is given up anyway, and what matters of it is recorded
 
     # Stepping.
 

@@ -12,8 +12,9 @@ import numpy as np
 from gymnasium.wrappers import TimeLimit
 
 from shoal.config import EnvConfig
+from shoal.environments.faults import RAISED, TookTooLong, environment_fault, raised_in
 from shoal.environments.instance import Instance, unwrap
-from shoal.environments.make import Factory, close_quietly, describe_instance, open_environment
+from shoal.environments.make import Factory, describe_instance, open_environment
 from shoal.environments.native import native_spec
 from shoal.environments.spaces import MASK, allocate, random_action, to_environment_action
 from shoal.types import CURSOR, EnvironmentSpec
@@ -130,7 +131,12 @@ def probe(env: EnvConfig, factory: Factory | None = None, *, num_steps: int = 20
     spec = describe_instance(env.id, made)
     found = measure(made, spec, num_steps, seconds, tell)
     tell("close()")
-    close_quietly(made)  # one with a fault is left as it is: closing it may hang, and what is wrong would not be said
+    try:
+        made.close()  # one with a fault is left as it is: closing it may hang, and what is wrong would not be said
+    except TookTooLong as error:
+        raise environment_fault(**raised_in("close()", error), environment=env.id, group=0, env=0, step=0, seed=0) from error
+    except RAISED:
+        pass  # it is no longer wanted
     return found
 
 
