@@ -141,6 +141,8 @@ class SharedGenerator(Scaled):
         (LongSnapshot, "snapshot"),
         (NotAnEnvironment, "interface"),
         (with_step(lambda self, o, r, x, t, i: (o, 10**400, x, t, i)), "reward"),
+        (with_step(lambda self, o, r, x, t, i: (o, 1e39, x, t, i)), "reward"),
+        (with_step(lambda self, o, r, x, t, i: (o + 1e300, r, x, t, i)), "observation_not_finite"),
     ],
 )
 def test_each_fault_is_an_error_with_its_name(factory, name):
@@ -155,6 +157,13 @@ def test_the_message_of_a_fault_says_what_to_do():
     assert "float64 [3]" in finding.message
     assert "float32 [3]" in finding.message
     assert "astype" in finding.hint
+
+
+def test_numbers_that_only_float64_holds_are_named():
+    for change in (lambda self, o, r, x, t, i: (o, 1e39, x, t, i), lambda self, o, r, x, t, i: (o - 1e300, r, x, t, i)):
+        (finding,) = check(with_step(change)).findings
+        assert "does not fit into float32" in finding.message
+        assert "at most 3.4e+38 in size" in finding.message
 
 
 class Narrow(Scaled):

@@ -129,6 +129,13 @@ def raised_in(call: str, error: BaseException, kind: FaultKind = "raised") -> di
     return {"kind": kind, "what": f"{call} raised {type(error).__name__}: {error}", "error": error}
 
 
+def not_fitting(what: str, values: np.ndarray[Any, Any]) -> tuple[str, str]:
+    """The words, and what is expected, for numbers that are not finite, or not in float32."""
+    if np.isfinite(values).all():
+        return f"the {what} does not fit into float32, in which everything is learnt", f"at most {np.finfo(np.float32).max:.2g} in size"
+    return f"the {what} is not finite", "finite numbers"
+
+
 def wrong_result(call: str, expected: str, result: Any) -> tuple[str, str, str, str, str]:
     """What, field, expected, actual and hint of the fault of a call that returned something else."""
     if isinstance(result, tuple):
