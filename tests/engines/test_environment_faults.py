@@ -60,7 +60,7 @@ class TestALaterFault:
             assert (event["report"]["count"], event["report"]["budget"]) == (1, 10)
             assert "1 of 10 times" in event["message"]
 
-    @pytest.mark.parametrize(("fault", "actors"), [("nan", 0), ("sleeps", 0), ("segfaults", 1)])
+    @pytest.mark.parametrize(("fault", "actors"), [("nan", 0), ("sleeps", 0), ("segfaults", 1), ("stops", 1)])
     def test_ends_the_run_once_the_budget_is_spent(self, fault: str, actors: int, tmp_path: Path) -> None:
         with pytest.raises(EnvironmentFault, match=r"this was fault 2, and env\.restart_budget mends 1") as caught:
             train(tmp_path, actors, env={"restart_budget": 1}, fault=fault, hidden=True)
@@ -105,6 +105,14 @@ def test_a_hang_in_one_process_is_a_hang_with_its_limit(tmp_path: Path) -> None:
         train(tmp_path, 0, env={"restart_budget": 0}, fault="sleeps", hidden=True)
     assert {"kind": "hang", "expected": "at most 1 s"}.items() <= caught.value.report.items()
     assert "faulty.py" in str(caught.value.report["traceback"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/syscall").exists(), reason="the kernel does not say in which call a process stands")
+def test_an_environment_that_stops_its_process_is_told_as_one(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFault, match=r"its process stopped itself \(SIGSTOP\) in step\(\)") as caught:
+        train(tmp_path, 1, fault="stops", hidden=True)
+    assert caught.value.report["kind"] == "hang"
+    assert "environment 1: step 5 of its episode, seed" in str(caught.value)
 
 
 def test_a_hang_in_close_is_told_by_the_look_and_does_not_hold_up_the_end(tmp_path: Path) -> None:
