@@ -70,6 +70,10 @@ class TestALaterFault:
         with pytest.raises(EnvironmentFault) as caught:
             train(tmp_path, 1, env={"restart_budget": 0}, fault="exits", hidden=True)
         assert "environment 1: step 5 of its episode, seed" in str(caught.value)
+        candidates = caught.value.report["candidates"]
+        assert [(one["env"], one["step"], one["last_action"] in (0, 1)) for one in candidates] == [(0, 5, True), (1, 5, True)]
+        assert all(f"seed {one['seed']}," in str(caught.value) for one in candidates)
+        assert "leaves no traceback" in str(caught.value.report["traceback"])
         text = Path(str(caught.value.report["snippet"])).read_text()
         assert text.count("environment") > 2
         episodes = eval(text.split("EPISODES = ")[1].split("\n\nfor")[0])
