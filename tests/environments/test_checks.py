@@ -159,6 +159,21 @@ def test_the_message_of_a_fault_says_what_to_do():
     assert "astype" in finding.hint
 
 
+class Unspeakable(Exception):
+    def __str__(self):
+        raise RuntimeError("I have no words")
+
+
+class RaisesUnspeakable(Scaled):
+    def step(self, action):
+        raise Unspeakable
+
+
+def test_an_error_that_cannot_say_itself_is_named_all_the_same():
+    finding = next(one for one in check(RaisesUnspeakable).findings if one.name == "raised")
+    assert "step() raised Unspeakable (whose __str__ raises RuntimeError)" in finding.message
+
+
 def test_numbers_that_only_float64_holds_are_named():
     for change in (lambda self, o, r, x, t, i: (o, 1e39, x, t, i), lambda self, o, r, x, t, i: (o - 1e300, r, x, t, i)):
         (finding,) = check(with_step(change)).findings

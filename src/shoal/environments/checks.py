@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 
 from shoal.config import EnvConfig
-from shoal.environments.faults import RAISED, cut, plain
+from shoal.environments.faults import RAISED, cut, plain, words_of
 from shoal.environments.findings import CheckReport, Finding
 from shoal.environments.instance import unwrap
 from shoal.environments.make import Factory, close_quietly, describe_instance, open_environment
@@ -167,7 +167,7 @@ def _check_actions(report: CheckReport, create: Callable[[], Any], spec: Environ
             made.step(action)
             taken.append(plain(action))
         except RAISED as error:
-            refused.append((plain(action), f"{type(error).__name__}: {error}"))
+            refused.append((plain(action), words_of(error)))
         finally:
             close_quietly(made)
     if refused and taken and spec.action_mask == "none":

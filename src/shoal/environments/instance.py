@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from shoal.environments.faults import RAISED, FaultKind, TookTooLong, environment_fault, not_fitting, raised_in, wrong_result
+from shoal.environments.faults import RAISED, FaultKind, TookTooLong, environment_fault, not_fitting, raised_in, words_of, wrong_result
 from shoal.environments.spaces import MASK, MOST, SpaceMismatch, all_fit, extend_crc, mask_writer, observation_writer, which_fit
 from shoal.errors import ConfigError, EnvironmentFault
 from shoal.types import Array, Arrays, Ended, EnvironmentSpec
@@ -330,7 +330,7 @@ class Instance:
         )  # fmt: skip
 
     def _unreadable(self, where: str, error: Exception) -> EnvironmentFault:
-        what = f"what {where} returned cannot be read: {type(error).__name__}: {error}"
+        what = f"what {where} returned cannot be read: {words_of(error)}"
         return self._fault("structure", what, "observation, info", "what the spaces promise, and a dict", error=error)
 
     def _fault(

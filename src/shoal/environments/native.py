@@ -23,7 +23,7 @@ import numpy as np
 
 from shoal import streams
 from shoal.config import EnvConfig
-from shoal.environments.faults import RAISED, FaultKind, environment_fault, not_fitting, raised_in, wrong_result
+from shoal.environments.faults import RAISED, FaultKind, environment_fault, not_fitting, raised_in, words_of, wrong_result
 from shoal.environments.group import Progress, nobody_waits, nobody_watches
 from shoal.environments.spaces import MASK, SpaceMismatch, action_map, all_fit, allocate, describe, flatten_batch, which_fit
 from shoal.environments.vector_snapshots import snapshots_of
@@ -348,7 +348,7 @@ class NativeGroup:
             what = f"{where} returned an observation that is not in its space"
             raise self._fault(mismatch.kind, what, mismatch.field, mismatch.expected, mismatch.actual, mismatch.hint) from None
         except Exception as error:
-            what = f"what {where} returned cannot be read: {type(error).__name__}: {error}"
+            what = f"what {where} returned cannot be read: {words_of(error)}"
             promised = "what the spaces promise, and a dict"
             raise self._fault("structure", what, "observation, info", promised, type(observation).__name__, error=error) from error
         for name, array in out.items():
