@@ -38,6 +38,7 @@ def kwargs(**given: Any) -> list[str]:
         ({"fault": "loops", "at": 3}, "hangs", "step() has not returned"),  # in C, with the interpreter's lock
         ({"fault": "segfaults"}, "process_died", "SIGSEGV"),
         ({"fault": "stops"}, "hangs", "SIGSTOP"),
+        ({"fault": "interrupts", "at": 3}, "process_died", "its process ended in step(): exit code 1"),
         ({"fault": "refuses"}, "action_refused", "I take only 0"),
     ],
 )

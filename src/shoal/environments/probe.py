@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -88,13 +90,24 @@ class Told(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def step(self, action: Any) -> Any:
         self._tell("step()", action=np.asarray(action).tolist())
-        with self.steps:
+        with self._last(), self.steps:
             return self.env.step(action)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         self._tell("reset()", seed=seed)
-        with self.resets:
+        with self._last(), self.resets:
             return self.env.reset(seed=seed)
+
+    @contextmanager
+    def _last(self) -> Iterator[None]:
+        """What no one takes for an environment's error (KeyboardInterrupt, GeneratorExit) ends the process, and nothing is told after it."""
+        try:
+            yield
+        except RAISED:
+            raise
+        except BaseException:
+            self._tell = quiet
+            raise
 
     def close(self) -> None:
         self._tell("close()")
