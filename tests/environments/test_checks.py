@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from typing import Any, ClassVar
 
 import gymnasium
@@ -14,6 +15,7 @@ from gymnasium import spaces
 
 from shoal.config import EnvConfig
 from shoal.environments import CheckReport, check_environment
+from shoal.environments.probe import slow_shares
 from shoal.errors import ConfigError
 
 
@@ -216,6 +218,31 @@ def test_each_weakness_is_a_warning_with_its_name(factory, name):
     assert report.ok
     assert name in names(report, "warning")
     assert next(f for f in report.findings if f.name == name).hint
+
+
+class Uneven(Scaled):
+    """One step in `every` takes 10 ms."""
+
+    def __init__(self, every):
+        super().__init__()
+        self.every, self.steps = every, 0
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps % self.every == 0:
+            time.sleep(0.01)
+        return super().step(action)
+
+
+@pytest.mark.parametrize("every", [10, 100])
+def test_rare_steps_that_take_most_of_the_time_are_a_note(every):
+    report = check_environment(EnvConfig(id="fake"), lambda: Uneven(every), num_steps=300, seconds=1.0)
+    assert names(report, "note") == ["unequal_step_times"]
+
+
+def test_slow_steps_are_those_beyond_ten_times_the_median():
+    assert slow_shares([]) == slow_shares([1.0, 9.0, 1.0]) == (0.0, 0.0)
+    assert slow_shares([1.0] * 90 + [11.0] * 10) == pytest.approx((0.1, 110 / 200))
 
 
 def test_what_cannot_be_found_is_a_configuration_error():
