@@ -179,7 +179,7 @@ def pid_of_actor(cwd: Path) -> int:
         done = subprocess.run(command("control", "run", "state", "--json"), cwd=cwd, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             state = json.loads(done.stdout)["state"]
-            if state["update"] > 0 and len(state["roles"]) > 1:
+            if state["update"] > 0 and len(state["roles"]) > 1 and state["roles"][1]["pid"]:  # 0 would be all processes of this group
                 return int(state["roles"][1]["pid"])
         time.sleep(0.1)
     raise TimeoutError("the run did not come to train")
