@@ -139,6 +139,25 @@ def again_and_again(name: str, number: signal.Signals, times: int, algorithm: st
     return work
 
 
+def all_at_once(algorithm: str) -> Callable[[Found, Path], None]:
+    """Kill every actor in the same moment, again and again. Figures: as the events `recovered` say."""
+
+    def work(found: Found, place: Path) -> None:
+        rng = random.Random(algorithm)
+        with training(place, *ALGORITHMS[algorithm], "--actors", "2") as (run, directory):
+            for time_ in range(1, 9):
+                time.sleep(0.5 + rng.random())
+                for pid in [role(run, "actor", index) for index in range(2)]:
+                    os.kill(pid, signal.SIGKILL)
+                run.until(lambda: len(events(directory, "recovered")) >= 2 * time_, "recovery")  # noqa: B023
+                found.times += 2
+            interrupt(run, found)
+            found.expect(len(events(directory, "died")) == found.times, f"{len(events(directory, 'died'))} deaths are in the books")
+            found.seconds = [e["seconds"] - e["restoring_seconds"] for e in events(directory, "recovered")]
+
+    return work
+
+
 def crash_loop(name: str, code: int, says: str) -> Callable[[Found, Path], None]:
     """Kill a role as often as it comes."""
 
@@ -305,6 +324,13 @@ ROWS = {
         f"actor/stopped, {algorithm}": Row(
             f"SIGSTOP of an actor, every two seconds ({algorithm})", "replaced: median 1 s, p99 3 s at most, from detection",
             chaos("stop", 2.0, algorithm, (1.0, 3.0), 15.0 if algorithm == "ppo" else 30.0),
+        )
+        for algorithm in ALGORITHMS
+    },
+    **{
+        f"actor/all at once, {algorithm}": Row(
+            f"SIGKILL of all actors at once ({algorithm})", "replaced: median 1 s, p99 3 s at most; each death is counted",
+            all_at_once(algorithm), (1.0, 3.0),
         )
         for algorithm in ALGORITHMS
     },

@@ -17,6 +17,7 @@ import shoal.chaos
 from shoal.chaos import Stretches, chaos, recoveries
 from shoal.cli.chaos import Duration
 from shoal.cli.main import cli
+from shoal.cli.report import print_chaos
 from shoal.config import EnvConfig
 from shoal.engines import environment_faults
 from shoal.environments.chaotic import spoil
@@ -68,13 +69,36 @@ def test_stretches_take_turns_and_steps_count_where_they_were_trained():
     goes_on, faulty = [], []
     for second in range(1, 14):
         now = float(second)
-        goes_on.append(stretches({"env_steps": 100 * second}))
+        goes_on.append(stretches({"update": second, "env_steps": 100 * second}))
         faulty.append(stretches.faulty)
     assert faulty == [False] * 3 + [True] * 3 + [False] * 3 + [True] * 3 + [False]
     assert goes_on == [True] * 12 + [False]
     assert stretches.seconds == {False: 6.0, True: 6.0}
     assert stretches.steps == {False: 600, True: 600}
     assert stretches.running_seconds == 12.0
+
+
+def test_what_a_roll_back_undid_was_made_all_the_same():
+    now = 0.0
+    stretches = Stretches(6.0, 3.0, clock=lambda: now)
+    for second, update in enumerate([1, 2, 3, 4, 5, 3, 4], 1):
+        now = float(second)
+        stretches({"update": update, "env_steps": 100 * update})
+    assert stretches.steps == {False: 300, True: 300}
+    assert stretches.speed(True) == 100.0
+
+
+def test_a_kind_that_never_came_has_a_row_and_a_warning(tmp_path, capsys):
+    settings: dict[str, Any] = {
+        "sampling": {"groups": 1, "group_size": 2, "rollout_length": 32}, "policy": {"hidden_sizes": [8]}, "preset": "none",
+        "actors": 1, "run_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    found = chaos("CartPole-v1", {"kill": 1e6}, 0.2, compare=False, progress=SilentView(io.StringIO()), **settings)
+    assert found["faults"] == {"kill": {"injected": 0, "recovered": 0, "p50": None, "p99": None, "max": None}}
+    print_chaos({**found, "faults": {**found["faults"], "slow": {**found["faults"]["kill"], "injected": 3}}})
+    said = capsys.readouterr().out
+    assert "never injected: kill;" in said
+    assert "not missed" in said
 
 
 def event(role: str, index: int, time: float, seconds: float, restoring: float = 0.0, after: str = "killed by SIGKILL") -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shoal.config import BUILT_IN, APPOConfig, PPOConfig, RunConfig
@@ -163,6 +164,9 @@ def test_what_follows_from_other_keys_is_filled_in() -> None:
         ({"policy.log_std_init": float("nan")}, ["policy.log_std_init", "finite"]),
         ({"learner.threads": 100_000}, ["learner.threads", "less than or equal to 256"]),
         ({"checkpoint.keep": 1}, ["checkpoint.keep", "greater than or equal to 2"]),
+        ({"stop": Raw("5")}, ["stop is a section", "stop.return", "not '5'"]),
+        ({"stop": 5}, ["stop is a section", "not 5"]),
+        ({"preset": 5}, ["preset", "5"]),
     ],
 )
 def test_a_wrong_setting_is_refused_by_its_name_with_what_is_allowed(overrides: dict[Any, Any], parts: list[str]) -> None:
@@ -285,6 +289,20 @@ def test_any_plain_arguments_of_an_environment_survive_the_file(kwargs: dict[str
         file = Path(directory, "config.yaml")
         file.write_text(dump_config(config), encoding="utf-8")
         assert load_config(file) == config
+
+
+json_values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text("ab.", max_size=3), inner, max_size=2)
+)
+known_keys = st.sampled_from([key.name for key in all_keys()] + [key.name.partition(".")[0] for key in all_keys()] + ["algorithm.name"])
+
+
+@settings(max_examples=40)
+@given(st.dictionaries(known_keys, json_values | json_values.map(lambda value: Raw(str(value))), min_size=1, max_size=3), st.booleans())
+@example({"env.id": 5}, True)
+def test_values_of_any_kind_make_a_configuration_or_a_message(tree: dict[str, Any], from_file: bool) -> None:
+    with suppress(ConfigError):
+        resolve(None if from_file else "CartPole-v1", {} if from_file else tree, {"env.id": "CartPole-v1", **tree} if from_file else None)
 
 
 def test_actors_are_one_per_core_but_never_fewer_than_two_that_run_async(monkeypatch: pytest.MonkeyPatch) -> None:

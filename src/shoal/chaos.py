@@ -33,7 +33,7 @@ _BUDGET = 1_000_000  # faults of the environment that are mended: they are ours
 
 @dataclass
 class Stretches:
-    """Turns of quiet and faults, and the environment steps trained in each.
+    """Turns of quiet and faults, and the environment steps of the updates made in each, those too that a roll-back undid later.
 
     Args:
       wanted_seconds: with faults, in all. stretch_seconds: of one turn.
@@ -49,7 +49,7 @@ class Stretches:
         self._lock = threading.Lock()
         self._faulty = False
         self._begun = self._seen = -1.0  # of the stretch; of the last update
-        self._env_steps = 0
+        self._env_steps: dict[int, int] = {}  # by update: after a roll-back they are made again from one of these
 
     @property
     def faulty(self) -> bool:
@@ -65,21 +65,21 @@ class Stretches:
 
     def __call__(self, facts: Mapping[str, Any]) -> bool:
         """After each update. False once there was enough of it."""
-        now, env_steps = self.clock(), int(facts["env_steps"])
+        now, update, env_steps = self.clock(), int(facts["update"]), int(facts["env_steps"])
         with self._lock:
             if self._begun < 0:
                 self._begun = self._seen = now
             else:
                 self.seconds[self._faulty] += now - self._seen
-                self.steps[self._faulty] += env_steps - self._env_steps
+                self.steps[self._faulty] += env_steps - self._env_steps.get(update - 1, 0)
                 self._seen = now
                 if now - self._begun >= self.stretch_seconds:
                     self._faulty, self._begun = not self._faulty, now
-            self._env_steps = env_steps
+            self._env_steps[update] = env_steps
             return self.seconds[True] < self.wanted_seconds
 
     def speed(self, faulty: bool) -> float:
-        """Environment steps trained per second."""
+        """Environment steps of updates per second."""
         return self.steps[faulty] / self.seconds[faulty] if self.seconds[faulty] > 0 else 0.0
 
 
@@ -101,7 +101,8 @@ def chaos(
       seconds: of training with faults; as long again is trained without. seed: of the moments and victims.
       compare: execute the training again without faults, in sync mode, and compare the weights.
     Returns:
-      run, mode, updates, seconds, env_steps_per_second and kept (of the throughput), faults (by kind: injected, recovered, p50, p99, max in
+      run, mode, updates, seconds, env_steps_per_second (of the updates made, those too that a roll-back undid later: `lost` says how much that
+      was) and kept (of it), faults (by kind: injected, recovered, p50, p99, max in
       seconds), ledger, lost (share of what was produced, by reason), balances, restarts, weights_equal (sync mode: with those of the
       same training executed again without faults; None where that was not done), ok.
     Raises:
@@ -123,7 +124,7 @@ def chaos(
         with closing(Injector(every, seed, active, path)) as injector:
             injector.start()
             run = execute(config, objects, begun.directory, [stretches], progress, discard=begun.discard)
-    return _report(run, config, injector.sent, stretches, compare and config.mode != "async")
+    return _report(run, config, every, injector.sent, stretches, compare and config.mode != "async")
 
 
 def _wrapped(config: RunConfig, flags: Path) -> dict[str, Any]:
@@ -149,7 +150,9 @@ def _check(config: RunConfig, every: Mapping[str, float]) -> None:
 
 
 # ---- what became of it -----------------------------------------------------------------------------------------------
-def _report(run: Run, config: RunConfig, sent: Sequence[Injection], stretches: Stretches, compare: bool) -> dict[str, Any]:
+def _report(
+    run: Run, config: RunConfig, every: Mapping[str, float], sent: Sequence[Injection], stretches: Stretches, compare: bool
+) -> dict[str, Any]:
     with RunReader(run.path / "run.db") as reader:
         events = reader.events("recovered")
     ledger = run.result["ledger"]
@@ -167,9 +170,7 @@ def _report(run: Run, config: RunConfig, sent: Sequence[Injection], stretches: S
         "seconds": {"quiet": stretches.seconds[False], "faulty": stretches.seconds[True]},
         "env_steps_per_second": {"quiet": quiet, "faulty": faulty},
         "kept": faulty / quiet if quiet > 0 else None,
-        "faults": {
-            kind: recoveries([one for one in sent if one.kind == kind], events) for kind in KINDS if any(s.kind == kind for s in sent)
-        },
+        "faults": {kind: recoveries([one for one in sent if one.kind == kind], events) for kind in KINDS if kind in every},
         "ledger": ledger,
         "lost": {reason: count / produced for reason, count in ledger["dropped"].items()},
         "balances": balances,

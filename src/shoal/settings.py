@@ -242,11 +242,11 @@ def _passed_back(file: Path) -> Tree:
     return tree
 
 
-def _load_preset(env_id: str, asked: str | None) -> tuple[str, Tree]:
+def _load_preset(env_id: str, asked: Any) -> tuple[str, Tree]:
     """The preset's name and tree: that of the environment, or of its namespace (ALE); `none` and nothing where there is none."""
-    if asked is not None and asked != "none" and asked not in preset_names():
+    if asked is not None and asked not in ("none", *preset_names()):
         raise ConfigError(
-            f"preset: there is no preset {asked!r}{nearest(asked, preset_names())}; there are {', '.join(preset_names())}, or none"
+            f"preset: there is no preset {asked!r}{nearest(str(asked), preset_names())}; there are {', '.join(preset_names())}, or none"
         )
     wanted = [asked] if asked is not None else [env_id, env_id.partition("/")[0]]
     for name in wanted:
@@ -285,7 +285,8 @@ def _resolve(layers: list[_Layer]) -> tuple[RunConfig, str]:
 def _replace_stop(preset: _Layer, layers: list[_Layer]) -> None:
     """Where the user says when to stop, the preset's conditions go; its number of steps stays as the length of schedules."""
     stop = preset.tree.get("stop", {})
-    given = {key for layer in layers for key, value in (layer.tree.get("stop") or {}).items() if value is not None}
+    parts = [part for layer in layers if isinstance(part := layer.tree.get("stop"), dict)]  # anything else is refused with its layer
+    given = {key for part in parts for key, value in part.items() if value is not None}
     if given:
         preset.tree.pop("stop", None)
     if given and "env_steps" not in given and "env_steps" in stop:

@@ -38,6 +38,7 @@ def kwargs(**given: Any) -> list[str]:
         ({"fault": "loops", "at": 3}, "hangs", "step() has not returned"),  # in C, with the interpreter's lock
         ({"fault": "segfaults"}, "process_died", "SIGSEGV"),
         ({"fault": "stops"}, "hangs", "SIGSTOP"),
+        ({"fault": "interrupts", "at": 3}, "process_died", "its process ended in step(): exit code 1"),
         ({"fault": "refuses"}, "action_refused", "I take only 0"),
     ],
 )
@@ -62,7 +63,7 @@ def test_check_names_what_hangs_or_dies_and_ends(fault: dict[str, Any], name: st
         ({"fault": "raises", "hidden": True}, ["--actors", "2"], "step() raised ValueError", "ValueError: the arm is stuck"),
         ({"fault": "loops", "hidden": True}, ["--actors", "1", "--algorithm", "impala"], "has not returned", "faulty.py"),
         ({"fault": "segfaults", "hidden": True}, ["--actors", "1"], "killed by SIGSEGV", "Segmentation fault"),
-        ({"fault": "exits", "hidden": True}, ["--actors", "1"], "exit code 7", "step 4 action"),
+        ({"fault": "exits", "hidden": True}, ["--actors", "1"], "exit code 7", "step 5 action"),
     ],
 )
 def test_train_ends_with_code_3_and_a_snippet_that_shows_the_fault(
@@ -84,4 +85,4 @@ def test_train_ends_with_code_3_and_a_snippet_that_shows_the_fault(
     assert again in shown.stdout + shown.stderr
     assert "no fault this time" not in shown.stdout
     if fault.get("hidden"):
-        assert "step 4 action" in shown.stdout  # all the actions of that episode
+        assert "step 5 action" in shown.stdout  # all the actions of that episode

@@ -28,10 +28,12 @@ from shoal.supervision.channel import MAX_MESSAGE_BYTES
 ZOO = f"{Path(__file__).parents[1] / 'environments' / 'faulty.py'}:make"
 
 
-def train(directory: Path, actors: int, updates: int = 4, env: dict[str, Any] | None = None, **kwargs: Any) -> shoal.Run:
+def train(
+    directory: Path, actors: int, updates: int = 4, env: dict[str, Any] | None = None, rollout_length: int = 16, **kwargs: Any
+) -> shoal.Run:
     return shoal.train(
         ZOO, env={"kwargs": kwargs, "step_timeout_seconds": 1.0, **(env or {})}, actors=actors, sampling={"groups": 2, "group_size": 2,
-        "rollout_length": 16}, stop={"updates": updates}, preset="none", run_dir=str(directory), progress=SilentView(io.StringIO()),
+        "rollout_length": rollout_length}, stop={"updates": updates}, preset="none", run_dir=str(directory), progress=SilentView(io.StringIO()),
     )  # fmt: skip
 
 
@@ -58,7 +60,7 @@ class TestALaterFault:
             assert (event["report"]["count"], event["report"]["budget"]) == (1, 10)
             assert "1 of 10 times" in event["message"]
 
-    @pytest.mark.parametrize(("fault", "actors"), [("nan", 0), ("sleeps", 0), ("segfaults", 1)])
+    @pytest.mark.parametrize(("fault", "actors"), [("nan", 0), ("sleeps", 0), ("segfaults", 1), ("stops", 1)])
     def test_ends_the_run_once_the_budget_is_spent(self, fault: str, actors: int, tmp_path: Path) -> None:
         with pytest.raises(EnvironmentFault, match=r"this was fault 2, and env\.restart_budget mends 1") as caught:
             train(tmp_path, actors, env={"restart_budget": 1}, fault=fault, hidden=True)
@@ -68,6 +70,10 @@ class TestALaterFault:
         with pytest.raises(EnvironmentFault) as caught:
             train(tmp_path, 1, env={"restart_budget": 0}, fault="exits", hidden=True)
         assert "environment 1: step 5 of its episode, seed" in str(caught.value)
+        candidates = caught.value.report["candidates"]
+        assert [(one["env"], one["step"], one["last_action"] in (0, 1)) for one in candidates] == [(0, 5, True), (1, 5, True)]
+        assert all(f"seed {one['seed']}," in str(caught.value) for one in candidates)
+        assert "leaves no traceback" in str(caught.value.report["traceback"])
         text = Path(str(caught.value.report["snippet"])).read_text()
         assert text.count("environment") > 2
         episodes = eval(text.split("EPISODES = ")[1].split("\n\nfor")[0])
@@ -103,6 +109,23 @@ def test_a_hang_in_one_process_is_a_hang_with_its_limit(tmp_path: Path) -> None:
         train(tmp_path, 0, env={"restart_budget": 0}, fault="sleeps", hidden=True)
     assert {"kind": "hang", "expected": "at most 1 s"}.items() <= caught.value.report.items()
     assert "faulty.py" in str(caught.value.report["traceback"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/syscall").exists(), reason="the kernel does not say in which call a process stands")
+def test_an_environment_that_stops_its_process_is_told_as_one(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFault, match=r"its process stopped itself \(SIGSTOP\) in step\(\)") as caught:
+        train(tmp_path, 1, fault="stops", hidden=True)
+    assert caught.value.report["kind"] == "hang"
+    assert "environment 1: step 5 of its episode, seed" in str(caught.value)
+
+
+def test_a_hang_in_close_is_told_by_the_look_and_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFault, match=r"close\(\) has not returned for 1\.\d s"):
+        train(tmp_path / "always", 0, fault="sleeps", where="close")
+    run = train(tmp_path / "end", 0, updates=1, rollout_length=5, fault="sleeps", where="close", hidden=True)
+    assert run.result["updates"] == 1
+    (found,) = events(run, "warning")
+    assert "close() has not returned for 1" in found["message"]
 
 
 @pytest.mark.usefixtures("never_early")

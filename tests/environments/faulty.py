@@ -50,12 +50,17 @@ def _raises_long() -> None:
     raise ValueError("the arm is stuck " * 100_000)
 
 
+def _interrupts() -> None:
+    raise KeyboardInterrupt
+
+
 ACTS = {
     "raises": _raises,
     "raises_long": _raises_long,
     "sleeps": lambda: time.sleep(1e6),
     "loops": lambda: sum(range(10**13)),  # in C, with the interpreter's lock
     "exits": lambda: os._exit(7),
+    "interrupts": _interrupts,
     "sys_exit": lambda: sys.exit("the simulator gave up"),
     "segfaults": _segfault,
     "stops": lambda: os.kill(os.getpid(), signal.SIGSTOP),

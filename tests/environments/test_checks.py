@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from typing import Any, ClassVar
 
 import gymnasium
@@ -14,6 +15,7 @@ from gymnasium import spaces
 
 from shoal.config import EnvConfig
 from shoal.environments import CheckReport, check_environment
+from shoal.environments.probe import slow_shares
 from shoal.errors import ConfigError
 
 
@@ -141,6 +143,8 @@ class SharedGenerator(Scaled):
         (LongSnapshot, "snapshot"),
         (NotAnEnvironment, "interface"),
         (with_step(lambda self, o, r, x, t, i: (o, 10**400, x, t, i)), "reward"),
+        (with_step(lambda self, o, r, x, t, i: (o, 1e39, x, t, i)), "reward"),
+        (with_step(lambda self, o, r, x, t, i: (o + 1e300, r, x, t, i)), "observation_not_finite"),
     ],
 )
 def test_each_fault_is_an_error_with_its_name(factory, name):
@@ -155,6 +159,28 @@ def test_the_message_of_a_fault_says_what_to_do():
     assert "float64 [3]" in finding.message
     assert "float32 [3]" in finding.message
     assert "astype" in finding.hint
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise RuntimeError("I have no words")
+
+
+class RaisesUnspeakable(Scaled):
+    def step(self, action):
+        raise Unspeakable
+
+
+def test_an_error_that_cannot_say_itself_is_named_all_the_same():
+    finding = next(one for one in check(RaisesUnspeakable).findings if one.name == "raised")
+    assert "step() raised Unspeakable (whose __str__ raises RuntimeError)" in finding.message
+
+
+def test_numbers_that_only_float64_holds_are_named():
+    for change in (lambda self, o, r, x, t, i: (o, 1e39, x, t, i), lambda self, o, r, x, t, i: (o - 1e300, r, x, t, i)):
+        (finding,) = check(with_step(change)).findings
+        assert "does not fit into float32" in finding.message
+        assert "at most 3.4e+38 in size" in finding.message
 
 
 class Narrow(Scaled):
@@ -192,6 +218,31 @@ def test_each_weakness_is_a_warning_with_its_name(factory, name):
     assert report.ok
     assert name in names(report, "warning")
     assert next(f for f in report.findings if f.name == name).hint
+
+
+class Uneven(Scaled):
+    """One step in `every` takes 10 ms."""
+
+    def __init__(self, every):
+        super().__init__()
+        self.every, self.steps = every, 0
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps % self.every == 0:
+            time.sleep(0.01)
+        return super().step(action)
+
+
+@pytest.mark.parametrize("every", [10, 100])
+def test_rare_steps_that_take_most_of_the_time_are_a_note(every):
+    report = check_environment(EnvConfig(id="fake"), lambda: Uneven(every), num_steps=300, seconds=1.0)
+    assert names(report, "note") == ["unequal_step_times"]
+
+
+def test_slow_steps_are_those_beyond_ten_times_the_median():
+    assert slow_shares([]) == slow_shares([1.0, 9.0, 1.0]) == (0.0, 0.0)
+    assert slow_shares([1.0] * 90 + [11.0] * 10) == pytest.approx((0.1, 110 / 200))
 
 
 def test_what_cannot_be_found_is_a_configuration_error():

@@ -19,6 +19,7 @@ from shoal.files import CheckpointDirectory
 from shoal.monitoring.live import SilentView
 
 HERE = Path(__file__).parent / "simulated.py"
+ZOO = f"{HERE.parents[1] / 'environments' / 'faulty.py'}:make"
 ENDLESS = [*TINY, "--stop.updates", "1000000", "--checkpoint.every-updates", "2", "--json"]
 
 
@@ -91,6 +92,31 @@ def test_all_in_one_process_ends_between_two_steps(tmp_path: Path) -> None:
         assert len(saved(tmp_path / "run")) >= 1
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        (ZOO, "--env.kwargs.fault", "sleeps", "--env.kwargs.hidden", "true"),
+        ("CartPole-v1", "--algorithm", f"{HERE}:Slow"),
+    ],
+    ids=["step", "update"],
+)
+def test_all_in_one_process_does_not_wait_for_a_long_call(args: tuple[str, ...], tmp_path: Path) -> None:
+    with living("train", *args, *SMALL, "--actors", "0", "--run-dir", "run", cwd=tmp_path) as run:
+        directory = tmp_path / "run"
+        run.until(lambda: len(saved(directory)) > 0, "checkpoint")
+        time.sleep(1.0)  # it is under way
+        begun = time.monotonic()
+        run.process.send_signal(signal.SIGINT)
+        assert run.ends(30) == 130
+        assert time.monotonic() - begun < 15  # 3 s are promised; the machine that tests may be busy
+        result = json.loads((directory / "result.json").read_text())
+        newest = CheckpointDirectory(directory / "checkpoints").newest()
+        assert (result["reason"], result["updates"], newest.update) == ("interrupted", 0, 0)
+        assert result["weights_sha256"] == newest.json("learner")["weights_sha256"]
+        ledger = result["ledger"]
+        assert ledger["produced"] == ledger["trained"] + sum(ledger["dropped"].values()) + ledger["in_flight"]
+
+
 def test_all_in_one_process_closes_environments_and_memory_on_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     note = tmp_path / "closed"
@@ -121,9 +147,8 @@ def test_all_in_one_process_closes_environments_and_memory_on_an_error(tmp_path:
 
 @pytest.mark.parametrize(("fault", "says"), [("segfaults", "Fatal Python error: Segmentation fault"), ("loops", "Timeout (0:00:02)!")])
 def test_all_in_one_process_shows_the_stack_of_what_it_cannot_survive(fault: str, says: str, tmp_path: Path) -> None:
-    zoo = HERE.parents[1] / "environments" / "faulty.py"
     args = ["--actors", "0", "--env.kwargs.fault", fault, "--env.kwargs.hidden", "true", "--env.step-timeout-seconds", "1"]
-    with living("train", f"{zoo}:make", *TINY, *args, cwd=tmp_path) as run:
+    with living("train", ZOO, *TINY, *args, cwd=tmp_path) as run:
         run.until(lambda: says in run.said and "faulty.py" in run.said, "stack") if fault == "loops" else run.ends()
         assert says in run.said
         assert "faulty.py" in run.said

@@ -93,3 +93,9 @@ def breed():
 
 def stamp(context):
     context.channel.send(str(time.monotonic_ns()).encode())
+
+
+def speak_after_a_fork(context):
+    if (child := os.fork()) != 0:
+        os.waitpid(child, 0)
+    context.channel.send(b"child" if child == 0 else b"parent")

@@ -124,6 +124,11 @@ def test_a_role_knows_who_it_is_and_holds_nothing_of_others(fleet, monkeypatch):
         mine.receive()
 
 
+def test_what_a_role_forks_cannot_speak_for_it(fleet):
+    _, mine = fleet().fork("speak_after_a_fork")
+    assert hear(mine) == b"parent"
+
+
 @pytest.mark.parametrize(
     ("function", "code", "text"),
     [

@@ -182,7 +182,14 @@ def print_chaos(result: Mapping[str, Any]) -> None:
     print("\nfaults (seconds from each to the first rollout or update after it)")
     columns = ["injected", "recovered", "p50", "p99", "max"]
     table = [{"fault": kind, **{name: _figure(row[name]) for name in columns}} for kind, row in result["faults"].items()]
+    for row in table:
+        if row["fault"] == "slow":  # it goes on, only slower
+            row["recovered"] = "not missed"
     print_table(table, ["fault", *columns], indent=2)
+    if never := [kind for kind, row in result["faults"].items() if not row["injected"]]:
+        print(
+            f"\nwarning: never injected: {', '.join(never)}; nothing is known of what would come of it. Give more --seconds, or a shorter time between two"
+        )
 
 
 def _figure(value: float | None) -> str:

@@ -17,8 +17,16 @@ _TICK_SECONDS = 0.2
 _STACK_SECONDS = 1.0  # after the limit, for a call that nothing of Python can end
 
 
+class GivenUp(BaseException):
+    """Raised inside of whatever takes long once somebody wants the end: no code of an environment or an algorithm takes it for its own."""
+
+
+def _never() -> bool:
+    return False
+
+
 @contextmanager
-def limited(age_seconds: Callable[[], float], limit_seconds: float) -> Iterator[None]:
+def limited(age_seconds: Callable[[], float], limit_seconds: float, given_up: Callable[[], bool] = _never) -> Iterator[None]:
     """Raise TookTooLong inside of a call of the environment that takes longer than `limit_seconds`; the group reports it as a fault.
 
     It needs the main thread, and an environment that lets Python run: a loop in C that keeps the interpreter's lock, a crash or an exit
@@ -27,6 +35,7 @@ def limited(age_seconds: Callable[[], float], limit_seconds: float) -> Iterator[
 
     Args:
       age_seconds: how long the environment has been in its present call; 0 where it is in none.
+      given_up: whether what is under way is not waited for any longer; GivenUp is raised inside of it then.
     """
     if threading.current_thread() is not threading.main_thread() or sys.gettrace() is not None or not hasattr(signal, "setitimer"):
         yield
@@ -38,6 +47,8 @@ def limited(age_seconds: Callable[[], float], limit_seconds: float) -> Iterator[
         stacks.later()
         if (seconds := age_seconds()) > limit_seconds:
             raise TookTooLong(seconds, limit_seconds)
+        if given_up():
+            raise GivenUp
 
     stacks.later()
     before = signal.signal(signal.SIGALRM, look)

@@ -95,7 +95,7 @@ class EnvironmentFaults:
         return min(groups[group].leased.values(), default=None) if 0 <= group < len(groups) else None
 
     def lost(self, kind: str, what: str, place: tuple[int, int, int], how: dict[str, str], stack: str) -> EnvironmentFault:
-        """The fault of a process that hung or died while it stepped a group.
+        """The fault of a process that hung or died while it stepped a group; in its report, `candidates` are the environments that may have been it.
 
         Args:
           place: group, row, and environment (UNNAMED where nobody knows which it was, the first time).
@@ -106,17 +106,23 @@ class EnvironmentFaults:
         lines = [f"{name}: {what}", f"  where: group {group}, row {row} of its rollout"]
         standing = self._standing(identity) if identity is not None else []
         named = suspect if 0 <= suspect < len(standing) else 0 if len(standing) == 1 else None
-        for env, (seed, steps, action) in enumerate(standing):
-            if named not in (None, env):
-                continue
-            lines.append(f"    environment {env}: step {steps} of its episode, seed {seed}, last action {action!r:.80}")
+        candidates = [
+            {"env": env, "seed": seed, "step": steps, "last_action": action}
+            for env, (seed, steps, action) in enumerate(standing)
+            if named in (None, env)
+        ]
+        lines += [
+            "    environment {env}: step {step} of its episode, seed {seed}, last action {last_action!r:.80}".format(**one)
+            for one in candidates
+        ]
         lines += [f"  {word}: {text}" for word, text in how.items()]
         if stack:
             lines += ["  traceback:", *("    " + line for line in stack.splitlines())]
         seed, step, last_action = (None, None, None) if named is None else standing[named]
         report = {
             "kind": kind, "what": what, "environment": name, "group": group, "row": row, "env": named,
-            "seed": seed, "step": step, "last_action": last_action, "field": "", "traceback": stack, **how,
+            "seed": seed, "step": step, "last_action": last_action, "field": "", "traceback": stack,
+            "candidates": candidates, **how,
         }  # fmt: skip
         return EnvironmentFault("\n".join(lines), report)
 

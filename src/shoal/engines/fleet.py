@@ -279,7 +279,11 @@ class Fleet:
         begins = [at for at, line in enumerate(lines) if line.startswith(("Traceback (most recent call last)", "Fatal Python error"))]
         recent = begins[-1] if begins and len(lines) - begins[-1] <= MAX_TRACE_LINES else len(lines)
         tail = lines[min(recent, max(0, len(lines) - num_lines)) :]
-        return "\n".join([f"Its log ({path}) ends with:", *tail]) if tail else f"Its log {path} is empty."
+        return (
+            "\n".join([f"Its log ({path}) ends with:", *tail])
+            if tail
+            else f"Its log ({path}) is empty: a process that ends itself (os._exit) or is killed leaves no traceback."
+        )
 
 
 def back_off_seconds(deaths: int) -> float:

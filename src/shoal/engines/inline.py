@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from shoal.actors.actor import Actor
-from shoal.engines.alarm import limited
+from shoal.engines.alarm import GivenUp, limited
+from shoal.engines.ending import UPDATE_SECONDS
 from shoal.engines.environment_faults import EnvironmentFaults
 from shoal.engines.plan import Lease
 from shoal.engines.roles import Blueprint, one_thread
@@ -19,15 +20,20 @@ from shoal.engines.session import Session
 from shoal.errors import CheckpointError, DivergedError, EnvironmentFault
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring
+from shoal.files import load_checkpoint
 from shoal.learners.learner import Learner
 from shoal.supervision.heartbeat import ActivityBoard
 from shoal.supervision.trace import Span, open_trace
 from shoal.types import Activity
 from shoal.weights.board import WeightBoard
 
+_IN_ENVIRONMENT = (Activity.STEPPING, Activity.RESTORING)
+_LONG_SECONDS = 1.0  # in one call of an environment: longer than the engine's own work before or after it
+
 
 class InlineEngine:
-    """Runs a session to its end. `interrupted()` is asked between steps and between updates."""
+    """Runs a session to its end. `interrupted()` is asked between steps and between updates; a step or an update that takes long is given up
+    UPDATE_SECONDS later, where Python runs in it now and then."""
 
     def __init__(self, blueprint: Blueprint, session: Session, ring: Ring, traces: str = "") -> None:
         self._session, self._ring = session, ring
@@ -41,6 +47,7 @@ class InlineEngine:
 
     def _begin(self, blueprint: Blueprint) -> None:
         """Make the roles."""
+        self._updating = False
         self._blueprint = blueprint
         self._board.reset()
         self._behaviour = blueprint.behaviour(self._board)
@@ -54,16 +61,49 @@ class InlineEngine:
     def run(self, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         """Train until a stop condition. Returns {reason, weights_sha256}; the last checkpoint is saved."""
         try:
-            with limited(self._environment_seconds, self._session.config.env.step_timeout_seconds):
-                return self._run(interrupted)
+            with limited(self._environment_seconds, self._session.config.env.step_timeout_seconds, self._gives_up(interrupted)):
+                try:
+                    return self._run(interrupted)
+                except GivenUp:
+                    return self._end_at_checkpoint()
+                finally:
+                    self._close_environments()
         finally:
-            self._actor.close()
             self._activities.close()
+
+    def _close_environments(self) -> None:
+        try:
+            self._actor.close()
+        except (EnvironmentFault, GivenUp) as left:
+            why = str(left).splitlines()[0] if isinstance(left, EnvironmentFault) else "close() of an environment takes long"
+            self._session.warn(f"{why}; the run has ended, and its environments are left as they are")
+
+    def _gives_up(self, interrupted: Callable[[], bool]) -> Callable[[], bool]:
+        """Whether somebody wanted the end a while ago, and what is under way may be broken off: a call of an environment, or an update where
+        there is a checkpoint to fall back on."""
+        wanted_since = 0.0
+
+        def gives_up() -> bool:
+            nonlocal wanted_since
+            if not interrupted():
+                return False
+            wanted_since = wanted_since or time.monotonic()
+            broken_off = self._environment_seconds() > _LONG_SECONDS or (self._updating and self._session.checkpoint_path is not None)
+            return broken_off and time.monotonic() - wanted_since > UPDATE_SECONDS
+
+        return gives_up
+
+    def _end_at_checkpoint(self) -> dict[str, Any]:
+        """Whoever pressed Ctrl-C does not wait for a long update: the run ends at its last checkpoint, from which `resume` goes on."""
+        self._session.coordinator.shut_down()
+        path = self._session.return_to_checkpoint()
+        assert path is not None
+        return {"reason": "interrupted", "weights_sha256": load_checkpoint(path).json("learner")["weights_sha256"]}
 
     def _environment_seconds(self) -> float:
         """How long an environment has been in its present call."""
         record = self._activities.records()[0]
-        return record.age_seconds if record.activity in (Activity.STEPPING, Activity.RESTORING) else 0.0
+        return record.age_seconds if record.activity in _IN_ENVIRONMENT else 0.0
 
     def _run(self, interrupted: Callable[[], bool]) -> dict[str, Any]:
         session, coordinator = self._session, self._session.coordinator
@@ -74,7 +114,10 @@ class InlineEngine:
         reason = coordinator.stop_reason(session.seconds) if coordinator.version else None
         first_epoch, ticked = session.epoch, 0.0
         while reason is None:
-            self._fill(interrupted)
+            try:
+                self._fill(interrupted)
+            except GivenUp:  # what was begun ends as interrupted
+                self._recorder.enter(Activity.SAVING)
             if interrupted():
                 reason = "interrupted"
                 break
@@ -111,7 +154,11 @@ class InlineEngine:
         steps = self._session.coordinator.optimizer_steps
         self._session.coordinator.consumed(consumed.dropped)
         self._trace.begin(Span.UPDATE)
-        metrics = self._learner.update(consumed, steps) if consumed.groups or steps else {}
+        self._updating = True
+        try:
+            metrics = self._learner.update(consumed, steps) if consumed.groups or steps else {}
+        finally:
+            self._updating = False
         self._trace.end(self._learner.version)
         self._behaviour.refresh()
         return self._session.finish_update(metrics)
@@ -145,11 +192,17 @@ class InlineEngine:
             except EnvironmentFault as fault:
                 self._faults.happened(fault, lease.identity)
                 self._faults.give_back(fault, lease.identity)
-                self._actor.release(lease.identity.group)
+                self._release(lease.identity)
                 whole = False
             if interrupted():
                 return True
         return whole
+
+    def _release(self, identity: Identity) -> None:
+        try:
+            self._actor.release(identity.group)
+        except EnvironmentFault as fault:  # it hangs in close(), and is left behind
+            self._faults.happened(fault)
 
     def _make(self, lease: Lease, interrupted: Callable[[], bool]) -> None:
         group = lease.identity.group

@@ -38,6 +38,7 @@ from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema
 from shoal.supervision.channel import HasFileno
 from shoal.supervision.control import ControlServer, Reply
+from shoal.supervision.processes import stopped_itself
 from shoal.supervision.trace import Span, open_trace
 from shoal.supervision.zygote import Lost
 from shoal.types import CLOSING, Activity, ActivityRecord
@@ -46,8 +47,10 @@ WATCH_SECONDS = 0.25
 RETRY_SECONDS = 1.0  # after a start for which there were no descriptors
 ANSWER_SECONDS = 10.0  # the zygote forks or kills within this time, or is given up
 HANGS = "hangs in its environment"  # why the supervisor killed a process
+STOPS = "was stopped by its environment"
 _IN_ENVIRONMENT = (Activity.STEPPING, Activity.RESTORING)
 CRASH_HINT = {"hint": "nothing in an environment may end its process (os._exit, a crash in native code)"}
+STOP_HINT = {"hint": "nothing in an environment may stop its process (SIGSTOP)"}
 HANG_HINT = {"hint": "raise --env.step-timeout-seconds if it is only slow; else give every wait inside a limit of its own"}
 
 
@@ -352,9 +355,14 @@ class LocalEngine:
         if lost := next((event for event in happened if isinstance(event, Lost)), None):
             self._lost_zygote(lost)  # and with it all that died
             return
-        for event in happened:
-            if isinstance(event, Death) and not event.process.up:  # else it was started anew with all others
-                self._died(event)
+        dead = [event for event in happened if isinstance(event, Death)]
+        for death in sorted(
+            dead, key=lambda death: death.process.name != "actor"
+        ):  # their rollouts are settled before anybody is made anew
+            if not death.process.up:  # else it was started anew with all others
+                self._died(death)
+        if not self._end.begun and any(death.process.name == "actor" for death in dead):
+            self._place()
 
     def _died(self, death: Death) -> None:
         process = death.process
@@ -383,7 +391,7 @@ class LocalEngine:
     def _actor_died(self, actor: Process, death: Death) -> None:
         record, broke = death.record, -1
         if record.whole and record.incarnation == actor.incarnation - 1 and self._in_environment(record):
-            certain = death.crashed or death.why == HANGS
+            certain = death.crashed or death.why in (HANGS, STOPS)
             suspected = self._suspect(actor, record, certain)
             broke = suspected if certain else -1
             if death.crashed:
@@ -397,7 +405,6 @@ class LocalEngine:
                 f"the last {death.how} (making {lost[:1] or 'nothing'}).\n{self._fleet.log_tail(actor)}",
                 {"how": death.how},
             )
-        self._place()
 
     def _in_environment(self, record: ActivityRecord) -> bool:
         """Whether code of an environment ran: that of a paced group also runs while actions are chosen for others of it."""
@@ -486,6 +493,9 @@ class LocalEngine:
             what = f"{_call(record)} has not returned for {record.age_seconds:.1f} s"
             self._blame("hang", what, record, how, stack_of(process.pid, self._fleet.log_of(process)), record.age_seconds)
         why = HANGS if verdict.kind == "environment" else verdict.reason
+        if verdict.kind == "stopped" and self._in_environment(record) and stopped_itself(process.pid):
+            self._blame("hang", f"its process stopped itself (SIGSTOP) in {_call(record)}", record, STOP_HINT, "", record.age_seconds)
+            why = STOPS
         self._recoveries.lost(process.name, process.index, why, time.monotonic())
         self.kill(process, why)
 

@@ -48,8 +48,8 @@ for index, episodes in EPISODES.items():
             env.restore(HERE / begin)
         else:
             env.reset(seed=begin)
-        for step, action in enumerate(actions):
-            if step >= len(actions) - 20:
+        for step, action in enumerate(actions, 1):
+            if step > len(actions) - 20:
                 print("step", step, "action", action, flush=True)
             env.step(action)
     env.close()

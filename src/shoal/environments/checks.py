@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 
 from shoal.config import EnvConfig
-from shoal.environments.faults import RAISED, cut, plain
+from shoal.environments.faults import RAISED, cut, plain, words_of
 from shoal.environments.findings import CheckReport, Finding
 from shoal.environments.instance import unwrap
 from shoal.environments.make import Factory, close_quietly, describe_instance, open_environment
@@ -25,7 +25,7 @@ from shoal.types import CURSOR, Array, EnvironmentSpec
 
 __all__ = ["CheckReport", "Finding", "check_environment"]
 
-_UNEQUAL = 20.0  # p99 of a step's time over its mean
+_UNEQUAL = 0.5  # share of the time that slow steps take
 _EXTRA_INSTANCES = 4  # made to see what one costs in memory
 _ACTIONS_TRIED = 16  # to see whether a step that raised does so for some actions only
 _MEMORY_SHARE = 0.8  # of the memory that is free, which environments may take without a warning
@@ -167,7 +167,7 @@ def _check_actions(report: CheckReport, create: Callable[[], Any], spec: Environ
             made.step(action)
             taken.append(plain(action))
         except RAISED as error:
-            refused.append((plain(action), f"{type(error).__name__}: {error}"))
+            refused.append((plain(action), words_of(error)))
         finally:
             close_quietly(made)
     if refused and taken and spec.action_mask == "none":
@@ -270,8 +270,8 @@ def _check_cost(report: CheckReport, create: Callable[[], Any], spec: Environmen
     }
     if found.waits:
         report.add("note", "waits", "steps wait more than they compute", "env.form auto steps such environments in threads")
-    if found.step_wall_us and found.step_p99_us > _UNEQUAL * found.step_wall_us:
-        message = f"one step in a hundred takes {found.step_p99_us:.0f} us or more, the mean is {found.step_wall_us:.0f} us"
+    if found.slow_time > _UNEQUAL:
+        message = f"{found.slow_steps:.2%} of the steps take more than ten times as long as most, {found.slow_time:.0%} of the time in all"
         report.add("note", "unequal_step_times", message, "a group waits for its slowest; mode async lets groups go on alone")
 
 

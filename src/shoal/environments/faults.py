@@ -34,6 +34,14 @@ def plain(value: Any) -> Any:
     return cut(repr(value))
 
 
+def words_of(error: BaseException) -> str:
+    """What an error says, as `Type: words`; one whose own `__str__` raises says that."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception as again:
+        return f"{type(error).__name__} (whose __str__ raises {type(again).__name__})"
+
+
 def cut(text: str, longest: int = _LONGEST_TEXT) -> str:
     """A text that loses its middle where it is long."""
     return text if len(text) <= longest else f"{text[: longest // 2]}\n...\n{text[-longest // 2 :]}"
@@ -126,7 +134,14 @@ def raised_in(call: str, error: BaseException, kind: FaultKind = "raised") -> di
             "actual": f"{error.seconds:.1f} s",
             "error": error,
         }
-    return {"kind": kind, "what": f"{call} raised {type(error).__name__}: {error}", "error": error}
+    return {"kind": kind, "what": f"{call} raised {words_of(error)}", "error": error}
+
+
+def not_fitting(what: str, values: np.ndarray[Any, Any]) -> tuple[str, str]:
+    """The words, and what is expected, for numbers that are not finite, or not in float32."""
+    if np.isfinite(values).all():
+        return f"the {what} does not fit into float32, in which everything is learnt", f"at most {np.finfo(np.float32).max:.2g} in size"
+    return f"the {what} is not finite", "finite numbers"
 
 
 def wrong_result(call: str, expected: str, result: Any) -> tuple[str, str, str, str, str]:

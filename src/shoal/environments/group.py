@@ -15,7 +15,7 @@ import numpy as np
 
 from shoal import streams
 from shoal.environments.instance import Instance
-from shoal.environments.spaces import action_map, allocate
+from shoal.environments.spaces import action_map, all_fit, allocate, which_fit
 from shoal.types import CURSOR, Array, Arrays, Ended, EnvironmentSpec, GroupState, GroupStep
 
 
@@ -128,8 +128,8 @@ class PythonGroup:
 
     def _check_finite(self) -> None:
         for name, array in self._floats:
-            if not np.isfinite(array).all():
-                b = int(np.flatnonzero(~np.isfinite(array.reshape(self.num_envs, -1)).all(1))[0])
+            if not all_fit(array):
+                b = int(np.flatnonzero(~which_fit(array.reshape(self.num_envs, -1)).all(1))[0])
                 raise self._instances[b].not_finite(name, array[b])
 
 

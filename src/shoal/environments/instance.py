@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from shoal.environments.faults import RAISED, FaultKind, environment_fault, raised_in, wrong_result
-from shoal.environments.spaces import MASK, SpaceMismatch, extend_crc, mask_writer, observation_writer
+from shoal.environments.faults import RAISED, FaultKind, TookTooLong, environment_fault, not_fitting, raised_in, words_of, wrong_result
+from shoal.environments.spaces import MASK, MOST, SpaceMismatch, all_fit, extend_crc, mask_writer, observation_writer, which_fit
 from shoal.errors import ConfigError, EnvironmentFault
 from shoal.types import Array, Arrays, Ended, EnvironmentSpec
 
+_LEAST = -MOST
 _REWARD = struct.Struct("=d")
 _SNAPSHOT_HEADER = struct.Struct("<I")  # crc32 of the observation at the snapshot, compared after restoring
 
@@ -113,8 +114,12 @@ class Instance:
     def close(self) -> None:
         env, self._env, self._failed = self._env, None, False
         if env is not None:
-            with suppress(*RAISED):  # it is given up anyway, and what matters of it is recorded
+            try:
                 env.close()
+            except TookTooLong as error:
+                raise self._fault(**raised_in("close()", error)) from error
+            except RAISED:
+                pass  # it is given up anyway, and what matters of it is recorded
 
     # Stepping.
 
@@ -147,8 +152,9 @@ class Instance:
         observation, reward, terminated, truncated, info = result
         if reward.__class__ is not float:
             reward = self._scalar(reward)
-        if reward - reward != 0.0:
-            raise self._fault("reward", "the reward is not finite", "reward", "a finite number", repr(reward))
+        if not _LEAST <= reward <= MOST:  # nor is NaN
+            what, expected = not_fitting("reward", np.array(reward))
+            raise self._fault("reward", what, "reward", expected, repr(reward))
         self.reward = reward
         self.episode_return += reward
         try:
@@ -181,7 +187,7 @@ class Instance:
     def _keep_end(self, check: bool) -> None:
         final = {name: row.copy() for name, row in self._rows.items() if name != MASK}
         for name, array in final.items():
-            if check and array.dtype.kind == "f" and not np.isfinite(array).all():
+            if check and array.dtype.kind == "f" and not all_fit(array):
                 raise self.not_finite(name, array)
         self.ended = Ended(self._index, final, self.seed, self.num_steps, self.episode_return)
 
@@ -305,15 +311,16 @@ class Instance:
     # Faults.
 
     def not_finite(self, field: str, array: Array) -> EnvironmentFault:
-        """The fault of a NaN or Inf in `field`."""
-        bad = np.flatnonzero(~np.isfinite(array.ravel()))
+        """The fault of a NaN or Inf in `field`, or of a number that float32 does not hold."""
+        bad = np.flatnonzero(~which_fit(array.ravel()))
         actual = f"{array.ravel()[bad[0]]} at flat index {bad[0]} ({len(bad)} of {array.size})"
-        return self._fault("not_finite", "the observation is not finite", field, "finite numbers", actual)
+        what, expected = not_fitting("observation", array)
+        return self._fault("not_finite", what, field, expected, actual)
 
     def check_finite(self) -> None:
         """Raise the fault of a NaN or Inf in this environment's observation (a group looks at all of its environments at once)."""
         for name, row in self._rows.items():
-            if row.dtype.kind == "f" and not np.isfinite(row).all():
+            if row.dtype.kind == "f" and not all_fit(row):
                 raise self.not_finite(name, row)
 
     def _mismatch(self, where: str, mismatch: SpaceMismatch) -> EnvironmentFault:
@@ -323,7 +330,7 @@ class Instance:
         )  # fmt: skip
 
     def _unreadable(self, where: str, error: Exception) -> EnvironmentFault:
-        what = f"what {where} returned cannot be read: {type(error).__name__}: {error}"
+        what = f"what {where} returned cannot be read: {words_of(error)}"
         return self._fault("structure", what, "observation, info", "what the spaces promise, and a dict", error=error)
 
     def _fault(

@@ -23,9 +23,9 @@ import numpy as np
 
 from shoal import streams
 from shoal.config import EnvConfig
-from shoal.environments.faults import RAISED, FaultKind, environment_fault, raised_in, wrong_result
+from shoal.environments.faults import RAISED, FaultKind, environment_fault, not_fitting, raised_in, words_of, wrong_result
 from shoal.environments.group import Progress, nobody_waits, nobody_watches
-from shoal.environments.spaces import MASK, SpaceMismatch, action_map, allocate, describe, flatten_batch
+from shoal.environments.spaces import MASK, SpaceMismatch, action_map, all_fit, allocate, describe, flatten_batch, which_fit
 from shoal.environments.vector_snapshots import snapshots_of
 from shoal.errors import ConfigError, EnvironmentFault, ShoalError
 from shoal.types import CURSOR, Array, Arrays, Ended, EnvironmentSpec, GroupState, GroupStep
@@ -302,9 +302,10 @@ class NativeGroup:
                     f"{array.dtype} {list(array.shape)}",
                 )
             arrays.append(array.astype(np.float64 if field == "reward" else np.bool_))
-        if not np.isfinite(arrays[0]).all():
-            b = int(np.flatnonzero(~np.isfinite(arrays[0]))[0])
-            raise self._fault("reward", "the reward is not finite", "reward", "finite numbers", f"{arrays[0].tolist()}", env=b)
+        if not all_fit(arrays[0]):
+            b = int(np.flatnonzero(~which_fit(arrays[0]))[0])
+            what, expected = not_fitting("reward", arrays[0])
+            raise self._fault("reward", what, "reward", expected, f"{arrays[0].tolist()}", env=b)
         return arrays[0], arrays[1], arrays[2]
 
     def _count(self, reward_B: Array, valid_B: Array) -> None:
@@ -347,15 +348,14 @@ class NativeGroup:
             what = f"{where} returned an observation that is not in its space"
             raise self._fault(mismatch.kind, what, mismatch.field, mismatch.expected, mismatch.actual, mismatch.hint) from None
         except Exception as error:
-            what = f"what {where} returned cannot be read: {type(error).__name__}: {error}"
+            what = f"what {where} returned cannot be read: {words_of(error)}"
             promised = "what the spaces promise, and a dict"
             raise self._fault("structure", what, "observation, info", promised, type(observation).__name__, error=error) from error
         for name, array in out.items():
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                b = int(np.flatnonzero(~np.isfinite(array.reshape(self.num_envs, -1)).all(1))[0])
-                raise self._fault(
-                    "not_finite", "the observation is not finite", name, "finite numbers", f"{array[b].ravel()[:16].tolist()}", env=b
-                )
+            if array.dtype.kind == "f" and not all_fit(array):
+                b = int(np.flatnonzero(~which_fit(array.reshape(self.num_envs, -1)).all(1))[0])
+                what, expected = not_fitting("observation", array[b])
+                raise self._fault("not_finite", what, name, expected, f"{array[b].ravel()[:16].tolist()}", env=b)
 
     def _reset(self, call: str, action: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
         result: tuple[Any, dict[str, Any]] = self._guard(call, action)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -12,14 +14,16 @@ import numpy as np
 from gymnasium.wrappers import TimeLimit
 
 from shoal.config import EnvConfig
+from shoal.environments.faults import RAISED, TookTooLong, environment_fault, raised_in
 from shoal.environments.instance import Instance, unwrap
-from shoal.environments.make import Factory, close_quietly, describe_instance, open_environment
+from shoal.environments.make import Factory, describe_instance, open_environment
 from shoal.environments.native import native_spec
 from shoal.environments.spaces import MASK, allocate, random_action, to_environment_action
 from shoal.types import CURSOR, EnvironmentSpec
 
 MAKING = "making the environment"
 FIRST_SEED = 1  # of the first episode that is measured
+_SLOW = 10.0  # times the median: steps that take more are slow ones
 _WAITING_SHARE = 0.5  # below this share of CPU time in wall time, an environment is said to wait
 
 
@@ -37,6 +41,7 @@ def quiet(call: str, /, **facts: Any) -> None:
 class Probe:
     """What was found. Times are microseconds per call; `cpu` counts the calling thread.
 
+    slow_steps, slow_time: share of the steps that take more than _SLOW times the median, and of the time that they take.
     waits: steps spend their time waiting (a socket, a sleep), so that threads can step them concurrently.
     repeats: the same seed gave the same first observation again.
     """
@@ -45,6 +50,8 @@ class Probe:
     num_steps: int
     step_wall_us: float
     step_p99_us: float
+    slow_steps: float
+    slow_time: float
     step_cpu_us: float
     reset_wall_us: float
     reset_cpu_us: float
@@ -87,13 +94,24 @@ class Told(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def step(self, action: Any) -> Any:
         self._tell("step()", action=np.asarray(action).tolist())
-        with self.steps:
+        with self._last(), self.steps:
             return self.env.step(action)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         self._tell("reset()", seed=seed)
-        with self.resets:
+        with self._last(), self.resets:
             return self.env.reset(seed=seed)
+
+    @contextmanager
+    def _last(self) -> Iterator[None]:
+        """What no one takes for an environment's error (KeyboardInterrupt, GeneratorExit) ends the process, and nothing is told after it."""
+        try:
+            yield
+        except RAISED:
+            raise
+        except BaseException:
+            self._tell = quiet
+            raise
 
     def close(self) -> None:
         self._tell("close()")
@@ -124,13 +142,18 @@ def probe(env: EnvConfig, factory: Factory | None = None, *, num_steps: int = 20
     """
     tell(MAKING)
     if env.form == "native":
-        return Probe(native_spec(env, factory), 0, 0.0, 0.0, 0.0, 0.0, 0.0, False, True)
+        return Probe(native_spec(env, factory), 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, False, True)
     made = open_environment(env, factory)
     tell("reset()", seed=0)
     spec = describe_instance(env.id, made)
     found = measure(made, spec, num_steps, seconds, tell)
     tell("close()")
-    close_quietly(made)  # one with a fault is left as it is: closing it may hang, and what is wrong would not be said
+    try:
+        made.close()  # one with a fault is left as it is: closing it may hang, and what is wrong would not be said
+    except TookTooLong as error:
+        raise environment_fault(**raised_in("close()", error), environment=env.id, group=0, env=0, step=0, seed=0) from error
+    except RAISED:
+        pass  # it is no longer wanted
     return found
 
 
@@ -154,9 +177,17 @@ def measure(made: Any, spec: EnvironmentSpec, num_steps: int, seconds: float, te
     instance.restore(np.zeros((), CURSOR), [], None)
     repeats = all(np.array_equal(array, current[name]) for name, array in first.items())
     return Probe(
-        spec, steps.calls, steps.per_call(steps.wall), 1e6 * float(np.quantile(steps.seconds or [0.0], 0.99)), steps.per_call(steps.cpu),
+        spec, steps.calls, steps.per_call(steps.wall), 1e6 * float(np.quantile(steps.seconds or [0.0], 0.99)),
+        *slow_shares(steps.seconds), steps.per_call(steps.cpu),
         resets.per_call(resets.wall), resets.per_call(resets.cpu), waits, repeats,
     )  # fmt: skip
+
+
+def slow_shares(seconds: Sequence[float]) -> tuple[float, float]:
+    """Share of the calls that take more than _SLOW times the median, and of the time that they take."""
+    taken = np.array(seconds)
+    slow = taken > _SLOW * np.median(taken) if len(taken) else taken > 0
+    return (float(slow.mean()), float(taken[slow].sum() / taken.sum())) if slow.any() else (0.0, 0.0)
 
 
 def choose_form(env: EnvConfig, found: Probe) -> Literal["python", "native", "threads"]:

@@ -16,6 +16,7 @@ import numpy as np
 from shoal.errors import ConfigError
 from shoal.types import Array, Arrays, EnvironmentSpec, LeafSpec
 
+MOST = float(np.finfo(np.float32).max)  # everything is learnt in float32, in which a greater number is infinite
 MASK = "action_mask"  # the key under which Gymnasium and PettingZoo give a mask, and the name of our field
 
 
@@ -28,6 +29,19 @@ class SpaceMismatch(Exception):
     def __init__(self, kind: MismatchKind, field: str, expected: str, actual: str, hint: str = "") -> None:
         super().__init__(f"{field}: expected {expected}, got {actual}" + (f"; {hint}" if hint else ""))
         self.kind, self.field, self.expected, self.actual, self.hint = kind, field, expected, actual, hint
+
+
+def all_fit(values: Array) -> bool:
+    """Whether all numbers are finite, and stay so in float32."""
+    if values.itemsize <= 4:
+        return bool(np.isfinite(values).all())
+    return bool(np.abs(values).max(initial=0.0) <= MOST)  # False for NaN
+
+
+def which_fit(values: Array) -> Array:
+    """[shape] bool: `all_fit` for each number."""
+    fits: Array = np.abs(values) <= MOST
+    return fits
 
 
 # Description: gymnasium's spaces become leaves.

@@ -24,6 +24,7 @@ import numpy as np
 from shoal.environments.faults import environment_fault
 from shoal.environments.group import NOBODY, PythonGroup
 from shoal.environments.instance import Instance
+from shoal.environments.spaces import all_fit
 from shoal.types import Array, Arrays, Ended, EnvironmentSpec, GroupState, GroupStep
 
 LOOK_SECONDS = 0.05  # between two looks at calls that are under way
@@ -166,7 +167,7 @@ class PacedGroup(PythonGroup):
             raise done.error
         instance = self._instances[b]
         for name, array in self._floats:
-            if not np.isfinite(array[b]).all():
+            if not all_fit(array[b]):
                 raise instance.not_finite(name, array[b])
         for name, array in self._current.items():
             out[name][...] = array[b]

@@ -18,7 +18,7 @@ import numpy as np
 from shoal.environments.instance import Instance
 from shoal.environments.make import environment_factory
 from shoal.environments.probe import MAKING, Tell, quiet
-from shoal.environments.spaces import allocate
+from shoal.environments.spaces import all_fit, allocate, which_fit
 from shoal.errors import ConfigError, EnvironmentFault
 from shoal.evaluation.bundle import LoadedPolicy, load_policy
 from shoal.evaluation.video import EpisodeVideo
@@ -180,8 +180,8 @@ def _play(
         while playing:
             tell("")
             for name, rows in float_rows.items():
-                if not np.isfinite(rows).all():
-                    row = int(np.argmin(np.isfinite(rows.reshape(MAX_ENVS, -1)).all(axis=1)))
+                if not all_fit(rows):
+                    row = int(np.argmin(which_fit(rows.reshape(MAX_ENVS, -1)).all(axis=1)))
                     raise seats[row].instance.not_finite(name, rows[row])
             if noise_B is not None:
                 for seat in playing:

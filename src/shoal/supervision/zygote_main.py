@@ -325,11 +325,13 @@ def _run_child(request: dict[str, Any], fds: list[int], log_directory: str, payl
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()  # else all roles would go on with the zygote's global stream
     try:
+        channel = Channel(fds[0])
+        os.register_at_fork(after_in_child=channel.close)  # what an environment forks is not this role, and cannot speak for it
         context = ChildContext(
             name=request["name"],
             index=request["index"],
             incarnation=request["incarnation"],
-            channel=Channel(fds[0]),
+            channel=channel,
             memory_fds=tuple(fds[1:]),
             payload=payload,
             pickled=pickled,

@@ -1,0 +1,36 @@
+"""Actors that are killed, from outside of the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from faults.living import TINY, living, saved
+from shoal.monitoring.store import RunReader
+from shoal.supervision.injector import roles_below
+
+
+def test_actors_that_die_together_are_all_counted_and_replaced_at_once(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    more = ["--actors", "2", "--stop.updates", "1000000", "--run-dir", str(run_dir), "--json"]
+    with living("train", "CartPole-v1", *TINY, *more, cwd=tmp_path) as run:
+        run.until(lambda: saved(run_dir), "checkpoint")
+        run.until(lambda: len(roles_below(run.process.pid)) == 3, "roles")
+        actors = [pid for (role, _), pid in roles_below(run.process.pid).items() if role == "actor"]
+        run.process.send_signal(signal.SIGSTOP)  # it hears of both at once
+        for pid in actors:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.3)
+        run.process.send_signal(signal.SIGCONT)
+        begun = time.monotonic()
+        run.until(lambda: _count(run_dir, "recovered") == 2, "recovery of both")
+        assert time.monotonic() - begun < 10.0
+        assert _count(run_dir, "died") == 2
+        assert not _count(run_dir, "killed")
+
+
+def _count(run_dir: Path, kind: str) -> int:
+    with RunReader(run_dir / "run.db") as reader:
+        return len(reader.events(kind))
