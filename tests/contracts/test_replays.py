@@ -20,6 +20,8 @@ KINDS = {
     "frames": Kind((IMAGE, VECTOR)),
     "frames, reset rows": Kind((IMAGE,), next_step=True),
     "frames on the last axis": Kind((LAST_AXIS,)),
+    "frames that jump": Kind((IMAGE,), jumps=True),
+    "frames that jump, reset rows": Kind((LAST_AXIS, VECTOR), jumps=True, next_step=True),
     "images that are no stacks": Kind((IMAGE,), stacked=False),
 }
 REPLAYS = {
@@ -129,6 +131,14 @@ def test_environments_that_got_differently_far_go_on_where_they_stood(kind, conf
     for used in ([4, 2], [1, 4], [0, 3], [4, 4], [2, 0]):
         for group in range(kind.groups):
             both.insert(group, rows=max(used), used=used)
+        both.check_samples()
+
+
+def test_an_episode_that_was_given_up_ends_before_its_invalid_row(kind, config):
+    both = Both(replace(kind, next_step=False), config, capacity=90)
+    for _ in range(8):
+        for group in range(kind.groups):
+            both.insert(group, give_up_share=0.2)
         both.check_samples()
 
 

@@ -29,7 +29,7 @@ from shoal.experience.replay_layout import Layout
 from shoal.experience.replay_store import Store
 from shoal.experience.ring import Slot
 from shoal.experience.schema import Schema
-from shoal.experience.sequences import SequenceSample, Starts, steps_known, window
+from shoal.experience.sequences import SequenceSample, Starts, Window, window
 from shoal.files import whole_state
 from shoal.types import Array, Arrays
 
@@ -150,8 +150,13 @@ class Replay:
         if len(start_M):
             env_M = start_M // starts.rows.num_rows - group * self._schema.num_envs
             place_L1M = self._store.after(self._store.place(group, env_M, row_M), np.arange(starts.length + 1)[:, None])
-            known_LM = steps_known(self._store.rows.take("flags", place_L1M), self._store.rows.take("gap", place_L1M[:-1]))
-            self._priorities.enter(start_M[known_LM[starts.burn_in :].any(axis=0)])
+            valid_LM = self._window(place_L1M).valid_LM
+            self._priorities.enter(start_M[valid_LM[starts.burn_in :].any(axis=0)])
+
+    def _window(self, place_L1M: Array) -> Window:
+        rows = self._store.rows
+        flags_L1M, gap_LM, reward_LM = rows.take("flags", place_L1M), rows.take("gap", place_L1M[:-1]), rows.take("reward", place_L1M[:-1])
+        return window(flags_L1M, gap_LM, reward_LM, self._n_step, self._gamma)
 
     # ---- sampling ------------------------------------------------------------------------------------------------
     def sample(self, num: int, rng: np.random.Generator, *, beta: float, reuse: Sample | None = None) -> Sample:
@@ -195,8 +200,7 @@ class Replay:
         first_M = start_M // starts.rows.num_rows * num_rows + starts.rows.take("row", start_M) % num_rows
         place_L1M = store.after(first_M, np.arange(starts.length + 1)[:, None])
         place_LM = place_L1M[:-1]
-        flags_L1M, reward_LM = store.rows.take("flags", place_L1M), store.rows.take("reward", place_LM)
-        found = window(flags_L1M, store.rows.take("gap", place_LM), reward_LM, self._n_step, self._gamma)
+        flags_L1M, found = store.rows.take("flags", place_L1M), self._window(place_L1M)
         return SequenceSample(
             burn_in=starts.burn_in,
             observation=store.observation(place_L1M, reuse.observation if reuse else None),
@@ -204,7 +208,7 @@ class Replay:
             action=store.rows.take("action", place_LM),
             begins_L1M=(flags_L1M & BEGINS) > 0,
             valid_LM=found.valid_LM,
-            reward_LM=reward_LM,
+            reward_LM=store.rows.take("reward", place_LM),
             terminated_LM=(flags_L1M[:-1] & TERMINATED) > 0,
             truncated_LM=(flags_L1M[:-1] & TRUNCATED) > 0,
             return_LM=found.return_LM,
