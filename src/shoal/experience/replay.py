@@ -135,8 +135,7 @@ class Replay:
         kept_T1B = step_T1B & (placed.row_T1B >= placed.end_B - store.layout.reach)
         if self._starts is None:
             self._priorities.clear(gone)
-            places_T1B = store.places(group, placed.row_T1B)
-            self._priorities.enter(places_T1B.ravel() if kept_T1B.all() else places_T1B[kept_T1B])
+            self._priorities.enter(store.places(group, placed.row_T1B)[kept_T1B])
         else:
             self._starts.add(slot, placed.row_T1B[0], goes_on_B)
             self._enter_sequences(self._starts, group, newest_B)
