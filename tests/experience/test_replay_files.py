@@ -62,9 +62,31 @@ def test_chunks_that_did_not_change_are_linked_and_the_others_written(config, tm
     changed = {name for name in after if name.startswith("rows") and name not in shared}
     assert len(shared) > len(changed) >= 1
     assert not any(name.startswith("state") for name in shared)
-    again = Replay(world.schema, KIND.groups, config, gamma=0.9)
-    again.load(tmp_path / "2")
-    assert drawn(again, config) == drawn(replay, config)
+
+
+def draw_and_rank(replay: Replay, config: ReplayConfig) -> None:
+    draw = replay.sample if config.sequence_length is None else replay.sample_sequences
+    sample = draw(100, np.random.default_rng(3), beta=0.5)
+    replay.update_priorities(sample.index_M, np.linspace(0.01, 0.3, 100))
+
+
+@pytest.mark.parametrize("config", [STEPS, SEQUENCES], ids=["steps", "sequences"])
+def test_what_is_restored_from_linked_chunks_goes_on_bit_for_bit(config, tmp_path):
+    world = World(KIND)
+    replay = filled(world, config, 12)
+    for save in range(1, 9):
+        replay.save(tmp_path / str(save), tmp_path / str(save - 1))
+        draw_and_rank(replay, config)
+        grow(replay, world, 1)
+        replay.save(tmp_path / f"{save}b", tmp_path / str(save))
+        again = Replay(world.schema, KIND.groups, config, gamma=0.9)
+        again.load(tmp_path / f"{save}b")
+        for _ in range(4):
+            assert drawn(again, config) == drawn(replay, config)
+            for group in range(KIND.groups):
+                slot, _ = world.rollout(group)
+                again.insert(slot, 0)
+                replay.insert(slot, 0)
 
 
 def test_what_was_loaded_is_linked_on(tmp_path):

@@ -31,9 +31,11 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 class Watched:
     """A replay of sequences, and all that went into it."""
 
-    def __init__(self, kind: Kind, *, capacity: int = 10_000, n_step: int = 3, shards: int = 1, length: int = LENGTH) -> None:
+    def __init__(
+        self, kind: Kind, *, capacity: int = 10_000, n_step: int = 3, shards: int = 1, length: int = LENGTH, burn_in: int = BURN_IN
+    ) -> None:
         config = ReplayConfig(
-            capacity_steps=capacity, n_step=n_step, shards=shards, prioritised=True, sequence_length=length, burn_in=BURN_IN
+            capacity_steps=capacity, n_step=n_step, shards=shards, prioritised=True, sequence_length=length, burn_in=burn_in
         )
         self.length = length
         self.world = World(kind)
@@ -149,6 +151,24 @@ def test_priorities_of_sequences_lead_the_draw_and_those_that_left_are_ignored(k
     before = watched.replay.sample_sequences(100, np.random.default_rng(3), beta=1.0).index_M
     watched.replay.update_priorities(old.index_M, np.full(300, 1e6))
     assert (watched.replay.sample_sequences(100, np.random.default_rng(3), beta=1.0).index_M == before).all()
+
+
+def test_a_sequence_can_be_drawn_as_soon_as_its_last_successor_is_there():
+    watched = Watched(Kind(memory=True), length=8)
+    for group in range(3):
+        watched.insert(group, end_share=0.0)
+    with pytest.raises(ValueError, match="nothing can be sampled yet: 24 env steps"):
+        watched.replay.sample_sequences(1, watched.rng, beta=1.0)
+    watched.insert(1, end_share=0.0)
+    assert len(np.unique(watched.replay.sample_sequences(50, watched.rng, beta=1.0).index_M)) == 2
+
+
+def test_starts_that_follow_closely_after_breaks_push_the_oldest_out(kind):
+    watched = Watched(kind, capacity=30 * 6, burn_in=0)
+    for _ in range(60):
+        watched.insert(1, rows=1, end_share=0.0, lost=(0, 1))
+    sample = watched.replay.sample_sequences(50, watched.rng, beta=1.0)
+    assert (sample.valid_LM.sum(axis=0) == 1).all()
 
 
 def test_lengths_that_would_leave_steps_untrained_are_refused():

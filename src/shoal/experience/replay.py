@@ -299,3 +299,7 @@ class Replay:
         assert np.count_nonzero(steps) == self.num_steps <= len(self._newest_C) * layout.reach
         if self._starts is None:
             assert ((self._priorities.tree.leaves > 0) == steps).all()
+            return
+        drawn = np.flatnonzero(self._priorities.tree.leaves)
+        since = self._newest_C[drawn // layout.num_starts] - self._starts.rows.take("row", drawn)
+        assert ((since >= self._starts.length) & (since <= layout.reach)).all()
