@@ -31,10 +31,12 @@ def filled(world: World, config: ReplayConfig, rounds: int) -> Replay:
     return replay
 
 
-def grow(replay: Replay, world: World, rounds: int) -> None:
+def grow(replay: Replay, world: World, rounds: int, *also: Replay) -> None:
     for _ in range(rounds):
         for group in range(KIND.groups):
-            replay.insert(world.rollout(group)[0], 0)
+            slot, _ = world.rollout(group, end_share=0.1)
+            for one in (replay, *also):
+                one.insert(slot, 0)
 
 
 def drawn(replay: Replay, config: ReplayConfig) -> bytes:
@@ -74,7 +76,7 @@ def draw_and_rank(replay: Replay, config: ReplayConfig) -> None:
 def test_what_is_restored_from_linked_chunks_goes_on_bit_for_bit(config, tmp_path):
     world = World(KIND)
     replay = filled(world, config, 12)
-    for save in range(1, 9):
+    for save in range(1, 13):
         replay.save(tmp_path / str(save), tmp_path / str(save - 1))
         draw_and_rank(replay, config)
         grow(replay, world, 1)
@@ -83,10 +85,7 @@ def test_what_is_restored_from_linked_chunks_goes_on_bit_for_bit(config, tmp_pat
         again.load(tmp_path / f"{save}b")
         for _ in range(4):
             assert drawn(again, config) == drawn(replay, config)
-            for group in range(KIND.groups):
-                slot, _ = world.rollout(group)
-                again.insert(slot, 0)
-                replay.insert(slot, 0)
+            grow(replay, world, 1, again)
 
 
 def test_what_was_loaded_is_linked_on(tmp_path):
