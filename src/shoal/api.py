@@ -21,7 +21,7 @@ from shoal.engines.coordinator import Coordinator
 from shoal.engines.local import LocalEngine
 from shoal.engines.plan import Plan
 from shoal.engines.session import ATTEMPTS_PER_PART, Session
-from shoal.engines.sizes import check_memory, check_replay, rate_of
+from shoal.engines.sizes import check_memory, rate_of
 from shoal.engines.snippets import with_snippet
 from shoal.environments.make import check_registered
 from shoal.errors import CheckpointError, ConfigError, EnvironmentFault, RunError, ShoalError
@@ -390,9 +390,7 @@ def _session(
     (directory / "result.json").unlink(missing_ok=True)  # of an earlier part, which may have had another configuration
     write_text_atomically(directory / "config.yaml", dump_config(config))
     schema = rollout_schema(spec, fields, plan.rollout_length, plan.group_size)
-    check_memory(plan, schema, facts["weights"], (config.actors or 0) + (config.policy.inference == "server"))
-    if replay is not None:
-        check_replay(plan, schema, replay)
+    check_memory(plan, schema, facts["weights"], (config.actors or 0) + (config.policy.inference == "server"), replay)
     ring = make_ring(schema, plan, facts["weights"])
     session = Session(config, spec, Coordinator(plan, spec, ring, config.stop), directory, recorder)
     recorder.attach(session)
