@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from replay_world import IMAGE, VECTOR, Kind, Model, World, name_of
+from replay_world import FRAMES, IMAGE, VECTOR, Kind, Model, World, name_of
 from shoal.config import ReplayConfig
 from shoal.experience import replay_rows
 from shoal.experience.replay import Replay
@@ -65,8 +65,9 @@ class ReplayMachine(RuleBasedStateMachine):
         if dropped and self.model.inserted:
             self.world.rollout(group)
         slot, events = self.world.rollout(group, rows=rows, end_share=end_share, lost=(1,) if lost and rows == 3 else ())
-        self.model.insert(slot, events)
         self.replay.insert(slot, 0)
+        self.model.pad = FRAMES - 1 if self.replay._store.layout.stacks else 0  # a first rollout of one row may not show that it is stacked
+        self.model.insert(slot, events)
         held = {step.name for step in self.model.steps()}
         self.priorities = {name: self.priorities.get(name, self.most) for name in held}
 
