@@ -33,14 +33,11 @@ def check_weights(num_weights: int, what: str) -> None:
         )
 
 
-def rate_of(config: RunConfig, replay: ReplayConfig | None) -> Rate | None:
-    """How much of a replay is sampled; `replay` with the algorithm's defaults filled in, None where nothing is replayed."""
-    if replay is None:
-        return None
+def rate_of(config: RunConfig, replay: ReplayConfig, batch_size: int) -> Rate:
+    """How much of a replay is sampled; `replay` with the algorithm's defaults filled in."""
     sampling, samples_per_insert = config.sampling, replay.samples_per_insert or 0.0
     groups = sampling.groups or 1
     batch = (sampling.batch_rollouts or groups) * (sampling.group_size or 1) * sampling.rollout_length
-    batch_size = int(getattr(config.algorithm, "batch_size", 1))
     return Rate(samples_per_insert, batch_size, replay.learning_starts, replay.tolerance * samples_per_insert * batch)
 
 
