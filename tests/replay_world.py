@@ -1,7 +1,7 @@
 """Rollouts with every shape that reaches a replay, and a replay in plain Python to compare with.
 
-`World` plays groups whose episodes end at random: reset in the same step, or in a row of their own (next_step); images that are stacks of
-frames, or not; environments that got differently far (paced); environments that were lost. `Model` keeps rows one by one, in lists.
+`World` plays groups whose episodes end at random: reset in the same step, or in a row of their own (next_step), or given up; images that are
+stacks of frames, or not; environments that got differently far (paced); environments that were lost. `Model` keeps rows one by one, in lists.
 
 Legend: T rows of a rollout, B environments of a group.
 """
@@ -37,6 +37,7 @@ class Kind:
     num_envs: int = 2
     groups: int = 3
     stacked: bool = True  # of an image: whether its planes are frames
+    jumps: bool = False  # some steps add two frames, so that a stack does not continue the one before it
 
     def schema(self) -> Schema:
         spec = EnvironmentSpec("world", self.leaves, ACTION, "observation" if self.mask else "none", 5 if self.mask else 0)
@@ -98,11 +99,13 @@ class World:
         used: list[int] | None = None,
         lost: tuple[int, ...] = (),
         end_share: float = 0.2,
+        give_up_share: float = 0.0,
         version: int = 0,
     ) -> tuple[Slot, list[list[tuple[str, object]]]]:
         """The next rollout of a group, and for each environment what happened, in order: ("at", observation and mask), ("step", Step) ...
 
-        Events: `at` (an observation that an environment stands at), `step`, `reset row` (no step), `final` (a true last observation).
+        Events: `at` (an observation that an environment stands at), `step`, `reset row` and `given up` (no steps), `final` (a true last
+        observation).
         """
         self._ring.poison(0)
         slot, kind = self._ring.slots[0], self.kind
@@ -120,7 +123,7 @@ class World:
             if b in lost:
                 column.over = False
                 self._reset(column)
-            self._play(slot, b, column, used[b], end_share, version, events[b], finals)
+            self._play(slot, b, column, used[b], (end_share, give_up_share), version, events[b], finals)
         finals.sort(key=lambda final: (final[0], final[1]))
         for at, (t, b, observation) in enumerate(finals):
             a["final/row"][at], a["final/env"][at] = t, b
@@ -134,7 +137,7 @@ class World:
         self.sequence[group] += 1
         return slot, events
 
-    def _play(self, slot, b, column, used, end_share, version, events, finals) -> None:
+    def _play(self, slot, b, column, used, shares, version, events, finals) -> None:
         a = slot.arrays
         if self.kind.memory:
             a["policy_state/h"][b] = column.memory
@@ -149,10 +152,15 @@ class World:
                 column.over = False
                 self._reset(column)
                 events.append(("reset row", None))
+            elif self._rng.random() < shares[1]:
+                a["truncated"][t, b] = True
+                finals.append((t, b, observation))
+                self._reset(column)
+                events.append(("given up", None))
             else:
-                ends, kind = self._rng.random() < end_share, self._rng.random() < 0.5
+                ends, kind = self._rng.random() < shares[0], self._rng.random() < 0.5
                 step = Step(observation, mask, action, reward, bool(ends and kind), bool(ends and not kind), version, state=column.memory)
-                step.begins = len(column.frames) == 1
+                step.begins = column.memory == 0.0
                 self._advance(column)
                 a["valid"][t, b], a["reward"][t, b] = True, reward
                 a["terminated"][t, b], a["truncated"][t, b] = step.terminated, step.truncated
@@ -180,8 +188,13 @@ class World:
         self._advance(column)
 
     def _advance(self, column: Column) -> None:
-        column.clock += 1
         column.memory += 1.0
+        self._frame(column)
+        if self.kind.jumps and len(column.frames) > 1 and self._rng.random() < 0.2:
+            self._frame(column)
+
+    def _frame(self, column: Column) -> None:
+        column.clock += 1
         number = np.array([column.number, column.clock >> 8, column.clock & 255, 7, 7 * column.clock % 256, 1], np.uint8)
         column.frames.append(number.reshape(SIDES))
 
@@ -223,25 +236,39 @@ class Model:
 
     def _insert(self, c: int, in_order: bool, happened: list[tuple[str, object]]) -> None:
         rows = self.columns[c]
-        first = name_of(happened[0][1][0])
-        if not in_order or self.stood[c] != first:
+        before = happened[0][1][0]
+        if not in_order or self.stood[c] != name_of(before):
             rows += [None] * (1 + self.pad)  # the newest observation stays, as a row that is no step
             self.last[c] = None
-        ended = False
-        for what, value in happened[1:]:
+        for at, (what, value) in enumerate(happened[1:], 1):
             if what == "step":
                 if self.last[c] is not None:
                     self.last[c].following = value
                 value.inserted = self.inserted
                 rows.append(value)
-                ended = value.terminated or value.truncated
-                self.last[c] = None if ended else value
-            elif what == "reset row":
-                rows.append(None)
-                rows += [None] * self.pad
+                self.last[c] = None if value.terminated or value.truncated else value
             elif what == "final":
-                rows += [None] * (1 + self.pad)
-        self.stood[c] = name_of(happened[-1][1][0])
+                rows += [None] * (self._between(before, value) + 1)
+            elif what in ("reset row", "given up"):
+                rows.append(None)
+                self.last[c] = None
+            else:
+                after_end = happened[at - 1][0] == "final"
+                between = self.pad if after_end else self._between(before, value[0])
+                rows += [None] * between
+                if between:  # what follows lies apart: nothing is summed across
+                    self.last[c] = None
+                before = value[0]
+        self.stood[c] = name_of(before)
+
+    def _between(self, older: Arrays, newer: Arrays) -> int:
+        """Rows for older frames, where a stack does not begin as the one before it goes on."""
+        for leaf in self.kind.leaves:
+            if leaf.path == ("image",) and self.pad:
+                planes = [np.moveaxis(o[leaf.name("observation")], 0 if leaf is IMAGE else -1, 0) for o in (older, newer)]
+                if (planes[1][:-1] != planes[0][1:]).any():
+                    return self.pad
+        return 0
 
     def steps(self) -> list[Step]:
         """All that can be sampled."""

@@ -22,10 +22,11 @@ from shoal.engines.coordinator import Coordinator
 from shoal.engines.local import LocalEngine
 from shoal.engines.plan import Plan
 from shoal.engines.session import ATTEMPTS_PER_PART, Session
-from shoal.engines.sizes import check_memory, check_replay, rate_of
+from shoal.engines.sizes import check_memory
 from shoal.engines.snippets import with_snippet
 from shoal.environments.make import check_registered
 from shoal.errors import CheckpointError, ConfigError, EnvironmentFault, RunError, ShoalError
+from shoal.experience.limiter import Rate
 from shoal.experience.ring import Ring, allocate
 from shoal.experience.schema import Schema, rollout_schema
 from shoal.files import CheckpointDirectory, Loaded, write_text_atomically
@@ -407,13 +408,11 @@ def _session(
     more_actors = adapt_actors(config)
     replay = None if facts["replay"] is None else ReplayConfig.model_validate(facts["replay"])
     config.replay = replay or config.replay
-    plan = Plan.of(config, rate_of(config, replay))
+    plan = Plan.of(config, None if facts["rate"] is None else Rate(**facts["rate"]))
     (directory / "result.json").unlink(missing_ok=True)  # of an earlier part, which may have had another configuration
     write_text_atomically(directory / "config.yaml", dump_config(config))
     schema = rollout_schema(spec, fields, plan.rollout_length, plan.group_size)
-    check_memory(plan, schema, facts["weights"], (config.actors or 0) + (config.policy.inference == "server"))
-    if replay is not None:
-        check_replay(plan, schema, replay)
+    check_memory(plan, schema, facts["weights"], (config.actors or 0) + (config.policy.inference == "server"), replay)
     ring = make_ring(schema, plan, facts["weights"])
     session = Session(config, spec, Coordinator(plan, spec, ring, config.stop), directory, recorder)
     recorder.attach(session)

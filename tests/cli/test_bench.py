@@ -99,3 +99,15 @@ def test_a_training_can_be_kept_and_told_in_words(tmp_path: Path) -> None:
 def test_a_training_that_is_too_short_is_refused(tmp_path: Path) -> None:
     done = shoal("bench", "train", "CartPole-v1", *SMALL, "--stop.updates", "1", "--seconds", "0", cwd=tmp_path, code=2)
     assert "too short to be measured" in done.stderr
+
+
+def test_the_replay_is_measured_with_vectors_and_with_stacks(tmp_path: Path) -> None:
+    found = answer("bench", "replay", "--seconds", "0", cwd=tmp_path)
+    assert set(found) == {"settings", "date", "machine", "cases"}
+    assert set(found["cases"]) == {"vector", "short rollouts", "stacks"}
+    for case in found["cases"].values():
+        assert case["insert_per_second"] > 0
+        assert case["sample_per_second"] > 0
+    stacks = found["cases"]["stacks"]
+    assert 84 * 84 < stacks["size_bytes"] / stacks["capacity_steps"] < 1.1 * 84 * 84
+    assert list(tmp_path.iterdir()) == []

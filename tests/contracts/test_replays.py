@@ -20,6 +20,8 @@ KINDS = {
     "frames": Kind((IMAGE, VECTOR)),
     "frames, reset rows": Kind((IMAGE,), next_step=True),
     "frames on the last axis": Kind((LAST_AXIS,)),
+    "frames that jump": Kind((IMAGE,), jumps=True),
+    "frames that jump, reset rows": Kind((LAST_AXIS, VECTOR), jumps=True, next_step=True),
     "images that are no stacks": Kind((IMAGE,), stacked=False),
 }
 REPLAYS = {
@@ -32,14 +34,23 @@ REPLAYS = {
 GAMMA = 0.9
 
 
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> Kind:
-    return KINDS[request.param]
+# Every kind with two of the replays, and every replay with two of the kinds.
+PAIRS = [(k, r) for k in KINDS for r in REPLAYS if r in ("prioritised", "three shards") or k in ("reset rows", "frames")]
 
 
-@pytest.fixture(params=REPLAYS)
-def config(request: pytest.FixtureRequest) -> ReplayConfig:
-    return REPLAYS[request.param]
+@pytest.fixture(params=PAIRS, ids=", ".join)
+def pair(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return request.param
+
+
+@pytest.fixture
+def kind(pair: tuple[str, str]) -> Kind:
+    return KINDS[pair[0]]
+
+
+@pytest.fixture
+def config(pair: tuple[str, str]) -> ReplayConfig:
+    return REPLAYS[pair[1]]
 
 
 class Both:
@@ -129,6 +140,14 @@ def test_environments_that_got_differently_far_go_on_where_they_stood(kind, conf
     for used in ([4, 2], [1, 4], [0, 3], [4, 4], [2, 0]):
         for group in range(kind.groups):
             both.insert(group, rows=max(used), used=used)
+        both.check_samples()
+
+
+def test_an_episode_that_was_given_up_ends_before_its_invalid_row(kind, config):
+    both = Both(replace(kind, next_step=False), config, capacity=90)
+    for _ in range(8):
+        for group in range(kind.groups):
+            both.insert(group, give_up_share=0.2)
         both.check_samples()
 
 

@@ -162,10 +162,15 @@ def test_planes_that_do_not_follow_each_other_or_never_move_are_no_stack():
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (20, 2, 5, 5), np.uint8)
     stacks = frames[np.arange(16)[:, None] + np.arange(4)].swapaxes(1, 2)
-    assert is_stacked(stacks, Stack(0, 4))
-    assert is_stacked(np.moveaxis(stacks, 2, -1), Stack(-1, 4))
-    assert not is_stacked(stacks[:, :, ::-1], Stack(0, 4))
-    assert not is_stacked(np.ones_like(stacks), Stack(0, 4))
+    steps = np.ones((15, 2), np.bool_)
+    assert is_stacked(stacks, steps, Stack(0, 4))
+    assert is_stacked(np.moveaxis(stacks, 2, -1), steps, Stack(-1, 4))
+    assert not is_stacked(stacks[:, :, ::-1], steps, Stack(0, 4))
+    assert not is_stacked(np.ones_like(stacks), steps, Stack(0, 4))
+    resets = rng.integers(0, 256, stacks.shape, np.uint8)
+    resets[-2:] = stacks[-2:]
+    assert not is_stacked(resets, steps, Stack(0, 4))
+    assert is_stacked(resets, steps & (np.arange(15) == 14)[:, None], Stack(0, 4))  # before, every step ended its episode
     assert possible_stacks("uint8", (84, 84)) == possible_stacks("float32", (4, 84, 84)) == possible_stacks("uint8", (40, 30, 20)) == []
     assert likely_stack("uint8", (84, 84, 3)) is None
     assert likely_stack("uint8", (12, 84, 84)) == Stack(0, 12)

@@ -31,10 +31,12 @@ def filled(world: World, config: ReplayConfig, rounds: int) -> Replay:
     return replay
 
 
-def grow(replay: Replay, world: World, rounds: int) -> None:
+def grow(replay: Replay, world: World, rounds: int, *also: Replay) -> None:
     for _ in range(rounds):
         for group in range(KIND.groups):
-            replay.insert(world.rollout(group)[0], 0)
+            slot, _ = world.rollout(group, end_share=0.1)
+            for one in (replay, *also):
+                one.insert(slot, 0)
 
 
 def drawn(replay: Replay, config: ReplayConfig) -> bytes:
@@ -62,9 +64,28 @@ def test_chunks_that_did_not_change_are_linked_and_the_others_written(config, tm
     changed = {name for name in after if name.startswith("rows") and name not in shared}
     assert len(shared) > len(changed) >= 1
     assert not any(name.startswith("state") for name in shared)
-    again = Replay(world.schema, KIND.groups, config, gamma=0.9)
-    again.load(tmp_path / "2")
-    assert drawn(again, config) == drawn(replay, config)
+
+
+def draw_and_rank(replay: Replay, config: ReplayConfig) -> None:
+    draw = replay.sample if config.sequence_length is None else replay.sample_sequences
+    sample = draw(100, np.random.default_rng(3), beta=0.5)
+    replay.update_priorities(sample.index_M, np.linspace(0.01, 0.3, 100))
+
+
+@pytest.mark.parametrize("config", [STEPS, SEQUENCES], ids=["steps", "sequences"])
+def test_what_is_restored_from_linked_chunks_goes_on_bit_for_bit(config, tmp_path):
+    world = World(KIND)
+    replay = filled(world, config, 12)
+    for save in range(1, 13):
+        replay.save(tmp_path / str(save), tmp_path / str(save - 1))
+        draw_and_rank(replay, config)
+        grow(replay, world, 1)
+        replay.save(tmp_path / f"{save}b", tmp_path / str(save))
+        again = Replay(world.schema, KIND.groups, config, gamma=0.9)
+        again.load(tmp_path / f"{save}b")
+        for _ in range(4):
+            assert drawn(again, config) == drawn(replay, config)
+            grow(replay, world, 1, again)
 
 
 def test_what_was_loaded_is_linked_on(tmp_path):

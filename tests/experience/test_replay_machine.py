@@ -18,7 +18,13 @@ from shoal.experience import replay_rows
 from shoal.experience.replay import Replay
 
 GAMMA = 0.9
-KINDS = [Kind(mask=True), Kind(next_step=True), Kind((IMAGE, VECTOR), mask=True), Kind((IMAGE,), next_step=True)]
+KINDS = [
+    Kind(mask=True),
+    Kind(next_step=True),
+    Kind((IMAGE, VECTOR), mask=True),
+    Kind((IMAGE,), next_step=True),
+    Kind((IMAGE,), jumps=True),
+]
 
 
 class ReplayMachine(RuleBasedStateMachine):

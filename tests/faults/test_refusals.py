@@ -15,7 +15,7 @@ import pytest
 
 import shoal
 from faults.living import command
-from shoal.config import EnvConfig, PolicyConfig
+from shoal.config import EnvConfig, PolicyConfig, ReplayConfig
 from shoal.engines.coordinator import Plan
 from shoal.engines.sizes import check_memory, in_words, rollout_bytes
 from shoal.environments.make import check_registered
@@ -129,4 +129,8 @@ def test_the_memory_that_is_counted_is_what_a_run_allocates() -> None:
     if free is not None:
         with pytest.raises(ConfigError, match=r"sampling\.groups.*policy\.hidden_sizes.*free here"):
             check_memory(plan, schema, free, actors=2)
+        check_memory(plan, schema, 1000, actors=2, replay=ReplayConfig())
+        with pytest.raises(ConfigError, match=r"the replay \(replay\.capacity_steps 1,000,000,000,000; .* free here"):
+            check_memory(plan, schema, 1000, actors=2, replay=ReplayConfig(capacity_steps=10**12))
+        check_memory(plan, schema, 1000, actors=2, replay=ReplayConfig(capacity_steps=10**12, capacity_bytes=10**6))
     assert [in_words(n) for n in (0, 1023, 1536, 5 * 2**30, 2**70)] == ["0 B", "1,023 B", "1.5 KiB", "5.0 GiB", "1,048,576.0 PiB"]

@@ -105,6 +105,7 @@ def look(config: RunConfig, objects: UserObjects, tell: Tell = quiet) -> dict[st
         "measured": measured,
         "build": blueprint.build_facts(),
         "replay": None if blueprint.replay is None else blueprint.replay.model_dump(mode="json"),
+        "rate": None if blueprint.rate is None else vars(blueprint.rate),
     }
 
 

@@ -20,6 +20,7 @@ from shoal.engines.plan import Plan
 from shoal.engines.sizes import rate_of
 from shoal.environments.make import make_group
 from shoal.errors import ConfigError
+from shoal.experience.limiter import Rate
 from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema, rollout_schema
 from shoal.learners.learner import Learner, WeightPublisher
@@ -114,8 +115,16 @@ class Blueprint:
             }
         )
 
+    @property
+    def rate(self) -> Rate | None:
+        """How much of the replay is sampled."""
+        settings = self.settings
+        if self.replay is None or not isinstance(settings, OffPolicyConfig):
+            return None
+        return rate_of(self.config, self.replay, settings.batch_size)
+
     def plan(self) -> Plan:
-        return Plan.of(self.config, rate_of(self.config, self.replay))
+        return Plan.of(self.config, self.rate)
 
     def check_algorithm(self) -> None:
         """Raise ConfigError where the algorithm cannot do what is asked of it here."""

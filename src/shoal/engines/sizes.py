@@ -1,6 +1,6 @@
 """What a run needs of this machine's memory, said before anything is allocated. No torch.
 
-Counted is what grows with the configuration: rollouts (with the copy that the learner makes of a batch) and weights. Environments,
+Counted is what grows with the configuration: rollouts (with the copy that the learner makes of a batch), the replay, and weights. Environments,
 activations and the processes themselves come on top.
 """
 
@@ -33,38 +33,34 @@ def check_weights(num_weights: int, what: str) -> None:
         )
 
 
-def rate_of(config: RunConfig, replay: ReplayConfig | None) -> Rate | None:
-    """How much of a replay is sampled; `replay` with the algorithm's defaults filled in, None where nothing is replayed."""
-    if replay is None:
-        return None
+def rate_of(config: RunConfig, replay: ReplayConfig, batch_size: int) -> Rate:
+    """How much of a replay is sampled; `replay` with the algorithm's defaults filled in."""
     sampling, samples_per_insert = config.sampling, replay.samples_per_insert or 0.0
     groups = sampling.groups or 1
     batch = (sampling.batch_rollouts or groups) * (sampling.group_size or 1) * sampling.rollout_length
-    batch_size = int(getattr(config.algorithm, "batch_size", 1))
     return Rate(samples_per_insert, batch_size, replay.learning_starts, replay.tolerance * samples_per_insert * batch)
 
 
-def check_replay(plan: Plan, schema: Schema, replay: ReplayConfig) -> None:
-    """Raise ConfigError where the replay does not fit into memory."""
-    free, needed = available_bytes(), Replay.size_bytes(schema, plan.num_groups, replay)
-    if free is not None and needed > free:
-        raise ConfigError(
-            f"replay.capacity_steps: {replay.capacity_steps:,} env steps need {in_words(needed)} of memory, and {in_words(free)} are free here; "
-            "lower it, or give replay.capacity_bytes"
-        )
+def check_memory(plan: Plan, schema: Schema, num_weights: int, actors: int, replay: ReplayConfig | None = None) -> None:
+    """Raise ConfigError where rollouts, replay and weights do not fit; says what is needed, what is there, and which keys lower it.
 
-
-def check_memory(plan: Plan, schema: Schema, num_weights: int, actors: int) -> None:
-    """Raise ConfigError where rollouts and weights do not fit; says what is needed, what is there, and which keys lower it."""
+    replay: of a run that has one.
+    """
     free = available_bytes()
     rollouts = rollout_bytes(schema) * (plan.num_slots + plan.batch_rollouts)
     weights = num_weights * 4 * (LEARNER_COPIES + actors)
-    if free is None or rollouts + weights <= free:
+    replayed = 0 if replay is None else Replay.size_bytes(schema, plan.num_groups, replay)
+    if free is None or rollouts + replayed + weights <= free:
         return
     batch = "" if plan.mode == "sync" else f", {plan.batch_rollouts:,} rollouts of an update (sampling.batch_rollouts)"
+    kept = (
+        ""
+        if replay is None
+        else f"the replay (replay.capacity_steps {replay.capacity_steps:,}; replay.capacity_bytes) {in_words(replayed)}, "
+    )
     raise ConfigError(
         f"sampling: {plan.num_groups:,} groups (sampling.groups) of {plan.group_size:,} environments (sampling.group_size), "
-        f"{plan.rollout_length:,} steps of a rollout (sampling.rollout_length){batch} need {in_words(rollouts)} of memory, and "
+        f"{plan.rollout_length:,} steps of a rollout (sampling.rollout_length){batch} need {in_words(rollouts)} of memory, {kept}and "
         f"{num_weights:,} weights (policy.hidden_sizes) in {actors + 1} processes {in_words(weights)}; {in_words(free)} are free here"
     )
 

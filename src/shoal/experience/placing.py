@@ -23,12 +23,12 @@ from shoal.experience.ring import Slot
 from shoal.experience.stacks import Stack, follows, follows_rows
 from shoal.types import Array
 
-VALID = 1  # a step, which can be sampled
-STOP = 2  # nothing is summed beyond it
-TERMINATED = 4
-TRUNCATED = 8
-BEGINS = 16  # an episode begins here: recurrent state is reset before it
-BREAK = 32  # does not go on from the row before, of which nobody knows what follows
+VALID = np.uint8(1)  # a step, which can be sampled
+STOP = np.uint8(2)  # nothing is summed beyond it
+TERMINATED = np.uint8(4)
+TRUNCATED = np.uint8(8)
+BEGINS = np.uint8(16)  # an episode begins here: recurrent state is reset before it
+BREAK = np.uint8(32)  # does not go on from the row before, of which nobody knows what follows
 
 
 class Placed(NamedTuple):
@@ -86,12 +86,11 @@ def place(slot: Slot, goes_on_B: Array, newest_B: Array, begins_B: Array, stacks
     begins_T1B[1:] = ~valid_TB & ~ended_TB  # the reset row of a NEXT_STEP autoreset: the episode begins after it
     begins_T1B[t_all + 1, b_all] = True
     step_T1B = (t_T1 < used_B) & np.concatenate([valid_TB, np.zeros_like(valid_TB[:1])])
-    straight_TB = step_T1B[1:] & ~fresh_TB & ~final_TB  # the next row is a step too
-    flags_T1B = step_T1B * np.uint8(VALID) | begins_T1B * np.uint8(BEGINS)
-    flags_T1B[0] |= ~goes_on_B * np.uint8(BREAK)
-    flags_T1B[:-1] |= a["terminated"][:num_rows] * np.uint8(TERMINATED) | a["truncated"][:num_rows] * np.uint8(TRUNCATED)
-    flags_T1B[:-1] |= (ended_TB | ~straight_TB) * np.uint8(STOP)
-    flags_T1B[-1] |= STOP
+    straight_TB = step_T1B[1:] & ~fresh_TB  # the next row is a step too
+    flags_T1B = step_T1B * VALID | begins_T1B * BEGINS
+    flags_T1B[0] |= ~goes_on_B * BREAK
+    flags_T1B[:-1] |= a["terminated"][:num_rows] * TERMINATED | a["truncated"][:num_rows] * TRUNCATED
+    flags_T1B[:-1] |= (ended_TB | ~straight_TB) * STOP
     gap_TB = (pad * (fresh_TB & ~final_TB)).astype(np.uint8)
     gap_TB[t_F, b_F] = pad * padded_F
     return Placed(

@@ -29,7 +29,7 @@ from shoal.experience.replay_layout import Layout
 from shoal.experience.replay_store import Store
 from shoal.experience.ring import Slot
 from shoal.experience.schema import Schema
-from shoal.experience.sequences import SequenceSample, Starts, steps_known, window
+from shoal.experience.sequences import SequenceSample, Starts, Window, window
 from shoal.files import whole_state
 from shoal.types import Array, Arrays
 
@@ -135,8 +135,7 @@ class Replay:
         kept_T1B = step_T1B & (placed.row_T1B >= placed.end_B - store.layout.reach)
         if self._starts is None:
             self._priorities.clear(gone)
-            places_T1B = store.places(group, placed.row_T1B)
-            self._priorities.enter(places_T1B.ravel() if kept_T1B.all() else places_T1B[kept_T1B])
+            self._priorities.enter(store.places(group, placed.row_T1B)[kept_T1B])
         else:
             self._starts.add(slot, placed.row_T1B[0], goes_on_B)
             self._enter_sequences(self._starts, group, newest_B)
@@ -150,8 +149,13 @@ class Replay:
         if len(start_M):
             env_M = start_M // starts.rows.num_rows - group * self._schema.num_envs
             place_L1M = self._store.after(self._store.place(group, env_M, row_M), np.arange(starts.length + 1)[:, None])
-            known_LM = steps_known(self._store.rows.take("flags", place_L1M), self._store.rows.take("gap", place_L1M[:-1]))
-            self._priorities.enter(start_M[known_LM[starts.burn_in :].any(axis=0)])
+            valid_LM = self._window(place_L1M).valid_LM
+            self._priorities.enter(start_M[valid_LM[starts.burn_in :].any(axis=0)])
+
+    def _window(self, place_L1M: Array) -> Window:
+        rows = self._store.rows
+        flags_L1M, gap_LM, reward_LM = rows.take("flags", place_L1M), rows.take("gap", place_L1M[:-1]), rows.take("reward", place_L1M[:-1])
+        return window(flags_L1M, gap_LM, reward_LM, self._n_step, self._gamma)
 
     # ---- sampling ------------------------------------------------------------------------------------------------
     def sample(self, num: int, rng: np.random.Generator, *, beta: float, reuse: Sample | None = None) -> Sample:
@@ -195,8 +199,7 @@ class Replay:
         first_M = start_M // starts.rows.num_rows * num_rows + starts.rows.take("row", start_M) % num_rows
         place_L1M = store.after(first_M, np.arange(starts.length + 1)[:, None])
         place_LM = place_L1M[:-1]
-        flags_L1M, reward_LM = store.rows.take("flags", place_L1M), store.rows.take("reward", place_LM)
-        found = window(flags_L1M, store.rows.take("gap", place_LM), reward_LM, self._n_step, self._gamma)
+        flags_L1M, found = store.rows.take("flags", place_L1M), self._window(place_L1M)
         return SequenceSample(
             burn_in=starts.burn_in,
             observation=store.observation(place_L1M, reuse.observation if reuse else None),
@@ -204,7 +207,7 @@ class Replay:
             action=store.rows.take("action", place_LM),
             begins_L1M=(flags_L1M & BEGINS) > 0,
             valid_LM=found.valid_LM,
-            reward_LM=reward_LM,
+            reward_LM=store.rows.take("reward", place_LM),
             terminated_LM=(flags_L1M[:-1] & TERMINATED) > 0,
             truncated_LM=(flags_L1M[:-1] & TRUNCATED) > 0,
             return_LM=found.return_LM,
@@ -296,3 +299,7 @@ class Replay:
         assert np.count_nonzero(steps) == self.num_steps <= len(self._newest_C) * layout.reach
         if self._starts is None:
             assert ((self._priorities.tree.leaves > 0) == steps).all()
+            return
+        drawn = np.flatnonzero(self._priorities.tree.leaves)
+        since = self._newest_C[drawn // layout.num_starts] - self._starts.rows.take("row", drawn)
+        assert ((since >= self._starts.length) & (since <= layout.reach)).all()

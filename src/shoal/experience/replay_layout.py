@@ -43,12 +43,13 @@ class Layout:
     @classmethod
     def of(cls, slot: Slot, num_groups: int, config: ReplayConfig) -> Layout:
         """From the first rollout, whose images show whether they are stacks."""
-        rows = int(slot.rows_used().min()) + 1
+        num_rows, a = int(slot.envelope["num_rows"]), slot.arrays
+        goes_on_TB = a["valid"][:num_rows] & ~(a["terminated"][:num_rows] | a["truncated"][:num_rows])
         found = {
             name: stack
             for name, dtype, shape in _images(slot.schema)
             for stack in reversed(possible_stacks(dtype, shape))
-            if is_stacked(slot.arrays[name][:rows], stack)
+            if is_stacked(a[name][: num_rows + 1], goes_on_TB, stack)
         }
         return cls._with(slot.schema, num_groups, config, found)
 
@@ -76,18 +77,19 @@ class Layout:
         columns, pad = num_groups * schema.num_envs, max((s.size for s in stacks.values()), default=1) - 1
         states = {f.name: (f.dtype, f.shape) for f in schema.fields if f.axis == "B" and _is_state(f.name)}
         starts: dict[str, tuple[str, tuple[int, ...]]] = {**states, "row": ("int64", ()), "seen": ("uint8", ())}
-        per_row = row_bytes(fields) + _LEAF_BYTES
+        per_row, once = row_bytes(fields) + _LEAF_BYTES, 0.0
         if config.sequence_length is not None:
-            per_row = row_bytes(fields) + (row_bytes(starts) + _LEAF_BYTES) / schema.num_rows
+            once = row_bytes(starts) + _LEAF_BYTES
+            per_row = row_bytes(fields) + once / schema.num_rows
         num_rows = config.capacity_steps // columns + 1 + pad
         if config.capacity_bytes is not None:
-            num_rows = min(num_rows, int(config.capacity_bytes / (columns * per_row)))
+            num_rows = min(num_rows, int((config.capacity_bytes / columns - once) / per_row))
         least = _least_steps(schema.num_rows, config)
         if num_rows - 1 - pad < least:
             raise ConfigError(
                 f"replay.capacity_steps {config.capacity_steps:,} and replay.capacity_bytes {config.capacity_bytes} are too few for "
                 f"{columns:,} environments ({num_groups:,} groups of {schema.num_envs:,}), which need {least:,} steps each: "
-                f"{columns * least:,} steps in {columns * (least + 1 + pad) * per_row:,.0f} bytes at least"
+                f"{columns * least:,} steps in {columns * ((least + 1 + pad) * per_row + once):,.0f} bytes at least"
             )
         return cls(
             fields=fields,

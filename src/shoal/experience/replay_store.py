@@ -74,12 +74,19 @@ class Store:
     def make_room(self, group: int, newest_B: Array, end_B: Array) -> tuple[Array, int]:
         """Clear what rows up to `end_B` will lie on. Returns the places that they push out of reach, and how many steps were there."""
         reach = self.layout.reach
-        gone = self.place(group, *_ranges(np.maximum(0, newest_B - reach), np.maximum(0, np.minimum(end_B - reach, newest_B))))
+        gone = self._between(group, np.maximum(0, newest_B - reach), np.minimum(end_B - reach, newest_B))
         evicted = int(np.count_nonzero(self.rows.take("flags", gone) & VALID))
-        new = self.place(group, *_ranges(np.maximum(newest_B, end_B - self.layout.num_rows + 1), end_B + 1))
+        new = self._between(group, np.maximum(newest_B, end_B - self.layout.num_rows + 1), end_B + 1)
         self.rows.touch(new)
-        self.rows.put(group, "flags", new, STOP)
+        self.rows.put(group, "flags", new, 0)
         return gone, evicted
+
+    def _between(self, group: int, begin_B: Array, end_B: Array) -> Array:
+        """Places of all rows of each environment with begin <= row < end."""
+        most = int((end_B - begin_B).max())
+        row_nB = begin_B + np.arange(max(0, most))[:, None]
+        place_nB = self.places(group, row_nB)
+        return place_nB.ravel() if (end_B - begin_B).min() == most else place_nB[row_nB < end_B]
 
     def join(self, slot: Slot, group: int, newest_B: Array, goes_on_B: Array) -> None:
         """Returns may now be summed on from the last steps of the rollout before."""
@@ -88,7 +95,7 @@ class Store:
         first_step_B = slot.arrays["valid"][0] & (slot.rows_used() > 0)
         open_B = goes_on_B & first_step_B & ((flags & (VALID | TERMINATED | TRUNCATED)) == VALID)
         self.rows.touch(last[open_B])
-        self.rows.put(group, "flags", last[open_B], flags[open_B] & np.uint8(255 - STOP))
+        self.rows.put(group, "flags", last[open_B], flags[open_B] & ~STOP)
 
     def write(self, slot: Slot, group: int, placed: Placed, inserted_steps: int) -> None:
         """Every row of the rollout that does not leave the ring at once."""
@@ -135,11 +142,3 @@ class Store:
             for back in range(1, stack.size):
                 kept = row - back > end_B[env] - self.layout.num_rows
                 self.rows.put(group, name, self.place(group, env[kept], row[kept] - back), frames[kept, -1 - back])
-
-
-def _ranges(begin_B: Array, end_B: Array) -> tuple[Array, Array]:
-    """All (environment, row) with begin <= row < end, environment by environment."""
-    length_B = np.maximum(0, end_B - begin_B)
-    env = np.repeat(np.arange(len(length_B)), length_B)
-    offset = np.arange(len(env)) - np.repeat(length_B.cumsum() - length_B, length_B)
-    return env, begin_B[env] + offset

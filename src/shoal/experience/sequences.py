@@ -36,7 +36,7 @@ class SequenceSample:
       reward_LM: float32. terminated_LM, truncated_LM: bool.
       return_LM: float32, n-step returns as in `Sample`, which go no further than the sequence.
       discount_LM: float32, what the value at row `successor_LM` counts; 0 where the episode terminated.
-      successor_LM: int64, from 1 to L, the row to bootstrap from; a truncated episode's true last observation has one.
+      successor_LM: int64, from 1 to L, the row to bootstrap from; a truncated episode's true last observation has one. Any where the discount is 0.
       state: recurrent state by name at the first row, [M, ...], as the actor had it; empty without memory.
       weight_M, index_M, age_updates_M, age_steps_M: as in `Sample`, of the first row.
     """
@@ -88,7 +88,7 @@ def window(flags_L1M: Array, gap_LM: Array, reward_LM: Array, n: int, gamma: flo
     every_M = np.arange(num)
     terminated_LM = (flags_L1M[last_LM, every_M] & TERMINATED) > 0
     gap_at_last_LM = gap_LM[last_LM, every_M]
-    valid_LM = steps_known(flags_L1M, gap_LM) & (terminated_LM | (gap_at_last_LM == 0))
+    valid_LM = _known(flags_L1M, gap_LM) & (terminated_LM | (gap_at_last_LM == 0))
     return Window(
         valid_LM=valid_LM,
         return_LM=found.return_M.reshape(length, num),
@@ -97,7 +97,7 @@ def window(flags_L1M: Array, gap_LM: Array, reward_LM: Array, n: int, gamma: flo
     )
 
 
-def steps_known(flags_L1M: Array, gap_LM: Array) -> Array:
+def _known(flags_L1M: Array, gap_LM: Array) -> Array:
     """Steps whose recurrent state is known: not those after a break or after rows of older frames, until an episode begins."""
     lost_M = np.zeros(gap_LM.shape[1], np.bool_)
     known_LM = (flags_L1M[:-1] & VALID) > 0

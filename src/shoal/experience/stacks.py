@@ -54,9 +54,10 @@ def follows_rows(image_T1B: Array, stack: Stack) -> Array:
     return np.array([follows(image_T1B[t], image_T1B[t - 1], stack, 1) for t in range(1, len(image_T1B))], np.bool_)
 
 
-def is_stacked(image_T1B: Array, stack: Stack) -> bool:
-    """Whether rows of one rollout are stacks: most continue the row before, and something moves."""
-    moved_TB = (image_T1B[1:] != image_T1B[:-1]).any(axis=tuple(range(2, image_T1B.ndim)))
-    if not moved_TB.any():
-        return False
-    return bool(follows_rows(image_T1B, stack)[moved_TB].mean() > 0.5)
+def is_stacked(image_T1B: Array, goes_on_TB: Array, stack: Stack) -> bool:
+    """Whether rows of one rollout are stacks: most continue the row before, and something moves.
+
+    goes_on_TB: bool, a step was made in this row whose episode goes on in the next.
+    """
+    moved_TB = goes_on_TB & (image_T1B[1:] != image_T1B[:-1]).any(axis=tuple(range(2, image_T1B.ndim)))
+    return bool(moved_TB.any() and follows_rows(image_T1B, stack)[moved_TB].mean() > 0.5)

@@ -90,4 +90,4 @@ def _level(num_nodes: int) -> Array:
 
 def _distinct(index_M: Array) -> Array:
     """Fewer of them where neighbours are equal, as they are for rows of a rollout."""
-    return index_M if len(index_M) < 2 else index_M[np.concatenate([[True], index_M[1:] != index_M[:-1]])]
+    return np.concatenate([index_M[:1], index_M[1:][index_M[1:] != index_M[:-1]]])
