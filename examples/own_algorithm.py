@@ -6,11 +6,11 @@ that are not valid. An update must be a function of the batch, the policy and `c
 
 import shoal
 from shoal.algorithms.base import Algorithm, cut_TN, discount_TN, minibatches, values_TN
-from shoal.config import AlgorithmConfig
+from shoal.config import OnPolicyConfig
 from shoal.ops.gae import gae
 
 
-class A2CConfig(AlgorithmConfig):
+class A2CConfig(OnPolicyConfig):
     gae_lambda: float = 1.0
 
 

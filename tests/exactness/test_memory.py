@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from .harness import PPO, TASKS, Killer, Outcome, reference, shoal, start, train
+from .harness import PPO, SAMPLING, TASKS, Killer, Outcome, reference, shoal, start, train
 
 UPDATES = 30  # as in test_sync.py, which made the reference
-NATIVE = ["CartPole-v1", *PPO, "--env.form", "native", "--policy.memory", "gru"]  # a NEXT_STEP autoreset: resets take rows of their own
+MEMORY = ["--env.form", "native", "--policy.memory", "gru"]
+NATIVE = ["CartPole-v1", *PPO, *MEMORY]  # a NEXT_STEP autoreset: resets take rows of their own
 
 
 def test_environments_in_threads_give_the_same_weights(tmp_path: Path, shared: Path) -> None:
@@ -35,13 +36,14 @@ def test_a_native_form_that_resets_in_rows_of_its_own_is_exact_too_and_resumed_a
         (("--learner.compile", "true"), "learner.compile does not go with policy.memory"),
         (("--policy.share-encoder", "false"), "policy.share_encoder: with policy.memory"),
         (("--algorithm", "examples/own_algorithm.py:A2C"), "does not train policies with memory"),
+        (("--algorithm", "dqn"), "policy.memory: dqn learns from a replay"),
     ],
 )
 def test_what_does_not_go_with_a_memory_is_bad_usage(more: tuple[str, str], said: str, tmp_path: Path) -> None:
     flag, value = more
-    if flag == "--algorithm":
+    if value.startswith("examples/"):
         value = str(Path(__file__).resolve().parents[2] / value)
-    log = tmp_path / "run.log"
-    process = start(["train", *NATIVE, flag, value, "--stop.updates", "1", "--actors", "0", "--run-dir", str(tmp_path / "run")], log)
+    log, args = tmp_path / "run.log", ["CartPole-v1", *SAMPLING, *MEMORY]
+    process = start(["train", *args, flag, value, "--stop.updates", "1", "--actors", "0", "--run-dir", str(tmp_path / "run")], log)
     assert process.wait(120) == 2
     assert said in log.read_text()
