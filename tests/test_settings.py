@@ -209,6 +209,12 @@ def test_a_wrong_file_is_refused_by_its_name(text: str, part: str, tmp_path: Pat
         resolve(file)
 
 
+def test_a_runs_empty_configuration_is_refused_by_its_name(tmp_path: Path) -> None:
+    file = Path(write(tmp_path / "config.yaml", ""))
+    with pytest.raises(ConfigError, match=r"config\.yaml names no environment"):
+        load_config(file)
+
+
 def test_a_missing_file_is_refused() -> None:
     with pytest.raises(ConfigError, match="No such file"):
         resolve("nowhere.yaml")
