@@ -142,6 +142,7 @@ def test_what_follows_from_other_keys_is_filled_in() -> None:
         ({"algorithm": {"name": "impala", "gae_lambda": 1}}, ["algorithm.gae_lambda belongs to ppo", "impala"]),
         ({"algorithm.epochs": 0}, ["algorithm.epochs", "greater than 0", "got 0"]),
         ({"algorithm.epochs": 0, "seed": -1}, ["algorithm.epochs", "seed"]),
+        ({"algorithm": "PPO"}, ["'PPO'", "did you mean ppo?"]),
         ({"mode": "asinc"}, ["'sync' or 'async'", "did you mean async?"]),
         ({"mode": "async"}, ["ppo runs in sync mode", "appo or impala"]),
         ({"policy": 3}, ["policy is a section", "not 3"]),
