@@ -142,6 +142,7 @@ def test_what_follows_from_other_keys_is_filled_in() -> None:
         ({"algorithm": {"name": "impala", "gae_lambda": 1}}, ["algorithm.gae_lambda belongs to ppo", "impala"]),
         ({"algorithm.epochs": 0}, ["algorithm.epochs", "greater than 0", "got 0"]),
         ({"algorithm.epochs": 0, "seed": -1}, ["algorithm.epochs", "seed"]),
+        ({"algorithm": "PPO"}, ["'PPO'", "did you mean ppo?"]),
         ({"mode": "asinc"}, ["'sync' or 'async'", "did you mean async?"]),
         ({"mode": "async"}, ["ppo runs in sync mode", "appo, impala or dqn"]),
         ({"policy": 3}, ["policy is a section", "not 3"]),
@@ -209,6 +210,12 @@ def test_a_wrong_file_is_refused_by_its_name(text: str, part: str, tmp_path: Pat
     file = write(tmp_path / "wrong.yaml", text)
     with pytest.raises(ConfigError, match=part):
         resolve(file)
+
+
+def test_a_runs_empty_configuration_is_refused_by_its_name(tmp_path: Path) -> None:
+    file = Path(write(tmp_path / "config.yaml", ""))
+    with pytest.raises(ConfigError, match=r"config\.yaml names no environment"):
+        load_config(file)
 
 
 def test_a_missing_file_is_refused() -> None:

@@ -207,7 +207,9 @@ class CheckpointDirectory:
             return Loaded(loaded.path, loaded.update, loaded.files, tuple(f"{what}; taking the one before it" for what in torn))
         if not torn:
             raise CheckpointError(f"no checkpoint in {self.root}")
-        raise CheckpointError(f"no whole checkpoint in {self.root}: " + "; ".join(torn))
+        raise CheckpointError(
+            f"no whole checkpoint in {self.root}: {'; '.join(torn)}. Put a copy back; or move them away, and `shoal resume` begins again from the start"
+        )
 
     def sweep(self, keep: int) -> None:
         """Remove all but the newest `keep` updates, superseded revisions, and what dead processes left half made.

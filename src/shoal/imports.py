@@ -19,7 +19,8 @@ OPAQUE = "callable:"  # marks an object that no path leads to: a lambda, or some
 
 def nearest(word: str, options: Iterable[str]) -> str:
     """` (did you mean X?)`, or nothing where no option is like `word`."""
-    close = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
+    known = list(options)
+    close = [option for option in known if option.lower() == word.lower()] or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
 
 

@@ -93,6 +93,8 @@ def dump_config(config: RunConfig) -> str:
 def load_config(path: Path) -> RunConfig:
     """The configuration of a run, as `dump_config` wrote it. Raises ConfigError."""
     layer = _Layer.of(str(path), read_yaml(path))
+    if not layer.env.get("id"):
+        raise ConfigError(f"{path} names no environment (env.id): it is empty or damaged; the run's directory cannot be used without it")
     return _validated(layer.checked(layer.algorithm or "ppo"))
 
 

@@ -34,3 +34,11 @@ def test_actors_that_die_together_are_all_counted_and_replaced_at_once(tmp_path:
 def _count(run_dir: Path, kind: str) -> int:
     with RunReader(run_dir / "run.db") as reader:
         return len(reader.events(kind))
+
+
+def test_a_run_that_cannot_start_a_process_at_its_beginning_ends_and_says_what_to_raise(tmp_path: Path) -> None:
+    args = ("train", "CartPole-v1", *TINY, "--actors", "1", "--stop.updates", "1", "--run-dir", "run")
+    with living(*args, cwd=tmp_path, limits=["prlimit", "--nofile=16"]) as run:
+        assert run.ends(60) == 1
+        assert "Too many open files" in run.said
+        assert "ulimit -n" in run.said

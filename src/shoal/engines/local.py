@@ -319,10 +319,18 @@ class LocalEngine:
         self._coordinator.place([a.index for a in there])
 
     def _start(self, process: Process, setup: dict[str, Any], encode: Callable[[bytes], bytes] = lambda body: body) -> bool:
-        """Where there are no descriptors for it, that is said, and it is tried again a little later."""
+        """Where there are no descriptors for it, that is said, and it is tried again a little later.
+
+        Raises:
+          ProcessError: that is so before the first update already: nothing will change by waiting.
+        """
         try:
             self._fleet.start(process, setup, encode)
         except OSError as error:
+            if not self._furthest:
+                raise ProcessError(
+                    f"a process ({process.name}) cannot be started: {error.strerror or error}; raise the limit of open files (`ulimit -n`)"
+                ) from error
             process.not_before = time.monotonic() + RETRY_SECONDS
             if process.name not in self._short:
                 self._short.add(process.name)

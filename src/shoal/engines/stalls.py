@@ -122,7 +122,7 @@ def _learner_waits(situation: Situation, learner: Seen) -> Iterator[Facts]:
     missing = [index for index, group in enumerate(c.groups) if group.leased]
     makers = list(dict.fromkeys(f"actor-{c.groups[index].actor}" for index in missing))
     wanted = c.plan.num_groups if c.plan.mode == "sync" else c.plan.batch_rollouts
-    why = f"{len(c.ready)} of {wanted} rollouts of the next update are there"
+    why = f"{min(len(c.ready), wanted)} of {wanted} rollouts of the next update are there"
     if missing:
         why += f"; being made: {', '.join(f'group {index} (actor {c.groups[index].actor})' for index in missing)}"
     elif situation.paused:

@@ -228,7 +228,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     try:
         return sqlite3.connect(path, timeout=LOCKED_SECONDS, isolation_level=None, check_same_thread=False)
     except sqlite3.Error as error:
-        raise RunError(f"cannot open {path}: {error}; is the disk full?") from error
+        raise RunError(f"cannot open {path}: {error}; is the disk full, or something else than a file there?") from error
 
 
 class RunReader:
