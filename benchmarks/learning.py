@@ -79,6 +79,11 @@ HIDDEN_OPTIONS = (
     "--algorithm.minibatch-size", "512", "--algorithm.epochs", "6", "--algorithm.learning-rate", "1e-3", "--algorithm.gamma", "0.98",
     "--stop.return", "475", "--stop.env-steps", "250000",
 )  # fmt: skip
+HIDDEN_R2D2 = (
+    "--sampling.rollout-length", "16", "--policy.hidden-sizes", "64", "--replay.sequence-length", "24", "--replay.burn-in", "4",
+    "--replay.samples-per-insert", "24", "--algorithm.epsilon", "annealed", "--algorithm.epsilon-final", "0.01",
+    "--algorithm.epsilon-env-steps", "8000", "--stop.return", "475", "--stop.env-steps", "250000",
+)  # fmt: skip
 RECALL_OPTIONS = (  # a rollout holds two episodes
     "--sampling.rollout-length", "102", "--policy.hidden-sizes", "64", "--algorithm.minibatch-size", "816", "--algorithm.epochs", "6",
     "--algorithm.learning-rate", "2e-3", "--algorithm.learning-rate-schedule", "linear", "--algorithm.entropy-coefficient", "0.003",
@@ -86,7 +91,7 @@ RECALL_OPTIONS = (  # a rollout holds two episodes
 )  # fmt: skip
 
 ROWS = (
-    *(Row("CartPole-v1", algorithm, 475) for algorithm in ("ppo", "appo", "impala", "dqn")),
+    *(Row("CartPole-v1", algorithm, 475) for algorithm in ("ppo", "appo", "impala", "dqn", "r2d2")),
     *(Row("Acrobot-v1", algorithm, -100) for algorithm in ("ppo", "appo")),
     Row("Pendulum-v1", "ppo", -200),
     *(Row("Pendulum-v1", algorithm, -200, env_steps_limit=20_050) for algorithm in ("sac", "td3")),
@@ -97,6 +102,7 @@ ROWS = (
     Row("HalfCheetah-v5", "sac", 5000, seeds=1, options=("--stop.seconds", "3600"), note="within 300,000 env steps or an hour"),
     Row(HIDDEN, "ppo", 400, options=HIDDEN_OPTIONS, memory="lstm"),
     Row(HIDDEN, "ppo", None, options=HIDDEN_OPTIONS, memory="none", ceiling=200),
+    Row(HIDDEN, "r2d2", 400, options=HIDDEN_R2D2),
     Row(RECALL, "ppo", 0.95, options=RECALL_OPTIONS, memory="gru", note="the share of right answers; a guess is right in one of four"),
     Row(RECALL, "ppo", None, options=RECALL_OPTIONS, memory="none", ceiling=0.4),
     Row("HalfCheetah-v5", "ppo", 1500, seeds=1, note="published PPO figures: 1,500 to 3,000"),

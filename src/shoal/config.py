@@ -176,29 +176,15 @@ class OffPolicyConfig(AlgorithmConfig):
     batch_size: Positive = Field(256, description="transitions of one optimizer step")
 
 
-class DQNConfig(OffPolicyConfig):
-    """Mnih et al. 2015, doi:10.1038/nature14236, as Rainbow improved it (arXiv:1710.02298); with async actors and the ladder of epsilons, Ape-X
-    (Horgan et al. 2018, arXiv:1803.00933)."""
+class QConfig(OffPolicyConfig):
+    """What the algorithms that learn action values have."""
 
     actions = ("discrete",)
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
-        "policy": {"activation": "relu"},
-        "sampling": {"groups": 4, "group_size": 2, "rollout_length": 8},
-    }
-    n_step, prioritised, updates_per_step = 3, True, 0.25
+    prioritised = True
 
-    name: Literal["dqn"] = "dqn"
-    learning_rate: PositiveFloat = Field(1e-3, description="of Adam")
-    batch_size: Positive = Field(128, description="transitions of one optimizer step")
     max_gradient_norm: PositiveFloat = Field(10.0, description="gradients are clipped to this global norm")
     double: bool = Field(True, description="the online network chooses the next action, the target network values it (arXiv:1509.06461)")
     duelling: bool = Field(True, description="state value and advantages apart (arXiv:1511.06581)")
-    distribution: Literal["none", "c51", "quantile"] = Field(
-        "none", description="learn the return's distribution: on fixed atoms (arXiv:1707.06887), or its quantiles (arXiv:1710.10044)"
-    )
-    atoms: Annotated[int, Field(ge=2, le=1024)] = Field(51, description="atoms or quantiles of that distribution")
-    value_min: FiniteFloat = Field(-10.0, description="c51: the lowest atom, in discounted return")
-    value_max: FiniteFloat = Field(10.0, description="c51: the highest atom")
     target_tau: Fraction | None = Field(
         0.01,
         description="after each optimizer step the target network goes this share of the way; none: it is copied (target_update_steps)",
@@ -213,11 +199,54 @@ class DQNConfig(OffPolicyConfig):
     epsilon_base: Fraction = Field(0.4, description="ladder: group i of N acts with epsilon_base ^ (1 + i / (N - 1) * epsilon_exponent)")
     epsilon_exponent: Weight = Field(7.0, description="ladder: see epsilon_base")
 
+
+class DQNConfig(QConfig):
+    """Mnih et al. 2015, doi:10.1038/nature14236, as Rainbow improved it (arXiv:1710.02298); with async actors and the ladder of epsilons, Ape-X
+    (Horgan et al. 2018, arXiv:1803.00933)."""
+
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "policy": {"activation": "relu"},
+        "sampling": {"groups": 4, "group_size": 2, "rollout_length": 8},
+    }
+    n_step, updates_per_step = 3, 0.25
+
+    name: Literal["dqn"] = "dqn"
+    learning_rate: PositiveFloat = Field(1e-3, description="of Adam")
+    batch_size: Positive = Field(128, description="transitions of one optimizer step")
+    distribution: Literal["none", "c51", "quantile"] = Field(
+        "none", description="learn the return's distribution: on fixed atoms (arXiv:1707.06887), or its quantiles (arXiv:1710.10044)"
+    )
+    atoms: Annotated[int, Field(ge=2, le=1024)] = Field(51, description="atoms or quantiles of that distribution")
+    value_min: FiniteFloat = Field(-10.0, description="c51: the lowest atom, in discounted return")
+    value_max: FiniteFloat = Field(10.0, description="c51: the highest atom")
+
     @model_validator(mode="after")
     def _atoms_in_order(self) -> DQNConfig:
         if self.value_min >= self.value_max:
             raise ValueError(f"value_min {self.value_min:g} is not below value_max {self.value_max:g}")
         return self
+
+
+class R2D2Config(QConfig):
+    """Kapturowski et al. 2019 (openreview.net/forum?id=r1lyTjAqYX)."""
+
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "policy": {"activation": "relu", "memory": "lstm"},
+        "sampling": {"groups": 4, "group_size": 4, "rollout_length": 20},
+        "replay": {"sequence_length": 40, "burn_in": 10, "alpha": 0.9, "beta": 0.6},
+    }
+    n_step, updates_per_step = 5, 0.05
+
+    name: Literal["r2d2"] = "r2d2"
+    learning_rate: PositiveFloat = Field(1e-3, description="of Adam")
+    batch_size: Positive = Field(32, description="sequences of one optimizer step")
+    epsilon: Literal["annealed", "ladder"] = Field(
+        "ladder", description="share of random actions: one that falls with the env steps, or one of its own for each group (Ape-X)"
+    )
+    rescaling: Weight | None = Field(
+        1e-3, description="epsilon of h(x) = sign(x) (sqrt(|x| + 1) - 1) + epsilon x, in whose scale values are learned; none: in their own"
+    )
+    priority_eta: Fraction = Field(0.9, description="priority of a sequence: eta times its largest error, and (1 - eta) times its mean")
 
 
 _CONTINUOUS: dict[str, dict[str, Any]] = {
@@ -272,6 +301,7 @@ BUILT_IN: dict[str, type[AlgorithmConfig]] = {
     "impala": ImpalaConfig,
     "appo": APPOConfig,
     "dqn": DQNConfig,
+    "r2d2": R2D2Config,
     "sac": SACConfig,
     "td3": TD3Config,
 }
@@ -326,6 +356,11 @@ class ReplayConfig(Section):
     burn_in: Annotated[int, Field(ge=0)] = Field(
         0, description="first rows of a sequence, which warm the recurrent state up and are not trained"
     )
+
+    @property
+    def trained_rows(self) -> int:
+        """Of what is drawn at a time: a step, or the rows of a sequence behind its burn-in."""
+        return 1 if self.sequence_length is None else max(1, self.sequence_length - self.burn_in)
 
 
 class EvaluationConfig(Section):

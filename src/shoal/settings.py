@@ -356,7 +356,7 @@ def _complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> Run
         config.mode = algorithm.modes[0]
     if config.mode is not None and not own and config.mode not in algorithm.modes:
         raise ConfigError(
-            f"mode: {algorithm.name} runs in {' or '.join(algorithm.modes)} mode, not {config.mode}; for async take --algorithm appo, impala or dqn"
+            f"mode: {algorithm.name} runs in {' or '.join(algorithm.modes)} mode, not {config.mode}; for async take --algorithm appo, impala, dqn or r2d2"
         )
     given = {key for key, value in (asked_for[-1].get("replay") or {}).items() if value is not None}
     if given and not own and not isinstance(algorithm, OffPolicyConfig):

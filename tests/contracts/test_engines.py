@@ -32,6 +32,12 @@ DQN = {
     "seed": 5,
     "preset": "none",
 }
+R2D2 = {
+    **DQN,
+    "policy": {"hidden_sizes": [8], "memory": "gru", "memory_size": 4},
+    "algorithm": {"name": "r2d2", "batch_size": 4},
+    "replay": {"learning_starts": 60, "capacity_steps": 240, "samples_per_insert": 3.0, "sequence_length": 12, "burn_in": 3},
+}
 COMPARED = ("reason", "env_steps", "updates", "mean_return", "policy_version", "weights_sha256", "ledger", "lag", "restarts")
 
 
@@ -151,6 +157,19 @@ def test_an_async_training_that_learns_from_a_replay_keeps_its_rate_and_can_be_e
     assert -8 < facts["surplus"] <= 3.0 * 0.7 * 48
     replayed = shoal.replay(run.path, env=Drift)
     assert (replayed["equal"], replayed["updates"]) == (True, 20)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_training_from_sequences_can_be_executed_again_and_its_policy_remembers(actors, mode, tmp_path):
+    run = train(tmp_path / "run", actors, R2D2, mode=mode, stop={"updates": 8})
+    assert run.result["replay"]["sampled"] >= 5 * 4 * 9  # sequences of nine trained rows
+    assert shoal.replay(run.path, env=Drift)["equal"]
+    policy, (observation, _) = run.policy(), Drift().reset(seed=1)
+    _, state = policy.predict(observation)
+    action, later = policy.predict(observation, state)
+    assert Drift().action_space.contains(action)
+    assert state["policy_state/h"].shape == later["policy_state/h"].shape
+    assert (state["policy_state/h"] != later["policy_state/h"]).any()
 
 
 class Breaking(Drift):

@@ -25,6 +25,7 @@ from shoal.experience.envelope import Identity
 from shoal.experience.group_state import GroupHistory
 from shoal.experience.ring import allocate
 from shoal.learners.assemble import assemble
+from shoal.settings import resolve
 
 T, B, ROLLOUTS = 24, 4, 6
 
@@ -86,3 +87,36 @@ def test_what_learns_from_a_replay_refuses_a_memory(name: str, environment: str)
     settings = {"env": {"id": environment}, "algorithm": {"name": name}, "policy": {"memory": "lstm", "activation": "relu"}}
     with pytest.raises(ConfigError, match=f"^policy.memory: {name} learns from a replay, and takes this at its default only"):
         look(RunConfig.model_validate(settings), UserObjects())
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "more", "said"),
+    [
+        ("r2d2", {"policy": {"memory": "none"}}, r"policy.memory: r2d2 trains a policy with memory; take lstm or gru"),
+        ("r2d2", {"replay": {"sequence_length": None}}, r"replay.sequence_length: r2d2 learns from sequences"),
+        (
+            "dqn",
+            {"replay": {"sequence_length": 40}},
+            r"replay.sequence_length: dqn learns from a replay, and takes this at its default only",
+        ),
+        ("r2d2", {"policy": {"normalise_observations": True}}, r"policy.normalise_observations: r2d2 learns from a replay"),
+        ("r2d2", {"replay": {"capacity_steps": 600}}, r"replay.learning_starts: the replay holds 600 env steps"),
+    ],
+)
+def test_sequences_are_for_policies_with_memory_and_these_for_sequences(algorithm: str, more: dict[str, Any], said: str) -> None:
+    config, _ = resolve("CartPole-v1", {"algorithm": algorithm, "preset": "none", **more})
+    if more.get("replay", {}).get("sequence_length", 0) is None:
+        config.replay.sequence_length = None
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        look(config, UserObjects())
+
+
+def test_learning_from_sequences_starts_no_sooner_than_there_are_any() -> None:
+    config, _ = resolve("CartPole-v1", {"algorithm": "r2d2", "replay.learning_starts": 10, "replay.n_step": 2})
+    found = look(config, UserObjects())
+    sampling = config.sampling
+    assert (sampling.groups, sampling.group_size, config.replay.sequence_length) == (4, 4, 40)
+    assert found["replay"]["learning_starts"] == found["rate"]["learning_starts"] == 4 * 4 * 40
+    assert found["rate"]["batch_size"] == 32 * 30  # steps that are trained
+    assert found["replay"]["samples_per_insert"] == pytest.approx(0.05 * 32 * 30)
+    assert {field["name"] for field in found["fields"]} == {"action", "policy_state/h", "policy_state/c"}

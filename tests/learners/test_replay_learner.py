@@ -6,13 +6,14 @@ Legend: T rows of a rollout, B environments of a group.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from rollout_fakes import RUN_ID, poisoned_ring, scripted_spec, write_rollout
-from shoal.algorithms.dqn import DQN
-from shoal.config import DQNConfig, ReplayConfig, RunConfig
+from shoal.algorithms import load_algorithm
+from shoal.config import ReplayConfig, RunConfig
 from shoal.errors import DivergedError, SchemaError
 from shoal.experience.envelope import Identity
 from shoal.experience.schema import rollout_schema
@@ -26,20 +27,23 @@ T, B, GROUPS = 4, 3, 2
 class World:
     """A ring, a board, and a learner over them. Rollouts of the n-th update are the same in every world."""
 
-    def __init__(self, **replay) -> None:
-        algorithm = DQNConfig(batch_size=8)
+    def __init__(self, name: str = "dqn", **replay) -> None:
+        kind: Any = load_algorithm(name)
+        algorithm = kind.Config(batch_size=8)
         config = RunConfig(algorithm=algorithm, seed=5)
         config.sampling.groups, config.sampling.group_size, config.sampling.rollout_length = GROUPS, B, T
         config.policy.hidden_sizes = [8]
         self.spec = scripted_spec()
-        policy = build_acting(self.spec, config.policy, seed=1, kind=DQN.network(algorithm))
+        if kind.remembers:
+            config.policy.memory, config.policy.memory_size = "lstm", 2
+        policy = build_acting(self.spec, config.policy, seed=1, kind=kind.network(algorithm))
         self.ring = poisoned_ring(rollout_schema(self.spec, policy.fields(), T, B), GROUPS)
         layout = WeightLayout.of((n, tuple(t.shape)) for n, t in named_tensors(policy).items())
         self.board = WeightBoard(layout.size, np.zeros(WeightBoard.size_bytes(layout.size), np.uint8))
         self.board.reset()
         settings = ReplayConfig(**{"capacity_steps": 60, "prioritised": True, "n_step": 2, "samples_per_insert": 1.0, **replay})
         self.learner = ReplayLearner(
-            config, self.spec, policy, DQN(policy, algorithm), self.ring, self.board, run_id=RUN_ID, replay=settings
+            config, self.spec, policy, kind(policy, algorithm), self.ring, self.board, run_id=RUN_ID, replay=settings
         )  # fmt: skip
 
     def rollouts(self, sequence: int, *, reward: float = 0.0, version: int | None = None) -> list[tuple[int, Identity]]:
@@ -68,6 +72,49 @@ def test_what_goes_in_is_counted_and_what_leaves_for_it_too() -> None:
     evicted = sum(count for m in metrics for name, count in m.items() if name.startswith("evicted/"))
     assert metrics[-1]["replay/steps"] == 4 * GROUPS * B * T - evicted <= 60
     world.learner.replay.check_valid()
+
+
+def test_sequences_are_learned_as_soon_as_one_is_whole() -> None:
+    world = World("r2d2", sequence_length=2 * T, burn_in=1, capacity_steps=120)
+    first = world.update(0, 2)
+    assert (first["optimizer_steps"], first["skipped_steps"]) == (0.0, 0.0)
+    before = world.learner.weights_sha256
+    second = world.update(1, 2)
+    assert (second["optimizer_steps"], second["skipped_steps"]) == (2.0, 0.0)
+    assert 0 <= second["replay/age_updates_max"] <= 1
+    assert world.learner.weights_sha256 != before
+
+
+def test_a_learner_of_sequences_that_was_saved_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    first, second = (World("r2d2", sequence_length=2 * T, burn_in=1, capacity_steps=120) for _ in range(2))
+    for sequence in range(4):
+        first.update(sequence, 2)
+    arrays, facts = first.learner.get_state()
+    first.learner.replay.save(tmp_path, None)
+    second.learner.set_state(arrays, facts)
+    second.learner.replay.load(tmp_path)
+    for each in (first, second):
+        assert sum(each.update(sequence, 2)["optimizer_steps"] for sequence in range(4, 7)) == 6
+    assert first.learner.weights_sha256 == second.learner.weights_sha256
+
+
+def test_a_sequences_state_is_what_the_actor_had_and_its_priority_changes() -> None:
+    world = World("r2d2", sequence_length=2 * T, burn_in=1, capacity_steps=120)
+    for sequence in range(3):
+        world.update(sequence, 0)
+    replay = world.learner.replay
+    sample = replay.sample_sequences(8, np.random.default_rng(0), beta=1.0)
+    rows = world.learner._sequences(sample)
+    assert rows.burn_in == 1
+    for name, found in vars(rows).items():
+        sampled = getattr(sample, name)
+        for key in sampled if isinstance(sampled, dict) else [None]:
+            np.testing.assert_array_equal(found if key is None else found[key], sampled if key is None else sampled[key])
+    assert sample.valid_LM.any()
+    assert not sample.valid_LM.all()
+    before = replay._priorities.tree.leaves.copy()
+    world.update(3, 3)
+    assert len(np.unique(replay._priorities.tree.leaves)) > len(np.unique(before))
 
 
 def test_slots_are_free_once_they_are_consumed() -> None:

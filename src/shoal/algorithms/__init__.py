@@ -63,6 +63,7 @@ _MODULES = {
     "impala": ("impala", "IMPALA"),
     "appo": ("appo", "APPO"),
     "dqn": ("dqn", "DQN"),
+    "r2d2": ("r2d2", "R2D2"),
     "sac": ("sac", "SAC"),
     "td3": ("td3", "TD3"),
 }
@@ -145,6 +146,6 @@ def check_remembers(policy: Acting, name: str, algorithm: type[AnyAlgorithm]) ->
     """Raise ConfigError where the policy has a memory and the algorithm would train it as if it had none."""
     if policy.initial_state(1) and not getattr(algorithm, "remembers", False):
         raise ConfigError(
-            f"policy.memory: {name} does not train policies with memory; ppo, appo and impala do (one of your own says `remembers = True`, see "
+            f"policy.memory: {name} does not train policies with memory; ppo, appo, impala and r2d2 do (one of your own says `remembers = True`, see "
             "shoal.algorithms.base.Algorithm), or leave policy.memory at none"
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shoal.algorithms.base import Optimizer, UpdateContext, schedule
 from shoal.algorithms.off_policy import Beginning, Metrics, OffPolicyAlgorithm, Target, Transitions
-from shoal.config import DQNConfig
+from shoal.config import DQNConfig, QConfig
 from shoal.networks.acting import NetworkKind
 from shoal.networks.off_policy import MASKED_VALUE, QPolicy
 
@@ -67,16 +67,23 @@ def quantile_loss(quantile_MZ: Tensor, target_MZ: Tensor, weight_M: Tensor) -> L
     return Loss((weight_M * row_M).mean(), gradient, row_M)
 
 
-def epsilon_annealed(config: DQNConfig, env_steps: int) -> float:
+def epsilon_annealed(config: QConfig, env_steps: int) -> float:
     """From epsilon_initial to epsilon_final in a line over epsilon_env_steps."""
     done = min(1.0, env_steps / config.epsilon_env_steps)
     return config.epsilon_initial + done * (config.epsilon_final - config.epsilon_initial)
 
 
-def epsilon_ladder(config: DQNConfig, group: int, num_groups: int) -> float:
+def epsilon_ladder(config: QConfig, group: int, num_groups: int) -> float:
     """Group i of N: epsilon_base ^ (1 + i / (N - 1) * epsilon_exponent) (Horgan et al. 2018, section 4.1)."""
     place = group / (num_groups - 1) if num_groups > 1 else 0.0
     return float(config.epsilon_base ** (1.0 + place * config.epsilon_exponent))
+
+
+def epsilon_of(config: QConfig, beginning: Beginning) -> float:
+    """Of a rollout, as the configuration says."""
+    if config.epsilon == "ladder":
+        return epsilon_ladder(config, beginning.group, beginning.num_groups)
+    return epsilon_annealed(config, beginning.env_steps)
 
 
 class DQN(OffPolicyAlgorithm[DQNConfig]):
@@ -97,9 +104,7 @@ class DQN(OffPolicyAlgorithm[DQNConfig]):
 
     @classmethod
     def epsilon(cls, config: DQNConfig, beginning: Beginning) -> float:
-        if config.epsilon == "ladder":
-            return epsilon_ladder(config, beginning.group, beginning.num_groups)
-        return epsilon_annealed(config, beginning.env_steps)
+        return epsilon_of(config, beginning)
 
     @torch.no_grad()
     def learn(self, rows: Transitions, context: UpdateContext) -> tuple[Metrics, Tensor | None]:
@@ -118,7 +123,7 @@ class DQN(OffPolicyAlgorithm[DQNConfig]):
         backward(policy.split(gradient), found)
         learning_rate = schedule(config.learning_rate, config.learning_rate_schedule, context.progress)
         grad_norm = self.optimizer.descend([found[p] for p in self.optimizer.parameters], learning_rate, loss.loss)
-        self._follow()
+        self.target.follow_by(config, self.optimizer)
         metrics: Metrics = {"loss": loss.loss, "grad_norm": grad_norm, "td_error": loss.priority_M, "learning_rate": learning_rate}
         metrics["q_mean"] = chosen if config.distribution == "none" else policy.mean(chosen.unsqueeze(1)).squeeze(1)
         return metrics, loss.priority_M
@@ -143,13 +148,6 @@ class DQN(OffPolicyAlgorithm[DQNConfig]):
         if self.config.distribution == "c51":
             return projected(next_MZ.softmax(1), policy.support, rows.return_M, rows.discount_M)
         return rows.return_M.unsqueeze(1) + rows.discount_M.unsqueeze(1) * next_MZ
-
-    def _follow(self) -> None:
-        config = self.config
-        if config.target_tau is not None:
-            self.target.follow(self.optimizer.flat, config.target_tau)
-        elif self.optimizer.steps % config.target_update_steps == 0:
-            self.target.follow(self.optimizer.flat)
 
     @property
     def steps(self) -> tuple[int, int]:

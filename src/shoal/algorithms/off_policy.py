@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from shoal.algorithms.base import UpdateContext
-from shoal.config import OffPolicyConfig, PolicyConfig
+from shoal.algorithms.base import Optimizer, UpdateContext
+from shoal.config import OffPolicyConfig, PolicyConfig, QConfig
 from shoal.networks.acting import NetworkKind
 from shoal.types import EnvironmentSpec
 
@@ -46,6 +46,32 @@ class Transitions:
         return len(self.return_M)
 
 
+@dataclass(frozen=True)
+class SequenceRows:
+    """What one optimizer step of an algorithm with memory learns from, on the learner's device: M sequences of L rows, as in `SequenceSample`.
+
+    Attributes:
+      burn_in: first rows, which warm the recurrent state up and are not trained.
+      observation: by field name, [L+1, M, ...]. action_mask: bool [L+1, M, A] or None. action: as stored, [L, M, ...].
+      begins_L1M: bool, the recurrent state is the initial one before this row.
+      valid_LM: bool, what may be trained. return_LM, discount_LM: float32. successor_LM: int64, the row to bootstrap from.
+      state: by name, [M, H], before row 0.
+      weight_M: float32, of importance: at most 1.
+    """
+
+    burn_in: int
+    observation: dict[str, Tensor]
+    action_mask: Tensor | None
+    action: Tensor
+    begins_L1M: Tensor
+    valid_LM: Tensor
+    return_LM: Tensor
+    discount_LM: Tensor
+    successor_LM: Tensor
+    state: dict[str, Tensor]
+    weight_M: Tensor
+
+
 class Beginning(NamedTuple):
     """Where a rollout begins, as far as it decides how much of it is done at random.
 
@@ -68,10 +94,12 @@ class OffPolicyAlgorithm(Generic[ConfigT]):
 
     Attributes:
       Config: model of its settings. modes: of the engine, the default first.
+      remembers: whether its policy has a memory, which it trains on sequences; `replay.sequence_length` and `replay.burn_in` say on which.
     """
 
     Config: ClassVar[type[OffPolicyConfig]] = OffPolicyConfig
     modes: ClassVar[tuple[Literal["sync", "async"], ...]] = ("sync", "async")
+    remembers: ClassVar[bool] = False
 
     def __init__(self, policy: Any, config: ConfigT) -> None:
         self.policy = policy
@@ -92,9 +120,13 @@ class OffPolicyAlgorithm(Generic[ConfigT]):
         """Share of random actions in a rollout: all of them until learning starts."""
         return float(beginning.env_steps < beginning.learning_starts)
 
-    def learn(self, rows: Transitions, context: UpdateContext) -> tuple[Metrics, Tensor | None]:
-        """One optimizer step: changes parameters in place. Returns metrics by the names of Stable-Baselines3, without `train/`, and each row's new
-        priority [M], not negative, where the algorithm has one."""
+    def learn(self, rows: Any, context: UpdateContext) -> tuple[Metrics, Tensor | None]:
+        """One optimizer step: changes parameters in place. Returns metrics by the names of Stable-Baselines3, without `train/`, and the new priority
+        of each row, or sequence, [M], not negative, where the algorithm has one.
+
+        Args:
+          rows: Transitions, or SequenceRows where the algorithm remembers.
+        """
         raise NotImplementedError(f"{type(self).__name__}.learn")
 
     @property
@@ -130,6 +162,13 @@ class Target(Generic[ModuleT]):
             self.flat.copy_(flat)
         else:
             self.flat.lerp_(flat, tau)
+
+    def follow_by(self, config: QConfig, optimizer: Optimizer) -> None:
+        """What is due after an optimizer step: a share of the way, or a copy now and then."""
+        if config.target_tau is not None:
+            self.follow(optimizer.flat, config.target_tau)
+        elif optimizer.steps % config.target_update_steps == 0:
+            self.follow(optimizer.flat)
 
 
 def prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -106,12 +106,14 @@ class Blueprint:
         if not isinstance(settings, OffPolicyConfig) or not learns_from_replay(self.algorithm):
             return None
         given = self.config.replay
-        samples_per_insert = settings.updates_per_step * settings.batch_size
+        sampling = self.config.sampling
+        first_whole = (sampling.groups or 1) * (sampling.group_size or 1) * (given.sequence_length or 0)  # env steps until sequences are
         return given.model_copy(
             update={
                 "n_step": given.n_step or settings.n_step,
                 "prioritised": settings.prioritised if given.prioritised is None else given.prioritised,
-                "samples_per_insert": given.samples_per_insert or samples_per_insert,
+                "samples_per_insert": given.samples_per_insert or settings.updates_per_step * settings.batch_size * given.trained_rows,
+                "learning_starts": max(given.learning_starts, first_whole),
             }
         )
 
@@ -121,7 +123,7 @@ class Blueprint:
         settings = self.settings
         if self.replay is None or not isinstance(settings, OffPolicyConfig):
             return None
-        return rate_of(self.config, self.replay, settings.batch_size)
+        return rate_of(self.config, self.replay, settings.batch_size * self.replay.trained_rows)
 
     def plan(self) -> Plan:
         return Plan.of(self.config, self.rate)
@@ -136,10 +138,13 @@ class Blueprint:
             "policy.normalise_observations": policy.normalise_observations,
             "policy.normalise_rewards": policy.normalise_rewards,
             "policy.exploration": policy.exploration != "gaussian",
-            "policy.memory": policy.memory != "none",
+            "policy.memory": policy.memory != "none" and not self.algorithm.remembers,
+            "replay.sequence_length": replay.sequence_length is not None and not self.algorithm.remembers,
         }
         for key in (key for key, given in refused.items() if given):
             raise ConfigError(f"{key}: {self.config.algorithm.name} learns from a replay, and takes this at its default only")
+        if self.algorithm.remembers:
+            self._check_sequences(replay)
         if self.network_kind.name in ("stochastic", "deterministic") and policy.activation not in ACTIVATIONS:
             raise ConfigError(
                 f"policy.activation: the critics of {self.config.algorithm.name} take {' or '.join(ACTIVATIONS)}, not {policy.activation}"
@@ -149,6 +154,13 @@ class Blueprint:
                 f"replay.learning_starts: the replay holds {replay.capacity_steps:,} env steps (replay.capacity_steps) and would never hold the "
                 f"{replay.learning_starts:,} after which learning starts; lower it, or raise the other"
             )
+
+    def _check_sequences(self, replay: ReplayConfig) -> None:
+        name = self.config.algorithm.name
+        if self.config.policy.memory == "none":
+            raise ConfigError(f"policy.memory: {name} trains a policy with memory; take lstm or gru, or dqn, which has none")
+        if replay.sequence_length is None:
+            raise ConfigError(f"replay.sequence_length: {name} learns from sequences; give their length in rows, burn-in included")
 
     def policy(self) -> Acting:
         """The policy with its initial weights, which depend on the run's seed only."""

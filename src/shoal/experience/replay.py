@@ -94,6 +94,11 @@ class Replay:
     def num_steps(self) -> int:
         return self.inserted_steps - self.evicted_steps
 
+    @property
+    def can_sample(self) -> bool:
+        """Whether there is anything to draw: a step, or a whole sequence."""
+        return self._ready and self._priorities.tree.total > 0.0
+
     def _allocate(self, layout: Layout) -> None:
         config, num_envs = self._config, self._schema.num_envs
         alpha = config.alpha if config.prioritised else 0.0
@@ -225,7 +230,7 @@ class Replay:
             raise ValueError(
                 "this replay is for " + ("steps: set replay.sequence_length" if sequences else "sequences: call sample_sequences")
             )
-        if not self._ready or self._priorities.tree.total == 0.0:
+        if not self.can_sample:
             raise ValueError(f"nothing can be sampled yet: {self.num_steps} env steps are in the replay")
         return self._priorities.draw(num, rng)
 

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 
 from shoal.algorithms.base import Means
-from shoal.algorithms.off_policy import OffPolicyAlgorithm, Transitions
+from shoal.algorithms.off_policy import OffPolicyAlgorithm, SequenceRows, Transitions
 from shoal.config import ReplayConfig, RunConfig
 from shoal.experience.envelope import Identity
 from shoal.experience.replay import Replay, Sample
 from shoal.experience.ring import Ring
 from shoal.experience.schema import numpy_dtype
+from shoal.experience.sequences import SequenceSample
 from shoal.learners.learner import Consumed, Learner, WeightPublisher
 from shoal.networks.acting import Acting
 from shoal.streams import Purpose, stream
@@ -106,13 +107,13 @@ class ReplayLearner(Learner):
         context, rng = self._context(), stream(self._config.seed, Purpose.REPLAY, index=self.version, epoch=self._epoch)
         beta = self._settings.beta + context.progress * (1.0 - self._settings.beta)
         taken, skipped = algorithm.steps
-        means, samples = Means(), []
-        while optimizer_steps > 0:
-            at_once = 1 if self._settings.prioritised else min(optimizer_steps, self._most_at_once)
-            sample = self.replay.sample(at_once * self._batch_size, rng, beta=beta)
+        means = Means()
+        samples: list[Sample | SequenceSample] = []
+        while optimizer_steps > 0 and self.replay.can_sample:
+            sample, parts = self._sample(optimizer_steps, rng, beta)
             samples.append(sample)
-            optimizer_steps -= at_once
-            for rows in self._rows(sample, at_once):
+            optimizer_steps -= len(parts)
+            for rows in parts:
                 before = algorithm.steps[1]
                 metrics, priority_M = algorithm.learn(rows, context)
                 if (
@@ -124,6 +125,37 @@ class ReplayLearner(Learner):
             return {"optimizer_steps": 0.0, "skipped_steps": 0.0}
         counted = {"optimizer_steps": algorithm.steps[0] - taken, "skipped_steps": algorithm.steps[1] - skipped}
         return {**means.result(), **_ages(samples), **{name: float(count) for name, count in counted.items()}}
+
+    def _sample(
+        self, optimizer_steps: int, rng: np.random.Generator, beta: float
+    ) -> tuple[Sample | SequenceSample, list[Transitions] | list[SequenceRows]]:
+        """What is drawn at once, and the batches of so many optimizer steps, or fewer, that it makes."""
+        if self._settings.sequence_length is not None:
+            sequences = self.replay.sample_sequences(self._batch_size, rng, beta=beta)
+            return sequences, [self._sequences(sequences)]
+        at_once = 1 if self._settings.prioritised else min(optimizer_steps, self._most_at_once)
+        sample = self.replay.sample(at_once * self._batch_size, rng, beta=beta)
+        return sample, list(self._rows(sample, at_once))
+
+    def _sequences(self, sample: SequenceSample) -> SequenceRows:
+        """The sample on the learner's device."""
+
+        def moved(array: Array) -> torch.Tensor:
+            return torch.from_numpy(array).to(self._device)
+
+        return SequenceRows(
+            burn_in=sample.burn_in,
+            observation={name: moved(array) for name, array in sample.observation.items()},
+            action_mask=None if sample.action_mask is None else moved(sample.action_mask),
+            action=moved(sample.action),
+            begins_L1M=moved(sample.begins_L1M),
+            valid_LM=moved(sample.valid_LM),
+            return_LM=moved(sample.return_LM),
+            discount_LM=moved(sample.discount_LM),
+            successor_LM=moved(sample.successor_LM),
+            state={name: moved(array) for name, array in sample.state.items()},
+            weight_M=moved(sample.weight_M),
+        )
 
     def _rows(self, sample: Sample, parts: int = 1) -> Iterator[Transitions]:
         """The sample on the learner's device, in equal parts. Rows come in the order of their places in the replay, so each part takes every
@@ -152,7 +184,7 @@ class ReplayLearner(Learner):
         )
 
 
-def _ages(samples: Sequence[Sample]) -> dict[str, float]:
+def _ages(samples: Sequence[Sample | SequenceSample]) -> dict[str, float]:
     """How old what was sampled is: in updates since the policy that chose it, and in env steps since it went in."""
     updates = np.concatenate([sample.age_updates_M for sample in samples])
     steps = np.concatenate([sample.age_steps_M for sample in samples])

@@ -7,6 +7,7 @@
     fast.py       a small policy's acting in numpy
     memory.py     LSTM and GRU, stepped and unrolled
     recurrent.py  policies with one
+    recurrent_q.py  action values with one
     policy.py     Policy = inputs + encoders + heads; `build_policy`, `named_tensors`, `weights_sha256`
 
 A network of your own replaces the encoders: a callable `(spec, config) -> nn.Module` whose forward takes the prepared observation

@@ -24,6 +24,7 @@ from shoal.networks.memory import Memory
 from shoal.networks.off_policy import LOG_STD_MAX, LOG_STD_MIN, DeterministicPolicy, GaussianPolicy, QPolicy
 from shoal.networks.policy import Policy
 from shoal.networks.recurrent import RecurrentPolicy
+from shoal.networks.recurrent_q import RecurrentQPolicy
 from shoal.ops.distributions import HALF_LOG_2PI, MASKED_LOGIT
 
 Array = npt.NDArray[Any]
@@ -175,7 +176,7 @@ class FastActor(Fast):
 
 
 class FastQ(Fast):
-    """In place of a `QPolicy` without distribution. The best advantage is the best value: V and mean A are the same for all actions."""
+    """In place of a `QPolicy` or `RecurrentQPolicy` without distribution. The best advantage is the best value: V and mean A are the same for all actions."""
 
     def __init__(self, policy: QPolicy, layers: FastLayers) -> None:
         super().__init__(layers)
@@ -215,13 +216,14 @@ class FastContinuous(Fast):
 
 def fast_actor(policy: Acting, num_envs: int) -> Fast | None:
     """A fast actor for groups of `num_envs`, or None where the policy is none of those that are known, is not on the CPU, or is too large to gain."""
-    memory = policy.memory if isinstance(policy, RecurrentPolicy) else None
+    memory = policy.memory if isinstance(policy, (RecurrentPolicy, RecurrentQPolicy)) else None
     if type(policy) in (Policy, RecurrentPolicy):
         assert isinstance(policy, Policy)
         known, encoder, head = policy.action_head.kind in ("discrete", "box"), policy.actor, policy.action_head.linear
-    elif type(policy) in (QPolicy, GaussianPolicy, DeterministicPolicy):
+    elif type(policy) in (QPolicy, RecurrentQPolicy, GaussianPolicy, DeterministicPolicy):
         assert isinstance(policy, (QPolicy, GaussianPolicy, DeterministicPolicy))
-        known, encoder, head = getattr(policy, "distribution", "none") == "none", policy.encoder, policy.head
+        known, head = getattr(policy, "distribution", "none") == "none", policy.head
+        encoder = policy.encoder.encoder if isinstance(policy, RecurrentQPolicy) else policy.encoder
     else:
         return None
     leaves = policy.inputs.leaves

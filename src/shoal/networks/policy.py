@@ -23,6 +23,7 @@ from shoal.networks.heads import ActionHead, NoiseSpec
 from shoal.networks.inputs import Inputs
 from shoal.networks.memory import Memory
 from shoal.networks.off_policy import DeterministicPolicy, QPolicy, stochastic_policy
+from shoal.networks.recurrent_q import RecurrentQPolicy
 from shoal.ops.distributions import Distribution
 from shoal.types import EnvironmentSpec, FieldSpec
 
@@ -247,6 +248,8 @@ def _default_policy(spec: EnvironmentSpec, config: PolicyConfig, kind: NetworkKi
 
 
 def _off_policy(spec: EnvironmentSpec, config: PolicyConfig, inputs: Inputs, encoder: nn.Module, kind: NetworkKind) -> Acting:
+    if kind.name == "q" and config.memory != "none":
+        return RecurrentQPolicy(spec, inputs, encoder, config.orthogonal_init, memory=_memory(config, encoder), **kind.options)
     make = {"q": QPolicy, "stochastic": stochastic_policy, "deterministic": DeterministicPolicy}[kind.name]
     policy: Acting = make(spec, inputs, encoder, config.orthogonal_init, **kind.options)
     return policy
@@ -256,9 +259,13 @@ def _remembering(spec: EnvironmentSpec, config: PolicyConfig, inputs: Inputs, en
     """encoder: with its `num_features`."""
     from shoal.networks.recurrent import RecurrentPolicy
 
-    assert config.memory != "none"
-    memory = Memory(config.memory, int(encoder.num_features), config.memory_size, config.orthogonal_init)  # type: ignore[arg-type]
+    memory = _memory(config, encoder)
     return RecurrentPolicy(inputs, encoder, memory, *_heads(spec, config, config.memory_size, config.memory_size))
+
+
+def _memory(config: PolicyConfig, encoder: nn.Module) -> Memory:
+    assert config.memory != "none"
+    return Memory(config.memory, int(encoder.num_features), config.memory_size, config.orthogonal_init)  # type: ignore[arg-type]
 
 
 def _custom_policy(spec: EnvironmentSpec, config: PolicyConfig, network: Network, kind: NetworkKind) -> Acting:
