@@ -112,7 +112,7 @@ def test_sequences_are_for_policies_with_memory_and_these_for_sequences(algorith
 
 
 def test_learning_from_sequences_starts_no_sooner_than_there_are_any() -> None:
-    config, _ = resolve("CartPole-v1", {"algorithm": "r2d2", "replay.learning_starts": 10, "replay.n_step": 2})
+    config, _ = resolve("CartPole-v1", {"algorithm": "r2d2", "preset": "none", "replay.learning_starts": 10, "replay.n_step": 2})
     found = look(config, UserObjects())
     sampling = config.sampling
     assert (sampling.groups, sampling.group_size, config.replay.sequence_length) == (4, 4, 40)
