@@ -82,7 +82,7 @@ HIDDEN_OPTIONS = (
 HIDDEN_R2D2 = (
     "--sampling.rollout-length", "16", "--policy.hidden-sizes", "64", "--replay.sequence-length", "24", "--replay.burn-in", "4",
     "--replay.samples-per-insert", "24", "--algorithm.epsilon", "annealed", "--algorithm.epsilon-final", "0.01",
-    "--algorithm.epsilon-env-steps", "8000", "--stop.return", "475", "--stop.env-steps", "250000",
+    "--algorithm.epsilon-env-steps", "8000", "--algorithm.learning-rate-schedule", "linear", "--stop.return", "475", "--stop.env-steps", "250000",
 )  # fmt: skip
 RECALL_OPTIONS = (  # a rollout holds two episodes
     "--sampling.rollout-length", "102", "--policy.hidden-sizes", "64", "--algorithm.minibatch-size", "816", "--algorithm.epochs", "6",

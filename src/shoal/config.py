@@ -240,6 +240,10 @@ class R2D2Config(QConfig):
     name: Literal["r2d2"] = "r2d2"
     learning_rate: PositiveFloat = Field(1e-3, description="of Adam")
     batch_size: Positive = Field(32, description="sequences of one optimizer step")
+    target_tau: Fraction | None = Field(
+        0.005,
+        description="after each optimizer step the target network goes this share of the way; none: it is copied (target_update_steps)",
+    )
     epsilon: Literal["annealed", "ladder"] = Field(
         "ladder", description="share of random actions: one that falls with the env steps, or one of its own for each group (Ape-X)"
     )

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 
 from .harness import PPO, SAMPLING, TASKS, Killer, Outcome, reference, shoal, start, train
+from .test_sync import UPDATES
 
-UPDATES = 30  # as in test_sync.py, which made the reference
 MEMORY = ["--env.form", "native", "--policy.memory", "gru"]
 NATIVE = ["CartPole-v1", *PPO, *MEMORY]  # a NEXT_STEP autoreset: resets take rows of their own
 
 
-def test_environments_in_threads_give_the_same_weights(tmp_path: Path, shared: Path) -> None:
-    found = train([*TASKS["memory"], "--env.form", "threads", "--stop.updates", str(UPDATES), "--actors", "2"], tmp_path / "run")
-    assert found.sha == reference("memory", UPDATES, shared).sha
+@pytest.mark.parametrize("task", ["memory", "r2d2"])
+def test_environments_in_threads_give_the_same_weights(task: str, tmp_path: Path, shared: Path) -> None:
+    found = train([*TASKS[task], "--env.form", "threads", "--stop.updates", str(UPDATES[task]), "--actors", "2"], tmp_path / "run")
+    assert found.sha == reference(task, UPDATES[task], shared).sha
 
 
 def test_a_native_form_that_resets_in_rows_of_its_own_is_exact_too_and_resumed_and_replayed(tmp_path: Path) -> None:
