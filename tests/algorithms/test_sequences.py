@@ -185,5 +185,5 @@ def test_an_algorithm_that_knows_no_memory_is_refused() -> None:
     class Own(Algorithm[AlgorithmConfig]):
         pass
 
-    with pytest.raises(ConfigError, match=r"policy.memory: own.py:Own does not train policies with memory; ppo, appo and impala do"):
+    with pytest.raises(ConfigError, match=r"policy.memory: own.py:Own does not train policies with memory; ppo, appo, impala and r2d2 do"):
         build_algorithm(policy(), AlgorithmConfig(name="own.py:Own"), Own)

@@ -439,10 +439,10 @@ def test_a_run_that_goes_back_to_where_it_is_to_end_makes_no_update_more(tmp_pat
     killed: list[int] = []
 
     def kills_once(self: Saves) -> None:
-        begin(self)
         if not killed:
             killed.append(pid_of("shoal:learner-0"))
-            os.kill(killed[0], signal.SIGKILL)
+            os.kill(killed[0], signal.SIGKILL)  # first, or it may have written its part already
+        begin(self)
 
     monkeypatch.setattr(Saves, "begin", kills_once)
     run = shoal.resume(tmp_path / "run", stop={"updates": 2}, progress=SilentView(io.StringIO()))
