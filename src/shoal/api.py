@@ -391,6 +391,21 @@ def allocate_here(schema: Schema, plan: Plan, weights: int) -> Ring:
     return allocate(schema, plan.num_slots)
 
 
+def _say_what_is_not_exact(spec: EnvironmentSpec, measured: Mapping[str, Any], recorder: Recorder) -> None:
+    """Where the environment keeps a run from ending with the same bits after a kill or a resume."""
+    if not measured.get("repeats", True):
+        recorder.event(
+            "warning",
+            message=f"{spec.name} gave another observation for the same seed: after a kill or a resume the run goes on, but not with the same bits; "
+            "call super().reset(seed=seed) and draw only from self.np_random",
+        )
+    if not spec.exact_restore:
+        recorder.event(
+            "warning",
+            message=f"{spec.name} cannot be put back to an earlier state: after a kill or a resume the run goes on, but not with the same bits",
+        )
+
+
 def _session(
     config: RunConfig,
     facts: dict[str, Any],
@@ -439,17 +454,7 @@ def _session(
             recorder.event("warning", message=warning)
         if known.get("build", build) != build:
             recorder.event("warning", message=f"this run was begun with {known['build']} and goes on with {build}: its bits may differ")
-    if not facts["measured"].get("repeats", True):
-        recorder.event(
-            "warning",
-            message=f"{spec.name} gave another observation for the same seed: after a kill or a resume the run goes on, but not with the same bits; "
-            "call super().reset(seed=seed) and draw only from self.np_random",
-        )
-    if not spec.exact_restore:
-        recorder.event(
-            "warning",
-            message=f"{spec.name} cannot be put back to an earlier state: after a kill or a resume the run goes on, but not with the same bits",
-        )
+    _say_what_is_not_exact(spec, facts["measured"], recorder)
     write_text_atomically(
         directory / FACTS, json.dumps({**known, "parts": part + 1, "build": build, "measured": facts["measured"]}, indent=1)
     )

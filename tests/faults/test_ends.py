@@ -30,6 +30,16 @@ def in_shared_memory() -> set[str]:
 SERVER = ("--policy.inference", "server", "--device", "cpu")
 
 
+def check_interrupted_before_an_update(directory: Path) -> None:
+    """The result is that of the first checkpoint, and the ledger balances."""
+    result = json.loads((directory / "result.json").read_text())
+    newest = CheckpointDirectory(directory / "checkpoints").newest()
+    assert (result["reason"], result["updates"], newest.update) == ("interrupted", 0, 0)
+    assert result["weights_sha256"] == newest.json("learner")["weights_sha256"]
+    ledger = result["ledger"]
+    assert ledger["produced"] == ledger["trained"] + sum(ledger["dropped"].values()) + ledger["in_flight"]
+
+
 @pytest.mark.parametrize(("how", "more"), [("once", ()), ("twice", ()), ("kill -9", ()), ("once", SERVER), ("kill -9", SERVER)])
 def test_a_run_ends_and_leaves_nothing_but_a_checkpoint(how: str, more: tuple[str, ...], tmp_path: Path) -> None:
     before = in_shared_memory()
@@ -64,12 +74,7 @@ def test_an_update_that_takes_long_is_not_waited_for(tmp_path: Path) -> None:
         run.process.send_signal(signal.SIGINT)
         assert run.ends(30) == 130
         run.gone()
-        result = json.loads((directory / "result.json").read_text())
-        newest = CheckpointDirectory(directory / "checkpoints").newest()
-        assert (result["reason"], result["updates"], newest.update) == ("interrupted", 0, 0)
-        assert result["weights_sha256"] == newest.json("learner")["weights_sha256"]
-        ledger = result["ledger"]
-        assert ledger["produced"] == ledger["trained"] + sum(ledger["dropped"].values()) + ledger["in_flight"]
+        check_interrupted_before_an_update(directory)
 
 
 def test_all_in_one_process_ends_between_two_steps(tmp_path: Path) -> None:
@@ -109,12 +114,7 @@ def test_all_in_one_process_does_not_wait_for_a_long_call(args: tuple[str, ...],
         run.process.send_signal(signal.SIGINT)
         assert run.ends(30) == 130
         assert time.monotonic() - begun < 15  # 3 s are promised; the machine that tests may be busy
-        result = json.loads((directory / "result.json").read_text())
-        newest = CheckpointDirectory(directory / "checkpoints").newest()
-        assert (result["reason"], result["updates"], newest.update) == ("interrupted", 0, 0)
-        assert result["weights_sha256"] == newest.json("learner")["weights_sha256"]
-        ledger = result["ledger"]
-        assert ledger["produced"] == ledger["trained"] + sum(ledger["dropped"].values()) + ledger["in_flight"]
+        check_interrupted_before_an_update(directory)
 
 
 def test_all_in_one_process_closes_environments_and_memory_on_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
