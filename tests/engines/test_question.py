@@ -16,6 +16,7 @@ from shoal.engines import question
 from shoal.engines.question import Question
 from shoal.engines.watch import STOPPED_SECONDS
 from shoal.errors import EnvironmentFault, ProcessError
+from shoal.supervision.processes import process_state
 
 
 class Zygote:
@@ -42,14 +43,23 @@ def asked(tmp_path: Path) -> Iterator[Question]:
     process.wait()
 
 
+def stop(pid: int) -> None:
+    """A signal is delivered when the process next runs: this waits until it stands still."""
+    os.kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + 10.0
+    while process_state(pid) != "T":
+        assert time.monotonic() < deadline, "SIGSTOP did not stop the process"
+        time.sleep(0.001)
+
+
 def test_a_process_that_is_stopped_for_a_moment_is_let_be_and_one_that_stays_so_is_a_fault(asked: Question) -> None:
     for _ in range(2):
-        os.kill(asked._pid, signal.SIGSTOP)
+        stop(asked._pid)
         asked._check_time()
         os.kill(asked._pid, signal.SIGCONT)
         time.sleep(0.05)
         asked._check_time()
-    os.kill(asked._pid, signal.SIGSTOP)
+    stop(asked._pid)
     asked._check_time()
     time.sleep(STOPPED_SECONDS)
     with pytest.raises(EnvironmentFault, match=r"was stopped \(SIGSTOP\) in step\(\)") as caught:
