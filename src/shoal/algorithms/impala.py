@@ -144,7 +144,8 @@ class IMPALA(Algorithm[ImpalaConfig]):
         parts = impala_loss(evaluation, advantage, target, weight, self.config)
         loss = parts.policy_gradient_loss + self.config.value_coefficient * parts.value_loss
         loss = loss + self.config.entropy_coefficient * parts.entropy_loss
-        gradients = evaluation.gradients(self.optimizer.parameters, parts.d_log_prob, parts.d_entropy, parts.d_value)
-        grad_norm = self.optimizer.descend(gradients, learning_rate, loss)
+        optimizer = self.optimizer
+        gradients = evaluation.gradients(optimizer.parameters, parts.d_log_prob, parts.d_entropy, parts.d_value, optimizer.gradients)
+        grad_norm = optimizer.descend(gradients, learning_rate, loss)
         means.add({"policy_gradient_loss": parts.policy_gradient_loss, "value_loss": parts.value_loss, "entropy_loss": parts.entropy_loss})
         means.add({"loss": loss, "grad_norm": grad_norm})
