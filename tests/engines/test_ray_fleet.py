@@ -101,7 +101,7 @@ def run_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sho
 def events(run: shoal.Run, kind: str) -> list[dict[str, Any]]:
     from shoal.monitoring.store import RunReader
 
-    with RunReader(run.path) as reader:
+    with RunReader(run.path / "run.db") as reader:
         return list(reader.events(kind))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import ray.cluster_utils
 
+from shoal.files import CheckpointDirectory
 from shoal.monitoring.store import RunReader
 
 SMALL = [
@@ -64,9 +65,9 @@ def machines() -> Iterator[Machines]:
 
 def start(run: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "shoal.cli", *arguments, "--json"]
-    log = run.with_suffix(".log").open("a")
     environment = {**os.environ, "TERM": "dumb"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=run.parent)
+    with run.with_suffix(".log").open("a") as log:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=run.parent)
 
 
 def answer(process: subprocess.Popen[str], run: Path) -> dict[str, Any]:
@@ -81,9 +82,9 @@ def train(run: Path, *arguments: str) -> dict[str, Any]:
 
 
 def updates_of(run: Path) -> int:
-    checkpoints = run / "checkpoints"
-    numbers = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.exists() else []
-    return max(numbers, default=-1)
+    """Of the newest checkpoint; -1 before the first."""
+    paths = CheckpointDirectory(run / "checkpoints").paths()
+    return max((int(path.name.rpartition("-")[2]) for path in paths), default=-1)
 
 
 def wait_for(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -95,7 +96,7 @@ def wait_for(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    with RunReader(run) as reader:
+    with RunReader(run / "run.db") as reader:
         return list(reader.events(kind))
 
 

@@ -6,6 +6,7 @@ The only module that imports Ray, when a run asks for it. Of Ray's objects only 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -165,11 +166,12 @@ def connect(config: RunConfig) -> Cluster:
         import ray
     except ImportError as error:
         raise ConfigError("engine: ray needs the extra `ray`: pip install 'shoal[ray]'") from error
-    address, own = config.ray.address, config.ray.address is None
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")  # the latter in a job that was submitted
+    own = address is None
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False if own else None}
     try:
         with _own_signals():
-            ray.init(num_cpus=max(available_cores(), config.ray.actors_per_node or 1), **quiet) if own else ray.init(address, **quiet)
+            ray.init("local", num_cpus=max(available_cores(), config.ray.actors_per_node or 1), **quiet) if own else ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = "on this machine" if own else f"at {address}"
         raise ConfigError(
