@@ -5,6 +5,8 @@ What is learned is what the local engine learns, whatever the number of nodes, a
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -160,12 +162,10 @@ def test_an_actor_that_dies_on_a_node_is_started_again_there(run_on: Any, expect
     cluster, killed = ClusterHere(["a", "b"]), []
 
     def spoil(frame: Frame) -> Frame:
-        if frame.kind is Kind.WORD and frame.body and not killed:
-            killed.append(cluster.here["a"]._node._actors[0].pid)
-            import os
-            import signal
-
-            os.kill(killed[0], signal.SIGKILL)
+        pids = [node._node._actors[frame.index].pid for node in cluster.here.values() if frame.index in node._node._actors]
+        if frame.kind is Kind.WORD and frame.body and not killed and pids[0] > 1:
+            killed.append(pids[0])
+            os.kill(pids[0], signal.SIGKILL)
         return frame
 
     cluster.spoil = spoil

@@ -159,7 +159,9 @@ def named(prefix: str) -> list[int]:
     return found
 
 
-def test_a_run_that_asks_for_more_nodes_than_there_are_is_told_so(machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_asks_for_more_nodes_than_there_are_is_told_so(
+    machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     process = start(run, "train", *SMALL, "--engine", "ray", "--nodes", "2", "--stop.updates", "1", "--run-dir", str(run))
     process.communicate(timeout=LIMIT_SECONDS)

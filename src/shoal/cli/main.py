@@ -260,7 +260,9 @@ def stalls(run: str, as_json: bool, debug: bool) -> None:
 
 def _count(config: Any) -> str:
     if config.engine == "ray":
-        return f"on {'all nodes' if config.ray.nodes is None else config.ray.nodes} of a cluster" if config.ray.address else "on a local Ray"
+        return (
+            f"on {'all nodes' if config.ray.nodes is None else config.ray.nodes} of a cluster" if config.ray.address else "on a local Ray"
+        )
     return "all in this process" if not config.actors else "1 actor" if config.actors == 1 else f"{config.actors} actors"
 
 

@@ -171,7 +171,9 @@ def connect(config: RunConfig) -> Cluster:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False if own else None}
     try:
         with _own_signals():
-            ray.init("local", num_cpus=max(available_cores(), config.ray.actors_per_node or 1), **quiet) if own else ray.init(address, **quiet)
+            ray.init("local", num_cpus=max(available_cores(), config.ray.actors_per_node or 1), **quiet) if own else ray.init(
+                address, **quiet
+            )
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = "on this machine" if own else f"at {address}"
         raise ConfigError(

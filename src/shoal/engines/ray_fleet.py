@@ -121,8 +121,8 @@ class RayFleet(Fleet):
         for node in self.cluster.wait_for_nodes():
             self._join(node)
         self._check_nodes()
-        while self._wanted():
-            self.actors.append(self.add_actor(len(self.actors)))
+        for link in self._links.values():
+            self._populate(link)
         return ring
 
     def close(self) -> None:
@@ -152,17 +152,26 @@ class RayFleet(Fleet):
     def _living(self) -> list[Process]:
         return [process for process in self.actors if not process.retired]
 
-    def _wanted(self) -> bool:
-        """Whether there is room for one more actor, and a group for it."""
-        living = len(self._living())
-        return living < min(self._num_groups, len(self._links) * self.cluster.actors_per_node)
+    def _populate(self, link: NodeLink) -> None:
+        """Places for actors on a node, as long as there is a group for each."""
+        for _ in range(self.cluster.actors_per_node):
+            if len(self._living()) < self._num_groups and len(self.actors) < MAX_ACTORS:
+                self.actors.append(self._housed(len(self.actors), link))
+
+    def _housed(self, index: int, link: NodeLink) -> Process:
+        self._homes[index] = link
+        return Process("actor", index, node=link.name)
 
     def add_actor(self, index: int) -> Process:
-        """On the node that has the fewest."""
+        """On the node that has the fewest.
+
+        Raises:
+          ProcessError: there is no node now.
+        """
+        if not self._links:
+            raise ProcessError("no node of the cluster is there")
         homes = [self._homes[process.index] for process in self._living()]
-        home = min(self._links.values(), key=lambda link: (homes.count(link), link.name))
-        self._homes[index] = home
-        return Process("actor", index, node=home.name)
+        return self._housed(index, min(self._links.values(), key=lambda link: (homes.count(link), link.name)))
 
     # ---- roles ---------------------------------------------------------------------------------------------------
     def start(self, process: Process, setup: dict[str, Any], encode: Callable[[bytes], bytes] = lambda body: body) -> None:
@@ -331,13 +340,13 @@ class RayFleet(Fleet):
         if now - self._renewed_at < RENEW_SECONDS:
             return False
         self._renewed_at = now
+        before = len(self.actors)
         for node in self.cluster.new_nodes(set(self._links)):
-            self._told("node_joined", node=self._join(node).name)
+            link = self._join(node)
+            self._told("node_joined", node=link.name)
+            self._populate(link)
         if not self._links and now - self._lost_at > NODELESS_SECONDS:
             raise ProcessError("no node of the cluster is left; `shoal resume` goes on from the newest checkpoint")
-        before = len(self.actors)
-        while self._wanted() and len(self.actors) < MAX_ACTORS:
-            self.actors.append(self.add_actor(len(self.actors)))
         return len(self.actors) > before
 
     # ---- looking ---------------------------------------------------------------------------------------------------
