@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.config import ReplayConfig, RunConfig
 from shoal.engines.coordinator import Coordinator
+from shoal.engines.fleet import Fleet
 from shoal.engines.local import LocalEngine
 from shoal.engines.plan import Plan
 from shoal.engines.session import ATTEMPTS_PER_PART, Session
@@ -368,7 +369,8 @@ def _run_local(
     config: RunConfig, objects: dict[str, Any], directory: Path, loaded: Loaded | None, recorder: Recorder, wants_end: _Wants, traces: str
 ) -> dict[str, Any]:
     run_id = _run_id(directory)
-    with contextlib.closing(LocalEngine(config, _pickled(objects), directory, run_id, traces=traces)) as engine:
+    fleet = _fleet(config, _pickled(objects), directory, run_id, traces, recorder)
+    with contextlib.closing(LocalEngine(config, fleet, directory, traces)) as engine:
         engine.open()
         if "env" not in objects:
             check_registered(config.env)  # while the helper process imports torch
@@ -380,6 +382,15 @@ def _run_local(
         if path is not None and _evaluates(config, result):
             result["evaluation"] = engine.evaluate(path)
         return result
+
+
+def _fleet(config: RunConfig, pickled: bytes | None, directory: Path, run_id: bytes, traces: str, recorder: Recorder) -> Fleet:
+    """The processes of a run: on this machine, or on a cluster."""
+    if config.engine == "local":
+        return Fleet(config, pickled, directory, run_id, traces)
+    from shoal.engines.ray_fleet import RayFleet
+
+    return RayFleet(config, pickled, directory, run_id, traces, recorder.event)
 
 
 def _evaluates(config: RunConfig, result: Mapping[str, Any]) -> bool:

@@ -385,6 +385,17 @@ class CheckpointConfig(Section):
     replay: bool = Field(True, description="save the replay too; without it a resumed run fills it anew, and ends with other weights")
 
 
+class RayConfig(Section):
+    """Where `engine: ray` places a run."""
+
+    address: str | None = Field(None, description="of the cluster: auto, HOST:PORT or ray://HOST:PORT (default: a local one is started)")
+    nodes: Positive | None = Field(None, description="nodes that host actors (default: all that the cluster has)")
+    actors_per_node: Positive | None = Field(None, description="processes that host environments on each node (default: one per CPU)")
+    allow_insecure_cluster: bool = Field(
+        False, description="join a cluster without a token: whoever reaches its ports can run any code on it (CVE-2023-48022)"
+    )
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -397,6 +408,8 @@ class RunConfig(Section):
     replay: ReplayConfig = Field(default_factory=ReplayConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    engine: Literal["local", "ray"] = Field("local", description="where roles run: processes of this machine, or a Ray cluster")
+    ray: RayConfig = Field(default_factory=RayConfig)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="names every random stream of the run")
     actors: Annotated[int, Field(ge=0, le=1024)] | None = Field(
         None,

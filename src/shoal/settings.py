@@ -366,11 +366,12 @@ def _complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> Run
         )
     sampling.groups = sampling.groups or DEFAULT_GROUPS
     sampling.group_size = sampling.group_size or DEFAULT_GROUP_SIZE
+    _check_engine(config, resumed)
     if config.actors is not None and config.actors > sampling.groups:
         raise ConfigError(
             f"actors: {config.actors} processes cannot share {sampling.groups} groups; give --actors {sampling.groups} or less, or --sampling.groups {config.actors}"
         )
-    if config.actors is None:
+    if config.actors is None and config.engine == "local":
         config.actors = min(available_cores(), sampling.groups)
         if config.mode == "async":
             config.actors = max(config.actors, min(2, sampling.groups))
@@ -389,10 +390,25 @@ def _complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> Run
     return config
 
 
+def _check_engine(config: RunConfig, resumed: bool) -> None:
+    """Raise ConfigError for what the engine that was asked for does not take."""
+    ray = config.ray
+    if config.engine == "local":
+        given = [key for key, default in (("address", None), ("nodes", None), ("actors_per_node", None)) if getattr(ray, key) != default]
+        if given:
+            raise ConfigError(f"ray.{given[0]} says where on a cluster a run is placed: give --engine ray with it")
+        return
+    if config.actors is not None and not resumed:
+        raise ConfigError("actors: on a cluster they are counted by node; give --actors-per-node")
+    if config.policy.inference == "server":
+        raise ConfigError("policy.inference: on a cluster every actor has a policy of its own (actor); a server has no way to it")
+    config.policy.inference, config.actors = "actor", None
+
+
 def adapt_actors(config: RunConfig) -> bool:
     """Once its form is known: environments that wait leave the cores idle, and a process steps one group at a time, so each group gets a process
     of its own, up to `WAITING_ACTORS_PER_CORE`, unless somebody asked for another number. Returns whether that changed it."""
-    if config.env.form != "threads" or "actors" in config.model_fields_set:
+    if config.env.form != "threads" or "actors" in config.model_fields_set or config.engine != "local":
         return False
     before = config.actors
     config.actors = max(before or 0, min(config.sampling.groups or 1, WAITING_ACTORS_PER_CORE * available_cores()))

@@ -72,7 +72,7 @@ def train(ctx: click.Context, env_or_config: str, as_json: bool, view: str, prof
         chosen = f"preset {preset}" if preset != "none" else "no preset" if settings.get("preset") == "none" else "no preset for it"
         sampling = config.sampling
         say(
-            f"{config.env.id}: {config.algorithm.name} ({config.mode or 'its own mode'}), {chosen}, seed {config.seed}, {_count(config.actors)}, "
+            f"{config.env.id}: {config.algorithm.name} ({config.mode or 'its own mode'}), {chosen}, seed {config.seed}, {_count(config)}, "
             f"{sampling.groups} groups of {sampling.group_size}",
             view,
         )
@@ -258,8 +258,12 @@ def stalls(run: str, as_json: bool, debug: bool) -> None:
 # ------------------------------------------------------------------------------------------------------------ around the commands
 
 
-def _count(actors: int | None) -> str:
-    return "all in this process" if not actors else "1 actor" if actors == 1 else f"{actors} actors"
+def _count(config: Any) -> str:
+    if config.engine == "ray":
+        return (
+            f"on {'all nodes' if config.ray.nodes is None else config.ray.nodes} of a cluster" if config.ray.address else "on a local Ray"
+        )
+    return "all in this process" if not config.actors else "1 actor" if config.actors == 1 else f"{config.actors} actors"
 
 
 def _with_view(kind: Any, work: Callable[[Any], Any]) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+RAY_KEYS = ("address", "nodes", "actors_per_node", "allow_insecure_cluster")  # these need no section before them
 SETTINGS = "shoal.settings"  # where a command finds the settings in its context's meta
 
 
@@ -66,8 +67,9 @@ def split_settings(args: list[str], own: dict[str, bool]) -> tuple[list[str], di
 
 
 def _key(name: str) -> str:
-    """`--stop.env-steps` is the key stop.env_steps, `--env.kwargs.enable-wind` the argument enable_wind."""
-    return name[2:].replace("-", "_")
+    """`--stop.env-steps` is the key stop.env_steps, `--env.kwargs.enable-wind` the argument enable_wind, `--nodes` short for ray.nodes."""
+    key = name[2:].replace("-", "_")
+    return f"ray.{key}" if key in RAY_KEYS else key
 
 
 def _alone(name: str) -> str:

@@ -27,7 +27,8 @@ _CONFIGURATION = """
 
 Every key has one dotted name. On the command line `_` becomes `-` (`--algorithm.learning-rate 3e-4`), in YAML the dots are nesting, in
 Python both work (`algorithm={"learning_rate": 3e-4}`, `**{"algorithm.learning_rate": 3e-4}`). Lowest first: the defaults here, the preset of a
-known environment, a YAML file, what is given by hand. A key that stands alone and is a switch means true.
+known environment, a YAML file, what is given by hand. A key that stands alone and is a switch means true. Those of the section `ray` need no
+section on the command line (`--nodes 3`).
 """
 _EXIT_CODES = """
 ## Exit codes
@@ -56,7 +57,7 @@ def _configuration() -> Iterator[str]:
         head = key.name.rpartition(".")[0].split(".")[0]
         if head != "algorithm":
             sections.setdefault(head, []).append(key)
-    for head in ["", "stop", "env", "sampling", "policy", "learner", "replay", "evaluation", "checkpoint"]:
+    for head in ["", "stop", "env", "sampling", "policy", "learner", "replay", "evaluation", "checkpoint", "ray"]:
         yield f"### {head or 'Run'}\n"
         yield _key_table(sections.pop(head))
     assert not sections, f"sections without a place on the page: {list(sections)}"

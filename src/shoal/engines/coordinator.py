@@ -275,10 +275,14 @@ class Coordinator:
         if slot >= len(self.ring.slots) or identity.group >= len(self.groups):
             raise ValueError(f"slot {slot} of {len(self.ring.slots)}, group {identity.group} of {len(self.groups)}")
 
+    def awaits(self, slot: int, identity: Identity) -> bool:
+        """Whether this attempt is being made, into that slot."""
+        return self.groups[identity.group].leased.get(slot) == identity
+
     def filled(self, slot: int, identity: Identity) -> bool:
         """An actor finished a rollout. False if nobody waits for it (an old incarnation's word). Raises SchemaError for a header that cannot be."""
         group = self.groups[identity.group]
-        if group.leased.get(slot) != identity:
+        if not self.awaits(slot, identity):
             return False
         self.ring.slots[slot].check_counts()
         del group.leased[slot]

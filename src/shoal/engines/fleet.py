@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from shoal import errors
 from shoal.config import RunConfig
-from shoal.engines.messages import to_json
+from shoal.engines.messages import Word, to_json
 from shoal.engines.plan import Plan
-from shoal.engines.question import Question
+from shoal.engines.question import Question, stack_of
 from shoal.engines.snippets import with_snippet
 from shoal.errors import EnvironmentFault, ProcessError, ShoalError
 from shoal.experience.ring import Ring
@@ -26,6 +26,7 @@ from shoal.experience.schema import Schema
 from shoal.supervision.channel import Channel, HasFileno, wait
 from shoal.supervision.heartbeat import ActivityBoard
 from shoal.supervision.memory import SharedMemory, anonymous_file
+from shoal.supervision.processes import process_state, stopped_itself
 from shoal.supervision.zygote import Event, Exited, Forked, Lost, Ready, Zygote, wait_until_ready
 from shoal.types import ActivityRecord
 from shoal.weights.board import WeightBoard
@@ -39,6 +40,15 @@ MAX_TRACE_LINES = 80
 _PRELOAD = ["torch", "gymnasium", "shoal.engines.mains"]
 
 
+class WordChannel(Protocol):
+    """The supervisor's end of the way to a role: a `Channel`, or what leads to another machine."""
+
+    def send_with_fds(self, message: bytes, fds: Sequence[int]) -> bool: ...
+    def receive(self) -> bytes | None: ...
+    def fileno(self) -> int: ...
+    def close(self) -> None: ...
+
+
 @dataclass
 class Process:
     """A role's process."""
@@ -47,13 +57,14 @@ class Process:
     index: int
     incarnation: int = 0
     pid: int = 0
-    channel: Channel | None = None
+    channel: WordChannel | None = None
     ready: bool = False
     doomed: str = ""  # why a kill was ordered
     asked_at: float = 0.0  # when its start was ordered
     told_at: float = 0.0  # when its last order was given
     doomed_at: float = 0.0
     retired: bool = False  # it is to end and not to come again
+    node: str = ""  # of a cluster, where it lives on another machine
     deaths: int = 0  # since it last achieved something
     not_before: float = 0.0  # back-off of its next start
     # Messages that its channel had no room for, with descriptors, or with the content of a file that is to come along.
@@ -215,12 +226,30 @@ class Fleet:
         if process.pid:
             self.zygote.kill(process.pid)
 
+    def collect(self, actor: Process, word: Word, newest_version: int) -> None:
+        """The rollout that a word tells of is in its slot: shared memory needs nothing for that."""
+
+    def renew(self) -> bool:
+        """Whether there is more room for actors than before; a single machine does not grow."""
+        return False
+
+    def add_actor(self, index: int) -> Process:
+        """One more place for an actor."""
+        return Process("actor", index)
+
+    def flush(self, process: Process) -> None:
+        flush(process)
+
     def listen(self, timeout_seconds: float, also: Sequence[HasFileno] = ()) -> list[HasFileno]:
         """Wait for a word of any role, for the zygote, or for `also`; returns the channels that have something."""
         for process in self.processes:
             flush(process)
         channels: list[HasFileno] = [p.channel for p in self.processes if p.channel is not None]
         return wait([*channels, self.zygote, *also], timeout_seconds)
+
+    def sources(self) -> list[HasFileno]:
+        """What is ready when somebody may have died."""
+        return [self.zygote]
 
     def happened(self) -> list[Death | Lost]:
         """Deaths since the last call, or the loss of the zygote and of everybody."""
@@ -261,12 +290,28 @@ class Fleet:
                     raise ProcessError("a role could not be ended; see `ps` for a process in uninterruptible sleep")
                 return None
             self.zygote.wake()
-            wait([self.zygote], POLL_SECONDS)
+            wait(self.sources(), POLL_SECONDS)
             for event in self.happened():
                 if isinstance(event, Lost):
                     return event
                 event.process.ended()
         return None
+
+    def state_of(self, process: Process) -> str | None:
+        """The kernel's letter for it; None where it is not there."""
+        return process_state(process.pid) if process.pid else None
+
+    def stopped_itself(self, process: Process) -> bool:
+        return stopped_itself(process.pid)
+
+    def stack_of(self, process: Process) -> str:
+        """The stacks of its threads (engines/question.py)."""
+        return stack_of(process.pid, self.log_of(process))
+
+    def dump(self, process: Process) -> None:
+        """Have a role write its stacks into its log. Raises ProcessError where the zygote is gone."""
+        if process.pid:
+            self.zygote.dump(process.pid)
 
     def log_of(self, process: Process | None) -> Path:
         """A role's log; None: the zygote's."""
@@ -330,7 +375,7 @@ def flush(process: Process) -> None:
         _close_all(process.unsent.popleft()[1])
 
 
-def _send_with_file(channel: Channel, message: bytes, content: bytes) -> bool:
+def _send_with_file(channel: WordChannel, message: bytes, content: bytes) -> bool:
     with os.fdopen(anonymous_file("shoal-words"), "wb") as file:
         file.write(content)
         file.flush()
@@ -350,7 +395,7 @@ def words(process: Process) -> list[bytes]:
     return said
 
 
-def _receive(channel: Channel) -> bytes | None:
+def _receive(channel: WordChannel) -> bytes | None:
     try:
         return channel.receive()
     except EOFError:

@@ -26,19 +26,17 @@ from shoal.engines.messages import Kind, Word, from_json, to_json
 from shoal.engines.orders import actor_setup, connect, inference_setup, learner_setup, send_lease, send_restore, tell_of_weights
 from shoal.engines.plan import Plan
 from shoal.engines.poison import CERTAIN, DOUBTFUL, WHILE_RESTORED
-from shoal.engines.question import stack_of
 from shoal.engines.recovery import Recoveries
 from shoal.engines.saves import Saves
 from shoal.engines.session import Session
 from shoal.engines.stalls import Inquiry, Situation, in_words, look
 from shoal.engines.watch import Verdict, Watch
-from shoal.errors import DivergedError, EnvironmentFault, ProcessError
+from shoal.errors import DivergedError, EnvironmentFault, ProcessError, SchemaError
 from shoal.experience.envelope import Fate, Identity
 from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema
 from shoal.supervision.channel import HasFileno
 from shoal.supervision.control import ControlServer, Reply
-from shoal.supervision.processes import stopped_itself
 from shoal.supervision.trace import Span, open_trace
 from shoal.supervision.zygote import Lost
 from shoal.types import CLOSING, Activity, ActivityRecord
@@ -57,9 +55,9 @@ HANG_HINT = {"hint": "raise --env.step-timeout-seconds if it is only slow; else 
 class LocalEngine:
     """`open`, `look` (spec and sizes), `allocate`, `run`; `close` leaves nothing behind."""
 
-    def __init__(self, config: RunConfig, pickled: bytes | None, directory: Path, run_id: bytes, traces: str = "") -> None:
+    def __init__(self, config: RunConfig, fleet: Fleet, directory: Path, traces: str = "") -> None:
         self._config, self._directory = config, directory
-        self._fleet = Fleet(config, pickled, directory, run_id, traces)
+        self._fleet = fleet
         self._traces = traces
         self._watcher = Watch(config.env.step_timeout_seconds, config.learner.timeout_seconds)
         self._recoveries = Recoveries()
@@ -220,6 +218,8 @@ class LocalEngine:
     # ---- what roles say ------------------------------------------------------------------------------------------
     def _actor_said(self, actor: Process, word: Word) -> None:
         if word.kind is Kind.FILLED:
+            if not self._collected(actor, word):
+                return
             actor.deaths = 0
             actor.told_at = time.monotonic()  # it goes on with the next
             self._coordinator.ring.slots[word.slot].envelope["received_ns"] = time.monotonic_ns()
@@ -242,6 +242,16 @@ class LocalEngine:
             self._faults.happened(error, word.identity)
             self._recoveries.lost("group", word.identity.group, str(report.get("kind", "fault")), time.monotonic())
             self._faults.give_back(error, word.identity)
+
+    def _collected(self, actor: Process, word: Word) -> bool:
+        """Whether the rollout that a word tells of is here."""
+        try:
+            if self._coordinator.awaits(word.slot, word.identity):
+                self._fleet.collect(actor, word, self._coordinator.version)
+        except SchemaError as error:
+            self.kill(actor, f"sent what is no rollout ({error})")
+            return False
+        return True
 
     def _back(self, role: str, index: int) -> None:
         if facts := self._recoveries.back(role, index, time.monotonic()):
@@ -489,6 +499,9 @@ class LocalEngine:
         for actor in self._fleet.actors:
             if actor.retired and actor.up and not self._coordinator.hosts(actor.index):
                 tell(actor, Word(Kind.STOP).encode())
+        if self._fleet.renew():
+            for actor in self._fleet.actors:
+                actor.deaths = 0
         if any(not a.up and not a.gone_for_good for a in self._fleet.actors):
             self._place()
         if self._saves.wanted and self._saves.due and not self._coordinator.learner_busy and self._fleet.learner.ready:
@@ -501,9 +514,9 @@ class LocalEngine:
         if verdict.kind == "environment":
             how = {"expected": f"at most {verdict.limit_seconds:g} s", "actual": f"{record.age_seconds:.1f} s", **HANG_HINT}
             what = f"{_call(record)} has not returned for {record.age_seconds:.1f} s"
-            self._blame("hang", what, record, how, stack_of(process.pid, self._fleet.log_of(process)), record.age_seconds)
+            self._blame("hang", what, record, how, self._fleet.stack_of(process), record.age_seconds)
         why = HANGS if verdict.kind == "environment" else verdict.reason
-        if verdict.kind == "stopped" and self._in_environment(record) and stopped_itself(process.pid):
+        if verdict.kind == "stopped" and self._in_environment(record) and self._fleet.stopped_itself(process):
             self._blame("hang", f"its process stopped itself (SIGSTOP) in {_call(record)}", record, STOP_HINT, "", record.age_seconds)
             why = STOPS
         self._recoveries.lost(process.name, process.index, why, time.monotonic())
@@ -517,7 +530,9 @@ class LocalEngine:
         """One that is stopped is woken; one that neither forks nor kills when it is told to is given up, and with it all roles."""
         if self._fleet.zygote.wake():
             self._session.observer.event("woken", role="zygote", index=0)
-        waiting = [p.asked_at if not p.pid else p.doomed_at for p in self._fleet.processes if p.up and (p.doomed or not p.pid)]
+        waiting = [
+            p.asked_at if not p.pid else p.doomed_at for p in self._fleet.processes if p.up and not p.node and (p.doomed or not p.pid)
+        ]
         if waiting and now - min(waiting) > ANSWER_SECONDS:
             self._session.observer.event("killed", role="zygote", index=0, reason=f"did not answer within {ANSWER_SECONDS:g} s")
             self._fleet.zygote.give_up()
@@ -545,7 +560,7 @@ class LocalEngine:
     def scale(self, actors: int) -> None:
         """Go on with this many actors."""
         mine = self._fleet.actors
-        mine += [Process("actor", index) for index in range(len(mine), actors)]
+        mine += [self._fleet.add_actor(index) for index in range(len(mine), actors)]
         for actor in mine:
             actor.retired = actor.index >= actors
             actor.deaths = 0

@@ -21,7 +21,6 @@ from shoal.engines.coordinator import Coordinator
 from shoal.engines.fleet import Fleet
 from shoal.engines.watch import Seen
 from shoal.errors import ProcessError
-from shoal.supervision.processes import process_state
 from shoal.types import Activity
 
 DUMP_SECONDS = 0.3  # all stacks are in the logs by then
@@ -62,7 +61,7 @@ def look(fleet: Fleet, coordinator: Coordinator, *, saving: bool, paused: bool, 
     busy = {group.actor for group in coordinator.groups if group.leased}
     for process, record in zip(fleet.processes, fleet.activities(), strict=True):
         ordered = process.index in busy if process.name == "actor" else coordinator.learner_busy or saving
-        state = process_state(process.pid) if process.pid else None
+        state = fleet.state_of(process)
         order_seconds = now - process.told_at if ordered and process.up else None
         if process.name == "inference":
             order_seconds = max((each.record.age_seconds for each in seen if _asks(each)), default=None)
@@ -204,8 +203,8 @@ class Inquiry:
         self._logs = [(path, _size(path)) for path in [*map(fleet.log_of, fleet.processes), fleet.log_of(None)]]
         self._due = time.monotonic() + DUMP_SECONDS
         with contextlib.suppress(ProcessError):
-            for pid in filter(None, situation.pids):
-                fleet.zygote.dump(pid)
+            for process in fleet.processes:
+                fleet.dump(process)
             fleet.zygote.dump_own()
 
     def answered(self, now: float) -> bool:

@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from shoal.supervision.memory import SharedMemory
-from shoal.types import Activity, ActivityRecord
+from shoal.types import Activity, ActivityRecord, Array
 
 __all__ = ["Activity", "ActivityBoard", "ActivityRecord", "Heartbeat"]
 
@@ -126,6 +126,16 @@ class ActivityBoard:
             whole=whole,
             pid=int(record["pid"]),
         )
+
+    def raw(self, index: int) -> bytes:
+        """One role's record as it is in memory, for another machine's board."""
+        offset = index * RECORD.itemsize
+        return bytes(self._bytes[offset : offset + RECORD.itemsize])
+
+    def put(self, index: int, record: Array) -> None:
+        """Take over the record ([1] of RECORD, times on this machine's clock) of a role that lives on another machine."""
+        offset = index * RECORD.itemsize
+        self._bytes[offset : offset + RECORD.itemsize] = record.tobytes()
 
     def close(self) -> None:
         self._words.release()

@@ -1,0 +1,206 @@
+"""The cluster that a run is placed on: joining it, or starting a local one; its nodes, and what runs on them.
+
+The only module that imports Ray, when a run asks for it. Of Ray's objects only bytes pass: they travel as they are, without pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from shoal.config import RunConfig
+from shoal.engines.ray_link import NodeHandle
+from shoal.engines.ray_node import Node
+from shoal.errors import ConfigError, ProcessError
+from shoal.settings import available_cores
+
+NODES_SECONDS = 60.0  # until as many nodes are there as were asked for
+START_SECONDS = 120.0  # a node's first answer: its imports, on a slow disk
+SILENT_SECONDS = 15.0  # a node that answers nothing for so long is given up: a partition, a machine that stands still
+CLOSE_SECONDS = 5.0
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class ClusterNode:
+    """One machine of the cluster. cpus: that Ray may give away there."""
+
+    id: str
+    name: str
+    cpus: float
+
+
+class RemoteNode:
+    """A `Node` as a Ray actor on another machine; its errors are ProcessErrors that say what became of it."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+        self._heard: Any = None
+
+    def say(self, message: bytes) -> None:
+        self._get(self._actor.say.options(concurrency_group="say").remote(message), SILENT_SECONDS)
+
+    def hear(self) -> bytes:
+        """The next question is asked before this answer is looked at."""
+        hear = self._actor.hear.options(concurrency_group="hear")
+        first = self._heard is None
+        answer: bytes = self._get(hear.remote() if first else self._heard, START_SECONDS if first else SILENT_SECONDS)
+        self._heard = hear.remote()
+        return answer
+
+    def look(self) -> bytes:
+        answer: bytes = self._get(self._actor.look.remote(), START_SECONDS)
+        return answer
+
+    def close(self) -> Any:
+        """Have it end its processes; returns what Ray waits for."""
+        return self._actor.close.remote()
+
+    def end(self) -> None:
+        """SIGKILL, and with it all of its processes; at once, whatever it does."""
+        import ray
+
+        with contextlib.suppress(Exception):  # it is gone already, or Ray is
+            ray.kill(self._actor, no_restart=True)
+
+    def _get(self, asked: Any, timeout_seconds: float) -> Any:
+        import ray
+
+        try:
+            return ray.get(asked, timeout=timeout_seconds)
+        except ray.exceptions.GetTimeoutError as error:
+            raise ProcessError(f"it has not answered for {timeout_seconds:g} s") from error
+        except ray.exceptions.RayError as error:
+            raise ProcessError(" ".join(str(error).split("\n\n")[0].split())[:500] or type(error).__name__) from error
+
+
+@dataclass
+class Cluster:
+    """The cluster of one run.
+
+    Attributes:
+      num_nodes: that host actors; None: all that there are. actors_per_node: processes that host environments on each.
+      own: it was started for this run, and ends with it.
+    """
+
+    num_nodes: int | None
+    actors_per_node: int
+    own: bool
+    _started: list[RemoteNode] = field(default_factory=list)
+
+    def wait_for_nodes(self) -> list[ClusterNode]:
+        """The nodes that the run takes.
+
+        Raises:
+          ConfigError: fewer than were asked for came within NODES_SECONDS.
+        """
+        deadline = time.monotonic() + NODES_SECONDS
+        while True:
+            nodes = self.nodes()
+            if nodes and (self.num_nodes is None or len(nodes) >= self.num_nodes):
+                return nodes[: self.num_nodes]
+            if self.own or time.monotonic() > deadline:
+                raise ConfigError(
+                    f"ray.nodes: {self.num_nodes or 1} with {self.actors_per_node} CPUs each were asked for (--nodes, --actors-per-node), the "
+                    f"cluster has {len(nodes)}; ask for less, or add machines to it: `ray start --address HEAD:PORT` on each"
+                )
+            time.sleep(POLL_SECONDS)
+
+    def nodes(self) -> list[ClusterNode]:
+        """Those that are alive and have CPUs for the actors of one node, by name."""
+        found = [
+            ClusterNode(each["NodeID"], each.get("NodeManagerHostname") or each["NodeManagerAddress"], each["Resources"].get("CPU", 0.0))
+            for each in _machines()
+            if each["Alive"]
+        ]
+        return sorted((node for node in found if node.cpus >= self.actors_per_node), key=lambda node: (node.name, node.id))
+
+    def new_nodes(self, known: set[str]) -> list[ClusterNode]:
+        """Nodes that have come and are wanted; `known` are those that the run has."""
+        room = None if self.num_nodes is None else max(0, self.num_nodes - len(known))
+        return [node for node in self.nodes() if node.id not in known][:room]
+
+    def start(self, node: ClusterNode, setup: bytes, pickled: bytes | None) -> NodeHandle:
+        """This run's fleet on one node. Returns at once."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        kind: Any = ray.remote(concurrency_groups={"say": 1, "hear": 1})(Node)  # type: ignore[call-overload]
+        placed = kind.options(
+            num_cpus=self.actors_per_node,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
+        )
+        started = RemoteNode(placed.remote(setup, pickled))
+        self._started.append(started)
+        return started
+
+    def close(self) -> None:
+        """End what was started on the nodes, and the cluster where it is this run's own."""
+        import ray
+
+        closing = []
+        for node in self._started:
+            with contextlib.suppress(Exception):
+                closing.append(node.close())
+        with contextlib.suppress(Exception):
+            ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS)
+        for node in self._started:
+            node.end()
+        ray.shutdown()
+
+
+def connect(config: RunConfig) -> Cluster:
+    """Join the cluster at `ray.address`, or start a local one where none is named.
+
+    Raises:
+      ConfigError: Ray is not installed, or there is no cluster at that address.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("engine: ray needs the extra `ray`: pip install 'shoal[ray]'") from error
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")  # the latter in a job that was submitted
+    own = address is None
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False if own else None}
+    try:
+        with _own_signals():
+            ray.init("local", num_cpus=max(available_cores(), config.ray.actors_per_node or 1), **quiet) if own else ray.init(
+                address, **quiet
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = "on this machine" if own else f"at {address}"
+        raise ConfigError(
+            f"ray.address: no cluster could be {'started' if own else 'joined'} {where}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    per_node = config.ray.actors_per_node or _cpus_of_the_smallest(_machines())
+    return Cluster(1 if own and config.ray.nodes is None else config.ray.nodes, per_node, own)
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray puts a handler of its own on SIGTERM; ours end a run with its last checkpoint."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _machines() -> list[dict[str, Any]]:
+    import ray
+
+    machines: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return machines
+
+
+def _cpus_of_the_smallest(nodes: list[dict[str, Any]]) -> int:
+    cpus = [int(each["Resources"].get("CPU", 0)) for each in nodes if each["Alive"]]
+    return max(1, min((count for count in cpus if count), default=1))

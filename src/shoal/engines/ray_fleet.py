@@ -1,0 +1,402 @@
+"""The processes of a run on a Ray cluster, as the supervisor sees them: the learner here, actors on the nodes. Nothing is decided here; local.py decides.
+
+A node's fleet (engines/ray_node.py) is a tunnel: an actor there is told the same words as one here, and says the same. What shared memory does on one
+machine is done on the way: weights go before the first word that names their version, once per node; a finished rollout comes with the word that
+tells of it, and is checked before it is put into its slot here. So every decision, and with it every bit of a sync run, is that of the local engine.
+
+What is under way is bounded by what is leased: a slot's rollout crosses once, and one version of the weights per node.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shoal.config import RunConfig
+from shoal.engines.fleet import MAX_ACTORS, Death, Fleet, Process
+from shoal.engines.messages import Word, from_json, to_json
+from shoal.engines.plan import Plan
+from shoal.engines.question import read_log
+from shoal.engines.ray_cluster import Cluster, ClusterNode, connect
+from shoal.engines.ray_link import NodeLink
+from shoal.engines.ray_node import ACTIVITY, versions
+from shoal.engines.ray_words import Frame, Kind
+from shoal.errors import ConfigError, ProcessError, SchemaError
+from shoal.experience.envelope import Identity
+from shoal.experience.ring import Ring
+from shoal.experience.schema import Schema
+from shoal.experience.wire import unpack, unpack_part
+from shoal.supervision.channel import HasFileno, wait
+from shoal.supervision.heartbeat import RECORD
+from shoal.supervision.zygote import Exited, Lost, Role
+from shoal.weights.board import WeightBoard
+
+RENEW_SECONDS = 1.0  # between two looks for nodes that have come
+NODELESS_SECONDS = 30.0  # a run without any node waits so long for one
+STACK_SECONDS = 1.0
+_TIMES = ("begun_ns", "finished_ns")
+
+
+class RemoteChannel:
+    """An actor's channel whose other end lies on a node. Takes the part of a `Channel` in `Process`."""
+
+    def __init__(self, link: NodeLink, index: int, incarnation: int) -> None:
+        self._link, self._index, self._incarnation = link, index, incarnation
+        self.said: deque[bytes] = deque()
+
+    def send(self, message: bytes) -> bool:
+        return self.send_with_fds(message, ())
+
+    def send_with_fds(self, message: bytes, fds: Sequence[int]) -> bool:
+        """Always room: what the supervisor says is bounded by the slots that there are. The content of a file travels, not its descriptor."""
+        if self._link.lost:
+            raise EOFError(self._link.lost)
+        body = b"".join(os.pread(fd, os.fstat(fd).st_size, 0) for fd in fds)
+        self._link.post(Frame(Kind.WORD, self._index, self._incarnation, message, body))
+        return True
+
+    def receive(self) -> bytes | None:
+        return self.said.popleft() if self.said else None
+
+    def fileno(self) -> int:
+        return -1
+
+    def close(self) -> None:
+        self.said.clear()
+
+
+class RayFleet(Fleet):
+    """As `Fleet`, with the actors on the nodes of a cluster."""
+
+    def __init__(
+        self, config: RunConfig, pickled: bytes | None, directory: Path, run_id: bytes, traces: str, told: Callable[..., None]
+    ) -> None:
+        """told: of what happens to nodes, as `Observer.event`."""
+        super().__init__(config, pickled, directory, run_id, traces)
+        self._run_id, self._told = run_id, told
+        self._cluster: Cluster | None = None
+        self._links: dict[str, NodeLink] = {}  # by the node's id
+        self._homes: dict[int, NodeLink] = {}  # by an actor's index
+        self._events: list[Death | Lost] = []
+        self._arrived: dict[tuple[int, Identity], bytes] = {}
+        self._states: dict[int, str] = {}
+        self._clocks: dict[NodeLink, int] = {}  # ns to add to a node's monotonic clock
+        self._setup: bytes = b""
+        self._ring: Ring | None = None
+        self._board: WeightBoard | None = None
+        self._weights_lock = threading.Lock()
+        self._newest: tuple[int, bytes] = (-1, b"")
+        self._renewed_at = self._lost_at = 0.0
+        self._num_groups = self._num_weights = 0
+
+    # ---- start and end -------------------------------------------------------------------------------------------
+    def open(self) -> None:
+        """The helper process here imports while the cluster is joined."""
+        super().open()
+        self._cluster = self._cluster or connect(self._config)
+
+    @property
+    def cluster(self) -> Cluster:
+        if self._cluster is None:
+            raise ProcessError("the engine is not open")
+        return self._cluster
+
+    def allocate(self, schema: Schema, plan: Plan, weights: int) -> Ring:
+        ring = super().allocate(schema, plan, weights)
+        assert self._memory is not None
+        self._ring = ring
+        self._num_weights = weights
+        self._board = WeightBoard(weights, self._memory.buffer[self._common["ring_bytes"] :])
+        self._setup = node_setup(self._config, self._common, schema, weights)
+        self.actors = []
+        self._num_groups = plan.num_groups
+        for node in self.cluster.wait_for_nodes():
+            self._join(node)
+        self._check_nodes()
+        for link in self._links.values():
+            self._populate(link)
+        return ring
+
+    def close(self) -> None:
+        for link in self._links.values():
+            link.close()
+        if self._cluster is not None:
+            self._cluster.close()
+        super().close()
+
+    def _join(self, node: ClusterNode) -> NodeLink:
+        link = NodeLink(node.name, self.cluster.start(node, self._setup, self._pickled), self._weights_for)
+        self._links[node.id] = link
+        return link
+
+    def _check_nodes(self) -> None:
+        """Raise ConfigError where a node has other versions of what the numbers depend on."""
+        for link in self._links.values():
+            theirs = from_json(link.node.look())
+            different = [
+                f"{name} {theirs['versions'].get(name) or 'is missing'} (here {version or 'missing'})"
+                for name, version in versions().items()
+                if theirs["versions"].get(name, "") != version
+            ]
+            if different:
+                raise ConfigError(f"ray: node {link.name} ({theirs['host']}) differs: {', '.join(different)}; install the same there")
+
+    def _living(self) -> list[Process]:
+        return [process for process in self.actors if not process.retired]
+
+    def _populate(self, link: NodeLink) -> None:
+        """Places for actors on a node, as long as there is a group for each."""
+        for _ in range(self.cluster.actors_per_node):
+            if len(self._living()) < self._num_groups and len(self.actors) < MAX_ACTORS:
+                self.actors.append(self._housed(len(self.actors), link))
+
+    def _housed(self, index: int, link: NodeLink) -> Process:
+        self._homes[index] = link
+        return Process("actor", index, node=link.name)
+
+    def add_actor(self, index: int) -> Process:
+        """On the node that has the fewest.
+
+        Raises:
+          ProcessError: there is no node now.
+        """
+        if not self._links:
+            raise ProcessError("no node of the cluster is there")
+        homes = [self._homes[process.index] for process in self._living()]
+        return self._housed(index, min(self._links.values(), key=lambda link: (homes.count(link), link.name)))
+
+    # ---- roles ---------------------------------------------------------------------------------------------------
+    def start(self, process: Process, setup: dict[str, Any], encode: Callable[[bytes], bytes] = lambda body: body) -> None:
+        if process.name != "actor":
+            super().start(process, setup, encode)
+            return
+        link = self._homes[process.index]
+        config = self._config.model_dump(mode="json", by_alias=True)
+        channel: Any = RemoteChannel(link, process.index, process.incarnation)
+        process.channel, process.ready, process.doomed, process.pid = channel, False, "", 0
+        process.asked_at = process.told_at = time.monotonic()
+        body = to_json({"config": config, **self._common, **setup, "traces": ""})
+        link.post(Frame(Kind.START, process.index, process.incarnation, body=body))
+
+    def kill(self, process: Process, why: str) -> None:
+        if process.name != "actor":
+            super().kill(process, why)
+        elif process.up and not process.doomed:
+            process.doomed, process.doomed_at = why, time.monotonic()
+            self._homes[process.index].post(Frame(Kind.KILL, process.index, process.incarnation))
+
+    def stop_all(self, why: str) -> Lost | None:
+        lost = super().stop_all(why)
+        self._arrived.clear()
+        with self._weights_lock:
+            self._newest = (-1, b"")
+            for link in self._links.values():
+                link.forget_weights()
+        return lost
+
+    # ---- what is heard -------------------------------------------------------------------------------------------
+    def listen(self, timeout_seconds: float, also: Sequence[HasFileno] = ()) -> list[HasFileno]:
+        own = [p for p in self.processes if p.name != "actor"]
+        for process in own:
+            self.flush(process)
+        waiting: list[HasFileno] = [*(p.channel for p in own if p.channel is not None), self.zygote, *self._links.values(), *also]
+        if self._events or any(self._said(actor) for actor in self.actors):
+            timeout_seconds = 0.0
+        ready = wait(waiting, timeout_seconds)
+        for link in list(self._links.values()):
+            if link in ready:
+                self._take_in(link)
+        if self._events and self.zygote not in ready:
+            ready.append(self.zygote)
+        return [*ready, *(actor.channel for actor in self.actors if actor.channel is not None and self._said(actor))]
+
+    @staticmethod
+    def _said(actor: Process) -> bool:
+        return isinstance(actor.channel, RemoteChannel) and bool(actor.channel.said)
+
+    def happened(self) -> list[Death | Lost]:
+        for link in list(self._links.values()):
+            self._take_in(link)
+        events, self._events = self._events, []
+        return super().happened() + events
+
+    def sources(self) -> list[HasFileno]:
+        return [self.zygote, *self._links.values()]
+
+    def _take_in(self, link: NodeLink) -> None:
+        for frame in link.take():
+            if frame.kind is Kind.ACTIVITIES:
+                self._take_activities(link, frame)
+                continue
+            if frame.kind is Kind.HAPPENED and not frame.index and from_json(frame.head)["is"] == "lost":
+                self._told("warning", message=f"node {link.name}: {from_json(frame.head)['reason'].splitlines()[0]}; it is started again")
+                continue
+            process = self._actor_of(link, frame)
+            if process is not None:
+                self._take(process, frame)
+        if link.lost:
+            self._lose(link)
+
+    def _actor_of(self, link: NodeLink, frame: Frame) -> Process | None:
+        """The living actor that a frame is of; None where it is of an earlier incarnation, or lives elsewhere by now."""
+        for process in self.actors:
+            if (
+                process.index == frame.index
+                and process.incarnation == frame.incarnation
+                and process.up
+                and self._homes[process.index] is link
+            ):
+                return process
+        return None
+
+    def _take(self, process: Process, frame: Frame) -> None:
+        if frame.kind is Kind.WORD:
+            if frame.body:
+                word = Word.decode(frame.head)
+                self._arrived[word.slot, word.identity] = frame.body
+            process.channel.said.append(frame.head)  # type: ignore[union-attr]
+        elif frame.kind is Kind.PARTIAL and self._ring is not None:
+            (index,) = struct.unpack("<I", frame.head)
+            try:
+                unpack_part(frame.body, self._ring.slots[index])
+            except (SchemaError, IndexError) as error:
+                self._told("warning", message=f"what actor-{process.index} was making when it died cannot be read: {error}")
+        elif frame.kind is Kind.LOG:
+            with self.log_of(process).open("ab") as log:
+                log.write(frame.body)
+        elif frame.kind is Kind.HAPPENED:
+            said = from_json(frame.head)
+            if said["is"] == "forked":
+                process.pid = said["pid"]
+            else:
+                self._dead(process, Exited(said["pid"], Role("actor", process.index, process.incarnation), said["status"], said["error"]))
+
+    def _dead(self, process: Process, exited: Exited) -> None:
+        assert self._activities is not None
+        crashed = exited.crashed and not process.doomed
+        record = self._activities.record(1 + process.index)
+        self._events.append(Death(process, exited.describe(), process.doomed, crashed, record))
+
+    def _lose(self, link: NodeLink) -> None:
+        """All that lived on a node that is gone is dead, as far as this run is concerned, and its groups move to others; what it says later is
+        not heard."""
+        del self._links[next(node_id for node_id, each in self._links.items() if each is link)]
+        link.close()
+        link.node.end()
+        lived = [process for process in self._living() if self._homes[process.index] is link]
+        self._told("node_lost", node=link.name, reason=link.lost, actors=[process.index for process in lived])
+        self._lost_at = time.monotonic()
+        for process in lived:
+            process.retired = True
+            if process.up:
+                self._dead(
+                    process, Exited(0, Role("actor", process.index, process.incarnation), None, f"node {link.name} is lost: {link.lost}")
+                )
+
+    def _take_activities(self, link: NodeLink, frame: Frame) -> None:
+        (now_ns,) = struct.unpack("<q", frame.head)
+        offset = time.monotonic_ns() - now_ns  # what the way took is in it, which the least of all hardly has
+        self._clocks[link] = offset = min(offset, self._clocks.get(link, offset))
+        assert self._activities is not None
+        size = ACTIVITY.size + RECORD.itemsize
+        for at in range(0, len(frame.body) - size + 1, size):
+            index, letter = ACTIVITY.unpack_from(frame.body, at)
+            if self._homes.get(index) is not link:
+                continue
+            record = np.frombuffer(frame.body, RECORD, 1, at + ACTIVITY.size).copy()
+            record["since_ns"] += offset
+            self._activities.put(1 + index, record)
+            self._states[index] = letter.decode()
+
+    def collect(self, actor: Process, word: Word, newest_version: int) -> None:
+        """Put the rollout that came with a word into its slot, which is leased to that actor.
+
+        Raises:
+          SchemaError: none came, or what came does not stand its checks.
+        """
+        assert self._ring is not None
+        body = self._arrived.pop((word.slot, word.identity), b"")
+        slot = self._ring.slots[word.slot]
+        unpack(body, slot, self._run_id, word.identity, newest_version)
+        for name in _TIMES:
+            slot.envelope[name] += self._clocks.get(self._homes[actor.index], 0)
+
+    # ---- nodes that come -------------------------------------------------------------------------------------------
+    def renew(self) -> bool:
+        """Take in nodes that have come since, with actors; says whether there are any.
+
+        Raises:
+          ProcessError: no node has been left for NODELESS_SECONDS.
+        """
+        now = time.monotonic()
+        if now - self._renewed_at < RENEW_SECONDS:
+            return False
+        self._renewed_at = now
+        before = len(self.actors)
+        for node in self.cluster.new_nodes(set(self._links)):
+            link = self._join(node)
+            self._told("node_joined", node=link.name)
+            self._populate(link)
+        if not self._links and now - self._lost_at > NODELESS_SECONDS:
+            raise ProcessError("no node of the cluster is left; `shoal resume` goes on from the newest checkpoint")
+        return len(self.actors) > before
+
+    # ---- looking ---------------------------------------------------------------------------------------------------
+    def state_of(self, process: Process) -> str | None:
+        return super().state_of(process) if process.name != "actor" else self._states.get(process.index)
+
+    def stopped_itself(self, process: Process) -> bool:
+        return process.name != "actor" and super().stopped_itself(process)
+
+    def dump(self, process: Process) -> None:
+        if process.name != "actor":
+            super().dump(process)
+        elif process.index in self._homes:
+            self._homes[process.index].post(Frame(Kind.DUMP, process.index, process.incarnation))
+
+    def stack_of(self, process: Process) -> str:
+        if process.name != "actor":
+            return super().stack_of(process)
+        log = self.log_of(process)
+        begin = log.stat().st_size if log.exists() else 0
+        self.dump(process)
+        deadline = time.monotonic() + STACK_SECONDS
+        link = self._homes[process.index]
+        while time.monotonic() < deadline and not link.lost:
+            wait([link], 0.1)
+            self._take_in(link)
+        return read_log(log, begin)
+
+    # ---- weights -------------------------------------------------------------------------------------------------
+    def _weights_for(self, version: int) -> tuple[int, bytes]:
+        """This version or a newer one, read once for all nodes; called from their threads."""
+        with self._weights_lock:
+            if self._newest[0] < version:
+                assert self._board is not None
+                flat = np.empty(self._num_weights, np.float32)
+                self._newest = self._board.read(flat), flat.tobytes()
+            return self._newest
+
+
+def node_setup(config: RunConfig, common: dict[str, Any], schema: Schema, weights: int) -> bytes:
+    """What a node builds its memory from: the same sizes and numbers of slots as here."""
+    fields = [{"name": f.name, "dtype": f.dtype, "shape": list(f.shape), "axis": f.axis} for f in schema.fields]
+    sizes = {name: common[name] for name in ("ring_bytes", "memory_bytes", "num_slots", "num_roles")}
+    return to_json(
+        {
+            "config": config.model_dump(mode="json", by_alias=True),
+            "fields": fields,
+            "num_rows": schema.num_rows,
+            "num_envs": schema.num_envs,
+            "weights": weights,
+            **sizes,
+        }
+    )

@@ -1,0 +1,147 @@
+"""The driver's end of the way to one node (engines/ray_node.py): two threads that call it, so that the supervisor's loop never waits for a network.
+
+consumes    frames of the supervisor (`post`), and what the node answers
+waits for   the node's answers, as long as its handle lets it
+unblocked   by an answer, or by the handle's error: the node is dead, or has been silent for too long
+on failure  `lost` says why, once; nothing of this node is heard any more
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from shoal.engines.messages import Kind as Told
+from shoal.engines.messages import Word
+from shoal.engines.ray_words import Frame, Kind, decode, encode
+
+MESSAGE_BYTES = 4 << 20  # of orders in one message, but for a single frame that is larger
+
+Weights = Callable[[int], tuple[int, bytes]]  # a version -> that version or a newer one, and its bytes
+
+
+class NodeHandle(Protocol):
+    """A node, wherever it is. Each method returns when it is done, or raises: the node is gone."""
+
+    def say(self, message: bytes) -> None: ...
+    def hear(self) -> bytes: ...
+    def look(self) -> bytes: ...
+    def end(self) -> None: ...
+
+
+class NodeLink:
+    """One node as the supervisor sees it. `post`, `take` and `close` are for the supervisor's thread.
+
+    Args:
+      weights: called from a thread of this link.
+    Attributes:
+      name: of the node, for people. lost: why it is gone; empty while it is there. bytes_said, bytes_heard, messages: since the beginning.
+    """
+
+    def __init__(self, name: str, node: NodeHandle, weights: Weights) -> None:
+        self.name, self.node, self.lost = name, node, ""
+        self.bytes_said = self.bytes_heard = self.messages = 0
+        self._weights = weights
+        self._sent_version = -1
+        self._out: deque[Frame] = deque()
+        self._in: deque[Frame] = deque()
+        self._room = threading.Condition()
+        self._closing = False
+        self._ready = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        for work in (self._say, self._hear):
+            threading.Thread(target=self._guard, args=(work,), name=f"link-{name}", daemon=True).start()
+
+    def fileno(self) -> int:
+        """Ready when `take` has something, or the node was lost."""
+        return self._ready
+
+    def post(self, frame: Frame) -> None:
+        """Have the node told; in order, some time soon."""
+        with self._room:
+            self._out.append(frame)
+            self._room.notify_all()
+
+    def forget_weights(self) -> None:
+        """The versions begin again: the run goes back to a checkpoint."""
+        with self._room:
+            self._sent_version = -1
+
+    def take(self) -> list[Frame]:
+        """What the node said since the last call."""
+        try:
+            os.eventfd_read(self._ready)
+        except BlockingIOError:
+            return []
+        taken: list[Frame] = []
+        while self._in:
+            taken.append(self._in.popleft())
+        return taken
+
+    def close(self) -> None:
+        """Let the threads end, which they do with the call that they are in. May be called twice."""
+        with self._room:
+            self._closing = True
+            self._room.notify_all()
+
+    # ---- the threads ---------------------------------------------------------------------------------------------
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            with self._room:
+                first, self._closing = not self._closing, True
+                self._room.notify_all()
+            if first:
+                self.lost = str(error) or type(error).__name__
+                os.eventfd_write(self._ready, 1)
+
+    def _say(self) -> None:
+        while True:
+            with self._room:
+                self._room.wait_for(lambda: self._out or self._closing)
+                if self._closing:
+                    return
+                frames = self._next()
+            message = encode(self._with_weights(frames))
+            self.node.say(message)
+            self.bytes_said += len(message)
+            self.messages += 1
+
+    def _next(self) -> list[Frame]:
+        frames = [self._out.popleft()]
+        size = frames[0].size
+        while self._out and size + self._out[0].size <= MESSAGE_BYTES:
+            frames.append(self._out.popleft())
+            size += frames[-1].size
+        return frames
+
+    def _with_weights(self, frames: list[Frame]) -> list[Frame]:
+        """Weights go before the first word that names their version."""
+        out: list[Frame] = []
+        for frame in frames:
+            version = _named_version(frame)
+            if version > self._sent_version:
+                self._sent_version, flat = self._weights(version)
+                out.append(Frame(Kind.WEIGHTS, head=struct.pack("<q", self._sent_version), body=flat))
+            out.append(frame)
+        return out
+
+    def _hear(self) -> None:
+        while not self._closing:
+            message = self.node.hear()
+            self.bytes_heard += len(message)
+            self.messages += 1
+            if frames := list(decode(message)):
+                self._in.extend(frames)
+                os.eventfd_write(self._ready, 1)
+
+
+def _named_version(frame: Frame) -> int:
+    if frame.kind is not Kind.WORD:
+        return -1
+    word = Word.decode(frame.head)
+    return word.value if word.kind in (Told.LEASE, Told.PUBLISHED) else -1

@@ -1,0 +1,307 @@
+"""The fleet of one node: actors in processes of that machine, as the local engine has them, and the way between them and a driver elsewhere.
+
+The driver decides all. It says whom to start, to kill and what to make (`say`), and hears what they answer (`hear`); a rollout that is finished goes
+along with the word that tells of it. Weights come once per version, and lie in this node's own board for all of its actors.
+
+    consumes    frames of the driver; words of the actors; exits told by the zygote
+    waits for   all of them together, POLL_SECONDS at most
+    unblocked   by any of them
+    on failure  a zygote that is lost is told with all of its processes, and another one is started; the end of the process that holds the node ends all of them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import socket
+import struct
+import tempfile
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shoal.engines.fleet import Process, flush, tell, tell_with_file, words
+from shoal.engines.messages import Kind as Told
+from shoal.engines.messages import Word, from_json, to_json
+from shoal.engines.ray_words import Frame, Kind, decode, encode
+from shoal.errors import SchemaError
+from shoal.experience.envelope import Identity
+from shoal.experience.ring import Ring
+from shoal.experience.schema import Schema
+from shoal.experience.wire import pack
+from shoal.supervision.channel import Channel, HasFileno, wait
+from shoal.supervision.heartbeat import ActivityBoard
+from shoal.supervision.memory import SharedMemory
+from shoal.supervision.processes import process_state
+from shoal.supervision.zygote import Exited, Forked, Lost, Zygote
+from shoal.types import FieldSpec
+from shoal.weights.board import WeightBoard
+
+POLL_SECONDS = 0.25
+HEAR_SECONDS = 1.0  # an answer comes at least so often, if an empty one
+REPORT_BYTES = 8 << 20  # of one answer, but for a single rollout that is larger
+LOG_BYTES = 1 << 16  # of a process's log in one frame
+RESTART_SECONDS = 1.0  # between two zygotes
+PRELOAD = ["torch", "gymnasium", "shoal.engines.mains"]
+PACKAGES = ("shoal", "torch", "numpy", "gymnasium", "ale-py", "mujoco", "box2d")
+ACTIVITY = struct.Struct("<Ic3x")  # index, the kernel's letter; a RECORD follows
+
+
+@dataclass
+class _Hosted(Process):
+    """An actor here, as the driver sees it: what it is making, and how much of its log was told."""
+
+    leases: dict[int, Identity] = field(default_factory=dict)
+    log_at: int = 0
+
+
+class Node:
+    """`say` and `hear` are called from two threads, `look` and `close` from any; a third one serves.
+
+    Args:
+      setup: JSON: config, fields and sizes (see `node_setup` of engines/ray_fleet.py).
+      pickled: the user's own objects by cloudpickle, which only the actors open; None for none.
+    """
+
+    def __init__(self, setup: bytes, pickled: bytes | None) -> None:
+        facts = from_json(setup)
+        self._config, self._pickled = facts["config"], pickled
+        fields = tuple(FieldSpec(f["name"], f["dtype"], tuple(f["shape"]), f["axis"]) for f in facts["fields"])
+        schema = Schema(fields, facts["num_rows"], facts["num_envs"])
+        self._memory = SharedMemory.create(facts["memory_bytes"])
+        self._ring = Ring(schema, facts["num_slots"], self._memory.buffer[: facts["ring_bytes"]])
+        self._board = WeightBoard(facts["weights"], self._memory.buffer[facts["ring_bytes"] :])
+        self._board.reset()
+        self._num_weights: int = facts["weights"]
+        self._activities = ActivityBoard.create(facts["num_roles"])
+        self._directory = Path(tempfile.mkdtemp(prefix="shoal-node-"))
+        self._actors: dict[int, _Hosted] = {}
+        self._orders: deque[Frame] = deque()
+        self._reports: deque[Frame] = deque()
+        self._something = threading.Condition()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._closing = False
+        self._failure = ""
+        self._told_at = 0.0
+        self._thread = threading.Thread(target=self._run, name="node", daemon=True)
+        self._thread.start()
+
+    # ---- called by the driver ------------------------------------------------------------------------------------
+    def say(self, message: bytes) -> None:
+        """Orders, in one message; returns once they are taken, not once they are done."""
+        self._orders.extend(decode(message))
+        os.eventfd_write(self._wake, 1)
+
+    def hear(self) -> bytes:
+        """What happened since the last call, in one message: waits HEAR_SECONDS at most. Raises RuntimeError where this node serves no more."""
+        with self._something:
+            self._something.wait_for(lambda: self._reports or self._failure, HEAR_SECONDS)
+            if self._failure:
+                raise RuntimeError(self._failure)
+            told: list[Frame] = []
+            size = 0
+            while self._reports and (not told or size + self._reports[0].size <= REPORT_BYTES):
+                told.append(self._reports.popleft())
+                size += told[-1].size
+        return encode(told)
+
+    def look(self) -> bytes:
+        """What this node is: JSON with host, pid and `versions`."""
+        return to_json({"host": socket.gethostname(), "pid": os.getpid(), "versions": versions()})
+
+    def close(self) -> None:
+        """End all processes. Returns when nothing is left."""
+        self._closing = True
+        os.eventfd_write(self._wake, 1)
+        self._thread.join()
+
+    # ---- the thread that serves ----------------------------------------------------------------------------------
+    def _run(self) -> None:
+        try:
+            self._zygote = self._start_zygote()
+            while not self._closing:
+                self._serve()
+        except BaseException as error:  # told to the driver, which gives this node up
+            with self._something:
+                self._failure = f"{type(error).__name__}: {error}"
+                self._something.notify_all()
+        finally:
+            self._zygote.close()
+            for actor in self._actors.values():
+                actor.ended()
+            self._memory.close()
+            self._activities.close()
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _start_zygote(self) -> Zygote:
+        return Zygote.start({"config": self._config}, self._pickled, PRELOAD, log_path=self._directory / "zygote.log")
+
+    def _serve(self) -> None:
+        for actor in self._actors.values():
+            flush(actor)
+        channels: list[HasFileno] = [actor.channel for actor in self._actors.values() if actor.channel is not None]
+        wait([*channels, self._zygote, _Fd(self._wake)], POLL_SECONDS)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+        while self._orders:
+            self._obey(self._orders.popleft())
+        for actor in self._actors.values():
+            self._hear(actor)
+        for event in self._zygote.receive():
+            self._happened(event)
+        if time.monotonic() - self._told_at >= POLL_SECONDS:
+            self._told_at = time.monotonic()
+            self._tell_activities()
+
+    def _report(self, *frames: Frame) -> None:
+        with self._something:
+            self._reports.extend(frames)
+            self._something.notify_all()
+
+    # ---- orders --------------------------------------------------------------------------------------------------
+    def _obey(self, order: Frame) -> None:
+        if order.kind is Kind.WEIGHTS:
+            (version,) = struct.unpack("<q", order.head)
+            if version <= self._board.version:  # the run went back to a checkpoint, and nobody is reading
+                self._board.reset()
+            self._board.publish(version, np.frombuffer(order.body, np.float32, self._num_weights))
+        elif order.kind is Kind.START:
+            self._start(order)
+        else:
+            actor = self._actors.get(order.index)
+            if actor is None or actor.incarnation != order.incarnation or not actor.up:
+                return
+            if order.kind is Kind.WORD:
+                self._pass_on(actor, order)
+            elif order.kind is Kind.KILL:
+                actor.doomed = "told to"
+                if actor.pid:
+                    self._zygote.kill(actor.pid)
+            elif order.kind is Kind.DUMP and actor.pid:
+                self._zygote.dump(actor.pid)
+
+    def _start(self, order: Frame) -> None:
+        before = self._actors.get(order.index)
+        if before is not None and before.up:
+            return  # its death is told first; the driver orders no start before it heard of that
+        actor = _Hosted("actor", order.index, order.incarnation, log_at=before.log_at if before is not None else 0)
+        self._actors[order.index] = actor
+        try:
+            actor.channel, theirs = Channel.pair()
+            fds = (self._memory.fd, self._activities.fd)
+            self._zygote.fork("shoal.engines.mains:actor_main", "actor", order.index, order.incarnation, theirs, fds)
+        except OSError as error:
+            self._report(_exited(actor, None, f"could not be started: {error.strerror or error}"))
+            actor.ended()
+            return
+        tell_with_file(actor, Word(Told.SETUP, body=b"{}").encode(), order.body)
+
+    def _pass_on(self, actor: _Hosted, order: Frame) -> None:
+        word = Word.decode(order.head)
+        if word.kind is Told.LEASE:
+            self._ring.slots[word.slot].envelope["num_rows"] = 0
+            actor.leases[word.slot] = word.identity
+        if order.body:
+            tell_with_file(actor, order.head, order.body)
+        else:
+            tell(actor, order.head)
+
+    # ---- what happens here ---------------------------------------------------------------------------------------
+    def _hear(self, actor: _Hosted) -> None:
+        for message in words(actor):
+            body = b""
+            try:
+                word = Word.decode(message)
+                if word.kind is Told.FILLED and actor.leases.pop(word.slot, None) == word.identity:
+                    slot = self._ring.slots[word.slot]
+                    slot.check_counts()
+                    body = pack(slot)
+            except (ValueError, SchemaError):
+                pass  # the driver sees that it is no word, or that no rollout comes with it
+            self._report(Frame(Kind.WORD, actor.index, actor.incarnation, message, body))
+
+    def _happened(self, event: object) -> None:
+        if isinstance(event, Lost):
+            self._report(Frame(Kind.HAPPENED, head=to_json({"is": "lost", "reason": event.reason})))
+            time.sleep(RESTART_SECONDS)
+            self._zygote = self._start_zygote()
+        if not isinstance(event, (Forked, Exited)):
+            return
+        actor = self._actors.get(event.role.index)
+        if actor is None or actor.incarnation != event.role.incarnation or not actor.up:
+            return
+        if isinstance(event, Forked):
+            actor.pid = event.pid
+            self._report(Frame(Kind.HAPPENED, actor.index, actor.incarnation, to_json({"is": "forked", "pid": event.pid})))
+            if actor.doomed:
+                self._zygote.kill(event.pid)
+            return
+        self._hear(actor)
+        self._tell_activities()
+        self._tell_remains(actor)
+        self._report(_exited(actor, event.status, event.error))
+        actor.ended()
+        actor.incarnation -= 1  # the driver counts
+
+    def _tell_remains(self, actor: _Hosted) -> None:
+        """What an actor was making when it died, so that its steps are counted, and the place where it broke is known."""
+        for index, identity in actor.leases.items():
+            slot = self._ring.slots[index]
+            try:
+                if slot.identity == identity and int(slot.envelope["num_rows"]):
+                    slot.check_counts()
+                    self._report(Frame(Kind.PARTIAL, actor.index, actor.incarnation, struct.pack("<I", index), pack(slot)))
+            except SchemaError:
+                continue  # it died in the middle of writing its header
+        actor.leases.clear()
+
+    def _tell_activities(self) -> None:
+        parts = []
+        for actor in self._actors.values():
+            state = (process_state(actor.pid) or "?") if actor.pid else "?"
+            parts.append(ACTIVITY.pack(actor.index, state.encode()) + self._activities.raw(1 + actor.index))
+            self._tell_log(actor)
+        if parts:
+            self._report(Frame(Kind.ACTIVITIES, head=struct.pack("<q", time.monotonic_ns()), body=b"".join(parts)))
+
+    def _tell_log(self, actor: _Hosted) -> None:
+        path = self._directory / f"actor-{actor.index}.log"
+        if path.exists() and path.stat().st_size > actor.log_at:
+            with path.open("rb") as file:
+                file.seek(actor.log_at)
+                written = file.read(LOG_BYTES)
+            actor.log_at += len(written)
+            self._report(Frame(Kind.LOG, actor.index, actor.incarnation, body=written))
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers of a run depend on, here; empty where a package is missing."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
+@dataclass(frozen=True)
+class _Fd:
+    fd: int
+
+    def fileno(self) -> int:
+        return self.fd
+
+
+def _exited(actor: Process, status: int | None, error: str) -> Frame:
+    facts: dict[str, Any] = {"is": "exited", "pid": actor.pid, "status": status, "error": error}
+    return Frame(Kind.HAPPENED, actor.index, actor.incarnation, json.dumps(facts).encode())

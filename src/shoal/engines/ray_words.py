@@ -1,0 +1,67 @@
+"""What travels between the driver and the fleet of one node: many small words and some large bodies in one message of raw bytes, no pickle.
+
+Every word names a process (its role's index and incarnation). Those that are meant for a process, or come from one, are handed on as they are
+(engines/messages.py); the others are about processes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+_HEAD = struct.Struct("<BxxxIIQQ")
+
+
+class Kind(IntEnum):
+    """What a `Frame` is."""
+
+    # to a node
+    START = 1  # fork an actor; body: its set-up, JSON
+    WORD = 2  # either way: head: a word of engines/messages.py; body: the file that comes along, or the rollout that is finished
+    KILL = 3
+    WEIGHTS = 4  # head: version, int64; body: float32 weights. Words behind it may name that version
+    DUMP = 5  # have a process write its stacks into its log
+    # from a node
+    HAPPENED = 17  # head: JSON, what the zygote told of a process, or of itself
+    PARTIAL = 18  # head: slot, uint32; body: the rollout as far as it was when its actor died
+    ACTIVITIES = 19  # head: this machine's monotonic clock, int64 ns; body: activity records of all processes, and their states
+    LOG = 20  # body: what a process wrote since
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One word. `index` and `incarnation` of the actor that it is about."""
+
+    kind: Kind
+    index: int = 0
+    incarnation: int = 0
+    head: bytes = b""
+    body: bytes = b""
+
+    @property
+    def size(self) -> int:
+        return _HEAD.size + len(self.head) + len(self.body)
+
+
+def encode(frames: Iterable[Frame]) -> bytes:
+    """One message; the inverse is `decode`."""
+    parts: list[bytes] = []
+    for frame in frames:
+        parts += [_HEAD.pack(frame.kind, frame.index, frame.incarnation, len(frame.head), len(frame.body)), frame.head, frame.body]
+    return b"".join(parts)
+
+
+def decode(message: bytes) -> Iterator[Frame]:
+    """The frames of a message, in order. Raises ValueError for bytes that are none, at the first that is not whole."""
+    view, at = memoryview(message), 0
+    while at < len(view):
+        if len(view) - at < _HEAD.size:
+            raise ValueError(f"a frame has at least {_HEAD.size} bytes, {len(view) - at} are left")
+        kind, index, incarnation, head, body = _HEAD.unpack_from(view, at)
+        at += _HEAD.size
+        if head + body > len(view) - at:
+            raise ValueError(f"a frame of {head + body} bytes is said to come, {len(view) - at} are left")
+        yield Frame(Kind(kind), index, incarnation, bytes(view[at : at + head]), bytes(view[at + head : at + head + body]))
+        at += head + body

@@ -1,0 +1,110 @@
+"""A rollout as bytes, for a way that is no shared memory: its header, and of each field the rows that were written, in the schema's order.
+
+What comes back out is what went in, byte for byte; what was never written does not travel. A reader compares the schema's hash first, then all
+counts, then the length, then the checksum, then whether the numbers are finite, and has written nothing of a message that fails before the last two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from shoal.errors import SchemaError
+from shoal.experience.envelope import ENVELOPE, Identity
+from shoal.experience.ring import Slot, check_header
+from shoal.experience.schema import Schema, numpy_dtype
+from shoal.types import FieldSpec
+
+HEADER_BYTES = ENVELOPE.itemsize
+
+
+def pack(slot: Slot) -> bytes:
+    """The rollout in `slot`, finished or as far as it is; its header must hold (Slot.check_counts)."""
+    return b"".join([slot.envelope.tobytes(), *(slot.arrays[f.name][:rows].data for f, rows in _parts(slot.schema, slot.envelope))])
+
+
+def packed_bytes(schema: Schema, header: np.void) -> int:
+    """Length of a packed rollout with this header."""
+    return HEADER_BYTES + sum(_row_bytes(schema, field) * rows for field, rows in _parts(schema, header))
+
+
+def unpack(message: bytes, slot: Slot, run_id: bytes, identity: Identity, newest_version: int) -> None:
+    """Write a packed rollout into `slot`, which nobody else reads or writes meanwhile.
+
+    Args:
+      identity: whose rollout is expected. newest_version: no row can have been chosen by a later policy.
+    Raises:
+      SchemaError: it is not a whole, finite rollout of this run, schema and identity.
+    """
+    header = _header(message, slot.schema)
+    check_header(header, slot.schema, "a rollout that came")
+    expected = packed_bytes(slot.schema, header)
+    if len(message) != expected:
+        raise SchemaError(f"a rollout of {len(message):,} bytes came, its header says {expected:,}")
+    at = HEADER_BYTES
+    for field, rows in _parts(slot.schema, header):
+        size = _row_bytes(slot.schema, field) * rows
+        into = slot.arrays[field.name][:rows]
+        into[...] = np.frombuffer(message, into.dtype, into.size, at).reshape(into.shape)
+        at += size
+    slot.arrays["envelope"][()] = header
+    slot.check(run_id, identity)
+    _check_numbers(slot, newest_version)
+
+
+def unpack_part(message: bytes, slot: Slot) -> None:
+    """Of a rollout that was never finished: its header, and which rows are valid, for whoever counts them. Raises SchemaError as `unpack`."""
+    header = _header(message, slot.schema)
+    check_header(header, slot.schema, "a part of a rollout that came")
+    if len(message) != packed_bytes(slot.schema, header):
+        raise SchemaError(f"a part of a rollout of {len(message):,} bytes came, its header says {packed_bytes(slot.schema, header):,}")
+    at = HEADER_BYTES
+    for field, rows in _parts(slot.schema, header):
+        size = _row_bytes(slot.schema, field) * rows
+        if field.name == "valid":
+            into = slot.arrays["valid"][:rows]
+            into[...] = np.frombuffer(message, into.dtype, into.size, at).reshape(into.shape)
+        at += size
+    slot.arrays["envelope"][()] = header
+
+
+def _header(message: bytes, schema: Schema) -> np.void:
+    if len(message) < HEADER_BYTES:
+        raise SchemaError(f"a rollout has at least {HEADER_BYTES} bytes, got {len(message)}")
+    header: np.void = np.frombuffer(message, ENVELOPE, 1)[0]
+    if header["schema_hash"].tobytes() != schema.hash:
+        raise SchemaError(f"a rollout with schema hash {header['schema_hash'].tobytes().hex()} came, expected {schema.hash.hex()}")
+    return header
+
+
+def _parts(schema: Schema, header: np.void) -> Iterator[tuple[FieldSpec, int]]:
+    """Fields behind the header, with how many entries of their first axis are written."""
+    num_rows, num_episodes, num_finals = (int(header[name]) for name in ("num_rows", "num_episodes", "num_finals"))
+    for field in schema.fields:
+        if field.axis == "T":
+            yield field, num_rows
+        elif field.axis == "T+1":
+            yield field, num_rows + 1
+        elif field.axis == "B":
+            yield field, schema.num_envs
+        elif field.axis == "final":
+            yield field, num_episodes if field.name == "episode" else num_finals
+
+
+def _row_bytes(schema: Schema, field: FieldSpec) -> int:
+    return int(np.prod(schema.full_shape(field)[1:], dtype=np.int64)) * numpy_dtype(field.dtype).itemsize
+
+
+def _check_numbers(slot: Slot, newest_version: int) -> None:
+    num_rows = int(slot.envelope["num_rows"])
+    for field in slot.schema.fields:
+        if field.axis in ("T", "T+1") and numpy_dtype(field.dtype).kind == "f":
+            rows = num_rows + (field.axis == "T+1")
+            if not np.isfinite(slot.arrays[field.name][:rows]).all():
+                raise SchemaError(f"a rollout came ({slot.identity}) whose {field.name} is not finite")
+    versions = slot.arrays["policy_version"][:num_rows][slot.arrays["valid"][:num_rows]]
+    if len(versions) and not (versions.min() >= 0 and versions.max() <= newest_version):
+        raise SchemaError(
+            f"a rollout came ({slot.identity}) of policy versions {versions.min()} to {versions.max()}; the newest is {newest_version}"
+        )

@@ -1,0 +1,177 @@
+"""Runs on a real Ray cluster: several raylets on this machine, the command line in processes of its own, nodes and drivers that are killed.
+
+Weights of a sync run are those of the local engine, with one, two and three nodes, and with one killed on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.cluster_utils
+
+from shoal.files import CheckpointDirectory
+from shoal.monitoring.store import RunReader
+
+SMALL = [
+    "CartPole-v1", "--preset", "none", "--sampling.groups", "4", "--sampling.group-size", "2", "--sampling.rollout-length", "16",
+    "--algorithm.minibatch-size", "64", "--algorithm.epochs", "2", "--seed", "3", "--evaluation.episodes", "0",
+]  # fmt: skip
+LIMIT_SECONDS = 300.0
+
+
+class Machines:
+    """A cluster of raylets, each with two CPUs."""
+
+    def __init__(self) -> None:
+        self.cluster = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        self.others: list[Any] = []
+
+    @property
+    def address(self) -> str:
+        return str(self.cluster.address)
+
+    def be(self, count: int) -> None:
+        """Have this many nodes, the head included."""
+        while len(self.others) + 1 > count:
+            self.cluster.remove_node(self.others.pop())
+        while len(self.others) + 1 < count:
+            self.others.append(self.cluster.add_node(num_cpus=2))
+        self.cluster.wait_for_nodes()
+
+    def kill_one(self) -> None:
+        """kill -9 of a raylet."""
+        node = self.others.pop()
+        node.kill_raylet()
+
+    def close(self) -> None:
+        self.cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Machines]:
+    made = Machines()
+    yield made
+    made.close()
+
+
+def start(run: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "shoal.cli", *arguments, "--json"]
+    environment = {**os.environ, "TERM": "dumb"}
+    with run.with_suffix(".log").open("a") as log:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=run.parent)
+
+
+def answer(process: subprocess.Popen[str], run: Path) -> dict[str, Any]:
+    said, _ = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 0, run.with_suffix(".log").read_text()[-4000:]
+    found: dict[str, Any] = json.loads(said)
+    return found
+
+
+def train(run: Path, *arguments: str) -> dict[str, Any]:
+    return answer(start(run, "train", *SMALL, *arguments, "--run-dir", str(run)), run)
+
+
+def updates_of(run: Path) -> int:
+    """Of the newest checkpoint; -1 before the first."""
+    paths = CheckpointDirectory(run / "checkpoints").paths()
+    return max((int(path.name.rpartition("-")[2]) for path in paths), default=-1)
+
+
+def wait_for(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not true():
+        assert process.poll() is None, "the run ended before what the test waits for"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    with RunReader(run / "run.db") as reader:
+        return list(reader.events(kind))
+
+
+def expected(directory: Path, updates: int) -> str:
+    return str(train(directory / "local", "--actors", "2", "--stop.updates", str(updates))["weights_sha256"])
+
+
+def test_one_two_and_three_nodes_learn_the_bits_of_the_local_engine(machines: Machines, tmp_path: Path) -> None:
+    wanted = expected(tmp_path, 10)
+    for count in (1, 2, 3):
+        machines.be(count)
+        on = ("--engine", "ray", "--address", machines.address, "--nodes", str(count), "--actors-per-node", "1", "--stop.updates", "10")
+        assert train(tmp_path / f"on{count}", *on)["weights_sha256"] == wanted
+
+
+def test_a_raylet_that_is_killed_costs_no_bit(machines: Machines, tmp_path: Path) -> None:
+    wanted = expected(tmp_path, 150)
+    machines.be(2)
+    run = tmp_path / "run"
+    saving = ("--checkpoint.every-updates", "10", "--stop.updates", "150")
+    process = start(
+        run, "train", *SMALL, "--engine", "ray", "--address", machines.address, "--actors-per-node", "1", *saving, "--run-dir", str(run)
+    )
+    wait_for(lambda: updates_of(run) >= 20, process)
+    machines.kill_one()
+    assert answer(process, run)["weights_sha256"] == wanted
+    assert len(events(run, "node_lost")) == 1
+
+
+def test_a_driver_that_is_killed_leaves_nothing_on_the_nodes_and_is_resumed(machines: Machines, tmp_path: Path) -> None:
+    wanted = expected(tmp_path, 60)
+    machines.be(2)
+    run = tmp_path / "run"
+    saving = ("--checkpoint.every-updates", "10", "--stop.updates", "60")
+    process = start(
+        run, "train", *SMALL, "--engine", "ray", "--address", machines.address, "--actors-per-node", "1", *saving, "--run-dir", str(run)
+    )
+    wait_for(lambda: updates_of(run) >= 20, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    deadline = time.monotonic() + 60.0
+    while left := named("shoal:actor"):
+        assert time.monotonic() < deadline, f"{left} are left"
+        time.sleep(0.1)
+    result = answer(start(run, "resume", str(run)), run)
+    assert result["weights_sha256"] == wanted
+
+
+def named(prefix: str) -> list[int]:
+    """Processes of this machine whose name begins so."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                name = (entry / "comm").read_text()
+            except OSError:
+                continue
+            if name.startswith(prefix):
+                found.append(int(entry.name))
+    return found
+
+
+def test_a_run_that_asks_for_more_nodes_than_there_are_is_told_so(
+    machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    process = start(run, "train", *SMALL, "--engine", "ray", "--nodes", "2", "--stop.updates", "1", "--run-dir", str(run))
+    process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 2
+    assert "ray.nodes: 2 with" in run.with_suffix(".log").read_text()
+
+
+def test_an_address_without_a_cluster_is_told_so(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(run, "train", *SMALL, "--engine", "ray", "--address", "127.0.0.1:1", "--stop.updates", "1", "--run-dir", str(run))
+    process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 2
+    assert "no cluster could be joined at 127.0.0.1:1" in run.with_suffix(".log").read_text()
