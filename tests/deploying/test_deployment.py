@@ -53,6 +53,11 @@ def test_a_runs_configuration_is_taken_from_its_directory(tmp_path: Path) -> Non
         ("seed: 3\n", {}, "no environment"),
         ("env: CartPole-v1\n", {"nodes": 5}, r"^nodes: 5 nodes cannot share 4 groups"),
         ("env: CartPole-v1\n", {"actors_per_node": 3}, r"--actors-per-node 2 or less, or raise sampling\.groups .* to 6"),
+        (
+            "env: CartPole-v1\n",
+            {"actors_per_node": 2, "cpus": 1},
+            "^actors-per-node: 2 actors need as many cores, and a node has 1; give --cpus 2",
+        ),
         ("env: CartPole-v1\n", {"name": "My_Run"}, "^name: 'My_Run' is no name for a cluster"),
         ("env: CartPole-v1\n", {"name": "a" * 41}, "^name: "),
         ("env: {id: 'callable:<lambda>'}\n", {}, "^env.id: callable:<lambda> was a Python object"),

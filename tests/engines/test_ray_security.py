@@ -7,6 +7,8 @@ import os
 import socket
 import ssl
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -227,9 +229,34 @@ def test_no_tls_and_a_token_that_others_may_read_are_warned_of(tmp_path: Path) -
 
 
 def test_what_cannot_be_asked_is_not_known(tmp_path: Path) -> None:
-    assert ray_security.asks_for_token("ray://host:10001", {}) is None
-    lost = {name: value for name, value in os.environ.items() if name == "PATH"}
-    assert ray_security.asks_for_token("127.0.0.1:1", {**lost, "PYTHONPATH": str(tmp_path)}, timeout_seconds=60) is None
+    """Also not where Ray is missing: the process that asks finds no module of this name."""
+    (tmp_path / "ray.py").write_text("raise ImportError('no Ray here')")
+    around = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)}
+    for address in ("127.0.0.1:1", "ray://127.0.0.1:1"):
+        assert ray_security.asks_for_token(address, around, timeout_seconds=60) is None
+
+
+def test_the_process_that_asks_has_no_token_and_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    (tmp_path / "ray.py").write_text("import time\ntime.sleep(600)")
+    around = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(tmp_path),
+        "RAY_AUTH_TOKEN": "t0ken",
+        "RAY_AUTH_TOKEN_PATH": "/a",
+        "RAY_AUTH_MODE": "token",
+    }
+    assert ray_security.asks_for_token("127.0.0.1:1", around, timeout_seconds=2) is None
+    done = subprocess.run
+    seen: dict[str, str] = {}
+
+    def look(*args: Any, env: dict[str, str], **how: Any) -> Any:
+        seen.update(env)
+        return done([sys.executable, "-c", "print('REFUSED')"], **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_security.subprocess, "run", look)
+        assert ray_security.asks_for_token("127.0.0.1:1", around) is True
+    assert {name: value for name, value in seen.items() if "AUTH" in name} == {"RAY_AUTH_MODE": "disabled"}
 
 
 # ---- saying

@@ -69,6 +69,8 @@ def plan_deployment(
             f"actors-per-node: {nodes} nodes of {actors} actors cannot share {groups} groups; give --actors-per-node {groups // nodes} or less, "
             f"or raise sampling.groups in {file} to {nodes * actors}"
         )
+    if actors > cpus:
+        raise ConfigError(f"actors-per-node: {actors} actors need as many cores, and a node has {cpus}; give --cpus {actors} or more")
     if name is not None and (len(name) > NAME_LENGTH or not re.fullmatch(_LABEL, name)):
         raise ConfigError(
             f"name: {name!r} is no name for a cluster; take lower-case letters, digits and dashes, a letter first, {NAME_LENGTH} at most"

@@ -260,10 +260,19 @@ def check_cluster(environment: Mapping[str, str], allow_insecure: bool, asks: bo
 
 _ASK = """
 import sys
-from ray._private import services
-from ray._raylet import GcsClient
+address = sys.argv[1]
 try:
-    GcsClient(address=services.canonicalize_bootstrap_address_or_die(sys.argv[1])).internal_kv_keys(b"shoal", None, timeout=10)
+    if address.startswith("ray://"):
+        import grpc
+        from ray._private.grpc_utils import init_grpc_channel
+        from ray.core.generated import ray_client_pb2, ray_client_pb2_grpc
+        ping = ray_client_pb2.ClusterInfoRequest(type=ray_client_pb2.ClusterInfoType.PING)
+        driver = ray_client_pb2_grpc.RayletDriverStub(init_grpc_channel(address.removeprefix("ray://")))
+        driver.ClusterInfo(ping, timeout=10, metadata=[("client_id", "shoal")])
+    else:
+        from ray._private import services
+        from ray._raylet import GcsClient
+        GcsClient(address=services.canonicalize_bootstrap_address_or_die(address)).internal_kv_keys(b"shoal", None, timeout=10)
 except Exception as error:
     print("REFUSED" if "authenticat" in f"{type(error).__name__} {error}".lower() else "UNKNOWN")
 else:
@@ -271,13 +280,11 @@ else:
 """
 
 
-def asks_for_token(address: str, environment: Mapping[str, str], timeout_seconds: float = 60.0) -> bool | None:
-    """Whether the cluster at `HOST:PORT` or `auto` refuses a call that carries no token; None where it cannot be found out (nobody there, a `ray://` address).
+def asks_for_token(address: str, environment: Mapping[str, str], timeout_seconds: float = 30.0) -> bool | None:
+    """Whether the cluster at `HOST:PORT`, `auto` or `ray://HOST:PORT` refuses a call that carries no token; None where it cannot be found out (nobody is there).
 
     Waits for a process that asks it as a driver without token would; one that does not answer in time is killed.
     """
-    if address.startswith("ray://"):
-        return None
     bare = {name: value for name, value in environment.items() if not name.startswith("RAY_AUTH_")}
     try:
         done = subprocess.run(
