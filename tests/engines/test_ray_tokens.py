@@ -72,7 +72,6 @@ def test_a_cluster_with_token_and_tls_takes_those_who_have_both(tmp_path: Path) 
         assert asks_for_token(address, ours) is True
         assert check_cluster(ours, allow_insecure=False, asks=True) == []
         assert join(address, ours) == "joined"
-        assert "uthenticat" in join(address, {**ours, "RAY_AUTH_TOKEN": "another"})
     assert asks_for_token(address, ours, timeout_seconds=5) is None, "nobody is there any more"
 
 
