@@ -27,6 +27,8 @@ __all__ = [
     "adapt_actors",
     "available_cores",
     "dump_config",
+    "dump_tree",
+    "file_settings",
     "load_config",
     "load_object",
     "nearest",
@@ -88,6 +90,16 @@ def dump_config(config: RunConfig) -> str:
             f"the configuration holds a value that cannot be written to a file (env.kwargs take plain values): {error}"
         ) from error
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def dump_tree(tree: Mapping[str, Any]) -> str:
+    """Settings as YAML that `read_yaml` turns back into the same tree; all ASCII, so that it can stand inside other files."""
+    return yaml.dump(dict(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=False)
+
+
+def file_settings(file: Path) -> Tree:
+    """What a configuration file says, nested, import paths made whole, without the directory of the run that it is of. Raises ConfigError."""
+    return _Layer.of(str(file), _passed_back(file)).tree
 
 
 def load_config(path: Path) -> RunConfig:

@@ -1,0 +1,78 @@
+"""A deployment put into the templates beside this file: `kubernetes.yaml`, `slurm.sh`, `compose.yaml`, and `run.sh`, which all but Slurm execute.
+
+No secret is in what they print: they name where the secrets will lie.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from shoal.deploying.deployment import Deployment
+
+_HERE = Path(__file__).parent
+_PLACE = re.compile(r"\{\{(\w+)\}\}")
+_SHARED_MEMORY = 0.3  # of a node's memory: what Ray takes for its objects
+
+
+def kubernetes(deployment: Deployment, *, image: str, namespace: str, runs: str, ray_version: str) -> str:
+    """ConfigMap, PersistentVolumeClaim and KubeRay RayJob. `runs` is where the volume is mounted."""
+    values = {**_common(deployment), "image": image, "namespace": namespace, "runs": runs, "ray_version": ray_version}
+    return fill(_template("kubernetes.yaml"), {**values, "run": _run_script(deployment, runs)})
+
+
+def slurm(deployment: Deployment, *, runs: str, partition: str | None, time: str) -> str:
+    """A script for sbatch. `runs` lies on a file system that all nodes share."""
+    return fill(_template("slurm.sh"), {**_common(deployment), "runs": runs, "partition": partition, "time": time})
+
+
+def compose(deployment: Deployment, *, image: str, runs: str) -> str:
+    """A Compose file. In it a dollar is written twice where it is meant."""
+    texts = {"settings": deployment.settings, "run": _run_script(deployment, runs)}
+    doubled = {name: text.replace("$", "$$") for name, text in texts.items()}
+    shared = {"shared_memory_gib": math.ceil(deployment.memory_gib * _SHARED_MEMORY)}
+    return fill(_template("compose.yaml"), {**_common(deployment), **shared, **doubled, "image": image, "runs": runs})
+
+
+def _common(deployment: Deployment) -> dict[str, object]:
+    return {
+        "name": deployment.name,
+        "settings": deployment.settings,
+        "nodes": deployment.nodes,
+        "workers": deployment.nodes - 1,
+        "cpus": deployment.cpus,
+        "memory_gib": deployment.memory_gib,
+        "gpus": deployment.gpus or None,
+        "options": deployment.options,
+    }
+
+
+def _run_script(deployment: Deployment, runs: str) -> str:
+    options = f"{deployment.options} --nodes {deployment.nodes}"
+    return fill(_template("run.sh"), {"run": f"{runs.rstrip('/')}/{deployment.name}", "options": options})
+
+
+def _template(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
+def fill(template: str, values: Mapping[str, object]) -> str:
+    """The template with a value for each `{{name}}`.
+
+    A line that names a value of None goes. A value of several lines stands alone on its line, and each of its lines is indented as that one.
+    Raises KeyError for a name without a value.
+    """
+    lines: list[str] = []
+    for line in template.splitlines():
+        found = {name: values[name] for name in _PLACE.findall(line)}
+        if None in found.values():
+            continue
+        alone = re.fullmatch(r"( *)\{\{(\w+)\}\}", line)
+        if alone:
+            texts = str(found[alone[2]]).rstrip("\n").split("\n")
+            lines.extend(alone[1] + text if text else "" for text in texts)
+        else:
+            lines.append(_PLACE.sub(lambda place, found=found: str(found[place[1]]), line))  # type: ignore[misc]
+    return "\n".join(lines) + "\n"

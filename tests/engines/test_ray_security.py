@@ -1,0 +1,298 @@
+"""Tokens, certificates, and which clusters are refused. What Ray itself does with them is in the tests that have Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.engines import ray_security
+from shoal.engines.ray_security import check_cluster, find_token, local_environment, make_certificate, make_secrets, redact
+from shoal.errors import ConfigError
+
+FIB_TRIE = """Main:
+  +-- 0.0.0.0/0 3 0 5
+     |-- 0.0.0.0
+        /0 universe UNICAST
+     +-- 10.1.0.0/16 2 0 2
+        |-- 10.1.0.0
+           /16 link UNICAST
+        |-- 10.1.2.3
+           /32 host LOCAL
+        |-- 10.1.255.255
+           /32 link BROADCAST
+        |-- 127.0.0.1
+           /32 host LOCAL
+Local:
+        |-- 10.1.2.3
+           /32 host LOCAL
+"""
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# ---- secrets
+def test_secrets_are_readable_by_their_owner_alone_and_made_once(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        files = make_secrets(tmp_path / "secrets")
+    finally:
+        os.umask(old)
+    assert [file.name for file in files] == ["token", "ca.crt", "ca.key"]
+    assert {mode(file) for file in files} == {0o600}
+    assert mode(tmp_path / "secrets") == 0o700
+    before = [file.read_bytes() for file in files]
+    make_secrets(tmp_path / "secrets")
+    assert [file.read_bytes() for file in files] == before
+    token = files[0].read_text().strip()
+    assert len(bytes.fromhex(token)) == 32
+    assert make_secrets(tmp_path / "other")[0].read_text().strip() != token
+    assert sorted(path.name for path in (tmp_path / "secrets").iterdir()) == ["ca.crt", "ca.key", "token"]
+
+
+def test_addresses_of_this_host_are_those_of_the_kernel() -> None:
+    assert ray_security.local_addresses(FIB_TRIE) == ["10.1.2.3", "127.0.0.1"]
+    assert {"localhost", "127.0.0.1", socket.gethostname()} <= set(ray_security.own_names())
+
+
+# ---- certificates: two ends that speak TLS as Ray's do, each with its certificate
+def contexts(client: Path, server: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    made = []
+    for purpose, node in ((ssl.PROTOCOL_TLS_CLIENT, client), (ssl.PROTOCOL_TLS_SERVER, server)):
+        context = ssl.SSLContext(purpose)
+        context.load_verify_locations(node / "ca.crt")
+        context.load_cert_chain(node / "tls.crt", node / "tls.key")
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        made.append(context)
+    return made[0], made[1]
+
+
+def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext, name: str) -> str:
+    """What the server's answer was, through a connection of two threads. Raises what the client raises."""
+    near, far = socket.socketpair()
+
+    def serve() -> None:
+        try:
+            with server.wrap_socket(far, server_side=True) as end:
+                end.sendall(b"welcome")
+        except (ssl.SSLError, OSError):
+            far.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        with client.wrap_socket(near, server_hostname=name) as end:
+            return end.recv(16).decode()
+    finally:
+        near.close()
+        thread.join(30)
+
+
+def node(root: Path, authority: str, name: str, names: list[str]) -> Path:
+    make_secrets(root / authority)
+    make_certificate(root / authority, root / name, names)
+    return root / name
+
+
+def test_nodes_of_one_authority_trust_each_other_by_name_and_by_address(tmp_path: Path) -> None:
+    one = node(tmp_path, "ours", "one", ["node-1", "10.0.0.1", "fd00::1"])
+    two = node(tmp_path, "ours", "two", ["node_2.cluster.local", "10.0.0.2"])
+    for client, server, name in ((one, two, "10.0.0.2"), (two, one, "10.0.0.1"), (two, one, "node-1"), (two, one, "fd00::1")):
+        assert shake_hands(*contexts(client, server), name) == "welcome"
+    assert {mode(file) for file in one.iterdir()} == {0o600}
+    assert (one / "ca.crt").read_bytes() == (tmp_path / "ours" / "ca.crt").read_bytes()
+    assert not (one / "ca.key").exists()
+
+
+def test_another_address_and_another_authority_are_not_trusted(tmp_path: Path) -> None:
+    one = node(tmp_path, "ours", "one", ["10.0.0.1"])
+    two = node(tmp_path, "ours", "two", ["10.0.0.2"])
+    stranger = node(tmp_path, "theirs", "stranger", ["10.0.0.1"])
+    with pytest.raises(ssl.SSLCertVerificationError, match="IP address mismatch"):
+        shake_hands(*contexts(one, two), "10.0.0.3")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake_hands(*contexts(one, stranger), "10.0.0.1")
+    client, server = contexts(stranger, two)
+    client.load_verify_locations(two / "ca.crt")  # it takes the server for what it is, and is refused all the same
+    said = ""
+    with contextlib.suppress(ssl.SSLError, OSError):
+        said = shake_hands(client, server, "10.0.0.2")
+    assert said == ""
+
+
+@pytest.mark.parametrize("name", ["$(FQ_RAY_IP)", "", "a b", "-x", "10.0.0.256:1", "a" * 254])
+def test_a_name_that_is_none_is_refused(name: str, tmp_path: Path) -> None:
+    make_secrets(tmp_path)
+    with pytest.raises(ConfigError, match="neither a host name nor an IP address"):
+        make_certificate(tmp_path, tmp_path / "node", [name])
+    assert not (tmp_path / "node").exists()
+
+
+def test_without_an_authority_there_is_no_certificate(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no authority"):
+        make_certificate(tmp_path, tmp_path / "node", ["a"])
+    make_secrets(tmp_path)
+    (tmp_path / "ca.key").write_text("damaged")
+    with pytest.raises(ConfigError, match="holds no authority"):
+        make_certificate(tmp_path, tmp_path / "node", ["a"])
+
+
+def test_a_local_cluster_has_token_and_tls_on_whatever_the_user_has_set(tmp_path: Path) -> None:
+    made = local_environment(tmp_path / "private")
+    environment = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "mine", "HOME": "/nowhere", **made}
+    assert check_cluster(environment, allow_insecure=False) == []
+    assert find_token(environment) == (tmp_path / "private" / "token").read_text().strip()
+    assert environment["RAY_USE_TLS"] == "1"
+    own = tmp_path / "private" / "node"
+    assert {made[f"RAY_TLS_{name}"] for name in ("SERVER_CERT", "SERVER_KEY", "CA_CERT")} == {
+        str(own / file) for file in ("tls.crt", "tls.key", "ca.crt")
+    }
+    assert shake_hands(*contexts(own, own), "127.0.0.1") == "welcome"
+
+
+# ---- joining
+def written(path: Path, text: str, permissions: int = 0o600) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(permissions)
+    return str(path)
+
+
+def test_the_token_is_found_where_ray_finds_it_and_in_its_order(tmp_path: Path) -> None:
+    home = {"HOME": str(tmp_path)}
+    assert find_token({}) is None
+    assert find_token(home) is None
+    written(tmp_path / ".ray" / "auth_token", " default \nsecond line")
+    assert find_token(home) == "default"
+    path = {**home, "RAY_AUTH_TOKEN_PATH": written(tmp_path / "token", "file\n")}
+    assert find_token(path) == "file"
+    assert find_token({**path, "RAY_AUTH_TOKEN": "variable "}) == "variable"
+    assert find_token({**path, "RAY_AUTH_TOKEN": ""}) == "file"
+    for text, said in (("\n", "is empty"), (None, "no token can be read")):
+        lost = written(tmp_path / "lost", text) if text else str(tmp_path / "none")
+        with pytest.raises(ConfigError, match=f"^RAY_AUTH_TOKEN_PATH: .*{said}"):
+            find_token({**home, "RAY_AUTH_TOKEN_PATH": lost})
+
+
+SAFE = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t0ken", "RAY_USE_TLS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "asks", "why"),
+    [
+        ({}, None, "RAY_AUTH_MODE is not `token`"),
+        ({"RAY_AUTH_TOKEN": "t0ken"}, None, "RAY_AUTH_MODE is not `token`"),
+        ({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "t0ken"}, True, "RAY_AUTH_MODE is not `token`"),
+        ({"RAY_AUTH_MODE": "token", "HOME": "/nowhere"}, None, "neither RAY_AUTH_TOKEN nor"),
+        (SAFE, False, "it answers calls that carry none"),
+    ],
+)
+def test_a_cluster_without_a_token_is_refused_unless_that_is_allowed(environment: dict[str, str], asks: bool | None, why: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_cluster(environment, allow_insecure=False, asks=asks)
+    assert all(part in str(refused.value) for part in ("CVE-2023-48022", why, "--allow-insecure-cluster"))
+    assert "t0ken" not in str(refused.value)
+    warnings = check_cluster(environment, allow_insecure=True, asks=asks)
+    assert "CVE-2023-48022" in warnings[0]
+    assert why in warnings[0]
+
+
+def test_a_cluster_with_token_and_tls_is_joined_without_a_word() -> None:
+    for asks in (True, None):
+        assert check_cluster(SAFE, allow_insecure=False, asks=asks) == []
+        assert check_cluster({**SAFE, "RAY_AUTH_MODE": "TOKEN"}, allow_insecure=False, asks=asks) == []
+
+
+def test_no_tls_and_a_token_that_others_may_read_are_warned_of(tmp_path: Path) -> None:
+    (warning,) = check_cluster({**SAFE, "RAY_USE_TLS": "0"}, allow_insecure=False)
+    assert "without TLS" in warning
+    file = written(tmp_path / "token", "t0ken", 0o644)
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": file, "RAY_USE_TLS": "true"}
+    (warning,) = check_cluster(environment, allow_insecure=False)
+    assert f"chmod 600 {file}" in warning
+    Path(file).chmod(0o600)
+    assert check_cluster(environment, allow_insecure=False) == []
+
+
+def test_what_cannot_be_asked_is_not_known(tmp_path: Path) -> None:
+    """Also not where Ray is missing: the process that asks finds no module of this name."""
+    (tmp_path / "ray.py").write_text("raise ImportError('no Ray here')")
+    around = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)}
+    for address in ("127.0.0.1:1", "ray://127.0.0.1:1"):
+        assert ray_security.asks_for_token(address, around, timeout_seconds=60) is None
+
+
+def test_the_process_that_asks_has_no_token_and_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    (tmp_path / "ray.py").write_text("import time\ntime.sleep(600)")
+    around = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(tmp_path),
+        "RAY_AUTH_TOKEN": "t0ken",
+        "RAY_AUTH_TOKEN_PATH": "/a",
+        "RAY_AUTH_MODE": "token",
+    }
+    assert ray_security.asks_for_token("127.0.0.1:1", around, timeout_seconds=2) is None
+    done = subprocess.run
+    seen: dict[str, str] = {}
+
+    def look(*args: Any, env: dict[str, str], **how: Any) -> Any:
+        seen.update(env)
+        return done([sys.executable, "-c", "print('REFUSED')"], **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_security.subprocess, "run", look)
+        assert ray_security.asks_for_token("127.0.0.1:1", around) is True
+    assert {name: value for name, value in seen.items() if "AUTH" in name} == {"RAY_AUTH_MODE": "disabled"}
+
+
+# ---- saying
+def test_a_token_comes_into_no_text(tmp_path: Path) -> None:
+    environment = {"HOME": str(tmp_path), "RAY_AUTH_TOKEN_PATH": written(tmp_path / "token", "c0ffee")}
+    said = redact(f"joined with c0ffee, {environment}", environment)
+    assert said == f"joined with ***, {environment}"
+    os.environ["RAY_AUTH_TOKEN"] = "of-this-process"
+    try:
+        assert redact("say of-this-process") == "say ***"
+    finally:
+        del os.environ["RAY_AUTH_TOKEN"]
+    lost = {"RAY_AUTH_TOKEN_PATH": "/nowhere/token"}
+    assert redact("nothing to hide", lost) == "nothing to hide"
+
+
+def test_private_keys_come_into_no_text(tmp_path: Path) -> None:
+    key = make_secrets(tmp_path)[2].read_text()
+    assert redact(f"before {key} after", {}).split() == ["before", "***", "after"]
+    assert redact(f"cut {key[:80]}", {}) == "cut ***"
+
+
+forms: list[Any] = [
+    "Authorization: Bearer {}", "authorization: bearer {}", "RAY_AUTH_TOKEN={}", "export RAY_AUTH_TOKEN='{}'", '"RAY_AUTH_TOKEN": "{}"',
+    "{{'RAY_AUTH_TOKEN': '{}', 'RAY_AUTH_MODE': 'token'}}", "Cookie: ray-authentication-token={}; a=b",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", forms)
+@given(token=st.text("0123456789abcdefghXYZ._~+/-", min_size=8, max_size=80))
+def test_a_token_is_hidden_wherever_it_is_shown_as_one(form: str, token: str) -> None:
+    hidden = redact(form.format(token), {})
+    assert token not in hidden
+    assert hidden == form.format("***")
+
+
+def test_what_is_no_secret_stays() -> None:
+    text = "weights_sha256 0a1b, RAY_AUTH_TOKEN_PATH=/a/token, RAY_AUTH_MODE=token, the bearer\nof a name"
+    assert redact(text, {}) == text

@@ -1,0 +1,86 @@
+"""What Ray does with tokens and TLS: two clusters on this host, one with all of it and one with none, and drivers that join them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from shoal.engines.ray_security import asks_for_token, check_cluster, local_environment
+from shoal.errors import ConfigError
+
+if importlib.util.find_spec("ray") is None:
+    pytest.skip("Ray is not installed, so nothing can be asked of it: pip install 'ray>=2.52'", allow_module_level=True)
+
+LIMIT_SECONDS = 120
+CLUSTER = """
+import sys
+import ray
+ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False)
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+DRIVER = """
+import sys
+import ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+print("joined", flush=True)
+"""
+OPEN = {"RAY_AUTH_MODE": "disabled", "RAY_USE_TLS": "0"}
+
+
+def surroundings(home: Path) -> dict[str, str]:
+    """This process's environment without what says something of Ray, and with another home, where no token lies."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {**kept, "HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@contextmanager
+def cluster(environment: dict[str, str]) -> Iterator[str]:
+    """Its address. It ends with its standard input, and Ray's own reaper sees to the rest."""
+    started = subprocess.Popen([sys.executable, "-c", CLUSTER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert started.stdin is not None
+    assert started.stdout is not None
+    try:
+        yield started.stdout.readline().strip()
+    finally:
+        started.stdin.close()
+        started.stdout.close()
+        try:
+            started.wait(LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            started.kill()
+
+
+def join(address: str, environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, address], env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
+    )
+    return "joined" if "joined" in done.stdout else done.stderr
+
+
+def test_a_cluster_with_token_and_tls_takes_those_who_have_both(tmp_path: Path) -> None:
+    around = surroundings(tmp_path)
+    ours = {**around, **local_environment(tmp_path / "private")}
+    with cluster(ours) as address:
+        assert asks_for_token(address, ours) is True
+        assert check_cluster(ours, allow_insecure=False, asks=True) == []
+        assert join(address, ours) == "joined"
+    assert asks_for_token(address, ours, timeout_seconds=5) is None, "nobody is there any more"
+
+
+def test_a_cluster_that_asks_for_nothing_is_found_out(tmp_path: Path) -> None:
+    around = surroundings(tmp_path)
+    with cluster({**around, **OPEN}) as address:
+        with_token = {**around, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t0ken", "RAY_USE_TLS": "0"}
+        assert join(address, with_token) == "joined", "Ray itself does not mind"
+        asks = asks_for_token(address, with_token)
+        assert asks is False
+        with pytest.raises(ConfigError, match="CVE-2023-48022"):
+            check_cluster(with_token, allow_insecure=False, asks=asks)
