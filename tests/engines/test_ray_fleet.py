@@ -66,7 +66,7 @@ class ClusterHere(Cluster):
     """`names` are its nodes; more may be added while a run goes on."""
 
     def __init__(self, names: list[str], actors_per_node: int = 2, num_nodes: int | None = None) -> None:
-        super().__init__(num_nodes, actors_per_node, own=False)
+        super().__init__(num_nodes, actors_per_node)
         self.names, self.here = names, dict[str, NodeHere]()
         self.spoil: Callable[[Frame], Frame | None] = lambda frame: frame
 
@@ -93,7 +93,7 @@ def run_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sho
     numbers = iter(range(100))
 
     def run(cluster: ClusterHere | None, target: Any = "CartPole-v1", **settings: Any) -> shoal.Run:
-        monkeypatch.setattr(ray_fleet, "connect", lambda config: cluster)
+        monkeypatch.setattr(ray_fleet, "connect", lambda config, warn: cluster)
         engine = {} if cluster is None else {"engine": "ray"}
         return shoal.train(target, run_dir=str(tmp_path / f"run{next(numbers)}"), **{**SETTINGS, **engine, **settings})
 

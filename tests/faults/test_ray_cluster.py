@@ -32,6 +32,7 @@ class Machines:
     """A cluster of raylets, each with two CPUs."""
 
     def __init__(self) -> None:
+        # Tokens and TLS are tried in tests/engines/test_ray_tokens.py; here a cluster without them is allowed by hand.
         self.cluster = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
         self.others: list[Any] = []
 
@@ -108,7 +109,19 @@ def test_one_two_and_three_nodes_learn_the_bits_of_the_local_engine(machines: Ma
     wanted = expected(tmp_path, 10)
     for count in (1, 2, 3):
         machines.be(count)
-        on = ("--engine", "ray", "--address", machines.address, "--nodes", str(count), "--actors-per-node", "1", "--stop.updates", "10")
+        on = (
+            "--engine",
+            "ray",
+            "--address",
+            machines.address,
+            "--allow-insecure-cluster",
+            "--nodes",
+            str(count),
+            "--actors-per-node",
+            "1",
+            "--stop.updates",
+            "10",
+        )
         assert train(tmp_path / f"on{count}", *on)["weights_sha256"] == wanted
 
 
@@ -118,7 +131,19 @@ def test_a_raylet_that_is_killed_costs_no_bit(machines: Machines, tmp_path: Path
     run = tmp_path / "run"
     saving = ("--checkpoint.every-updates", "10", "--stop.updates", "150")
     process = start(
-        run, "train", *SMALL, "--engine", "ray", "--address", machines.address, "--actors-per-node", "1", *saving, "--run-dir", str(run)
+        run,
+        "train",
+        *SMALL,
+        "--engine",
+        "ray",
+        "--address",
+        machines.address,
+        "--allow-insecure-cluster",
+        "--actors-per-node",
+        "1",
+        *saving,
+        "--run-dir",
+        str(run),
     )
     wait_for(lambda: updates_of(run) >= 20, process)
     machines.kill_one()
@@ -132,7 +157,19 @@ def test_a_driver_that_is_killed_leaves_nothing_on_the_nodes_and_is_resumed(mach
     run = tmp_path / "run"
     saving = ("--checkpoint.every-updates", "10", "--stop.updates", "60")
     process = start(
-        run, "train", *SMALL, "--engine", "ray", "--address", machines.address, "--actors-per-node", "1", *saving, "--run-dir", str(run)
+        run,
+        "train",
+        *SMALL,
+        "--engine",
+        "ray",
+        "--address",
+        machines.address,
+        "--allow-insecure-cluster",
+        "--actors-per-node",
+        "1",
+        *saving,
+        "--run-dir",
+        str(run),
     )
     wait_for(lambda: updates_of(run) >= 20, process)
     os.kill(process.pid, signal.SIGKILL)
@@ -169,9 +206,18 @@ def test_a_run_that_asks_for_more_nodes_than_there_are_is_told_so(
     assert "ray.nodes: 2 with" in run.with_suffix(".log").read_text()
 
 
+def test_a_cluster_without_a_token_is_refused(machines: Machines, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(run, "train", *SMALL, "--engine", "ray", "--address", machines.address, "--stop.updates", "1", "--run-dir", str(run))
+    process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 2
+    assert "CVE-2023-48022" in run.with_suffix(".log").read_text()
+
+
 def test_an_address_without_a_cluster_is_told_so(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start(run, "train", *SMALL, "--engine", "ray", "--address", "127.0.0.1:1", "--stop.updates", "1", "--run-dir", str(run))
+    where = ("--address", "127.0.0.1:1", "--allow-insecure-cluster")
+    process = start(run, "train", *SMALL, "--engine", "ray", *where, "--stop.updates", "1", "--run-dir", str(run))
     process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 2
     assert "no cluster could be joined at 127.0.0.1:1" in run.with_suffix(".log").read_text()

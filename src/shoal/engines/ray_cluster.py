@@ -6,16 +6,20 @@ The only module that imports Ray, when a run asks for it. Of Ray's objects only 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import signal
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from shoal.config import RunConfig
 from shoal.engines.ray_link import NodeHandle
 from shoal.engines.ray_node import Node
+from shoal.engines.ray_security import asks_for_token, check_cluster, local_environment, redact
 from shoal.errors import ConfigError, ProcessError
 from shoal.settings import available_cores
 
@@ -76,7 +80,7 @@ class RemoteNode:
         except ray.exceptions.GetTimeoutError as error:
             raise ProcessError(f"it has not answered for {timeout_seconds:g} s") from error
         except ray.exceptions.RayError as error:
-            raise ProcessError(" ".join(str(error).split("\n\n")[0].split())[:500] or type(error).__name__) from error
+            raise ProcessError(redact(" ".join(str(error).split("\n\n")[0].split()))[:500] or type(error).__name__) from error
 
 
 @dataclass
@@ -85,12 +89,12 @@ class Cluster:
 
     Attributes:
       num_nodes: that host actors; None: all that there are. actors_per_node: processes that host environments on each.
-      own: it was started for this run, and ends with it.
+      secrets: of a cluster that was started for this run, and ends with it.
     """
 
     num_nodes: int | None
     actors_per_node: int
-    own: bool
+    secrets: tempfile.TemporaryDirectory[str] | None = None
     _started: list[RemoteNode] = field(default_factory=list)
 
     def wait_for_nodes(self) -> list[ClusterNode]:
@@ -104,7 +108,7 @@ class Cluster:
             nodes = self.nodes()
             if nodes and (self.num_nodes is None or len(nodes) >= self.num_nodes):
                 return nodes[: self.num_nodes]
-            if self.own or time.monotonic() > deadline:
+            if self.secrets or time.monotonic() > deadline:
                 raise ConfigError(
                     f"ray.nodes: {self.num_nodes or 1} with {self.actors_per_node} CPUs each were asked for (--nodes, --actors-per-node), the "
                     f"cluster has {len(nodes)}; ask for less, or add machines to it: `ray start --address HEAD:PORT` on each"
@@ -154,33 +158,41 @@ class Cluster:
         for node in self._started:
             node.end()
         ray.shutdown()
+        if self.secrets is not None:
+            self.secrets.cleanup()
 
 
-def connect(config: RunConfig) -> Cluster:
-    """Join the cluster at `ray.address`, or start a local one where none is named.
+def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
+    """Join the cluster at `ray.address`, or start a local one, with a token and TLS of its own, where none is named.
 
+    Args:
+      warn: is told what is not safe about it.
     Raises:
-      ConfigError: Ray is not installed, or there is no cluster at that address.
+      ConfigError: Ray is not installed, there is no cluster at that address, or it asks for no token.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError("engine: ray needs the extra `ray`: pip install 'shoal[ray]'") from error
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("engine: ray needs the extra `ray`: pip install 'shoal[ray]'")
     address = config.ray.address or os.environ.get("RAY_ADDRESS")  # the latter in a job that was submitted
-    own = address is None
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False if own else None}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    secrets: tempfile.TemporaryDirectory[str] | None = None
+    if address is None:
+        secrets = tempfile.TemporaryDirectory(prefix="shoal-ray-")
+        os.environ.update(local_environment(Path(secrets.name)))  # before Ray is imported, which reads it once
+        address = "local"
+        quiet |= {"num_cpus": max(available_cores(), config.ray.actors_per_node or 1), "include_dashboard": False}
+    else:
+        for warning in check_cluster(os.environ, config.ray.allow_insecure_cluster, asks_for_token(address, os.environ)):
+            warn(warning)
+    import ray
+
     try:
         with _own_signals():
-            ray.init("local", num_cpus=max(available_cores(), config.ray.actors_per_node or 1), **quiet) if own else ray.init(
-                address, **quiet
-            )
+            ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = "on this machine" if own else f"at {address}"
-        raise ConfigError(
-            f"ray.address: no cluster could be {'started' if own else 'joined'} {where}: {' '.join(str(error).split())[:300]}"
-        ) from error
+        done = "started on this machine" if secrets else f"joined at {address}"
+        raise ConfigError(f"ray.address: no cluster could be {done}: {redact(' '.join(str(error).split()))[:300]}") from error
     per_node = config.ray.actors_per_node or _cpus_of_the_smallest(_machines())
-    return Cluster(1 if own and config.ray.nodes is None else config.ray.nodes, per_node, own)
+    return Cluster(1 if secrets and config.ray.nodes is None else config.ray.nodes, per_node, secrets)
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ class RayFleet(Fleet):
     def open(self) -> None:
         """The helper process here imports while the cluster is joined."""
         super().open()
-        self._cluster = self._cluster or connect(self._config)
+        self._cluster = self._cluster or connect(self._config, lambda message: self._told("warning", message=message))
 
     @property
     def cluster(self) -> Cluster:
