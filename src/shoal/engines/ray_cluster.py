@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import os
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ NODES_SECONDS = 60.0  # until as many nodes are there as were asked for
 START_SECONDS = 120.0  # a node's first answer: its imports, on a slow disk
 SILENT_SECONDS = 15.0  # a node that answers nothing for so long is given up: a partition, a machine that stands still
 CLOSE_SECONDS = 5.0
+CONNECT_SECONDS = 10.0
 POLL_SECONDS = 0.2
 
 
@@ -181,6 +183,7 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
         address = "local"
         quiet |= {"num_cpus": max(available_cores(), config.ray.actors_per_node or 1), "include_dashboard": False}
     else:
+        _check_reachable(address)
         for warning in check_cluster(os.environ, config.ray.allow_insecure_cluster, asks_for_token(address, os.environ)):
             warn(warning)
     import ray
@@ -193,6 +196,17 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
         raise ConfigError(f"ray.address: no cluster could be {done}: {redact(' '.join(str(error).split()))[:300]}") from error
     per_node = config.ray.actors_per_node or _cpus_of_the_smallest(_machines())
     return Cluster(1 if secrets and config.ray.nodes is None else config.ray.nodes, per_node, secrets)
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ConfigError where nobody listens at `HOST:PORT`, on which Ray would wait for minutes; `auto` is left to Ray."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"ray.address: no cluster could be joined at {address}: {error}") from error
 
 
 @contextlib.contextmanager
