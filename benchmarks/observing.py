@@ -8,7 +8,9 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
+from statistics import median
 
 from rows import ROOT, SHOAL, CommandError
 
@@ -113,3 +115,12 @@ def growth_mb(samples: Sequence[tuple[float, float]], begin_seconds: float) -> t
     values = [mb for at, mb in samples if at >= begin_seconds - 0.5]
     begin, end = sorted(values[:3])[len(values[:3]) // 2], sorted(values[-3:])[len(values[-3:]) // 2]
     return begin, end, end - begin
+
+
+def mb_per_hour(samples: Sequence[tuple[float, float]]) -> float:
+    """How PSS grows over the second half of the samples, in MB an hour: the median of the slopes between any two of them (Sen 1968,
+    doi:10.1080/01621459.1968.10480934), which neither a peak while a checkpoint is written nor one allocation tilts. Raises CommandError: too few."""
+    late = samples[len(samples) // 2 :]
+    if len(late) < 3:
+        raise CommandError(f"{len(samples)} samples of memory are too few for a slope; raise --memory-seconds")
+    return 3600.0 * median((b_mb - a_mb) / (b - a) for (a, a_mb), (b, b_mb) in combinations(late, 2))
