@@ -7,11 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from shoal.benching.costs import _references
 from shoal.benching.references import BareNetwork
 from shoal.config import RunConfig
+from shoal.engines.roles import Blueprint, UserObjects
+from shoal.environments.probe import probe
 from shoal.networks.acting import ACTOR_CRITIC
 from shoal.networks.policy import build_acting
+from shoal.settings import resolve
 from shoal.types import EnvironmentSpec, LeafSpec
 
 VECTOR = LeafSpec((), "box", "float32", (6,), low=(-np.inf,), high=(np.inf,))
@@ -70,3 +75,17 @@ def test_a_bare_network_has_as_many_weights_as_shoals(observation: LeafSpec, act
 def test_another_network_has_no_bare_loop(observation: LeafSpec, policy: dict[str, Any], device: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         bare(observation, device=device, **policy)
+
+
+def test_a_learner_on_a_device_of_its_own_has_no_bare_loop_beside_it() -> None:
+    class OnADevice(Blueprint):
+        def device(self) -> torch.device:
+            return torch.device("cuda")
+
+    config, _ = resolve("CartPole-v1", {"preset": "none", "sampling.group_size": 2})
+    parts: Any = None  # not looked at
+    blueprint = OnADevice(config, probe(config.env).spec, UserObjects(), bytes(16))
+    found, _ = _references(blueprint, {"step_wall_us": 1.0, "step_cpu_us": 1.0}, parts, 0.0)
+    assert (found["inference"], found["learning"]) == (None, None)
+    assert "device of its own" in found["missing"]
+    assert found["environment"]["times"] > 0
