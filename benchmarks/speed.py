@@ -54,11 +54,12 @@ from shoal.settings import resolve
 NUM_WAITING = 64
 WAIT_SECONDS = 0.01
 STRAGGLER_TIMES = 100.0
-SAMPLE_SECONDS = 5.0
+SAMPLE_SECONDS = 2.0
 MEMORY_FROM_SECONDS = 30.0
 GROWTH_MB = 5.0  # what allocators and caches may do in ten minutes
-# In the second half of a run, when caches are full: so a day's run grows by less than the 500 MB that it may have in all. Five minutes of samples do not
-# show much less: one allocation of 1 MB in their middle is a slope of 18 MB an hour to least squares, and of 13 to the median of slopes.
+# In the second half of a run, when caches are full: so a day's run grows by less than the 500 MB that it may have in all. Of what is the processes' own,
+# which lies within 0.2 MB of a line (PSS within 30 MB, while other programs map the same files); but one allocation of 1 MB in the middle of five minutes
+# is a slope of 13 MB an hour.
 HOURLY_MB = 20.0
 GPU_CALLS_MS = 0.1  # what a GPU's calls and copies may add to a question: assumed, not measured
 
@@ -176,27 +177,30 @@ def _solved(figures: Sequence[Figures]) -> str:
 
 # ---- memory, weights, an inference server, ceilings ------------------------------------------------------------------
 def memory(row: Row, repeat: int, options: argparse.Namespace) -> Figures:
-    """PSS of all processes of a training: early and late, its slope, and its curve (seconds since the prompt, MB)."""
+    """Memory of all processes of a training: their own early and late, its slope, the most in all, and the curves (seconds since the prompt, PSS, own)."""
     with scratch(options.runs) as directory:
         longer = ("--stop.seconds", f"{options.memory_seconds + 600:g}")
         samples = memory_of(["train", row.environment, *row.options, *longer], directory / "run", options.memory_seconds, SAMPLE_SECONDS)
-    begin, end, growth = growth_mb(samples, MEMORY_FROM_SECONDS)
+    own = [(at, mb) for at, _, mb in samples]
+    begin, end, growth = growth_mb(own, MEMORY_FROM_SECONDS)
     return {
         "begin_mb": begin,
         "end_mb": end,
         "growth_mb": growth,
-        "mb_per_hour": mb_per_hour(samples),
-        "most_mb": max(mb for _, mb in samples),
+        "mb_per_hour": mb_per_hour(own),
+        "most_mb": max(mb for _, mb, _ in samples),
         "seconds": samples[-1][0],
-        "curve": [[round(at, 1), round(mb, 2)] for at, mb in samples],
+        "curve": [[round(number, 2) for number in sample] for sample in samples],
     }
 
 
 def _memory(figures: Sequence[Figures]) -> str:
     one = figures[-1]
-    grown = f"{one['begin_mb']:.0f} MB after {MEMORY_FROM_SECONDS:.0f} s, {one['end_mb']:.0f} after {one['seconds']:.0f} s ({one['growth_mb']:+.1f})"
-    slope = f"{one['mb_per_hour']:+.1f} MB an hour in the second half" if "mb_per_hour" in one else "slope not recorded"
-    return f"{grown}, {slope}, at most {one['most_mb']:.0f}"
+    times = f"after {MEMORY_FROM_SECONDS:.0f} s, {one['end_mb']:.0f} after {one['seconds']:.0f} s ({one['growth_mb']:+.1f})"
+    if "mb_per_hour" not in one:  # measured of PSS, with mapped files, before slopes were
+        return f"{one['begin_mb']:.0f} MB {times}, slope not recorded, at most {one['most_mb']:.0f}"
+    own = f"{one['begin_mb']:.0f} MB of its own {times}, {one['mb_per_hour']:+.1f} MB an hour in the second half"
+    return f"{own}; with mapped files at most {one['most_mb']:.0f}"
 
 
 def _steady(figures: Sequence[Figures]) -> bool | None:
@@ -387,8 +391,9 @@ def page(store: Store) -> Iterator[str]:
     yield (
         "Medians; in brackets the least and the largest of several measurements. Speeds leave the first seconds of a run out. "
         f"waiting/*: {NUM_WAITING} environments, N/w with w the measured mean blocking time of one step alone; the straggler is {STRAGGLER_TIMES:g} times slower "
-        "than the others, and what they lose is against a run without it, made just before. memory: PSS summed over all processes; its slope is the median of "
-        "those between any two samples, its curve is in `speed.jsonl`. weights: publication to "
+        "than the others, and what they lose is against a run without it, made just before. memory: proportional sets summed over all processes, and of them what is "
+        "their own: without mapped files, whose part depends on who else maps them; its slope is the median of those between any two samples, the curves are in "
+        "`speed.jsonl`. weights: publication to "
         "first use by an actor, through board and words as in a run. inference/server: a group of 8 asks a server on the processor once a row; the way is what "
         "the answer takes besides the pass. Load is the machine's mean over five minutes, in processes, this bench's own part included. "
         f"{code_line()}\n"

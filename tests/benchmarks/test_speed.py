@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import speed
-from observing import first_scalars_time, growth_mb, mb_per_hour, rate, tree
+from observing import first_scalars_time, growth_mb, mb_per_hour, memory_mb, rate, tree
 from peers import COMPARISONS
 from rows import CommandError, Entry, Store, circumstances
 from speed import ROWS, at_least, at_most, loss_of_others, page, settings_of, solved_seconds, with_options
@@ -21,6 +21,7 @@ from waiting import EPISODE_STEPS, Waiting, fixed, straggler
 
 from shoal.monitoring.store import MetricPoint
 from shoal.monitoring.tensorboard import TensorBoardWriter
+from shoal.supervision.memory import SharedMemory
 from weights import summary
 
 BY_NAME = {row.name: row for row in ROWS}
@@ -50,6 +51,8 @@ def test_a_seed_that_did_not_solve_it_never_got_there() -> None:
 def test_growth_is_from_the_given_second_to_the_end() -> None:
     samples = [(10.0, 50.0), (20.0, 400.0), (30.1, 300.0), (40.0, 302.0), (50.0, 301.0), (60.0, 299.0), (70.0, 350.0), (80.0, 305.0)]
     assert growth_mb(samples, 30.0) == (301.0, 305.0, 4.0)
+    with pytest.raises(CommandError, match="memory-seconds"):
+        growth_mb(samples[:3], 30.0)
 
 
 def leaking(mb_per_hour: float, seconds: float = 600.0, noise: float = 0.0) -> list[tuple[float, float]]:
@@ -96,11 +99,12 @@ def test_memory_that_was_measured_before_slopes_were_is_readable_and_answers_not
 
 def test_the_curve_of_memory_is_part_of_the_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     samples = leaking(30.0)
-    monkeypatch.setattr(speed, "memory_of", lambda *given: samples)
+    monkeypatch.setattr(speed, "memory_of", lambda *given: [(at, mb + 50.0 + at % 7, mb) for at, mb in samples])
     row = BY_NAME["memory"]
     found = speed.measure(row, 0, speed._parse(["--runs", str(tmp_path)]))["figures"]
-    assert found["curve"] == [[at, round(mb, 2)] for at, mb in samples]
-    assert found["mb_per_hour"] == mb_per_hour(samples)
+    assert found["curve"] == [[at, round(mb + 50.0 + at % 7, 2), round(mb, 2)] for at, mb in samples]
+    assert found["mb_per_hour"] == mb_per_hour(samples)  # of their own memory
+    assert found["most_mb"] > 400.0 > found["end_mb"]
     assert row.answer([found]) == "no"
 
 
@@ -160,6 +164,15 @@ def test_memory_is_summed_over_a_process_and_its_descendants() -> None:
     os.waitpid(child, 0)
     os.close(read)
     assert child not in tree(os.getpid())
+
+
+def test_a_processes_own_memory_is_what_it_allocates_and_shares() -> None:
+    pss, own = memory_mb([os.getpid()])
+    assert 0 < own < pss
+    held = np.ones(30_000_000, np.uint8), SharedMemory.create(20_000_000)
+    held[1].buffer.fill(1)
+    assert memory_mb([os.getpid()])[1] - own == pytest.approx(50.0, abs=2.0)
+    assert memory_mb([2**22 + 1]) == (0.0, 0.0)  # nobody
 
 
 def test_of_all_stragglers_that_live_one_is_slow_and_another_takes_its_place(tmp_path: Path) -> None:
