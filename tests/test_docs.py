@@ -17,9 +17,8 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "examples/README.md",
 ]
-MADE_LATER = {  # by `make bench-async` and `make bench-peers`; once they are there, they are linked like all else
+MADE_LATER = {  # by `make bench-async`; once they are there, they are linked like all else
     "benchmarks/results/asynchrony.md",
-    "benchmarks/results/peers.md",
     "docs/figures/asynchrony.png",
 }
 

@@ -84,7 +84,7 @@ class Optimizer:
     """Adam (Kingma & Ba 2014, arXiv:1412.6980) or RMSProp behind a clipped gradient norm, on one flat vector.
 
     The policy's parameters become views of one tensor [P], so that a step is ten operations whatever the number of layers. Writing into
-    parameters, or replacing them, is noticed and works.
+    parameters, or giving them other data, is noticed and works.
 
     Args:
       epsilon: added to the root of the second moment.
@@ -137,9 +137,7 @@ class Optimizer:
         """The same from the gradients of `parameters`, in their order and shapes. `loss` is only looked at: the step is refused where it is
         not finite."""
         self._look()
-        gradient = self._gradient
-        if gradients is not self.gradients:
-            torch.cat([g.reshape(-1) for g in gradients], out=gradient)
+        gradient = self._gradient if gradients is self.gradients else torch.cat([g.reshape(-1) for g in gradients])
         norm = float(gradient.norm())
         if not (math.isfinite(norm) and math.isfinite(loss.item() if isinstance(loss, Tensor) else loss)):
             self.skipped += 1

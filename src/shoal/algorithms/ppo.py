@@ -66,7 +66,7 @@ def value_loss(value: Column, old_value: Column, target: Column, clip_range_valu
         return (error * error).sum() / num_rows, error * (2.0 / num_rows)
     near = old_value + lib.clip(value - old_value, -clip_range_value, clip_range_value) - target
     square, near_square = error * error, near * near
-    worse = near_square > square  # then the clip holds: moving the value changes nothing
+    worse = (near_square > square) & (abs(value - old_value) > clip_range_value)  # then the clip holds: moving the value changes nothing
     return lib.maximum(square, near_square).sum() / num_rows, lib.where(worse, 0.0, error) * (2.0 / num_rows)
 
 

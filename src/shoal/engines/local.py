@@ -264,6 +264,9 @@ class LocalEngine:
         elif kind == "consumed":
             self._coordinator.consumed({Identity(*identity): Fate(fate) for identity, fate in said["dropped"]})
         elif kind == "trained":
+            tell_of_weights(
+                self._session, self._fleet.actors, said["version"]
+            )  # before anything that may take its time, as a callback does
             try:
                 self._reason = self._session.finish_update(said["metrics"])
             except DivergedError as diverged:
@@ -273,7 +276,6 @@ class LocalEngine:
                 self._furthest, self._fleet.learner.deaths, self._zygote_deaths = self._coordinator.version, 0, 0
                 if self._fleet.inference is not None:
                     self._fleet.inference.deaths = 0
-            tell_of_weights(self._session, self._fleet.actors, said["version"])
             self._back("learner", 0)
             if self._reason is None and self._saves.due:
                 self._saves.begin()

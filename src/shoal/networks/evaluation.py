@@ -10,32 +10,17 @@ Legend: N rows, D features, A choices or action dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shoal.networks.by_hand import ACTIVATE, BACKWARD, product
 from shoal.networks.encoders import MLP, Encoder
 from shoal.networks.heads import ActionHead
 from shoal.ops.distributions import HALF_LOG_2PI, MASKED_LOGIT
-
-
-def _tanh(value: Tensor) -> Tensor:
-    """In place, by numpy: torch hands it to a library that takes seven times as long on processors other than its maker's (Zen 4, measured)."""
-    array = value.numpy()
-    np.tanh(array, out=array)
-    return value
-
-
-_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {"tanh": _tanh, "relu": torch.relu_}
-_tanh_backward, _relu_backward = torch.ops.aten.tanh_backward, torch.ops.aten.threshold_backward
-_NARROW = 16
-_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "tanh": _tanh_backward,
-    "relu": lambda gradient, output: _relu_backward(gradient, output, 0),
-}
 
 
 class Evaluation(Protocol):
@@ -77,7 +62,7 @@ class SmallNetwork:
     def __init__(self, actor: MLP, critic: MLP | None, head: ActionHead, value_head: nn.Linear) -> None:
         self.actor, self.critic, self.head, self.value_head = actor, critic, head, value_head
         self.discrete = head.kind == "discrete"
-        self.activate, self.backward = _ACTIVATE[actor.activation], _BACKWARD[actor.activation]
+        self.activate, self.backward = ACTIVATE[actor.activation], BACKWARD[actor.activation]
 
     def hidden(self, mlp: MLP, value: Tensor) -> list[Tensor]:
         """[N, D]: the input, and every hidden layer's output."""
@@ -91,9 +76,7 @@ class SmallNetwork:
     def value_of(self, features: Tensor) -> Tensor:
         """V, [N], of the critic's last hidden layer [N, D]."""
         weight, bias = _parameters(self.value_head)
-        value = np.matmul(features.numpy(), weight.numpy()[0])
-        value += bias.numpy()
-        return torch.from_numpy(value)
+        return product(features, weight.t()).squeeze(1).add_(bias)
 
     def value(self, prepared: Tensor) -> Tensor:
         """V(x), [N], of prepared observations; to be called without gradient."""
@@ -106,23 +89,18 @@ def _parameters(layer: nn.Linear) -> tuple[Tensor, Tensor]:
     return parameters["weight"], parameters["bias"]  # type: ignore[return-value]
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b, without gradient. numpy multiplies narrow matrices in half of torch's time or less; torch has the threads for the others."""
-    if min(*a.shape, *b.shape) > _NARROW:
-        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
-    if out is None:
-        return torch.from_numpy(np.matmul(a.numpy(), b.numpy()))
-    np.matmul(a.numpy(), b.numpy(), out=out.numpy())
-    return out
-
-
 def small_network(actor: nn.Module, critic: nn.Module | None, head: ActionHead, value_head: nn.Linear) -> SmallNetwork | None:
     """None where the parts are none of those that are known here."""
-    if head.kind not in ("discrete", "box") or not isinstance(actor, Encoder) or not (critic is None or isinstance(critic, Encoder)):
+    if head.kind not in ("discrete", "box") or not _known(actor) or not (critic is None or _known(critic)):
         return None
-    if actor.single_vector is None or actor.mlp.activation not in _ACTIVATE:
+    if critic is not None and critic.mlp.activation != actor.mlp.activation:
         return None
     return SmallNetwork(actor.mlp, None if critic is None else critic.mlp, head, value_head)
+
+
+def _known(tower: nn.Module) -> TypeGuard[Encoder]:
+    """Whether it is one vector's MLP; a subclass may do something else."""
+    return type(tower) is Encoder and tower.single_vector is not None and tower.mlp.activation in ACTIVATE
 
 
 class SmallEvaluation:
@@ -146,7 +124,7 @@ class SmallEvaluation:
     def _choose(self, action: Tensor, mask: Tensor | None) -> None:
         """Choices come first, [A, N], since numpy walks long rows; it takes a third of torch's time for a few hundred numbers."""
         weight, bias = _parameters(self._network.head.linear)
-        logits = _product(weight, self._actor[-1].t()).numpy()
+        logits = product(weight, self._actor[-1].t()).numpy()
         logits += bias.numpy()[:, None]
         self._allowed = None if mask is None else mask.numpy().T
         if self._allowed is not None:
@@ -221,7 +199,5 @@ def _linear(layer: nn.Linear, gradient: Tensor, value: Tensor, found: dict[Tenso
     if (d_bias := found.get(bias)) is not None:  # else it is not trained
         torch.sum(gradient, 0, out=d_bias)
     if (d_weight := found.get(weight)) is not None:
-        _product(gradient.t(), value, d_weight)
-    if not needed:
-        return gradient
-    return torch.mm(gradient, weight) if weight.shape[0] == 1 else _product(gradient, weight)  # numpy is slow at an outer product
+        product(gradient.t(), value, d_weight)
+    return product(gradient, weight) if needed else gradient
