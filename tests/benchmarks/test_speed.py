@@ -99,12 +99,13 @@ def test_memory_that_was_measured_before_slopes_were_is_readable_and_answers_not
 
 def test_the_curve_of_memory_is_part_of_the_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     samples = leaking(30.0)
-    monkeypatch.setattr(speed, "memory_of", lambda *given: [(at, mb + 50.0 + at % 7, mb) for at, mb in samples])
+    monkeypatch.setattr(speed, "memory_of", lambda *given: [(at, mb + 90.0 - at / 10, mb) for at, mb in samples])
     row = BY_NAME["memory"]
     found = speed.measure(row, 0, speed._parse(["--runs", str(tmp_path)]))["figures"]
-    assert found["curve"] == [[at, round(mb + 50.0 + at % 7, 2), round(mb, 2)] for at, mb in samples]
+    assert found["curve"] == [[at, round(mb + 90.0 - at / 10, 2), round(mb, 2)] for at, mb in samples]
     assert found["mb_per_hour"] == mb_per_hour(samples)  # of their own memory
-    assert found["most_mb"] > 400.0 > found["end_mb"]
+    assert (found["begin_mb"], found["end_mb"], found["growth_mb"]) == growth_mb(samples, speed.MEMORY_FROM_SECONDS)
+    assert found["most_mb"] > 400.0
     assert row.answer([found]) == "no"
 
 
