@@ -57,6 +57,7 @@ bench-async: install
 
 bench-speed: install
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/summary.py
 
 mutants: install
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutants]'

@@ -29,7 +29,21 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from rows import Entry, Measurement, Store, answer_of, chosen, digest, line, measure_all, parser_of, scratch, where_and_when
+from rows import (
+    Entry,
+    Measurement,
+    Store,
+    answer_of,
+    chosen,
+    code_line,
+    codes,
+    digest,
+    line,
+    measure_all,
+    parser_of,
+    scratch,
+    where_and_when,
+)
 
 from shoal.settings import resolve
 
@@ -211,7 +225,7 @@ def page(store: Store) -> Iterator[str]:
         "Return per step: the mean of the training curve (last 100 episodes) over the whole budget of environment steps, which is the area under it; "
         "return per second: the same over the first seconds of the run, as many for all runs of an environment. Final: the end of the training curve; "
         f"evaluated: {EPISODES} episodes of the final policy. Rows `lag-L`: the queue is kept full, L batches deep; rows `shipped-B`: as users have it, with "
-        "max_policy_lag B. Seconds count from the first environment step."
+        f"max_policy_lag B. Seconds count from the first environment step. {code_line()}"
     )
     for task in TASKS:
         rows = [row for row in ROWS if row.task is task and entries_of(store, row)]
@@ -224,16 +238,16 @@ def _section(store: Store, task: Task, rows: Sequence[Row]) -> Iterator[str]:
     yield f"\n## {task.environment}, {task.env_steps:,} environment steps\n"
     yield line(
         "configuration", "seeds", "lag, mean (max)", "steps an update", "return per step", f"return per second (first {horizon:.0f} s)", "final",
-        "evaluated", f"env steps to {task.threshold:g}", f"seconds to {task.threshold:g}", "env steps/s",
+        "evaluated", f"env steps to {task.threshold:g}", f"seconds to {task.threshold:g}", "env steps/s", "code",
     )  # fmt: skip
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    yield line(*["---"] * 12)
     for row in rows:
         found = entries_of(store, row)
         yield line(
             row.name.partition("/")[2], len(found), f"{fmean(e['lag']['mean'] for e in found):.1f} ({max(e['lag']['max'] for e in found)})",
             f"{fmean(e['env_steps'] / e['updates'] for e in found):,.0f}", spread([e["area"] for e in found]),
             spread([by_second(e, horizon) for e in found]), spread([e["final"] for e in found]), spread([e["evaluated"] for e in found]),
-            reached_at(found, "env_steps"), reached_at(found, "seconds"), spread([e["env_steps_per_second"] for e in found]),
+            reached_at(found, "env_steps"), reached_at(found, "seconds"), spread([e["env_steps_per_second"] for e in found]), codes(found),
         )  # fmt: skip
 
 

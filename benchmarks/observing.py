@@ -7,15 +7,17 @@ import signal
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
+from statistics import median
 
 from rows import ROOT, SHOAL, CommandError
 
 from shoal.monitoring.store import MetricPoint, RunReader
-from shoal.supervision.processes import pss_bytes
 
 WARM_UP_SECONDS = 5.0
+ENDS_SECONDS = 25.0
 
 
 # ---- speed -----------------------------------------------------------------------------------------------------------
@@ -74,14 +76,29 @@ def tree(pid: int) -> list[int]:
     return found
 
 
-def memory_of(arguments: Sequence[str], run: Path, seconds: float, every_seconds: float) -> list[tuple[float, float]]:
-    """(seconds since the prompt, PSS of the whole tree of processes in MB) of a training while it lives, which is then ended."""
+def memory_mb(pids: Iterable[int]) -> tuple[float, float]:
+    """Of these processes together: PSS, and what of it is their own (anonymous, shared without a file, or swapped out), in MB. The rest are mapped
+    files, whose part in it falls when another program maps them too, and rises when that one ends. The dead count as 0."""
+    pss = own = 0
+    for pid in pids:
+        try:
+            words = [text.split() for text in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]]
+        except OSError:
+            continue
+        kib = {name: int(number) for name, number, _ in words}
+        pss += kib.get("Pss:", 0)
+        own += sum(kib.get(name, 0) for name in ("Pss_Anon:", "Pss_Shmem:", "SwapPss:"))
+    return pss * 1024 / 1e6, own * 1024 / 1e6
+
+
+def memory_of(arguments: Sequence[str], run: Path, seconds: float, every_seconds: float) -> list[tuple[float, float, float]]:
+    """(seconds since the prompt, `memory_mb` of the whole tree of processes) of a training while it lives, which is then ended."""
     with training(arguments, run) as process:
         samples = []
         for elapsed in _ticks(seconds, every_seconds):
             if process.poll() is not None:
                 raise CommandError(f"the training ended after {elapsed:.0f} s by itself: {(run.parent / 'log').read_text()[-2000:]}")
-            samples.append((elapsed, pss_bytes(tree(process.pid)) / 1e6))
+            samples.append((elapsed, *memory_mb(tree(process.pid))))
         return samples
 
 
@@ -109,7 +126,20 @@ def _ticks(seconds: float, every_seconds: float, clock: Callable[[], float] = ti
 
 
 def growth_mb(samples: Sequence[tuple[float, float]], begin_seconds: float) -> tuple[float, float, float]:
-    """PSS at `begin_seconds` and at the end (medians of three samples there), and their difference, in MB."""
-    values = [mb for at, mb in samples if at >= begin_seconds - 0.5]
-    begin, end = sorted(values[:3])[len(values[:3]) // 2], sorted(values[-3:])[len(values[-3:]) // 2]
+    """Memory from `begin_seconds` on and at the end (medians over ENDS_SECONDS of samples there), and their difference, in MB. Raises CommandError:
+    it was shorter."""
+    last = samples[-1][0]
+    if last < begin_seconds + ENDS_SECONDS:
+        raise CommandError(f"{last:.0f} s of memory are too few for its growth; raise --memory-seconds")
+    begin = median(mb for at, mb in samples if begin_seconds - 0.5 <= at < begin_seconds + ENDS_SECONDS)
+    end = median(mb for at, mb in samples if at > last - ENDS_SECONDS)
     return begin, end, end - begin
+
+
+def mb_per_hour(samples: Sequence[tuple[float, float]]) -> float:
+    """How memory grows over the second half of the samples, in MB an hour: the median of the slopes between any two of them (Sen 1968,
+    doi:10.1080/01621459.1968.10480934), which neither a peak while a checkpoint is written nor one allocation tilts. Raises CommandError: too few."""
+    late = samples[len(samples) // 2 :]
+    if len(late) < 3:
+        raise CommandError(f"{len(samples)} samples of memory are too few for a slope; raise --memory-seconds")
+    return 3600.0 * median((b_mb - a_mb) / (b - a) for (a, a_mb), (b, b_mb) in combinations(late, 2))

@@ -1,11 +1,13 @@
 """What `make bench-peers` measures: shoal and other libraries in turn on this machine (shoal, peer, shoal, peer ...), and the median of the ratios.
 
 Absolute figures drift from hour to hour and from machine to machine, ratios of neighbouring runs hardly. Every pair is appended to
-`results/peers.jsonl` at once; `results/peers.md` is written from the newest measurement of each comparison. No figure is entered by hand.
+`results/peers.jsonl` at once, so that a bench that was cut off goes on with the next one; pairs of other commands or seconds are made again.
+`results/peers.md` is written from all of it: of each comparison the newest command of which three pairs are there, and no answer from fewer.
 
-    python benchmarks/peers.py                              all comparisons, three pairs each
-    python benchmarks/peers.py --only 'CartPole-v1 ppo*'    some
-    python benchmarks/peers.py --list | --table             what there is | only the table
+    python benchmarks/peers.py                              what is missing
+    python benchmarks/peers.py --rows 'CartPole-v1 ppo*'    some comparisons
+    python benchmarks/peers.py --again                      measure anew, also pairs whose peer failed
+    python benchmarks/peers.py --list | --table             what there is, what is done | only the table
 
 The peers' scripts are looked for in ../shared/peers beside the checkout (--scripts, PEERS_SCRIPTS). Their environment, apart from the project's own,
 is made once in .peers (--environment, PEERS_ENV) where it is missing. Measure on an idle machine.
@@ -23,18 +25,31 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from fnmatch import fnmatch
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
-from shoal.benching.measuring import machine
+from rows import (
+    ROOT,
+    CommandError,
+    Entry,
+    Measurement,
+    Store,
+    chosen,
+    code_line,
+    codes,
+    day,
+    digest,
+    from_to,
+    measure_all,
+    parser_of,
+    scratch,
+)
+from rows import line as cells
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+STEM = "peers"
+PAIRS = 3  # fewer answer nothing
 PEER_ATTEMPTS = 2
 START_SECONDS = 240.0  # a peer may take so long besides the seconds that are measured
 PACKAGES = ("gymnasium", "box2d", "ale-py", "opencv-python-headless", "pygame", "stable-baselines3", "ray[rllib]", "tensorboard")
@@ -45,6 +60,10 @@ MATCHED = (
 )
 EPOCHS = "--algorithm.epochs 4 --algorithm.minibatch-size 256"
 THROUGHPUT = "--preset none --policy.hidden-sizes 64,64 --policy.activation tanh --device cpu"
+# Rows of speed.py too: one target, one configuration.
+IMPALA_PYTHON = f"{THROUGHPUT} --sampling.groups 4 --sampling.group-size 64 --sampling.rollout-length 32"
+IMPALA_NATIVE = f"{THROUGHPUT} --env.form native --sampling.groups 4 --sampling.group-size 256 --sampling.rollout-length 32"
+FLOORS = {IMPALA_PYTHON: 50_000, IMPALA_NATIVE: 150_000}  # env steps per second
 
 
 @dataclass(frozen=True)
@@ -74,12 +93,20 @@ class Comparison:
         script, algorithm, *_, runners = self.peer.split()
         return "sb3 ppo" if script.startswith("sb3") else f"rllib {algorithm} ({runners} runners)"
 
+    def arguments(self, seconds: float) -> list[str]:
+        """Of `shoal`."""
+        return ["train", self.environment, "--algorithm", self.algorithm, *self.options.split(), "--stop.seconds", f"{seconds:g}"]
+
+    def command(self, seconds: float) -> str:
+        return f"shoal {' '.join(self.arguments(seconds))}"
+
     def peer_seconds(self, seconds: float) -> float:
         """RLlib's asynchronous algorithms report every ten seconds or so, and the script's clock begins with the first report."""
         return max(seconds, 45.0) if self.peer_name.startswith(("rllib appo", "rllib impala")) else seconds
 
 
 SB3 = "sb3_matched.py {} SECONDS dummy 1"
+RLLIB_IMPALA = "rllib_matched.py impala CartPole-v1 SECONDS 0"
 COMPARISONS = (
     Comparison("CartPole-v1", "ppo", f"{MATCHED} {EPOCHS}", SB3.format("CartPole-v1"), times=3),
     Comparison("CartPole-v1", "appo", f"{MATCHED} {EPOCHS}", SB3.format("CartPole-v1"), times=4),
@@ -89,22 +116,9 @@ COMPARISONS = (
         for algorithm in ("ppo", "appo")
     ),
     Comparison("CartPole-v1", "appo", f"{MATCHED} {EPOCHS}", "rllib_matched.py appo CartPole-v1 SECONDS 0"),
-    Comparison("CartPole-v1", "impala", MATCHED, "rllib_matched.py impala CartPole-v1 SECONDS 0"),
+    Comparison("CartPole-v1", "impala", MATCHED, RLLIB_IMPALA),
     Comparison("LunarLander-v3", "ppo", f"{MATCHED} {EPOCHS}", SB3.format("LunarLander-v3"), times=3),
-    Comparison(
-        "CartPole-v1",
-        "impala",
-        f"{THROUGHPUT} --sampling.groups 4 --sampling.group-size 64 --sampling.rollout-length 32",
-        "rllib_matched.py impala CartPole-v1 SECONDS 0",
-        floor=50_000,
-    ),
-    Comparison(
-        "CartPole-v1",
-        "impala",
-        f"{THROUGHPUT} --env.form native --sampling.groups 4 --sampling.group-size 256 --sampling.rollout-length 32",
-        "rllib_matched.py impala CartPole-v1 SECONDS 0",
-        floor=150_000,
-    ),
+    *(Comparison("CartPole-v1", "impala", options, RLLIB_IMPALA, floor=floor) for options, floor in FLOORS.items()),
 )
 
 
@@ -112,52 +126,87 @@ class PeerError(Exception):
     """Something that is needed is missing; the message says what to do."""
 
 
-class CommandError(Exception):
-    """A command of shoal or of a peer failed; its comparison is left out."""
+@dataclass(frozen=True)
+class Peers:
+    """Where they are, and which."""
+
+    scripts: Path
+    python: Path
+    versions: dict[str, str]
+
+    @classmethod
+    def find(cls, scripts: Path, environment: Path) -> Peers:
+        """Raises PeerError."""
+        found = find_scripts(scripts)
+        python = find_environment(environment)
+        return cls(found, python, peer_versions(python))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    wanted = [c for c in COMPARISONS if fnmatch(c.name, options.only)]
-    if options.list:
-        print("\n".join(c.name for c in wanted))
-        return 0
-    rows_file = options.results / "peers.jsonl"
-    failed = False
+    store = Store(options.results, STEM, key_of, page)
+    peers = cache(lambda: Peers.find(options.scripts, options.environment))
+    names = chosen((c.name for c in COMPARISONS), options.rows)
+    wanted = [
+        Measurement(
+            c.name, pair, (c.name, settings, pair), settings, partial(measure, c, pair, options.seconds, peers, options.runs), brief
+        )
+        for c in COMPARISONS
+        if c.name in names
+        for settings in [digest([c.command(options.seconds), c.peer, options.seconds])]
+        for pair in range(options.pairs)
+    ]
     try:
-        if not options.table:
-            if not wanted:
-                raise PeerError(f"no comparison is named {options.only}; there are {', '.join(c.name for c in COMPARISONS)}")
-            scripts = find_scripts(options.scripts)
-            python = find_environment(options.environment)
-            for comparison in wanted:
-                try:
-                    measure(comparison, options.pairs, options.seconds, scripts, python, rows_file)
-                except CommandError as error:
-                    failed = True
-                    print(f"{comparison.name}: {error}", file=sys.stderr, flush=True)
-                write_table(rows_file)
+        return measure_all(wanted, store, options)
     except PeerError as error:
         print(f"bench-peers: {error}", file=sys.stderr)
         return 2
-    print(write_table(rows_file))
-    return 1 if failed else 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, STEM)
     scripts, environment = os.environ.get("PEERS_SCRIPTS", ROOT.parent / "shared" / "peers"), os.environ.get("PEERS_ENV", ROOT / ".peers")
     parser.add_argument("--scripts", type=Path, default=Path(scripts), help="directory of the peers' scripts (default: %(default)s)")
     parser.add_argument(
         "--environment", type=Path, default=Path(environment), help="virtual environment of the peers (default: %(default)s)"
     )
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="comparisons whose name fits; * and ? as in file names")
-    parser.add_argument("--pairs", type=int, default=3, help="runs of each side (default: %(default)s)")
+    parser.add_argument(
+        "--pairs", type=int, default=PAIRS, help=f"runs of each side; fewer than {PAIRS} answer nothing (default: %(default)s)"
+    )
     parser.add_argument("--seconds", type=float, default=20.0, help="of each run (default: %(default)s)")
-    parser.add_argument("--list", action="store_true", help="name the comparisons")
-    parser.add_argument("--table", action="store_true", help="only write the table from what was measured")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of peers.jsonl and peers.md")
     return parser.parse_args(arguments)
+
+
+# ---- what was measured -----------------------------------------------------------------------------------------------
+def settings_of(entry: Entry) -> str:
+    """A digest of both commands and the seconds."""
+    return str(entry["settings"] if "settings" in entry else digest([entry["command"], entry["peer_command"], entry["seconds"]]))
+
+
+def key_of(entry: Entry) -> Hashable:
+    return entry["comparison"], settings_of(entry), entry["pair"]
+
+
+def compared(pairs: Iterable[Entry]) -> list[Entry]:
+    """Those in which both sides ran."""
+    return [pair for pair in pairs if pair["ratio"] is not None]
+
+
+def pairs_of(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
+    """Of each comparison the pairs that count, in the table's order: those of its newest settings of which PAIRS are there, or of its newest.
+
+    entries: the newest last, one of each key.
+    """
+    found: dict[str, dict[str, list[Entry]]] = {}
+    for entry in entries:
+        of = found.setdefault(entry["comparison"], {})
+        of[settings_of(entry)] = [*of.pop(settings_of(entry), []), entry]  # to the end
+    order = [c.name for c in COMPARISONS]
+    counting = {}
+    for name in sorted(found, key=lambda n: order.index(n) if n in order else len(order)):
+        newest_first = list(reversed(found[name].values()))
+        counting[name] = next((pairs for pairs in newest_first if len(compared(pairs)) >= PAIRS), newest_first[0])
+    return counting
 
 
 # ---- what is needed --------------------------------------------------------------------------------------------------
@@ -189,25 +238,31 @@ def find_environment(directory: Path) -> Path:
     return python.absolute()
 
 
+def peer_versions(python: Path) -> dict[str, str]:
+    names = ["stable-baselines3", "ray", "torch", "gymnasium"]
+    code = f"import json; from importlib.metadata import version; print(json.dumps({{n: version(n) for n in {names}}}))"
+    said = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout
+    versions: dict[str, str] = json.loads(said)
+    return versions
+
+
 # ---- measuring -------------------------------------------------------------------------------------------------------
-def measure(comparison: Comparison, pairs: int, seconds: float, scripts: Path, python: Path, rows_file: Path) -> None:
-    """Shoal and the peer in turn; every pair is a row."""
-    measurement = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}"
-    versions = peer_versions(python)
-    for pair in range(pairs):
-        load = os.getloadavg()[0]
-        own, command = shoal_speed(comparison, seconds)
-        peer, failure = attempt(lambda: peer_speed(comparison, seconds, scripts, python))
-        row = {
-            "comparison": comparison.name, "measurement": measurement, "pair": pair, "seconds": seconds, "shoal": own, "peer": peer,
-            "ratio": None if peer is None else own / peer, "peer_failure": failure, "times": comparison.times, "floor": comparison.floor, "command": command, "peer_command": comparison.peer,
-            "versions": versions, "machine": machine(), "load": round(load, 2),
-        }  # fmt: skip
-        rows_file.parent.mkdir(parents=True, exist_ok=True)
-        with rows_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        told = f"the peer failed: {failure}" if peer is None else f"{peer:,.0f} = {own / peer:.2f}"
-        print(f"{comparison.name}: {own:,.0f} / {told}", file=sys.stderr, flush=True)
+def measure(comparison: Comparison, pair: int, seconds: float, find: Callable[[], Peers], runs: Path) -> Entry:
+    """Shoal, then the peer; where the peer fails, the entry says so. Raises CommandError (shoal failed) and PeerError."""
+    peers = find()
+    own = shoal_speed(comparison, seconds, runs)
+    peer, failure = attempt(lambda: peer_speed(comparison, seconds, peers, runs))
+    return {
+        "comparison": comparison.name, "pair": pair, "seconds": seconds, "shoal": own, "peer": peer, "ratio": None if peer is None else own / peer,
+        "peer_failure": failure, "times": comparison.times, "floor": comparison.floor, "command": comparison.command(seconds),
+        "peer_command": comparison.peer, "versions": peers.versions,
+    }  # fmt: skip
+
+
+def brief(entry: Entry) -> str:
+    peer = entry["peer"]
+    told = f"the peer failed: {entry['peer_failure']}" if peer is None else f"{peer:,.0f} = {entry['ratio']:.2f}"
+    return f"{entry['shoal']:,.0f} / {told}"
 
 
 def attempt(work: Callable[[], float]) -> tuple[float | None, str]:
@@ -221,28 +276,19 @@ def attempt(work: Callable[[], float]) -> tuple[float | None, str]:
     return None, failure
 
 
-def shoal_speed(comparison: Comparison, seconds: float) -> tuple[float, str]:
+def shoal_speed(comparison: Comparison, seconds: float, runs: Path) -> float:
     """Environment steps per second since the first one, as `shoal train` says it."""
-    words = [
-        "train",
-        comparison.environment,
-        "--algorithm",
-        comparison.algorithm,
-        *comparison.options.split(),
-        "--stop.seconds",
-        f"{seconds:g}",
-    ]
-    with tempfile.TemporaryDirectory(prefix="shoal-peers-") as scratch:
-        command = [sys.executable, "-m", "shoal.cli", *words, "--run-dir", f"{scratch}/run", "--view", "silent", "--json"]
-        result = json.loads(run(command, seconds, Path(scratch)))
-    return float(result["env_steps_per_second"]), f"shoal {' '.join(words)}"
+    with scratch(runs) as directory:
+        where = ["--run-dir", str(directory / "run"), "--view", "silent", "--json"]
+        told = json.loads(run([sys.executable, "-m", "shoal.cli", *comparison.arguments(seconds), *where], seconds, directory))
+    return float(told["env_steps_per_second"])
 
 
-def peer_speed(comparison: Comparison, seconds: float, scripts: Path, python: Path) -> float:
+def peer_speed(comparison: Comparison, seconds: float, peers: Peers, runs: Path) -> float:
     seconds = comparison.peer_seconds(seconds)
     script, *words = comparison.peer.replace("SECONDS", f"{seconds:g}").split()
-    with tempfile.TemporaryDirectory(prefix="shoal-peers-") as scratch:
-        said = run([str(python), str(scripts / script), *words], seconds, Path(scratch))
+    with scratch(runs) as directory:
+        said = run([str(peers.python), str(peers.scripts / script), *words], seconds, directory)
     found = re.findall(r"sps=(\d+)", said)
     if not found or int(found[-1]) == 0:
         raise CommandError(f"{script} measured no speed in {seconds:g} s (sps=...):\n{said[-2000:]}")
@@ -250,79 +296,67 @@ def peer_speed(comparison: Comparison, seconds: float, scripts: Path, python: Pa
 
 
 def run(command: Sequence[str], seconds: float, directory: Path) -> str:
-    """Standard output of a command that runs with one thread per process, in a session of its own."""
+    """Standard output of a command that runs with one thread per process, in a session of its own, which ends with this one's wait for it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     started = subprocess.Popen(
         command, cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
         said, complained = started.communicate(timeout=seconds + START_SECONDS)
-    except subprocess.TimeoutExpired:
+    except BaseException as error:  # Ctrl-C does not come to another session
         os.killpg(started.pid, signal.SIGKILL)
         started.communicate()
-        raise CommandError(f"`{' '.join(command)}` did not end within {seconds + START_SECONDS:g} s") from None
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise CommandError(f"`{' '.join(command)}` did not end within {seconds + START_SECONDS:g} s") from None
+        raise
     if started.returncode != 0:
         raise CommandError(f"`{' '.join(command)}` ended with code {started.returncode}:\n{complained[-2000:]}")
     return said
 
 
-def peer_versions(python: Path) -> dict[str, str]:
-    names = ["stable-baselines3", "ray", "torch", "gymnasium"]
-    code = f"import json; from importlib.metadata import version; print(json.dumps({{n: version(n) for n in {names}}}))"
-    said = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout
-    versions: dict[str, str] = json.loads(said)
-    return versions
-
-
 # ---- the table -------------------------------------------------------------------------------------------------------
-def write_table(rows_file: Path) -> str:
-    texts = rows_file.read_text(encoding="utf-8").splitlines() if rows_file.exists() else []
-    text = "\n".join(table([json.loads(line) for line in texts])) + "\n"
-    rows_file.parent.mkdir(parents=True, exist_ok=True)
-    rows_file.with_suffix(".md").write_text(text, encoding="utf-8")
-    return text
-
-
-def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """The newest measurement of every comparison."""
+def page(store: Store) -> Iterator[str]:
+    found = pairs_of(store.entries.values())
     yield "# Beside other libraries"
     yield ""
     yield "`make bench-peers` (benchmarks/peers.py): shoal and the peer run in turn on the same machine; medians over pairs, in environment steps per"
     yield "second with learning included. Matched protocol: 8 environments x 128 steps, minibatch 256, 4 epochs, separate 2x64 tanh actor and critic,"
     yield "Adam 2.5e-4, gradient norm 0.5, CPU. IMPALA has one epoch; on the throughput track groups and batch are chosen freely. The commands are in peers.jsonl."
+    yield f"Fewer than {PAIRS} pairs answer nothing. {code_line()}"
     yield ""
-    yield "| shoal / peer | shoal | peer | median of ratios | lowest, highest | wanted | pairs of | date | load |"
-    yield "| --- | ---: | ---: | ---: | --- | --- | --- | --- | --- |"
-    newest = {row["comparison"]: row["measurement"] for row in rows}
-    found = {name: [r for r in rows if (r["comparison"], r["measurement"]) == (name, at)] for name, at in newest.items()}
-    order = [c.name for c in COMPARISONS]
-    for name in sorted(found, key=lambda n: order.index(n) if n in order else len(order)):
-        yield line(name, found[name])
-    machines = {json.dumps(row["machine"], sort_keys=True): row["machine"] for of in found.values() for row in of}
-    versions = {json.dumps(row["versions"], sort_keys=True): row["versions"] for of in found.values() for row in of}
+    yield "| shoal / peer | shoal | peer | median of ratios | lowest, highest | wanted | pairs of | date | load | code |"
+    yield "| --- | ---: | ---: | ---: | --- | --- | --- | --- | --- | --- |"
+    for name, pairs in found.items():
+        yield line(name, pairs)
+    known = [pair for pairs in found.values() for pair in pairs]
     yield ""
-    for one in machines.values():
+    for text in dict.fromkeys(json.dumps(pair["machine"], sort_keys=True) for pair in known):
+        one = json.loads(text)
         yield f"Machine: {one['cpu']}, {one['cores']} cores, torch {one['torch']}, Python {one['python']}."
-    for one in versions.values():
-        yield f"Peers: {', '.join(f'{name} {number}' for name, number in one.items())}."
+    for text in dict.fromkeys(json.dumps(pair["versions"], sort_keys=True) for pair in known):
+        yield f"Peers: {', '.join(f'{name} {number}' for name, number in json.loads(text).items())}."
 
 
-def line(name: str, rows: list[dict[str, Any]]) -> str:
-    pairs, first = [row for row in rows if row["ratio"] is not None], rows[0]
-    own = statistics.median(row["shoal"] for row in rows)
-    ratio = statistics.median(row["ratio"] for row in pairs) if pairs else 0.0
+def line(name: str, pairs: Sequence[Entry]) -> str:
+    both, first = compared(pairs), pairs[0]
+    own = statistics.median(pair["shoal"] for pair in pairs)
+    ratios = [pair["ratio"] for pair in both]
     wanted = ""
     if first["times"] is not None:
-        wanted = f">= {first['times']:g}x: {'yes' if ratio >= first['times'] else '**no**'}"
+        wanted = f">= {first['times']:g}x: {answer(len(both), lambda: statistics.median(ratios) >= first['times'])}"
     if first["floor"] is not None:
-        wanted = f">= {first['floor']:,} steps/s: {'yes' if own >= first['floor'] else '**no**'}"
-    peer = f"{statistics.median(row['peer'] for row in pairs):,.0f}" if pairs else "failed"
-    spread = f"{min(row['ratio'] for row in pairs):.2f}, {max(row['ratio'] for row in pairs):.2f}" if pairs else ""
-    loads = ", ".join(f"{row['load']:g}" for row in rows)
-    return (
-        f"| {name} | {own:,.0f} | {peer} | {f'{ratio:.2f}' if pairs else ''} | {spread} | {wanted} "
-        f"| {len(pairs) or len(rows)} x {first['seconds']:g} s | {first['measurement'][:10]} | {loads} |"
-    )
+        wanted = f">= {first['floor']:,} steps/s: {answer(len(pairs), lambda: own >= first['floor'])}"
+    return cells(
+        name, f"{own:,.0f}", f"{statistics.median(pair['peer'] for pair in both):,.0f}" if both else "failed",
+        f"{statistics.median(ratios):.2f}" if both else "", f"{min(ratios):.2f}, {max(ratios):.2f}" if both else "", wanted,
+        f"{len(both) or len(pairs)} x {first['seconds']:g} s", from_to(sorted(map(day, pairs))), ", ".join(f"{pair['load']:g}" for pair in pairs),
+        codes(pairs),
+    )  # fmt: skip
+
+
+def answer(number: int, held: Callable[[], bool]) -> str:
+    """Whether it held, from so many pairs."""
+    return f"{number} of {PAIRS} pairs" if number < PAIRS else "yes" if held() else "**no**"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the benches share: measurements that are made one after the other, kept as JSON lines as soon as they are there, and a table made of them.
 
-A bench that was cut off goes on with the next measurement; what was measured with other settings is measured again.
+A bench that was cut off goes on with the next measurement; what was measured with other settings is measured again. What was measured of other code stays
+until `--again`: the code is a column of the table, and `--list` says it.
 
     python benchmarks/BENCH.py                          what is missing
     python benchmarks/BENCH.py --rows 'A/*' --again     some rows, anew
@@ -70,6 +71,7 @@ def scratch(directory: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+# ---- when, where, of what --------------------------------------------------------------------------------------------
 def circumstances() -> Entry:
     """When and where a measurement is made; `load` is the machine's mean over five minutes, the bench's own part included."""
     return {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "load": round(os.getloadavg()[1], 2)}
@@ -80,13 +82,22 @@ def where_and_when(entries: Sequence[Entry]) -> Iterator[str]:
     for text in sorted({json.dumps(entry["machine"], sort_keys=True) for entry in entries}):
         m = json.loads(text)
         yield f"- Machine: {m['cpu']}, {m['cores']} cores; torch {m['torch']}, Python {m['python']}."
-    dates = sorted({entry["date"] for entry in entries})
-    yield f"- Date: {' to '.join(dict.fromkeys((dates[0], dates[-1]))) if dates else 'nothing measured yet'}.\n"
+    yield f"- Date: {from_to(sorted(map(day, entries))) if entries else 'nothing measured yet'}.\n"
 
 
-def line(*cells: Any) -> str:
-    """A line of a table."""
-    return f"| {' | '.join(map(str, cells))} |"
+def day(entry: Entry) -> str:
+    """Old rows of peers.py say it to the second."""
+    return str(entry["date"] if "date" in entry else entry["measurement"][:10])
+
+
+def loads(entries: Iterable[Entry]) -> str:
+    """The least and the largest load under which some measurements were made."""
+    return from_to([f"{load:.1f}" for load in sorted(entry["load"] for entry in entries)])
+
+
+def from_to(texts: Sequence[str]) -> str:
+    """`first to last`; one of them where they are alike."""
+    return " to ".join(dict.fromkeys((texts[0], texts[-1])))
 
 
 def digest(settings: Any) -> str:
@@ -100,7 +111,42 @@ def code_digest(source: Path = ROOT / "src") -> str:
     return digest(digests)[:8]
 
 
+def code_line() -> str:
+    """What a table's column `code` says."""
+    return f"Code is a digest of `src/` as it was measured; that of this table's day is {code_digest()}."
+
+
+def codes(entries: Iterable[Entry]) -> str:
+    """Of which code some measurements are; `unknown` where one does not say."""
+    return ", ".join(dict.fromkeys(entry.get("code", "unknown") for entry in entries))
+
+
+def line(*cells: Any) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
 # ---- what was measured -----------------------------------------------------------------------------------------------
+def read(path: Path) -> Iterator[Entry]:
+    """The measurements of a file, in the order in which they were made. A line that was cut off is left out, and said."""
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            entry: Entry = json.loads(text)
+        except ValueError:
+            print(f"{path}: a line is cut off and is left out", file=sys.stderr)
+        else:
+            yield entry
+
+
+def newest(entries: Iterable[Entry], key: Callable[[Entry], Hashable]) -> dict[Hashable, Entry]:
+    """Of each key the entry that came last, in the order in which those were made."""
+    found: dict[Hashable, Entry] = {}
+    for entry in entries:
+        found.pop(key(entry), None)
+        found[key(entry)] = entry
+    return found
+
+
 class Store:
     """`STEM.jsonl`, one measurement a line, the newest of its key counting; and `STEM.md`, made of it by `page`."""
 
@@ -108,13 +154,7 @@ class Store:
         directory.mkdir(parents=True, exist_ok=True)
         self.path, self.table_path = directory / f"{stem}.jsonl", directory / f"{stem}.md"
         self._key, self._page = key, page
-        self.entries: dict[Hashable, Entry] = {}
-        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
-            try:
-                entry = json.loads(text)
-                self.entries[key(entry)] = entry
-            except (ValueError, KeyError):
-                print(f"{self.path}: a line is cut off and is left out", file=sys.stderr)
+        self.entries = newest(read(self.path), key)
 
     def append(self, entry: Entry) -> None:
         cut_off = self.path.exists() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
@@ -122,7 +162,7 @@ class Store:
             file.write(("\n" if cut_off else "") + json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.entries[self._key(entry)] = entry
+        self.entries = newest([*self.entries.values(), entry], self._key)
 
     def write_table(self) -> None:
         self.table_path.write_text("\n".join(self._page(self)) + "\n", encoding="utf-8")
@@ -136,8 +176,8 @@ class Measurement:
     Attributes:
       row: its row, as `--rows` names it; several measurements of a row differ in `seed`.
       key: as the store's key of its entry.
-      settings: digest of all that the figures depend on.
-      measure: returns the entry, `settings` and circumstances apart. Raises CommandError.
+      settings: digest of all that the figures depend on, the code apart.
+      measure: returns the entry, `settings`, code and circumstances apart. Raises CommandError.
       brief: an entry in a few words.
     """
 
@@ -153,9 +193,16 @@ class Measurement:
         return f"{self.row} seed {self.seed}"
 
     def is_in(self, store: Store) -> bool:
-        """Whether it was made under today's settings."""
+        """Whether it was made under today's settings. An entry that does not say them has them in its key."""
         entry = store.entries.get(self.key)
-        return entry is not None and entry["settings"] == self.settings
+        return entry is not None and entry.get("settings", self.settings) == self.settings
+
+    def state(self, store: Store, today: str) -> str:
+        """`to do`, or `done`, and of which code where that is not today's."""
+        if not self.is_in(store):
+            return "to do"
+        code = codes([store.entries[self.key]])
+        return "done" if code == today else f"done, of other code ({code}, today {today})"
 
 
 def parser_of(description: str | None, stem: str) -> argparse.ArgumentParser:
@@ -185,16 +232,18 @@ def chosen(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
 def measure_all(wanted: Sequence[Measurement], store: Store, options: argparse.Namespace) -> int:
     """Make what is wanted and missing, one after the other, and write the table after each. Returns the exit code: 1 if a command failed."""
     if options.list:
+        today = code_digest()
         for one in wanted:
-            print(f"{one.name}: {'done' if one.is_in(store) else 'to do'}")
+            print(f"{one.name}: {one.state(store, today)}")
         return 0
     failed = 0
     for one in () if options.table else wanted:
         if one.is_in(store) and not options.again:
             continue
         print(f"{one.name} ...", file=sys.stderr, flush=True)
+        code = code_digest()  # as it is when the measurement begins
         try:
-            entry = {**one.measure(), "settings": one.settings, **circumstances()}
+            entry = {**one.measure(), "settings": one.settings, "code": code, **circumstances()}
         except CommandError as error:
             failed += 1
             print(error, file=sys.stderr, flush=True)

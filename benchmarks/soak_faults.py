@@ -17,7 +17,7 @@ from pathlib import Path
 import injected_environments
 import injected_processes
 from injected import Found, Row
-from rows import Entry, Measurement, Store, chosen, code_digest, digest, line, measure_all, parser_of, where_and_when
+from rows import Entry, Measurement, Store, chosen, code_line, codes, digest, line, measure_all, parser_of, where_and_when
 
 from shoal.runs import quantile
 
@@ -38,7 +38,6 @@ def measure(name: str, directory: Path) -> Entry:
             found.expect(quantile(seconds, share) <= limit, f"{quantile(seconds, share):.2f} s, {limit:g} s wanted")
     return {
         "row": name,
-        "code": code_digest(),
         "times": found.times,
         "seconds": [round(one, 3) for one in seconds],
         "figure": found.figure,
@@ -67,7 +66,7 @@ def page(store: Store) -> Iterator[str]:
     yield "`make soak` (benchmarks/soak_faults.py). Of every fault: how often it was injected, what was to come of it, and the figure."
     yield "Seconds are from the fault to the end of the command, or to the first rollout (of a learner: update) of whoever came in place, from detection where"
     yield "somebody was stopped, without the stepping of episodes again. Load is the machine's mean over five minutes, in processes."
-    yield f"Code is a digest of `src/` as it was measured; that of this table's day is {code_digest()}."
+    yield code_line()
     yield ""
     yield from where_and_when(entries)
     yield line("fault", "times injected", "outcome wanted", "figure", "held", "load", "code")
@@ -81,7 +80,7 @@ def page(store: Store) -> Iterator[str]:
             figure(entry),
             "**no**" if entry["wrong"] else "yes",
             entry["load"],
-            entry.get("code", "unknown"),
+            codes([entry]),
         )
     held = sum(not entry["wrong"] for entry in entries)
     yield ""

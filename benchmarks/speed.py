@@ -1,8 +1,8 @@
-"""What `make bench-speed` measures: waiting environments, the start, the time to a solved task, memory, weights, throughput, the
-matched runs beside their ceilings, Atari.
+"""What `make bench-speed` measures: waiting environments, the start, the time to a solved task, memory, weights, an inference server, throughput,
+the matched runs beside their ceilings, Atari.
 
 Every measurement is appended to `results/speed.jsonl` as soon as it is there, so that a bench that was cut off goes on with the next one; what was
-measured with other settings (options, a preset that changed since) is measured again. `results/speed.md` is written from all of it.
+measured with other settings (options, seconds, a preset that changed since) is measured again. `results/speed.md` is written from all of it.
 
     python benchmarks/speed.py                                                 what is missing
     python benchmarks/speed.py --rows 'waiting/*' memory                       some rows
@@ -20,28 +20,50 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
+from typing import Any
 
-from observing import first_update_seconds, growth_mb, memory_of, steady_rate, wall_seconds
-from peers import EPOCHS, MATCHED
-from rows import SHOAL, Entry, Measurement, Store, answer_of, chosen, digest, line, measure_all, parser_of, scratch, shoal, where_and_when
+from observing import first_update_seconds, growth_mb, mb_per_hour, memory_of, steady_rate, wall_seconds
+from peers import EPOCHS, FLOORS, IMPALA_NATIVE, IMPALA_PYTHON, MATCHED
+from rows import (
+    SHOAL,
+    Entry,
+    Measurement,
+    Store,
+    answer_of,
+    chosen,
+    code_line,
+    codes,
+    digest,
+    line,
+    loads,
+    measure_all,
+    parser_of,
+    scratch,
+    shoal,
+    where_and_when,
+)
 from waiting import blocking_seconds, exponential, fixed
 
 from shoal.settings import resolve
 
-WEIGHTS = Path(__file__).with_name("weights.py")
 NUM_WAITING = 64
 WAIT_SECONDS = 0.01
 STRAGGLER_TIMES = 100.0
-SAMPLE_SECONDS = 10.0
+SAMPLE_SECONDS = 2.0
 MEMORY_FROM_SECONDS = 30.0
 GROWTH_MB = 5.0  # what allocators and caches may do in ten minutes
+# In the second half of a run, when caches are full: so a day's run grows by less than the 500 MB that it may have in all. Of what is the processes' own,
+# which lies within 0.2 MB of a line (PSS within 30 MB, while other programs map the same files); but one allocation of 1 MB in the middle of five minutes
+# is a slope of 13 MB an hour.
+HOURLY_MB = 20.0
+GPU_CALLS_MS = 0.1  # what a GPU's calls and copies may add to a question: assumed, not measured
 
-Figures = dict[str, float]
+Figures = dict[str, Any]  # numbers; of memory its curve too
 
 
 @dataclass(frozen=True)
@@ -51,24 +73,30 @@ class Row:
     Attributes:
       measure: makes one measurement of the row; the number is its seed where it trains, else only counts.
       figure: all measurements in words.
-      reached: whether they are within the target; None: there is none.
+      reached: whether they are within the target, None where they do not say; no function where there is no target.
       repeats: measurements.
       environment, options: of the `shoal` command; what they resolve to says whether an old measurement still counts.
+      script: beside this file, where no `shoal` command is measured.
     """
 
     name: str
     target: str
     measure: Callable[[Row, int, argparse.Namespace], Figures]
     figure: Callable[[Sequence[Figures]], str]
-    reached: Callable[[Sequence[Figures]], bool] | None
+    reached: Callable[[Sequence[Figures]], bool | None] | None
     repeats: int = 3
     verb: str = "train"
     environment: str = ""
     options: tuple[str, ...] = ()
+    script: str = ""
 
     @property
     def command(self) -> str:
-        return " ".join(["shoal", self.verb, self.environment, *self.options]) if self.environment else f"benchmarks/{WEIGHTS.name}"
+        return f"benchmarks/{self.script}" if self.script else " ".join(["shoal", self.verb, self.environment, *self.options])
+
+    def answer(self, figures: Sequence[Figures]) -> str:
+        """Whether the target is reached."""
+        return "–" if self.reached is None else {True: "yes", False: "no", None: "unknown"}[self.reached(figures)]
 
 
 def column(figures: Sequence[Figures], name: str) -> list[float]:
@@ -147,29 +175,64 @@ def _solved(figures: Sequence[Figures]) -> str:
     return f"{spread(column(figures, 'seconds'), 's', 1)}, evaluated {median(evaluated):.0f} (least {min(evaluated):.0f})"
 
 
-# ---- memory, weights, ceilings ---------------------------------------------------------------------------------------
+# ---- memory, weights, an inference server, ceilings ------------------------------------------------------------------
 def memory(row: Row, repeat: int, options: argparse.Namespace) -> Figures:
-    """PSS of all processes of a training, early and late."""
+    """Memory of all processes of a training: their own early and late, its slope, the most in all, and the curves (seconds since the prompt, PSS, own)."""
     with scratch(options.runs) as directory:
         longer = ("--stop.seconds", f"{options.memory_seconds + 600:g}")
         samples = memory_of(["train", row.environment, *row.options, *longer], directory / "run", options.memory_seconds, SAMPLE_SECONDS)
-    begin, end, growth = growth_mb(samples, MEMORY_FROM_SECONDS)
-    return {"begin_mb": begin, "end_mb": end, "growth_mb": growth, "most_mb": max(mb for _, mb in samples), "seconds": samples[-1][0]}
+    own = [(at, mb) for at, _, mb in samples]
+    begin, end, growth = growth_mb(own, MEMORY_FROM_SECONDS)
+    return {
+        "begin_mb": begin,
+        "end_mb": end,
+        "growth_mb": growth,
+        "mb_per_hour": mb_per_hour(own),
+        "most_mb": max(mb for _, mb, _ in samples),
+        "seconds": samples[-1][0],
+        "curve": [[round(number, 2) for number in sample] for sample in samples],
+    }
 
 
 def _memory(figures: Sequence[Figures]) -> str:
     one = figures[-1]
-    return f"{one['begin_mb']:.0f} MB after {MEMORY_FROM_SECONDS:.0f} s, {one['end_mb']:.0f} after {one['seconds']:.0f} s ({one['growth_mb']:+.1f}), at most {one['most_mb']:.0f}"
+    times = f"after {MEMORY_FROM_SECONDS:.0f} s, {one['end_mb']:.0f} after {one['seconds']:.0f} s ({one['growth_mb']:+.1f})"
+    if "mb_per_hour" not in one:  # measured of PSS, with mapped files, before slopes were
+        return f"{one['begin_mb']:.0f} MB {times}, slope not recorded, at most {one['most_mb']:.0f}"
+    own = f"{one['begin_mb']:.0f} MB of its own {times}, {one['mb_per_hour']:+.1f} MB an hour in the second half"
+    return f"{own}; with mapped files at most {one['most_mb']:.0f}"
 
 
-def weights(row: Row, repeat: int, options: argparse.Namespace) -> Figures:
-    return answer_of([sys.executable, str(WEIGHTS)], 300.0)
+def _steady(figures: Sequence[Figures]) -> bool | None:
+    """None: measured before slopes were."""
+    if not at_most({"most_mb": 500, "growth_mb": GROWTH_MB})(figures):
+        return False
+    return at_most({"mb_per_hour": HOURLY_MB})(figures) if all("mb_per_hour" in one for one in figures) else None
+
+
+def scripted(row: Row, repeat: int, options: argparse.Namespace) -> Figures:
+    return answer_of([sys.executable, str(Path(__file__).with_name(row.script))], 300.0)
 
 
 def _weights(figures: Sequence[Figures]) -> str:
     middle, p99, publish, wait, read = (median(column(figures, n)) for n in ("median_ms", "p99_ms", "publish_ms", "wait_ms", "read_ms"))
     parts = f"publishing {publish:.2f}, words and the actor's step {wait:.2f}, reading {read:.2f}"
     return f"{figures[0]['megabytes']:.1f} MB: median {middle:.2f} ms ({parts}), p99 {p99:.2f} ms"
+
+
+def _served(figures: Sequence[Figures]) -> str:
+    way, image_way, small, many, images = (
+        median(column(figures, n)) for n in ("way_ms", "image_way_ms", "small_ms", "served_ms", "image_ms")
+    )
+    return (
+        f"the way {way:.2f} ms with 64 numbers, {image_way:.2f} with four frames of 84x84; in place {small:.2f} ms with "
+        f"{figures[0]['small_weights']:,} weights, {many:.2f} with {figures[0]['served_weights']:,}, {images:.2f} with the Nature CNN"
+    )
+
+
+def _worth_serving(figures: Sequence[Figures]) -> bool:
+    """Whether a question costs no more than what it saves, where `policy.inference auto` begins to ask."""
+    return median(column(figures, "way_ms")) + GPU_CALLS_MS <= median(column(figures, "served_ms"))
 
 
 def against_ceiling(row: Row, repeat: int, options: argparse.Namespace) -> Figures:
@@ -196,13 +259,13 @@ WAITING = (
     "--algorithm", "impala", "--preset", "none", "--env.form", "threads", "--actors", "2", "--sampling.groups", "2", "--sampling.group-size", "32",
     "--sampling.rollout-length", "64",
 )  # fmt: skip
-IMPALA = ("--algorithm", "impala", "--preset", "none")
 
 
-def _throughput(name: str, least: float, *options: str) -> Row:
+def _throughput(name: str, options: str) -> Row:
+    least = FLOORS[options]
     said = lambda figures: spread(column(figures, "env_steps_per_second"), "env steps/s")  # noqa: E731
-    return Row(f"throughput/{name}", f"≥ {least:,.0f} env steps/s", throughput, said, at_least("env_steps_per_second", least),
-               environment="CartPole-v1", options=(*IMPALA, *options))  # fmt: skip
+    return Row(f"throughput/{name}", f"≥ {least:,} env steps/s", throughput, said, at_least("env_steps_per_second", least),
+               environment="CartPole-v1", options=("--algorithm", "impala", *options.split()))  # fmt: skip
 
 
 def _solve(environment: str, wanted: float, seconds: float, seeds: int) -> Row:
@@ -236,20 +299,24 @@ ROWS = (
         environment="CartPole-v1", options=("--stop.updates", "1")),
     _solve("CartPole-v1", 475, 10, 5),
     _solve("LunarLander-v3", 200, 150, 3),
-    Row("memory", f"≤ 500 MB, growth ≤ {GROWTH_MB:g} MB in 10 minutes", memory, _memory, at_most({"most_mb": 500, "growth_mb": GROWTH_MB}), 1,
+    Row("memory", f"≤ 500 MB, growth ≤ {GROWTH_MB:g} MB in 10 minutes, ≤ {HOURLY_MB:g} MB an hour in the second half", memory, _memory, _steady, 1,
         environment="CartPole-v1", options=("--actors", "4")),
-    Row("weights", "median ≤ 2 ms, p99 ≤ 10 ms", weights, _weights, at_most({"median_ms": 2, "p99_ms": 10})),
-    _throughput("impala-python", 50_000, "--sampling.groups", "4", "--sampling.group-size", "64", "--sampling.rollout-length", "32", "--sampling.batch-rollouts", "2"),
-    _throughput("impala-native", 150_000, "--env.form", "native", "--sampling.groups", "4", "--sampling.group-size", "256", "--sampling.rollout-length", "32",
-                "--sampling.batch-rollouts", "2"),
+    Row("weights", "median ≤ 2 ms, p99 ≤ 10 ms", scripted, _weights, at_most({"median_ms": 2, "p99_ms": 10}), script="weights.py"),
+    Row("inference/server", f"the way and {GPU_CALLS_MS:g} ms (a GPU's calls, assumed) ≤ what is saved in place where `auto` takes a server", scripted, _served,
+        _worth_serving, script="served.py"),
+    _throughput("impala-python", IMPALA_PYTHON),
+    _throughput("impala-native", IMPALA_NATIVE),
     _ceiling("ceiling/CartPole-v1 ppo", "CartPole-v1", 0.70, 3, *MATCHED.split(), *EPOCHS.split()),
     _ceiling("ceiling/CartPole-v1 appo", "CartPole-v1", 0.70, 3, *MATCHED.split(), *EPOCHS.split(), "--algorithm", "appo"),
     _ceiling("ceiling/LunarLander-v3 ppo", "LunarLander-v3", 0.70, 3, *MATCHED.split(), *EPOCHS.split()),
     _ceiling("atari/pong", "ALE/Pong-v5", 0.80, 1),
+    _ceiling("atari/pong-native", "ALE/Pong-v5", 0.80, 1, "--env.form", "native"),
     _ceiling("atari/pong-cpu", "ALE/Pong-v5", 0.80, 1, "--preset", "ALE-cpu"),
+    _ceiling("atari/pong-cpu-native", "ALE/Pong-v5", 0.80, 1, "--preset", "ALE-cpu", "--env.form", "native"),
 )  # fmt: skip
 OVERRIDES = {"actors": "--actors", "groups": "--sampling.groups", "group_size": "--sampling.group-size",
              "rollout_length": "--sampling.rollout-length", "batch_rollouts": "--sampling.batch-rollouts"}  # fmt: skip
+LENGTHS = {"waiting": "seconds", "throughput": "seconds", "ceiling": "seconds", "atari": "seconds", "memory": "memory_seconds"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -258,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = chosen((row.name for row in ROWS), options.rows)
     rows = [with_options(row, options) for row in ROWS if row.name in names]
     wanted = [
-        Measurement(row.name, n, (row.name, n), settings_of(row), partial(measure, row, n, options), partial(_brief, row))
+        Measurement(row.name, n, (row.name, n), settings_of(row, options), partial(measure, row, n, options), partial(_brief, row))
         for row in rows
         for n in range(options.repeats or row.repeats)
     ]
@@ -289,13 +356,14 @@ def with_options(row: Row, options: argparse.Namespace) -> Row:
     return replace(row, options=tuple(text for pair in own.items() for text in pair))
 
 
-def settings_of(row: Row) -> str:
-    """A digest of what the row's command resolves to, defaults apart; of the machine's cores nothing."""
-    if not row.environment:
+def settings_of(row: Row, options: argparse.Namespace) -> str:
+    """A digest of what the row's command resolves to, defaults apart, and of how long it is measured; of the machine's cores nothing."""
+    if row.script:
         return digest(row.command)
     given = {key.removeprefix("--").replace("-", "_"): value for key, value in zip(row.options[::2], row.options[1::2], strict=True)}
     config, _ = resolve(row.environment, {"actors": 1, **given})
-    return digest([row.command, config.model_dump(mode="json", by_alias=True, exclude_defaults=True)])
+    length = [getattr(options, name) for kind, name in LENGTHS.items() if row.name.partition("/")[0] == kind]
+    return digest([row.command, config.model_dump(mode="json", by_alias=True, exclude_defaults=True), *length])
 
 
 def measure(row: Row, repeat: int, options: argparse.Namespace) -> Entry:
@@ -307,28 +375,37 @@ def _brief(row: Row, entry: Entry) -> str:
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
+def measured(entries: Iterable[Entry]) -> Iterator[tuple[Row, list[Entry]]]:
+    """Every row that was measured, and its measurements. entries: one of each row and seed."""
+    found: dict[str, list[Entry]] = {}
+    for entry in sorted(entries, key=lambda entry: (entry["row"], entry["seed"])):
+        found.setdefault(entry["row"], []).append(entry)
+    return ((row, found[row.name]) for row in ROWS if row.name in found)
+
+
 def page(store: Store) -> Iterator[str]:
-    found = {row.name: [entry for key, entry in sorted(store.entries.items()) if key[0] == row.name] for row in ROWS}
+    found = list(measured(store.entries.values()))
     yield "# Speed\n"
     yield "Made by `make bench-speed` (`benchmarks/speed.py`); raw rows in `speed.jsonl`.\n"
-    known = [entry for entries in found.values() for entry in entries]
-    yield from where_and_when(known)
-    if known:
-        loads = [entry["load"] for entry in known]
-        yield f"Load of the machine, this bench's own part included: {fmean(loads):.1f} on average, {max(loads):.1f} at most.\n"
+    yield from where_and_when([entry for _, entries in found for entry in entries])
     yield (
         "Medians; in brackets the least and the largest of several measurements. Speeds leave the first seconds of a run out. "
         f"waiting/*: {NUM_WAITING} environments, N/w with w the measured mean blocking time of one step alone; the straggler is {STRAGGLER_TIMES:g} times slower "
-        "than the others, and what they lose is against a run without it, made just before. memory: PSS summed over all processes. weights: publication to "
-        "first use by an actor, through board and words as in a run.\n"
+        "than the others, and what they lose is against a run without it, made just before. memory: proportional sets summed over all processes, and of them what is "
+        "their own: without mapped files, whose part depends on who else maps them; its slope is the median of those between any two samples, the curves are in "
+        "`speed.jsonl`. weights: publication to "
+        "first use by an actor, through board and words as in a run. inference/server: a group of 8 asks a server on the processor once a row; the way is what "
+        "the answer takes besides the pass. Load is the machine's mean over five minutes, in processes, this bench's own part included. "
+        f"{code_line()}\n"
     )
-    yield line("row", "command", "measurements", "figure", "target", "reached")
-    yield line(*["---"] * 6)
-    for row in ROWS:
-        if entries := found[row.name]:
-            figures = [entry["figures"] for entry in entries]
-            answer = "–" if row.reached is None else "yes" if row.reached(figures) else "no"
-            yield line(row.name, f"`{entries[-1]['command']}`", len(entries), row.figure(figures), row.target, answer)
+    yield line("row", "command", "measurements", "figure", "target", "reached", "load", "code")
+    yield line(*["---"] * 8)
+    for row, entries in found:
+        figures = [entry["figures"] for entry in entries]
+        yield line(
+            row.name, f"`{entries[-1]['command']}`", len(entries), row.figure(figures), row.target, row.answer(figures), loads(entries),
+            codes(entries),
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The README's table of results, made from what the benches wrote: no figure in it is entered by hand.
+"""The README's tables of results, made from what the benches wrote: no figure in them is entered by hand.
 
-    python benchmarks/summary.py             writes it between the two markers of README.md
-    python benchmarks/summary.py --print     shows it
+    python benchmarks/summary.py             writes them between the two markers of README.md
+    python benchmarks/summary.py --print     shows them
 
 Rows whose bench has not run are left out. A test compares the README with what this makes.
 """
@@ -9,36 +9,40 @@ Rows whose bench has not run are left out. A test compares the README with what 
 from __future__ import annotations
 
 import argparse
-import json
+import re
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+import peers
+import rows
+import speed
+from rows import RESULTS, ROOT, Entry, day, from_to, line, loads, read
+
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results: benchmarks/summary.py -->\n", "<!-- end of results -->\n"
-
-Entry = dict[str, Any]
 
 
 def entries(name: str) -> list[Entry]:
     """Rows of a bench in the order in which they were measured."""
-    path = RESULTS / f"{name}.jsonl"
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return list(read(RESULTS / f"{name}.jsonl"))
 
 
-def newest(rows: list[Entry], *keys: str) -> dict[tuple[Any, ...], Entry]:
-    return {tuple(row[key] for key in keys): row for row in rows}
+def newest(measured: Sequence[Entry], *keys: str) -> dict[tuple[Any, ...], Entry]:
+    return {tuple(entry[key] for key in keys): entry for entry in measured}
 
 
 def table() -> Iterator[str]:
-    yield "| what | result | measured |"
-    yield "| --- | --- | --- |"
+    yield line("what", "result", "measured", "when and where")
+    yield line(*["---"] * 4)
     yield from learning_lines()
     yield from peer_lines()
+    if found := list(speed_lines()):
+        yield ""
+        yield line("speed", "figure", "wanted", "reached", "when and where")
+        yield line(*["---"] * 5)
+        yield from found
 
 
 def learning_lines() -> Iterator[str]:
@@ -51,22 +55,40 @@ def learning_lines() -> Iterator[str]:
         steps = fmean(entry["train"]["env_steps"] for entry in seeds)
         seconds = fmean(entry["wall_seconds"] for entry in seeds)
         many = f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
-        yield f"| {environment}, {algorithm} | return {mean:.0f} | {steps:,.0f} env steps, {seconds:,.0f} s ({many}) |"
+        measured = f"{steps:,.0f} env steps, {seconds:,.0f} s ({many})"
+        yield line(f"{environment}, {algorithm}", f"return {mean:.0f}", measured, circumstances(seeds))
 
 
 def peer_lines() -> Iterator[str]:
-    """Of each comparison: shoal's speed, and how many times the peer's it is."""
-    rows = entries("peers")
-    latest = {row["comparison"]: row["measurement"] for row in rows}
-    for name, at in latest.items():
-        pairs = [row for row in rows if (row["comparison"], row["measurement"]) == (name, at) and row["ratio"] is not None]
-        if pairs:
-            own, times = median(row["shoal"] for row in pairs), median(row["ratio"] for row in pairs)
-            yield f"| {name.replace(' / ', ', beside ')} | {own:,.0f} env steps/s | {times:.1f} times ({len(pairs)} pairs) |"
+    """Of each comparison with pairs enough for an answer: shoal's speed, and how many times the peer's it is."""
+    for name, pairs in peers.pairs_of(rows.newest(entries("peers"), peers.key_of).values()).items():
+        both = peers.compared(pairs)
+        if len(both) >= peers.PAIRS:
+            own, times = median(pair["shoal"] for pair in both), median(pair["ratio"] for pair in both)
+            measured = f"{times:.1f} times ({len(both)} pairs)"
+            yield line(name.replace(" / ", ", beside "), f"{own:,.0f} env steps/s", measured, circumstances(both))
+
+
+def speed_lines() -> Iterator[str]:
+    """Of each row of speed.py: its figure, its target, and whether it is reached."""
+    for row, measured in speed.measured(newest(entries("speed"), "row", "seed").values()):
+        figures = [entry["figures"] for entry in measured]
+        yield line(row.name, row.figure(figures), row.target, row.answer(figures), circumstances(measured))
+
+
+def circumstances(measured: Sequence[Entry]) -> str:
+    """In short: dates, processors, and the load under which they were."""
+    processors = dict.fromkeys(short(entry["machine"]["cpu"]) for entry in measured)
+    return f"{from_to(sorted(map(day, measured)))}, {' and '.join(processors)}, load {loads(measured)}"
+
+
+def short(cpu: str) -> str:
+    """A processor's name without marks and without the word that it is one."""
+    return " ".join(re.sub(r"\(R\)|\(TM\)|\b(Processor|CPU)\b", " ", cpu).split())
 
 
 def written(text: str) -> str:
-    """`text` of a README with the table in its place."""
+    """`text` of a README with the tables in their place."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return before + BEGIN + "\n".join(table()) + "\n" + END + after
@@ -74,7 +96,7 @@ def written(text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--print", action="store_true", help="show the table only")
+    parser.add_argument("--print", action="store_true", help="show the tables only")
     if parser.parse_args().print:
         print("\n".join(table()))
     else:

@@ -30,7 +30,8 @@ def full_store(directory: Path) -> Store:
     store = Store(directory, "asynchrony", lambda entry: (entry["row"], entry["seed"]), page)
     for row in ROWS:
         for seed in (0, 1, 2):
-            store.append({"row": row.name, "seed": seed} | summary(told(row.task, 1 - 0.3 * seed), row.task) | circumstances())
+            code = {"code": "0123abcd"} if seed else {}  # an old row
+            store.append({"row": row.name, "seed": seed} | summary(told(row.task, 1 - 0.3 * seed), row.task) | code | circumstances())
     return store
 
 
@@ -71,6 +72,7 @@ def test_the_table_has_a_line_for_every_configuration(tmp_path: Path) -> None:
         assert f"## {task.environment}, {task.env_steps:,} environment steps" in text
     assert text.count("\n| appo/lag-8/uncorrected | 3 | 1.5 (2) |") == 2
     assert "| 99 (99 to 99) |" in text
+    assert text.count(" | unknown, 0123abcd |") == len(ROWS)
 
 
 def test_the_figure_is_drawn(tmp_path: Path) -> None:

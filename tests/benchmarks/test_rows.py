@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 import pytest
-from rows import CommandError, Entry, Measurement, Store, chosen, code_digest, measure_all
+import rows
+from rows import CommandError, Entry, Measurement, Store, chosen, code_digest, codes, measure_all
 
 
 def store_in(directory: Path) -> Store:
@@ -71,6 +72,25 @@ def test_code_goes_by_another_name_once_a_file_of_it_changes_or_moves(tmp_path: 
         names.append(code_digest(tmp_path))
     assert len(set(names)) == 3
     assert names[2] == names[3]
+
+
+def test_every_measurement_says_of_which_code_it_is_and_the_list_which_are_of_other_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure_all(wanted([])[:2], store_in(tmp_path), options())
+    entry = store_in(tmp_path).entries["a", 0]
+    assert entry["code"] == code_digest()
+    store_in(tmp_path).append({name: value for name, value in entry.items() if name != "code"})  # as it was written before
+    monkeypatch.setattr(rows, "code_digest", lambda: "0123abcd")
+    capsys.readouterr()
+    measure_all(wanted([]), store_in(tmp_path), options(list=True))
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "a seed 0: done, of other code (unknown, today 0123abcd)",
+        f"b seed 0: done, of other code ({entry['code']}, today 0123abcd)",
+        "c seed 0: to do",
+    ]
+    assert codes([{}, {"code": "a"}, {"code": "b"}, {"code": "a"}]) == "unknown, a, b"
 
 
 def test_a_pattern_without_a_row_ends_with_code_2() -> None:

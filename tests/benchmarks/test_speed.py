@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
+import random
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import speed
-from observing import first_scalars_time, growth_mb, rate, tree
-from rows import CommandError, Store, circumstances
+from observing import first_scalars_time, growth_mb, mb_per_hour, memory_mb, rate, tree
+from peers import COMPARISONS
+from rows import CommandError, Entry, Store, circumstances
 from speed import ROWS, at_least, at_most, loss_of_others, page, settings_of, solved_seconds, with_options
 from waiting import EPISODE_STEPS, Waiting, fixed, straggler
 
 from shoal.monitoring.store import MetricPoint
 from shoal.monitoring.tensorboard import TensorBoardWriter
+from shoal.supervision.memory import SharedMemory
 from weights import summary
 
 BY_NAME = {row.name: row for row in ROWS}
+USUAL = speed._parse([])
 
 
 def test_the_rate_is_between_updates_after_the_warm_up() -> None:
@@ -47,6 +51,79 @@ def test_a_seed_that_did_not_solve_it_never_got_there() -> None:
 def test_growth_is_from_the_given_second_to_the_end() -> None:
     samples = [(10.0, 50.0), (20.0, 400.0), (30.1, 300.0), (40.0, 302.0), (50.0, 301.0), (60.0, 299.0), (70.0, 350.0), (80.0, 305.0)]
     assert growth_mb(samples, 30.0) == (301.0, 305.0, 4.0)
+    with pytest.raises(CommandError, match="memory-seconds"):
+        growth_mb(samples[:3], 30.0)
+
+
+def leaking(mb_per_hour: float, seconds: float = 600.0, noise: float = 0.0) -> list[tuple[float, float]]:
+    rng = random.Random(0)
+    times = [5.0 * k for k in range(1, int(seconds / 5) + 1)]
+    return [(at, 300.0 + min(at, 60.0) + mb_per_hour * at / 3600 + rng.uniform(-noise, noise)) for at in times]
+
+
+def memory_figures(samples: list[tuple[float, float]]) -> dict[str, float]:
+    begin, end, growth = growth_mb(samples, 90.0)
+    return {
+        "begin_mb": begin, "end_mb": end, "growth_mb": growth, "most_mb": max(mb for _, mb in samples), "seconds": samples[-1][0],
+        "mb_per_hour": mb_per_hour(samples),
+    }  # fmt: skip
+
+
+def test_the_slope_of_memory_is_that_of_the_second_half() -> None:
+    assert mb_per_hour(leaking(30.0)) == pytest.approx(30.0)
+    assert mb_per_hour(leaking(0.0)) == 0.0
+    assert mb_per_hour(leaking(30.0, noise=1.0)) == pytest.approx(30.0, abs=6.0)
+    peak = [(at, mb + 50.0 * (at % 100 == 0)) for at, mb in leaking(0.0)]
+    assert mb_per_hour(peak) == 0.0  # a checkpoint is written now and then
+    step = [(at, mb + (at > 450)) for at, mb in leaking(0.0)]
+    assert mb_per_hour(step) == pytest.approx(13.0, abs=0.5)
+    with pytest.raises(CommandError, match="memory-seconds"):
+        mb_per_hour(leaking(0.0, 20.0))
+
+
+def test_a_steady_leak_of_30_mb_an_hour_is_no_even_where_it_grew_by_less_than_is_allowed() -> None:
+    row, leak, steady = BY_NAME["memory"], memory_figures(leaking(30.0)), memory_figures(leaking(3.0))
+    assert leak["growth_mb"] < speed.GROWTH_MB
+    assert [row.answer([figures]) for figures in (leak, steady, steady | {"most_mb": 501.0}, steady | {"growth_mb": 5.1})] == [
+        "no", "yes", "no", "no",
+    ]  # fmt: skip
+    assert "+30.0 MB an hour in the second half" in row.figure([leak])
+
+
+def test_memory_that_was_measured_before_slopes_were_is_readable_and_answers_nothing() -> None:
+    row, old = BY_NAME["memory"], memory_figures(leaking(3.0))
+    del old["mb_per_hour"]
+    assert (row.answer([old]), row.answer([old | {"most_mb": 501.0}])) == ("unknown", "no")
+    assert "slope not recorded" in row.figure([old])
+
+
+def test_the_curve_of_memory_is_part_of_the_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    samples = leaking(30.0)
+    monkeypatch.setattr(speed, "memory_of", lambda *given: [(at, mb + 90.0 - at / 10, mb) for at, mb in samples])
+    row = BY_NAME["memory"]
+    found = speed.measure(row, 0, speed._parse(["--runs", str(tmp_path)]))["figures"]
+    assert found["curve"] == [[at, round(mb + 90.0 - at / 10, 2), round(mb, 2)] for at, mb in samples]
+    assert found["mb_per_hour"] == mb_per_hour(samples)  # of their own memory
+    assert (found["begin_mb"], found["end_mb"], found["growth_mb"]) == growth_mb(samples, speed.MEMORY_FROM_SECONDS)
+    assert found["most_mb"] > 400.0
+    assert row.answer([found]) == "no"
+
+
+def test_a_server_is_worth_asking_where_the_way_costs_less_than_what_it_saves() -> None:
+    row = BY_NAME["inference/server"]
+    figures = {
+        "way_ms": 0.1,
+        "image_way_ms": 0.2,
+        "small_weights": 9,
+        "small_ms": 0.01,
+        "served_weights": 1_000_001,
+        "served_ms": 0.25,
+        "image_ms": 2.0,
+    }
+    assert [row.answer([figures | {"way_ms": way}]) for way in (0.1, 0.16)] == ["yes", "no"]
+    assert "0.25 with 1,000,001" in row.figure([figures])
+    assert row.command == "benchmarks/served.py"
+    assert (Path(speed.__file__).with_name(row.script)).exists()
 
 
 def test_limits_hold_for_the_median() -> None:
@@ -90,6 +167,15 @@ def test_memory_is_summed_over_a_process_and_its_descendants() -> None:
     assert child not in tree(os.getpid())
 
 
+def test_a_processes_own_memory_is_what_it_allocates_and_shares() -> None:
+    pss, own = memory_mb([os.getpid()])
+    assert 0 < own < pss
+    held = np.ones(30_000_000, np.uint8), SharedMemory.create(20_000_000)
+    held[1].buffer.fill(1)
+    assert memory_mb([os.getpid()])[1] - own == pytest.approx(50.0, abs=2.0)
+    assert memory_mb([2**22 + 1]) == (0.0, 0.0)  # nobody
+
+
 def test_of_all_stragglers_that_live_one_is_slow_and_another_takes_its_place(tmp_path: Path) -> None:
     def asked(env: Waiting) -> float:
         env.reset(seed=0)
@@ -110,19 +196,56 @@ def test_waiting_environments_end_their_episodes() -> None:
 
 
 def test_options_of_the_command_line_replace_those_of_throughput_only() -> None:
-    given = argparse.Namespace(**dict.fromkeys(speed.OVERRIDES), **{})
-    given.groups = "8"
+    given = speed._parse(["--groups", "8"])
     row = BY_NAME["throughput/impala-python"]
     other = with_options(row, given)
     assert other.options[other.options.index("--sampling.groups") + 1] == "8"
-    assert settings_of(other) != settings_of(row)
+    assert settings_of(other, given) != settings_of(row, given)
     assert with_options(BY_NAME["memory"], given) is BY_NAME["memory"]
 
 
 def test_every_row_has_settings_and_presets_are_part_of_them() -> None:
-    assert len({settings_of(row) for row in ROWS}) == len(ROWS)
+    assert len({settings_of(row, USUAL) for row in ROWS}) == len(ROWS)
     row = BY_NAME["atari/pong-cpu"]
-    assert settings_of(row) != settings_of(replace(row, options=("--preset", "none")))
+    assert settings_of(row, USUAL) != settings_of(replace(row, options=("--preset", "none")), USUAL)
+
+
+def test_what_was_measured_for_other_seconds_is_measured_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def rows_of_other_settings(*given: str) -> set[str]:
+        return {row.name.partition("/")[0] for row in ROWS if settings_of(row, speed._parse(given)) != settings_of(row, USUAL)}
+
+    assert rows_of_other_settings("--seconds", "8") == {"waiting", "throughput", "ceiling", "atari"}
+    assert rows_of_other_settings("--memory-seconds", "60") == {"memory"}
+    assert rows_of_other_settings("--repeats", "1", "--seconds", "20", "--memory-seconds", "600") == set()
+    calls: list[float] = []
+
+    def measure(row: speed.Row, repeat: int, options: Any) -> Entry:
+        calls.append(options.seconds)
+        return {
+            "row": row.name,
+            "seed": repeat,
+            "command": row.command,
+            "figures": {"env_steps_per_second": 1.0, "steps_of_an_update": 1.0},
+        }
+
+    monkeypatch.setattr(speed, "measure", measure)
+    for seconds in ("8", "8", "20", "20"):
+        speed.main(["--results", str(tmp_path), "--rows", "throughput/impala-python", "--repeats", "1", "--seconds", seconds])
+    assert calls == [8.0, 20.0]
+
+
+def test_throughput_is_measured_as_beside_other_libraries() -> None:
+    peers = [comparison for comparison in COMPARISONS if comparison.floor is not None]
+    own = [row for row in ROWS if row.name.startswith("throughput/")]
+    assert [row.command for row in own] == [comparison.command(0.0).removesuffix(" --stop.seconds 0") for comparison in peers]
+    assert [row.target for row in own] == [f"≥ {comparison.floor:,} env steps/s" for comparison in peers]
+
+
+@pytest.mark.parametrize("name", ["atari/pong", "atari/pong-cpu"])
+def test_ataris_native_form_is_beside_the_same_without_it(name: str) -> None:
+    plain, native = BY_NAME[name], BY_NAME[f"{name}-native"]
+    assert native.command == f"{plain.command} --env.form native"
+    assert (native.target, native.repeats) == (plain.target, plain.repeats)
 
 
 def test_the_table_says_command_figure_target_and_whether_it_is_reached(tmp_path: Path) -> None:
@@ -138,17 +261,19 @@ def test_the_table_says_command_figure_target_and_whether_it_is_reached(tmp_path
         },
         "start": {"first_update": 4.0, "import_torch": 2.7, "more": 1.3, "help": 0.4},
         "solve/CartPole-v1": {"seconds": 9.0, "mean_return": 470.0, "env_steps": 70000},
-        "memory": {"begin_mb": 300.0, "end_mb": 301.0, "growth_mb": 1.0, "most_mb": 310.0, "seconds": 600.0},
+        "memory": {"begin_mb": 300.0, "end_mb": 301.0, "growth_mb": 1.0, "mb_per_hour": 2.0, "most_mb": 310.0, "seconds": 600.0},
         "weights": {"median_ms": 1.0, "p99_ms": 11.0, "publish_ms": 0.3, "wait_ms": 0.4, "read_ms": 0.3, "megabytes": 7.0},
         "throughput/impala-native": {"env_steps_per_second": 160_000.0, "steps_of_an_update": 16384.0},
         "atari/pong": {"env_steps_per_second": 500.0, "ceiling": 600.0, "fraction": 0.83},
     }
     for name, figures in made.items():
-        store.append({"row": name, "seed": 0, "command": BY_NAME[name].command, "figures": figures} | circumstances())
+        code = {} if name == "start" else {"code": "0123abcd"}  # an old row
+        store.append({"row": name, "seed": 0, "command": BY_NAME[name].command, "figures": figures} | code | circumstances())
     lines = [text.split(" | ") for text in page(store) if text.startswith("| ")][2:]
-    answers = {cells[0].removeprefix("| "): cells[-1].removesuffix(" |") for cells in lines}
+    answers = {cells[0].removeprefix("| "): cells[5] for cells in lines}
     assert answers == {
         "waiting/fixed": "yes", "waiting/straggler": "no", "start": "yes", "solve/CartPole-v1": "no", "memory": "yes", "weights": "no",
         "throughput/impala-native": "yes", "atari/pong": "yes",
     }  # fmt: skip
     assert all(cells[1].startswith("`") for cells in lines)
+    assert [cells[7] for cells in lines] == ["0123abcd |", "0123abcd |", "unknown |", *["0123abcd |"] * 5]

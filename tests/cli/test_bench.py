@@ -57,6 +57,15 @@ def test_costs_and_the_ceilings_that_follow(options: list[str], form: str, mode:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_network_that_bare_loops_have_not_is_measured_without_them(tmp_path: Path) -> None:
+    command = ["bench", "costs", "CartPole-v1", *SMALL, "--policy.memory", "lstm", "--seconds", "0"]
+    found = answer(*command, cwd=tmp_path)
+    assert (found["references"]["inference"], found["references"]["learning"]) == (None, None)
+    assert found["references"]["environment"]["times"] > 0
+    assert found["references"]["missing"] == "its network has a memory"
+    assert "no bare loop beside inference and learning: its network has a memory" in shoal(*command, cwd=tmp_path).stdout
+
+
 def test_environments_that_wait_bound_what_can_be_reached(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
         "import time\nimport gymnasium\n"

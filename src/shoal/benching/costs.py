@@ -104,7 +104,7 @@ def _references(blueprint: Blueprint, probed: Mapping[str, Any], parts: PartCost
         found["environment"] = {**_beside(group.cpu_us, bare.cpu_us), "bare_episode_steps": bare.episode_steps}
         blocking |= {"wall_us": bare.wall_us, "cpu_us": bare.cpu_us}
     try:
-        network = BareNetwork(spec, config)
+        network = BareNetwork(spec, config, blueprint.device().type)
     except ValueError as error:
         found["missing"] = str(error)
         return found, blocking

@@ -14,7 +14,7 @@ _SPOKEN = 0.5  # percent: less than this is not worth a sentence
 
 
 def explain(found: Mapping[str, Any], costs: Mapping[str, Any]) -> dict[str, Any]:
-    """{missing, words}: percent of the run's time that the ceiling would not need, by cause (negative: cheaper than alone); and sentences."""
+    """{missing, words}: percent of the cores' time that the ceiling would not need, by cause (negative: cheaper than alone); and sentences."""
     missing = _missing(found, costs)
     fraction = 100.0 * found["fraction"]
     words = [f"{found['env_steps_per_second']:,.0f} of {found['ceiling']:,.0f} env steps/s: {fraction:.0f} % of the ceiling"]

@@ -162,18 +162,36 @@ def _timed(work: Callable[[], int], chunk: list[int], seconds: float, ended: lis
 
 
 # ---- network -------------------------------------------------------------------------------------------------------------
-class BareNetwork:
-    """The network of a run as plain nn.Sequential: `trunk` (images; shared), `actor`, `critic`. Raises ValueError where it has no such form."""
+def why_no_bare_network(spec: EnvironmentSpec, config: RunConfig, device: str) -> str:
+    """What about a run's network the bare loop has not, so that the two would not be compared like with like; nothing where they are alike."""
+    policy, (leaf, *others) = config.policy, spec.observation
+    convolved = policy.encoder != "mlp" and (
+        leaf.is_image or (policy.encoder != "auto" and leaf.kind == "box" and len(leaf.shape) in (2, 3))
+    )
+    reasons = {
+        "it has several observations, or a network of the user's own": bool(others) or policy.network is not None,
+        f"its actions are {spec.action.kind}": spec.action.kind not in ("discrete", "box"),
+        "it explores with gsde": policy.exploration == "gsde",
+        "its observations are choices, which the network takes as one-hot and no bare loop does": leaf.kind.endswith("discrete"),
+        "its network has a memory": policy.memory != "none",
+        "its actor and critic share the encoder otherwise than by default": policy.share_encoder not in (None, convolved),
+        "its images do not go through a CNN, or what does is no uint8 image": convolved != leaf.is_image,
+        "it learns on a device of its own, a bare loop on the processor": device != "cpu",
+    }
+    return "; ".join(reason for reason, holds in reasons.items() if holds)
 
-    def __init__(self, spec: EnvironmentSpec, config: RunConfig) -> None:
-        policy, (leaf, *others) = config.policy, spec.observation
-        if others or policy.network is not None:
-            raise ValueError("it has several observations, or a network of the user's own")
-        if spec.action.kind not in ("discrete", "box") or policy.exploration == "gsde":
-            raise ValueError(
-                f"no bare loop is written for {spec.action.kind} actions{' with gsde' if policy.exploration == 'gsde' else ''}"
-            )
-        image = leaf.is_image and policy.encoder != "mlp"
+
+class BareNetwork:
+    """The network of a run as plain nn.Sequential: `trunk` (images; shared), `actor`, `critic`. Raises ValueError where it has no such form.
+
+    device: of the learner, as torch names its type.
+    """
+
+    def __init__(self, spec: EnvironmentSpec, config: RunConfig, device: str) -> None:
+        if reason := why_no_bare_network(spec, config, device):
+            raise ValueError(reason)
+        policy, (leaf,) = config.policy, spec.observation
+        image = leaf.is_image
         self.leaf, self.discrete = leaf, spec.action.kind == "discrete"
         self.num_actions = spec.action.nvec[0] if self.discrete else spec.action.size
         self.trunk = _cnn(leaf.shape, policy.encoder == "compact_cnn") if image else nn.Identity()

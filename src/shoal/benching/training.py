@@ -6,6 +6,7 @@ role keeps anyway (sampled a few times a second, cumulative), so that it does no
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tempfile
@@ -66,30 +67,35 @@ class _Look:
 
 @dataclass
 class Watch:
-    """What is seen of the run: (time, env steps) after each update, and the roles at the first and the last tick after the warm-up."""
+    """What is seen of the run: (time, env steps) after each update, and the roles at each tick. The first fifth of the updates is the warm-up."""
 
-    warm_up_seconds: float
     points: list[tuple[float, int]] = field(default_factory=list)
-    first: _Look | None = None
-    last: _Look | None = None
+    looks: list[_Look] = field(default_factory=list)
 
     def updated(self, numbers: Mapping[str, Any]) -> None:
         self.points.append((time.monotonic(), int(numbers["env_steps"])))
 
     def ticked(self, snapshot: Snapshot) -> None:
-        if snapshot.phase != "training" or not self.points or time.monotonic() - self.points[0][0] < self.warm_up_seconds:
-            return
-        look = _Look.now(snapshot.roles)
-        self.first, self.last = self.first or look, look
+        if snapshot.phase == "training" and self.points:
+            self.looks.append(_Look.now(snapshot.roles))
 
-    def env_steps_per_second(self) -> float:
-        """Between the first update after the warm-up and the last one."""
-        begin = self.points[0][0] + self.warm_up_seconds if self.points else 0.0
-        steady = [point for point in self.points if point[0] >= begin]
+    def steady(self) -> list[tuple[float, int]]:
+        """The points after the warm-up. Raises ConfigError: they are fewer than two."""
+        steady = self.points[math.ceil(_WARM_UP_SHARE * len(self.points)) :]
         if len(steady) < 2:
             raise ConfigError("the training was too short to be measured: give more of --stop.seconds, --stop.updates or --stop.env-steps")
-        (t0, n0), (t1, n1) = steady[0], steady[-1]
+        return steady
+
+    def env_steps_per_second(self) -> float:
+        """Between the first update after the warm-up and the last one. Raises ConfigError."""
+        (t0, n0), *_, (t1, n1) = self.steady()
         return (n1 - n0) / (t1 - t0)
+
+    def ends(self) -> tuple[_Look, _Look] | None:
+        """The roles at the first and at the last tick after the warm-up; None where that was shorter than two ticks."""
+        begin = self.steady()[0][0]
+        looks = [look for look in self.looks if look.at >= begin]
+        return (looks[0], looks[-1]) if looks and looks[-1].at > looks[0].at else None
 
 
 class _WatchingView(SilentView):
@@ -108,8 +114,8 @@ def bench_train(
 
     Without a stop condition it trains for 15 seconds; without `run_dir` the run is removed.
     Returns:
-      env_steps_per_second, ceiling, fraction, time_by_role (percent of wall time), processor (percent of the cores), missing (percent of the
-      ceiling, by cause), words, lag, result, and all of `bench_costs`. See docs/performance.md.
+      env_steps_per_second, ceiling, fraction, time_by_role (percent of wall time), processor and missing (percent of the cores' time, by role and by
+      cause), words, result, and all of `bench_costs`. See docs/performance.md.
     Raises:
       ConfigError: it was too short. Otherwise as `shoal.train`.
     """
@@ -120,7 +126,7 @@ def bench_train(
     if not any(key.partition(".")[0] == "stop" for key in settings):
         settings["stop.seconds"] = DEFAULT_SECONDS
     length = float(settings.get("stop.seconds", 0.0))
-    watch = Watch(_WARM_UP_SHARE * length)
+    watch = Watch()
     told(f"training{f' for {length:g} s' if length else ''}")
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as scratch:
         where = {"run_dir": str(Path(scratch) / "run"), "evaluation.episodes": 0, **settings}
@@ -141,11 +147,12 @@ def bench_train(
 
 def time_by_role(watch: Watch) -> dict[str, dict[str, float]]:
     """Percent of wall time by role and activity after the warm-up; all actors together. Empty where the run was shorter than two ticks."""
-    if watch.first is None or watch.last is None or watch.last.at <= watch.first.at:
+    if (ends := watch.ends()) is None:
         return {}
-    before = {role.role: role.seconds for role in watch.first.roles}
+    first, last = ends
+    before = {role.role: role.seconds for role in first.roles}
     spent: dict[str, dict[str, float]] = {}
-    for role in watch.last.roles:
+    for role in last.roles:
         of = spent.setdefault(role.role.partition(" ")[0] + "s" if role.role.startswith("actor") else role.role, {})
         for activity, seconds in role.seconds.items():
             if activity in _ACTIVITIES:
@@ -155,9 +162,9 @@ def time_by_role(watch: Watch) -> dict[str, dict[str, float]]:
     for name, of in spent.items():
         total = sum(of.values())
         shares[name] = {activity: 100.0 * seconds / total for activity, seconds in of.items() if seconds > 0} if total > 0 else {}
-    working = _cpu(watch.first, watch.last, "supervisor")
+    working = _cpu(first, last, "supervisor")
     if working is not None and "learner" in shares:
-        share = 100.0 * working.cpu / (watch.last.at - watch.first.at)
+        share = 100.0 * working.cpu / (last.at - first.at)
         shares["supervisor"] = {"working": share, "waiting": max(0.0, 100.0 - share)}
     return shares
 
@@ -165,16 +172,17 @@ def time_by_role(watch: Watch) -> dict[str, dict[str, float]]:
 def processor(watch: Watch, cores: int) -> dict[str, float]:
     """Percent of all cores' time after the warm-up: by role, `idle` (or used by other programs), and `queued`: time in which a role was
     ready and had to wait for a processor. Empty where the system does not tell, or a role was restarted meanwhile."""
-    if watch.first is None or watch.last is None or watch.last.at <= watch.first.at:
+    if (ends := watch.ends()) is None:
         return {}
+    first, last = ends
     shares: dict[str, float] = {}
     queued = 0.0
-    whole = cores * (watch.last.at - watch.first.at)
-    own = {watch.last.processors[name][0] for name in watch.last.processors}
-    for name in watch.last.processors:
-        if name == "supervisor" and len(own) < len(watch.last.processors):
+    whole = cores * (last.at - first.at)
+    own = {last.processors[name][0] for name in last.processors}
+    for name in last.processors:
+        if name == "supervisor" and len(own) < len(last.processors):
             continue  # `actors: 0`: all roles are this process
-        spent = _cpu(watch.first, watch.last, name)
+        spent = _cpu(first, last, name)
         if spent is None:
             return {}
         role = "actors" if name.startswith("actor") or name == "inference" else name  # whose inference it is

@@ -134,6 +134,8 @@ def _print_costs(found: Mapping[str, Any]) -> None:
     )
     print("\nmicroseconds of one core per environment step")
     print_table(list(_cost_rows(found)), ["part", "shoal", "bare loop", "times"], indent=2)
+    if found["references"]["missing"]:
+        print(f"  no bare loop beside inference and learning: {found['references']['missing']}")
     bounds = found["ceilings"]
     learning = found["learning"]["cores"]
     print(f"\nceilings for {found['cores']} cores, of which learning can use {learning:.2f} (env steps/s)")
