@@ -106,7 +106,7 @@ class Slow(Drift):
     """Takes its time, so that the learner is the faster side."""
 
     def step(self, action: Any) -> Any:
-        time.sleep(0.01)
+        time.sleep(0.006)
         return super().step(action)
 
 
@@ -118,7 +118,7 @@ def test_rollouts_are_whole_however_many_versions_pass_while_they_are_made(algor
     if algorithm == "r2d2":
         settings |= {"algorithm": {"name": "r2d2", "batch_size": 4}, "policy": {"hidden_sizes": [8], "memory": "gru", "memory_size": 4}}
         replay |= {"samples_per_insert": 9.0, "sequence_length": 12, "burn_in": 3}
-    run = train(tmp_path / "run", Slow, actors=3, replay=replay, stop={"updates": 60}, **settings)
+    run = train(tmp_path / "run", Slow, actors=3, replay=replay, stop={"updates": 36}, **settings)
     with RunReader(run.path / "run.db") as reader:
         entries = [entry for _, update in reader.consumed() for entry in update if "versions" in entry]
     lengths = Counter(sum(rows for _, rows in entry["versions"]) for entry in entries)
