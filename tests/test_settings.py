@@ -144,7 +144,7 @@ def test_what_follows_from_other_keys_is_filled_in() -> None:
         ({"algorithm.epochs": 0, "seed": -1}, ["algorithm.epochs", "seed"]),
         ({"algorithm": "PPO"}, ["'PPO'", "did you mean ppo?"]),
         ({"mode": "asinc"}, ["'sync' or 'async'", "did you mean async?"]),
-        ({"mode": "async"}, ["ppo runs in sync mode", "appo, impala, dqn or r2d2"]),
+        ({"mode": "async"}, ["ppo runs in sync mode", "for async take --algorithm impala, appo, dqn, r2d2, sac or td3"]),
         ({"policy": 3}, ["policy is a section", "not 3"]),
         ({"policy.hidden_sizes": "64,x"}, ["policy.hidden_sizes", "x"]),
         ({"stop.return": "high"}, ["stop.return", "'high'"]),
@@ -157,6 +157,10 @@ def test_what_follows_from_other_keys_is_filled_in() -> None:
         ({"sampling.batch_rollouts": 3}, ["sampling.batch_rollouts belongs to async mode", "appo or impala"]),
         ({"max_policy_lag": 3}, ["max_policy_lag belongs to async mode"]),
         ({"replay.n_step": 3}, ["replay.n_step is for what learns from a replay (dqn, r2d2, sac, td3)", "ppo"]),
+        ({"algorithm": "dqn", "algorithm.target_tau": 0}, ["algorithm.target_tau", "greater than 0", "got 0"]),
+        ({"algorithm": "r2d2", "algorithm.target_tau": 0}, ["algorithm.target_tau", "greater than 0", "got 0"]),
+        ({"algorithm": "sac", "algorithm.target_tau": 0}, ["algorithm.target_tau", "greater than 0", "got 0"]),
+        ({"algorithm": "td3", "algorithm.target_tau": 0}, ["algorithm.target_tau", "greater than 0", "got 0"]),
         ({"algorithm": {"name": "dqn", "value_min": 3, "value_max": 2}}, ["value_min 3 is not below value_max 2"]),
         ({"algorithm": "appo", "max_policy_lag": 0}, ["max_policy_lag", "greater than 0", "got 0"]),
         ({"sampling.rollout_length": "many"}, ["sampling.rollout_length: should be a whole number, got 'many'"]),
@@ -175,6 +179,13 @@ def test_a_wrong_setting_is_refused_by_its_name_with_what_is_allowed(overrides: 
         resolve("CartPole-v1", overrides)
     for part in parts:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(("algorithm", "end"), [("dqn", "async"), ("impala", "async"), ("ppo", "async with --algorithm appo or impala")])
+def test_keys_of_async_mode_ask_for_no_other_algorithm_where_this_one_has_the_mode(algorithm: str, end: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^sampling\.batch_rollouts belongs to async mode.* or take --mode {end}$"):
+        resolve("CartPole-v1", {"algorithm": algorithm, "mode": "sync", "sampling.batch_rollouts": 3})
+    assert resolve("CartPole-v1", {"algorithm": "dqn", "mode": "async", "sampling.batch_rollouts": 3})[0].sampling.batch_rollouts == 3
 
 
 @pytest.mark.parametrize("algorithm", ["appo", "impala"])

@@ -221,7 +221,8 @@ def replay(
     Returns:
       run, updates, weights_sha256, expected_sha256, equal.
     Raises:
-      RunError: the log of consumption has a gap. CheckpointError: there is no whole checkpoint to compare with.
+      RunError: the log of consumption has a gap, or the run did what cannot be executed again. CheckpointError: there is no whole checkpoint to compare
+        with.
     """
     import torch
 
@@ -233,9 +234,15 @@ def replay(
     config = load_config(directory / "config.yaml")
     newest = CheckpointDirectory(directory / "checkpoints").newest()
     expected = newest.json("learner")
-    if newest.json("coordinator").get("epoch", 0):
+    facts = newest.json("coordinator")
+    if facts.get("epoch", 0):
         raise RunError(
             f"{directory.name} diverged once and went back to a checkpoint; what it did since cannot be replayed from the beginning"
+        )
+    if facts.get("replay_lost", False):
+        raise RunError(
+            f"{directory.name} went on once from a checkpoint without the replay that it learns from (checkpoint.replay false), and filled it anew; "
+            "what it did since cannot be replayed from the beginning"
         )
     with RunReader(directory / "run.db") as reader:
         log = dict(reader.consumed())

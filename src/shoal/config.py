@@ -16,6 +16,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
@@ -88,7 +89,9 @@ class PolicyConfig(Section):
         "auto: a server where that device is a GPU and the network is large (images, or a million weights)",
     )
     network: str | None = Field(
-        None, description="your own: package.module:factory or file.py:factory, called with (spec, config), returns a torch module"
+        None,
+        description="your own: package.module:factory or file.py:factory, called with (spec, config), returns a torch module; "
+        "of sac and td3 it is the actor's, their critics stay as they are",
     )
 
 
@@ -185,7 +188,7 @@ class QConfig(OffPolicyConfig):
     max_gradient_norm: PositiveFloat = Field(10.0, description="gradients are clipped to this global norm")
     double: bool = Field(True, description="the online network chooses the next action, the target network values it (arXiv:1509.06461)")
     duelling: bool = Field(True, description="state value and advantages apart (arXiv:1511.06581)")
-    target_tau: Fraction | None = Field(
+    target_tau: Share | None = Field(
         0.01,
         description="after each optimizer step the target network goes this share of the way; none: it is copied (target_update_steps)",
     )
@@ -240,7 +243,7 @@ class R2D2Config(QConfig):
     name: Literal["r2d2"] = "r2d2"
     learning_rate: PositiveFloat = Field(1e-3, description="of Adam")
     batch_size: Positive = Field(32, description="sequences of one optimizer step")
-    target_tau: Fraction | None = Field(
+    target_tau: Share | None = Field(
         0.005,
         description="after each optimizer step the target network goes this share of the way; none: it is copied (target_update_steps)",
     )
@@ -270,7 +273,7 @@ class SACConfig(OffPolicyConfig):
     critic_learning_rate: PositiveFloat | None = Field(None, description="of the critics, where it is another one")
     adam_epsilon: PositiveFloat = Field(1e-8, description="of Adam, for numerical stability")
     max_gradient_norm: PositiveFloat = Field(1e3, description="gradients are clipped to this global norm")
-    target_tau: Fraction = Field(0.005, description="after each optimizer step the target critics go this share of the way")
+    target_tau: Share = Field(0.005, description="after each optimizer step the target critics go this share of the way")
     temperature: Weight | None = Field(None, description="weight of the entropy; default: learned, so that the entropy is target_entropy")
     target_entropy: FiniteFloat | None = Field(
         None, description="nats that the learned temperature aims at (default: -1 per action dimension; discrete: 0.3 log A)"
@@ -287,7 +290,7 @@ class TD3Config(OffPolicyConfig):
     learning_rate: PositiveFloat = Field(1e-3, description="of Adam: policy and critics")
     adam_epsilon: PositiveFloat = Field(1e-8, description="of Adam, for numerical stability")
     max_gradient_norm: PositiveFloat = Field(1e3, description="gradients are clipped to this global norm")
-    target_tau: Fraction = Field(0.005, description="after each update of the policy the target networks go this share of the way")
+    target_tau: Share = Field(0.005, description="after each update of the policy the target networks go this share of the way")
     policy_delay: Positive = Field(2, description="optimizer steps of the critics for one of the policy")
     exploration_noise: Weight = Field(0.1, description="deviation of the noise on actions that are played, in -1..1")
     target_noise: Weight = Field(0.2, description="deviation of the noise on the target policy's actions")
@@ -348,10 +351,15 @@ class ReplayConfig(Section):
         None, description="how often each env step is sampled on average (default: the algorithm's)"
     )
     tolerance: PositiveFloat = Field(
-        2.0, description="async: updates by which inserting may run ahead of sampling, or fall behind, before one waits for the other"
+        2.0,
+        description="async: batches by which inserting may run ahead of sampling (one at least), or fall behind, before one waits for the other; "
+        "rollouts that wait take memory",
     )
     learning_starts: Annotated[int, Field(ge=0)] = Field(1_000, description="env steps that are inserted before the first is sampled")
-    shards: Positive = Field(1, description="parts that the groups are spread over; what is sampled does not depend on it")
+    shards: Positive = Field(
+        1,
+        description="parts that the groups are spread over in memory, for several learners; with one learner it changes nothing but where arrays lie",
+    )
     sequence_length: Positive | None = Field(
         None,
         description="rows of a sampled sequence, burn-in included (default: the algorithm's); one begins with every rollout, so it shares "
@@ -420,7 +428,9 @@ class RunConfig(Section):
         None,
         description="sync: exact, one policy version per update; async: actors go on while the learner learns (default: the algorithm's)",
     )
-    max_policy_lag: Positive = Field(4, description="async: no sample is trained that is more updates old")
+    max_policy_lag: Positive = Field(
+        4, description="async: no sample is trained that is more updates old; what learns from a replay samples those of any age"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the learner computes")
     run_dir: str | None = Field(None, description="directory of this run (default: runs/{env}__{algorithm}__{seed}__{time})")
     preset: str | None = Field(None, description="the preset that was taken; `none` takes none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 
@@ -19,3 +20,9 @@ def available_bytes() -> int | None:
     except (OSError, ValueError):
         pass
     return min(found, default=None)
+
+
+def in_words(num_bytes: float) -> str:
+    """`1.5 GiB`."""
+    power = min(5, int(math.log(num_bytes, 1024))) if num_bytes >= 1 else 0
+    return f"{num_bytes / 1024**power:,.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[power]}"

@@ -367,8 +367,9 @@ def _complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> Run
     if config.mode is None and not own:
         config.mode = algorithm.modes[0]
     if config.mode is not None and not own and config.mode not in algorithm.modes:
+        *others, last = [name for name, model in BUILT_IN.items() if config.mode in model.modes]
         raise ConfigError(
-            f"mode: {algorithm.name} runs in {' or '.join(algorithm.modes)} mode, not {config.mode}; for async take --algorithm appo, impala, dqn or r2d2"
+            f"mode: {algorithm.name} runs in {' or '.join(algorithm.modes)} mode, not {config.mode}; for {config.mode} take --algorithm {', '.join(others)} or {last}"
         )
     given = {key for key, value in (asked_for[-1].get("replay") or {}).items() if value is not None}
     if given and not own and not isinstance(algorithm, OffPolicyConfig):
@@ -432,11 +433,12 @@ def _refuse_async_keys(config: RunConfig, asked_for: list[Tree]) -> None:
     wanted = (("sampling.batch_rollouts", _asked(asked_for, "sampling", "batch_rollouts")),
               ("max_policy_lag", asked_for[-1].get("max_policy_lag") is not None))  # fmt: skip
     config.sampling.batch_rollouts = None
+    other = "" if "async" in config.algorithm.modes else " with --algorithm appo or impala"
     for key, given in wanted:
         if given:
             raise ConfigError(
                 f"{key} belongs to async mode, and this run is sync: an update takes one rollout of each of the {config.sampling.groups} groups, "
-                "without lag; leave it out, or take --mode async with --algorithm appo or impala"
+                f"without lag; leave it out, or take --mode async{other}"
             )
 
 

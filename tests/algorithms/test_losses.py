@@ -343,6 +343,18 @@ def test_an_algorithm_of_ones_own_by_path(tmp_path) -> None:  # type: ignore[no-
         load_algorithm(f"{tmp_path / 'own.py'}:__name__")
 
 
+def test_one_that_learns_from_a_replay_without_being_a_subclass_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    rest = "  def learn(self, rows, context): ...\n  def get_state(self): ...\n  def set_state(self, state): ...\n"
+    head = "from shoal.config import OffPolicyConfig\nfrom shoal.algorithms import OffPolicyAlgorithm\n"
+    own = tmp_path / "replayed.py"
+    own.write_text(f"{head}class Alone:\n  Config, modes = OffPolicyConfig, ('sync',)\n{rest}class Both(Alone, OffPolicyAlgorithm): pass\n")
+    with pytest.raises(
+        ConfigError, match=r"Alone is a class without update; expected .* a subclass of shoal.algorithms.OffPolicyAlgorithm"
+    ):
+        load_algorithm(f"{own}:Alone")
+    assert load_algorithm(f"{own}:Both").__name__ == "Both"
+
+
 def test_an_algorithm_without_update_says_so() -> None:
     with pytest.raises(NotImplementedError, match=r"Algorithm.update"):
         Algorithm(policy(), PPOConfig()).update(random_batch(1), context())

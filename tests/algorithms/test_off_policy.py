@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
-from torch.nn import functional
+from torch.nn import Linear, Module, functional
 
 from shoal.algorithms import UpdateContext, check_actions, load_algorithm
 from shoal.algorithms.dqn import DQN, c51_loss, epsilon_annealed, epsilon_ladder, huber_loss, projected, quantile_loss
-from shoal.algorithms.off_policy import Beginning, Transitions
+from shoal.algorithms.off_policy import Beginning, Target, Transitions
 from shoal.algorithms.sac import SAC, squash, squash_gradient
 from shoal.algorithms.td3 import TD3, smoothed
 from shoal.config import APPOConfig, DQNConfig, OffPolicyConfig, PolicyConfig, PPOConfig, SACConfig, TD3Config
@@ -61,9 +61,26 @@ def rows_of(spec: EnvironmentSpec, seed: int = 0, num: int = M) -> Transitions:
     )  # fmt: skip
 
 
-def made(config: OffPolicyConfig, spec: EnvironmentSpec, networks: PolicyConfig = NETWORKS) -> Any:
+class Partly(Module):
+    """A user's own network: one layer of it is frozen, and a buffer counts the calls that were learned from, and weighs in."""
+
+    calls: Tensor
+
+    def __init__(self, spec: EnvironmentSpec, config: PolicyConfig) -> None:
+        super().__init__()
+        self.frozen, self.layer, self.num_features = Linear(4, 8), Linear(8, 8), 8
+        self.frozen.requires_grad_(False)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, prepared: dict[str, Tensor]) -> Tensor:
+        if torch.is_grad_enabled():
+            self.calls += 1
+        return torch.tanh(self.layer(torch.tanh(self.frozen(prepared["observation"])))) * (1 + self.calls / 10)
+
+
+def made(config: OffPolicyConfig, spec: EnvironmentSpec, networks: PolicyConfig = NETWORKS, network: Any = None) -> Any:
     algorithm: Any = load_algorithm(config.name)
-    policy = build_acting(spec, networks, seed=1, kind=algorithm.network(config))
+    policy = build_acting(spec, networks, network, seed=1, kind=algorithm.network(config))
     return algorithm.make(policy, config, spec, networks, 2)
 
 
@@ -157,7 +174,9 @@ def test_the_gradient_of_dqn_is_that_of_the_loss_in_the_papers(
     observation: tuple[LeafSpec, ...], distribution: Any, duelling: bool, double: bool
 ) -> None:
     spec = spec_of(CHOICES, observation, mask=True)
-    config = DQNConfig(target_tau=0.0, distribution=distribution, duelling=duelling, double=double, atoms=5, value_min=-3, value_max=3)
+    config = DQNConfig(
+        target_tau=None, distribution=distribution, duelling=duelling, double=double, atoms=5, value_min=-3, value_max=3
+    )  # the target stays where it is
     algorithm: DQN = made(config, spec)
     algorithm.target.flat.mul_(1.3)
     rows, online, target = rows_of(spec), algorithm.policy, algorithm.target.module
@@ -253,7 +272,7 @@ def q_values(critics: Any, policy: Any, observed: dict[str, Tensor], action: Ten
 @pytest.mark.parametrize("observation", [VECTOR, IMAGE], ids=["vector", "image"])
 def test_the_gradients_of_sac_are_those_of_its_losses(observation: tuple[LeafSpec, ...]) -> None:
     spec = spec_of(BOX, observation)
-    algorithm: SAC = made(SACConfig(temperature=0.3, target_tau=0.0), spec)
+    algorithm: SAC = made(SACConfig(temperature=0.3), spec)
     algorithm.target.flat.mul_(1.2)
     policy, rows = algorithm.policy, rows_of(spec)
     actor, critic = Caught(algorithm.actor_optimizer), Caught(algorithm.critic_optimizer)
@@ -278,7 +297,7 @@ def test_the_gradients_of_sac_are_those_of_its_losses(observation: tuple[LeafSpe
 
 def test_the_gradients_of_discrete_sac_are_those_of_its_losses() -> None:
     spec = spec_of(CHOICES, mask=True)
-    algorithm: SAC = made(SACConfig(temperature=0.3, target_tau=0.0), spec)
+    algorithm: SAC = made(SACConfig(temperature=0.3), spec)
     algorithm.target.flat.mul_(1.2)
     policy, rows = algorithm.policy, rows_of(spec)
     actor, critic = Caught(algorithm.actor_optimizer), Caught(algorithm.critic_optimizer)
@@ -334,6 +353,41 @@ def test_the_gradients_of_td3_are_those_of_its_losses_and_the_policy_waits_its_t
     actor.matches(-q_values(algorithm.critics, policy, rows.observation, action)[0].mean())
 
 
+@pytest.mark.parametrize("action", [BOX, CHOICES], ids=["box", "discrete"])
+def test_the_target_critics_of_sac_follow_by_their_share(action: LeafSpec) -> None:
+    spec = spec_of(action)
+    algorithm: SAC = made(SACConfig(target_tau=0.25), spec)
+    for step in range(2):
+        start = algorithm.target.flat.clone()
+        algorithm.learn(rows_of(spec, step), context())
+        torch.testing.assert_close(algorithm.target.flat, start + 0.25 * (algorithm.critic_optimizer.flat - start))
+        assert not torch.equal(algorithm.target.flat, start)
+
+
+def test_both_target_networks_of_td3_follow_by_their_share_when_the_policy_learns() -> None:
+    spec = spec_of(BOX)
+    algorithm: TD3 = made(TD3Config(target_tau=0.25, policy_delay=2), spec)
+    pairs = (algorithm.target_critics, algorithm.critic_optimizer), (algorithm.target_policy, algorithm.actor_optimizer)
+    for step in range(1, 5):
+        before = [(target.flat.clone(), optimizer.flat.clone()) for target, optimizer in pairs]
+        algorithm.learn(rows_of(spec, step), context(step))
+        for (target, optimizer), (start, learned) in zip(pairs, before, strict=True):
+            follows = step % 2 == 0
+            if follows:
+                torch.testing.assert_close(target.flat, start + 0.25 * (optimizer.flat - start))
+            assert torch.equal(target.flat, start) != follows
+            assert torch.equal(optimizer.flat, learned) == (optimizer is algorithm.actor_optimizer and not follows)
+
+
+def test_critics_of_images_have_the_encoder_that_the_policy_was_given() -> None:
+    large = (LeafSpec((), "box", "uint8", (40, 40, 1), low=(0.0,), high=(255.0,)),)
+    for encoder, features in (("auto", 512), ("compact_cnn", 256)):
+        networks = PolicyConfig.model_validate({"hidden_sizes": [8], "encoder": encoder})
+        for config in (SACConfig(), TD3Config()):
+            algorithm = made(config, spec_of(BOX, large), networks)
+            assert algorithm.critics.encoder.num_features == algorithm.policy.encoder.num_features == features
+
+
 # ---- all -------------------------------------------------------------------------------------------------------------
 CONFIGS = {
     "dqn": (DQNConfig(target_tau=None, target_update_steps=2), CHOICES),
@@ -369,8 +423,64 @@ def test_numbers_that_are_not_finite_are_refused_and_change_nothing(name: str) -
     algorithm = made(config, spec)
     rows = rows_of(spec)
     rows.return_M[2] = np.nan
-    algorithm.learn(rows, context())
-    assert algorithm.steps == (0, 1)
+    good = 0 if config.name == "dqn" else 2  # td3: at its turn to train the policy
+    for step in range(good):
+        algorithm.learn(rows_of(spec, step), context(step))
+    before = everything(algorithm)
+    for step in range(1, 4):
+        metrics, _ = algorithm.learn(rows, context())
+        assert algorithm.steps == (good, step)
+        assert not np.isfinite(float(metrics.get("critic_loss", metrics.get("loss"))))
+    after = everything(algorithm)
+    assert {key for key, value in before.items() if not torch.equal(value, after[key])} == set()
+
+
+def everything(algorithm: Any) -> dict[str, Tensor]:
+    """All that an algorithm is, but for how many steps were refused."""
+    state = {**{f"policy/{key}": value for key, value in algorithm.policy.state_dict().items()}, **algorithm.get_state()}
+    return {key: value.clone() for key, value in state.items() if not key.endswith("optimizer/skipped")}
+
+
+@pytest.mark.parametrize("name", ["sac", "td3"])
+def test_steps_of_the_policy_that_are_refused_are_counted(name: str) -> None:
+    config, action = CONFIGS[name]
+    spec = spec_of(action)
+    algorithm = made(config.model_copy(update={"policy_delay": 1}) if name == "td3" else config, spec)
+    algorithm.critics.action_gradient = lambda *given: torch.full((M, 2), torch.nan)
+    before = algorithm.actor_optimizer.flat.clone()
+    algorithm.learn(rows_of(spec), context())
+    assert algorithm.steps == (1, 1)
+    assert torch.equal(algorithm.actor_optimizer.flat, before)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_network_that_is_frozen_in_part_is_trained_and_its_buffers_are_followed_and_saved(name: str) -> None:
+    config, action = CONFIGS[name]
+    spec = spec_of(action)
+    first, second = (made(config, spec, network=Partly) for _ in range(2))
+    before = {key: value.clone() for key, value in first.policy.encoder.state_dict().items()}
+    for step in range(3):
+        first.learn(rows_of(spec, step), context(step))
+    after = first.policy.encoder.state_dict()
+    assert first.steps == (3, 0)
+    assert {key for key in before if torch.equal(before[key], after[key])} == {"frozen.weight", "frozen.bias"}
+    (follower,) = followers(first) if config.name != "sac" else [first.policy.encoder]  # the critics' targets have none of it
+    assert 0 < follower.calls <= first.policy.encoder.calls
+    second.policy.load_state_dict(first.policy.state_dict())
+    second.set_state({key: value.clone() for key, value in first.get_state().items()})
+    for each, same in zip(followers(first), followers(second), strict=True):
+        assert torch.equal(each.calls, same.calls)
+    for algorithm in (first, second):
+        for step in range(3, 6):
+            algorithm.learn(rows_of(spec, step), context(step))
+    one, other = everything(first), everything(second)
+    assert {key for key, value in one.items() if not torch.equal(value, other[key])} == set()
+
+
+def followers(algorithm: Any) -> list[Partly]:
+    """The user's network in target networks."""
+    targets = [each.module for each in vars(algorithm).values() if isinstance(each, Target)]
+    return [module.encoder for module in targets if isinstance(module.encoder, Partly)]
 
 
 def test_an_action_space_that_an_algorithm_cannot_serve_is_refused_with_those_that_can() -> None:

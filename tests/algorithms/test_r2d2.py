@@ -21,17 +21,19 @@ from shoal.networks.fast import fast_actor
 from shoal.networks.policy import build_acting
 from shoal.networks.recurrent_q import RecurrentQPolicy
 
-from .test_off_policy import CHOICES, IMAGE, VECTOR, A, Caught, context, spec_of
+from .test_off_policy import CHOICES, IMAGE, VECTOR, A, Caught, Partly, context, spec_of
 
 L, M, BURN_IN = 9, 5, 3
 MEMORIES = ("lstm", "gru")
 
 
-def made(config: R2D2Config, memory: str = "lstm", *, observation: Any = VECTOR, mask: bool = False, size: int = 6) -> R2D2:
+def made(
+    config: R2D2Config, memory: str = "lstm", *, observation: Any = VECTOR, mask: bool = False, size: int = 6, network: Any = None
+) -> R2D2:
     networks = PolicyConfig.model_validate({"hidden_sizes": [8], "activation": "relu", "memory": memory, "memory_size": size})
     kind: Any = load_algorithm("r2d2")
     spec = spec_of(CHOICES, observation, mask=mask)
-    algorithm: R2D2 = kind.make(build_acting(spec, networks, seed=1, kind=kind.network(config)), config, spec, networks, 2)
+    algorithm: R2D2 = kind.make(build_acting(spec, networks, network, seed=1, kind=kind.network(config)), config, spec, networks, 2)
     return algorithm
 
 
@@ -221,6 +223,28 @@ def test_the_target_network_is_copied_now_and_then_or_follows() -> None:
     before = soft.target.flat.clone()
     soft.learn(rows_of(soft.policy), context())
     torch.testing.assert_close(soft.target.flat, before + 0.25 * (soft.optimizer.flat - before))
+
+
+def test_a_network_that_is_frozen_in_part_is_trained_and_its_buffers_are_followed_and_saved() -> None:
+    config = R2D2Config(target_tau=None, target_update_steps=2)
+    first, second = (made(config, network=Partly) for _ in range(2))
+    mine, theirs = (algorithm.policy.encoder.encoder for algorithm in (first, second))
+    assert isinstance(mine, Partly)
+    assert isinstance(theirs, Partly)
+    frozen, layer = mine.frozen.weight.clone(), mine.layer.weight.clone()
+    for step in range(3):
+        first.learn(rows_of(first.policy, step), context())
+    assert first.steps == (3, 0)
+    assert torch.equal(mine.frozen.weight, frozen)
+    assert not torch.equal(mine.layer.weight, layer)
+    second.policy.load_state_dict(first.policy.state_dict())
+    second.set_state({key: value.clone() for key, value in first.get_state().items()})
+    copied = [algorithm.target.module.encoder.encoder for algorithm in (first, second)]
+    assert [float(each.calls) for each in copied if isinstance(each, Partly)] == [2.0, 2.0]
+    for algorithm in (first, second):
+        algorithm.learn(rows_of(algorithm.policy, 3), context())
+    assert torch.equal(first.optimizer.flat, second.optimizer.flat)
+    assert torch.equal(first.target.flat, second.target.flat)
 
 
 def test_one_that_was_saved_goes_on_with_the_same_bits() -> None:

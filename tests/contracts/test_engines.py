@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from gymnasium import spaces
 
 import shoal
 from rollout_fakes import Drift
@@ -157,6 +159,39 @@ def test_an_async_training_that_learns_from_a_replay_keeps_its_rate_and_can_be_e
     assert -8 < facts["surplus"] <= 3.0 * 0.7 * 48
     replayed = shoal.replay(run.path, env=Drift)
     assert (replayed["equal"], replayed["updates"]) == (True, 20)
+
+
+class Push(Drift):
+    """With a force in place of a choice."""
+
+    action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def step(self, action: Any) -> Any:
+        return super().step(4.0 * float(action[0]) - float(action[1]))
+
+
+ACTORS_WITH_CRITICS = {"td3": ("td3", Push), "sac": ("sac", Push), "discrete sac": ("sac", Drift)}
+
+
+@pytest.fixture(params=ACTORS_WITH_CRITICS, scope="module")
+def with_critics(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Settings, the environment, and the reference."""
+    name, environment = ACTORS_WITH_CRITICS[request.param]
+    settings = {**DQN, "algorithm": {"name": name, "batch_size": 8}}
+    directory = tmp_path_factory.mktemp("critics") / "run"
+    run = shoal.train(environment, actors=0, run_dir=str(directory), progress=quiet(), **settings, stop={"updates": 8})
+    return settings, environment, run
+
+
+def test_policies_with_critics_are_trained_alike_everywhere_through_an_interruption_and_again(actors, with_critics, tmp_path):
+    settings, environment, straight = with_critics
+    more = {"run_dir": str(tmp_path / "run"), "stop": {"updates": 8}, "callbacks": [lambda facts: facts["update"] < 4]}
+    run = shoal.train(environment, actors=actors, progress=quiet(), **settings, **more)
+    assert (run.result["updates"], run.result["replay"]["sampled"] > 0) == (4, True)
+    resumed = shoal.resume(run.path, env=environment, actors={0: 1, 1: 2, 2: 0}[actors], progress=quiet())
+    compared = [k for k in COMPARED if k != "ledger"]
+    assert {k: resumed.result[k] for k in compared} == {k: straight.result[k] for k in compared}
+    assert shoal.replay(resumed.path, env=environment)["equal"]
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])

@@ -74,8 +74,6 @@ def test_in_async_mode_the_learner_goes_ahead_up_to_the_tolerance_and_says_so_in
         log.append([dict(entry) for entry in c.consumption])
         c.consumed({})
         c.trained({"num_env_steps": 16.0 if batch else 0.0})
-        if not batch and c.limiter is not None and c.limiter.surplus > 0:
-            continue
     # 16 env steps a batch: the two batches that are ready bring 4 steps each, then 5 ahead in updates of 4 at most
     assert [steps for size, steps in taken if size] == [4] * len([1 for size, _ in taken if size])
     assert [steps for size, steps in taken if not size] == [4, 1]
@@ -133,6 +131,11 @@ def test_a_checkpoint_keeps_the_rate_and_one_without_the_replay_begins_it_again(
         steps.append(learn(other))
     assert steps == ([4, 4, 4] if holds_replay else [0, 3, 4])
     assert other.ledger.balance()["evicted"] == (0 if holds_replay else 32)
+    assert (c.replay_lost, other.replay_lost) == (False, not holds_replay)
+    later = coordinator_of(replay_plan("sync", starts=20))
+    arrays, facts = other.get_state()
+    later.set_state(arrays, json.loads(json.dumps({**facts, "holds_replay": True})))  # the one that was filled anew
+    assert later.replay_lost == (not holds_replay)
 
 
 def test_rollouts_that_were_replayed_and_undone_count_as_rolled_back():
@@ -147,3 +150,34 @@ def test_rollouts_that_were_replayed_and_undone_count_as_rolled_back():
     assert c.ledger.balance()["dropped"] == {Fate.ROLLED_BACK.label: 16}
     assert c.replay_facts["inserted"] == 16
     c.ledger.check()
+
+
+def test_nothing_that_goes_into_a_replay_is_closed_or_hurried_for_its_age():
+    plan = replay_plan("async")
+    assert plan.close_after_lag > 10**9
+    c = coordinator_of(plan)
+    c.place([0])
+    fill(c)
+    c.version = 40  # all that is ready is far beyond max_policy_lag
+    batch = c.next_batch()
+    assert batch is not None
+    assert len(batch) == plan.batch_rollouts == len(c.ready)
+
+
+@pytest.mark.parametrize("lag", [1, 4])
+@pytest.mark.parametrize(("tolerance", "batches"), [(0.5, 1), (2.0, 2), (4.0, 4), (6.5, 6.5)])
+def test_inserting_runs_ahead_of_sampling_by_as_many_batches_as_the_tolerance_says(tolerance: float, batches: float, lag: int):
+    config = RunConfig(mode="async", max_policy_lag=lag)
+    config.sampling.groups, config.sampling.group_size, config.sampling.rollout_length = 2, B, T
+    config.replay.tolerance = tolerance
+    c = coordinator_of(Plan.of(config, Rate(1.0, 4, 0, 20.0)))
+    c.place([0, 1])
+    made = 0
+    while leases := fill(c):
+        made += leases
+    assert made == batches * 2
+    c.ledger.check()
+    assert len(c.next_batch() or []) == 2
+    c.consumed({})
+    assert fill(c) == 2  # while the learner is at work
+    assert fill(c) == 0

@@ -85,7 +85,9 @@ def test_the_behaviours_log_probabilities_are_those_of_the_unroll(form: str, mod
 @pytest.mark.parametrize(("name", "environment"), [("dqn", "CartPole-v1"), ("sac", "Pendulum-v1"), ("td3", "Pendulum-v1")])
 def test_what_learns_from_a_replay_refuses_a_memory(name: str, environment: str) -> None:
     settings = {"env": {"id": environment}, "algorithm": {"name": name}, "policy": {"memory": "lstm", "activation": "relu"}}
-    with pytest.raises(ConfigError, match=f"^policy.memory: {name} learns from a replay, and takes this at its default only"):
+    with pytest.raises(
+        ConfigError, match=f"^policy.memory: {name} learns from a replay, and takes this at its default only; .* or take r2d2"
+    ):
         look(RunConfig.model_validate(settings), UserObjects())
 
 
@@ -97,9 +99,17 @@ def test_what_learns_from_a_replay_refuses_a_memory(name: str, environment: str)
         (
             "dqn",
             {"replay": {"sequence_length": 40}},
-            r"replay.sequence_length: dqn learns from a replay, and takes this at its default only",
+            r"replay.sequence_length: dqn learns from a replay, and takes this at its default only; .* or take r2d2",
+        ),
+        (
+            "dqn",
+            {"replay": {"burn_in": 2}},
+            r"replay.burn_in: dqn learns from a replay, and takes this at its default only; .* or take r2d2",
         ),
         ("r2d2", {"policy": {"normalise_observations": True}}, r"policy.normalise_observations: r2d2 learns from a replay"),
+        ("r2d2", {"policy": {"share_encoder": False}}, r"policy.share_encoder: r2d2 learns from a replay, .* default only; leave it out$"),
+        ("dqn", {"policy": {"share_encoder": True}}, r"policy.share_encoder: dqn learns from a replay, .* default only; leave it out$"),
+        ("sac", {"policy": {"log_std_init": -1.0}}, r"policy.log_std_init: sac learns from a replay, .* default only; leave it out$"),
         ("r2d2", {"replay": {"capacity_steps": 600}}, r"replay.learning_starts: the replay holds 600 env steps"),
     ],
 )

@@ -249,7 +249,7 @@ def test_a_resumed_run_whose_checkpoints_are_all_damaged_ends(tmp_path):
 def test_no_checkpoint_is_made_of_a_barren_update_and_refused_steps_are_counted(tmp_path):
     session, watcher, clock = session_in(tmp_path)
     clock.now = 200.0
-    for skipped, steps, may_save in ((2, 2, True), (4, 0, False), (4, 0, False), (0, 4, True)):
+    for skipped, steps, may_save in ((2, 2, True), (0, 0, True), (4, 0, False), (0, 0, False), (4, 0, False), (0, 0, False), (0, 4, True)):
         for lease in session.coordinator.next_leases():
             write_rollout(session.coordinator.ring.slots[lease.slot], lease.identity, version=session.coordinator.version)
             session.coordinator.filled(lease.slot, lease.identity)
@@ -297,3 +297,19 @@ def test_a_run_whose_last_update_had_no_finite_step_did_not_end_well(tmp_path):
     c.consumed({})
     with pytest.raises(DivergedError, match=r"met its stop condition \(updates\)"):
         session.finish_update({"num_env_steps": 16.0, "skipped_steps": 4.0, "optimizer_steps": 0.0})
+
+
+def test_a_run_did_not_end_well_whose_last_steps_were_refused_though_an_update_without_any_came_after(tmp_path):
+    session, _, _ = session_in(tmp_path, updates=2)
+    for skipped in (4.0, 0.0):
+        c = session.coordinator
+        for lease in c.next_leases():
+            write_rollout(c.ring.slots[lease.slot], lease.identity, version=c.version)
+            c.filled(lease.slot, lease.identity)
+        c.next_batch()
+        c.consumed({})
+        metrics = {"num_env_steps": 16.0, "skipped_steps": skipped, "optimizer_steps": 0.0}
+        if skipped:
+            assert session.finish_update(metrics) is None
+    with pytest.raises(DivergedError, match=r"met its stop condition \(updates\)"):
+        session.finish_update(metrics)

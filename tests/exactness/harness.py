@@ -42,6 +42,11 @@ TASKS = {
         f"{HERE / 'environments.py'}:Readings", *SAMPLING, "--algorithm", "sac", "--policy.hidden-sizes", "64,64",
         "--replay.samples-per-insert", "1.3", *REPLAY,
     ],
+    "discrete-sac": ["CartPole-v1", *SAMPLING, "--algorithm", "sac", "--policy.hidden-sizes", "64,64", "--replay.samples-per-insert", "1.3", *REPLAY],
+    "td3": [
+        f"{HERE / 'environments.py'}:Readings", *SAMPLING, "--algorithm", "td3", "--policy.hidden-sizes", "64,64",
+        "--replay.samples-per-insert", "1.3", *REPLAY,
+    ],
     "r2d2": [
         f"{HERE.parents[1] / 'examples' / 'memory.py'}:hidden_velocities", *SAMPLING, "--algorithm", "r2d2", "--policy.memory", "gru",
         "--policy.memory-size", "24", "--replay.samples-per-insert", "6.1", *REPLAY, "--algorithm.batch-size", "8",

@@ -11,8 +11,10 @@ import pytest
 from .harness import HERE, TASKS, TIMEOUT_SECONDS, Killer, Outcome, balanced, reference, shoal, start, train, train_through_kills
 from .recording import DEATHS
 
-UPDATES = {"cartpole": 40, "images": 24, "dict": 30, "dqn": 30, "sac": 24, "r2d2": 24, "memory": 30}
-LONG = {"cartpole": 160, "images": 80, "dict": 120, "dqn": 120, "sac": 80, "r2d2": 80, "memory": 120}
+UPDATES = {"cartpole": 40, "images": 24, "dict": 30, "dqn": 30, "sac": 24, "discrete-sac": 24, "td3": 24, "r2d2": 24, "memory": 30}
+LONG = {
+    "cartpole": 160, "images": 80, "dict": 120, "dqn": 120, "sac": 80, "discrete-sac": 80, "td3": 80, "r2d2": 80, "memory": 120,
+}  # fmt: skip
 tasks = pytest.mark.parametrize("task", TASKS)
 Soaked = Callable[..., None]
 
@@ -99,6 +101,11 @@ def test_a_resume_without_the_replay_says_what_that_costs_and_goes_on(tmp_path: 
     assert resumed["ledger"]["replayed"] == 12 * 4 * 4 * 24
     assert resumed["ledger"]["evicted"] >= 6 * 4 * 4 * 24  # all that was lost
     balanced(resumed)
+    log = tmp_path / "replay.log"
+    again = start(["replay", str(run)], log)
+    assert again.wait(TIMEOUT_SECONDS) == 1
+    (said,) = log.read_text().strip().splitlines()
+    assert "from a checkpoint without the replay that it learns from (checkpoint.replay false)" in said
 
 
 def test_another_seed_gives_other_weights(tmp_path: Path, shared: Path) -> None:

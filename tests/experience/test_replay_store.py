@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from replay_world import IMAGE, VECTOR, Kind, World
 from shoal.config import ReplayConfig
 from shoal.errors import ConfigError, SchemaError
 from shoal.experience.replay import Replay
+from shoal.experience.replay_layout import Layout
 from shoal.experience.stacks import Stack, is_stacked, likely_stack, possible_stacks
 from shoal.types import LeafSpec
 
@@ -174,6 +177,40 @@ def test_planes_that_do_not_follow_each_other_or_never_move_are_no_stack():
     assert possible_stacks("uint8", (84, 84)) == possible_stacks("float32", (4, 84, 84)) == possible_stacks("uint8", (40, 30, 20)) == []
     assert likely_stack("uint8", (84, 84, 3)) is None
     assert likely_stack("uint8", (12, 84, 84)) == Stack(0, 12)
+
+
+IMAGES = Kind((IMAGE,), stacked=False)
+
+
+@pytest.mark.parametrize("sequence_length", [None, 10])
+def test_memory_is_looked_at_again_once_images_that_look_like_stacks_are_none(sequence_length, monkeypatch):
+    kind = IMAGES if sequence_length is None else replace(IMAGES, memory=True)
+    config = ReplayConfig(capacity_steps=60_000, sequence_length=sequence_length)
+    world, told = World(kind), Replay.size_bytes(kind.schema(), kind.groups, config)
+    slot, _ = world.rollout(0)
+    truth = Layout.of(slot, kind.groups, config).size_bytes
+    assert truth > 1.2 * told
+    for free in (told, truth - 1):
+        monkeypatch.setattr("shoal.experience.replay.available_bytes", lambda free=free: free)
+        replay = Replay(world.schema, kind.groups, config, gamma=0.9)
+        with pytest.raises(
+            ConfigError, match=r"^replay\.capacity_steps 60,000 takes .* observation/image to be stacks.*replay\.capacity_bytes$"
+        ):
+            replay.insert(slot, 0)
+        assert replay.num_steps == 0
+    capped = Replay(world.schema, kind.groups, config.model_copy(update={"capacity_bytes": truth - 1}), gamma=0.9)
+    assert capped.insert(slot, 0) == 0
+    for free in (truth, None):
+        monkeypatch.setattr("shoal.experience.replay.available_bytes", lambda free=free: free)
+        assert Replay(world.schema, kind.groups, config, gamma=0.9).insert(slot, 0) == 0
+
+
+def test_a_replay_that_does_not_fit_any_more_when_it_is_loaded_is_refused(tmp_path, monkeypatch):
+    world, replay = made()
+    replay.save(tmp_path, None)
+    monkeypatch.setattr("shoal.experience.replay.available_bytes", lambda: 1000)
+    with pytest.raises(ConfigError, match=r"^replay\.capacity_steps 10,000 takes .* KiB of memory; 1,000 B are free here"):
+        Replay(world.schema, world.kind.groups, PRIORITISED, gamma=0.9).load(tmp_path)
 
 
 def test_frames_are_stored_once_and_a_reset_costs_the_older_ones():

@@ -17,12 +17,12 @@ import shoal
 from faults.living import command
 from shoal.config import EnvConfig, PolicyConfig, ReplayConfig
 from shoal.engines.coordinator import Plan
-from shoal.engines.sizes import check_memory, in_words, rollout_bytes
+from shoal.engines.sizes import check_memory, rollout_bytes
 from shoal.environments.make import check_registered
 from shoal.environments.spaces import describe
 from shoal.errors import ConfigError
 from shoal.experience.schema import rollout_schema
-from shoal.machine import available_bytes
+from shoal.machine import available_bytes, in_words
 from shoal.monitoring.live import SilentView
 from shoal.networks.policy import build_policy, named_tensors, policy_size
 

@@ -5,6 +5,7 @@ Legend: T rows of a rollout, B environments of a group.
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class World:
         policy = build_acting(self.spec, config.policy, seed=1, kind=kind.network(algorithm))
         self.ring = poisoned_ring(rollout_schema(self.spec, policy.fields(), T, B), GROUPS)
         layout = WeightLayout.of((n, tuple(t.shape)) for n, t in named_tensors(policy).items())
+        self.size = layout.size
         self.board = WeightBoard(layout.size, np.zeros(WeightBoard.size_bytes(layout.size), np.uint8))
         self.board.reset()
         settings = ReplayConfig(**{"capacity_steps": 60, "prioritised": True, "n_step": 2, "samples_per_insert": 1.0, **replay})
@@ -148,8 +150,9 @@ def test_an_update_makes_the_steps_that_it_is_told_and_a_version() -> None:
     assert metrics["replay/age_steps_max"] <= 2 * GROUPS * B * T
     ahead = world.learner.update(world.learner.consume([]), 2)
     assert (ahead["optimizer_steps"], ahead["num_env_steps"], world.learner.version) == (2.0, 0.0, 3)
-    out = np.zeros(world.board.size, np.float32) if hasattr(world.board, "size") else None
-    assert out is None or world.board.read(out) == 3
+    published = np.zeros(world.size, np.float32)
+    assert world.board.read(published) == 3
+    assert np.array_equal(published, np.concatenate([array.ravel() for array in world.learner.policy_arrays.values()]))
 
 
 def test_a_learner_that_was_saved_with_its_replay_goes_on_with_the_same_bits(tmp_path: Path) -> None:
@@ -180,13 +183,16 @@ def test_what_is_sampled_depends_on_the_seed_and_the_update_only() -> None:
     assert found[0] == found[1]
 
 
-def test_numbers_that_are_not_finite_train_nothing_and_end_the_run_in_the_end() -> None:
+@pytest.mark.parametrize("between", [0, 2], ids=["a step each", "updates without a step between"])
+def test_numbers_that_are_not_finite_train_nothing_and_end_the_run_in_the_end(between: int) -> None:
     world = World()
     world.update(0, 0, reward=np.inf)
     before = world.learner.weights_sha256
     for _ in range(9):
         metrics = world.learner.update(world.learner.consume([]), 1)
         assert (metrics["optimizer_steps"], metrics["skipped_steps"]) == (0.0, 1.0)
+        for _ in range(between):
+            assert world.learner.update(world.learner.consume([]), 0)["optimizer_steps"] == 0.0
     nothing = world.learner.consume([])
     with pytest.raises(DivergedError, match="10 updates in a row"):
         world.learner.update(nothing, 1)
@@ -214,3 +220,53 @@ def test_batches_that_are_drawn_at_once_each_come_from_all_of_the_replay() -> No
         np.testing.assert_array_equal(rows.action_mask, sample.action_mask[i::4])
         tags = rows.observation["observation/position"][:, 0].numpy() // 100  # names group and sequence
         assert len({int(tag) % 3 for tag in tags}) == GROUPS
+
+
+SAMPLED = {"steps": ("dqn", {}), "sequences": ("r2d2", {"sequence_length": 2 * T, "burn_in": 1, "capacity_steps": 120})}
+
+
+@pytest.mark.parametrize("what", SAMPLED)
+def test_an_update_keeps_no_sample_and_takes_the_memory_of_the_one_before(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, replay = SAMPLED[what]
+    world = World(name, **replay)
+    for sequence in range(3):
+        world.update(sequence, 0)
+    method = "sample" if what == "steps" else "sample_sequences"
+    draw, drawn, places = getattr(world.learner.replay, method), list[Any](), list[tuple[int, ...]]()
+
+    def watched(num: int, rng: np.random.Generator, **how: Any) -> Any:
+        assert sum(each() is not None for each in drawn) <= 1, "all but the last are gone"
+        sample = draw(num, rng, **how)
+        drawn.append(weakref.ref(sample))
+        places.append(tuple(array.ctypes.data for array in sample.observation.values()))
+        return sample
+
+    monkeypatch.setattr(world.learner.replay, method, watched)
+    for sequence in range(3, 5):
+        assert world.update(sequence, 4)["optimizer_steps"] == 4.0
+    assert (len(drawn), len(set(places))) == (8, 1)
+
+
+@pytest.mark.parametrize("what", SAMPLED)
+def test_what_is_learned_does_not_depend_on_memory_that_is_used_again(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, replay = SAMPLED[what]
+    found = []
+    for again in (True, False):
+        world = World(name, **replay)
+        if not again:
+            method = "sample" if what == "steps" else "sample_sequences"
+            draw = getattr(world.learner.replay, method)
+            monkeypatch.setattr(world.learner.replay, method, lambda *args, draw=draw, **how: draw(*args, **{**how, "reuse": None}))
+        metrics = [world.update(sequence, 3) for sequence in range(6)]
+        found.append((world.learner.weights_sha256, [{k: v for k, v in m.items() if v == v} for m in metrics]))
+    assert found[0] == found[1]
+
+
+def test_ages_are_those_of_all_draws_of_an_update() -> None:
+    world = World(prioritised=False, capacity_steps=600)
+    for sequence in range(4):
+        world.update(sequence, 0)
+    world.learner._most_at_once = 1
+    metrics = world.update(4, 40)
+    assert (metrics["replay/age_updates_max"], metrics["replay/age_steps_max"]) == (4.0, 4.0 * GROUPS * B * T + B * T)
+    assert 1.0 < metrics["replay/age_updates_mean"] < 3.0

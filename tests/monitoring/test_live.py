@@ -83,6 +83,8 @@ def test_a_replay_is_shown_with_how_full_it_is_how_old_and_who_is_ahead() -> Non
     assert "10,000 replayed" in out.getvalue()
     assert "9,000 steps" in out.getvalue()
     assert "trained" not in out.getvalue()
+    assert f"max {shown.lag_max} updates" in out.getvalue()  # there is no bound
+    assert f"max {shown.lag_max} of 4 updates" in "\n".join(drawn(a_snapshot(), 120))
 
 
 def test_lines_come_every_few_seconds_and_the_last_one_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,7 @@ __all__ = [
     "UpdateContext",
     "build_algorithm",
     "check_actions",
+    "check_class",
     "check_remembers",
     "checked_settings",
     "learns_from_replay",
@@ -74,18 +75,10 @@ def load_algorithm(name_or_path: str) -> type[AnyAlgorithm]:
     """The class of a built-in algorithm, or of `package.module:Class` or `file.py:Class`.
 
     Raises:
-      ConfigError: if there is no such algorithm, or what is found lacks a method or `Config`, `modes`.
+      ConfigError: if there is no such algorithm, or what is found is none (`check_class`).
     """
     if ":" in name_or_path:
-        found = load_object(name_or_path)
-        wanted = ("Config", "modes", "learn" if hasattr(found, "learn") else "update", "get_state", "set_state")
-        missing = [m for m in wanted if not hasattr(found, m)]
-        if missing or not isinstance(found, type):
-            what = f"a class without {', '.join(missing)}" if isinstance(found, type) else f"a {type(found).__name__}"
-            raise ConfigError(
-                f"algorithm.name: {name_or_path} is {what}; expected a subclass of shoal.algorithms.base.Algorithm or the same methods"
-            )
-        return found
+        return check_class(load_object(name_or_path), name_or_path)
     if name_or_path not in _MODULES:
         raise ConfigError(
             f"algorithm.name: no algorithm {name_or_path!r}; expected {', '.join(_MODULES)}, package.module:Class or file.py:Class"
@@ -93,6 +86,23 @@ def load_algorithm(name_or_path: str) -> type[AnyAlgorithm]:
     module, name = _MODULES[name_or_path]
     found_class: type[AnyAlgorithm] = getattr(import_module(f"shoal.algorithms.{module}"), name)
     return found_class
+
+
+def check_class(found: Any, name: str) -> type[AnyAlgorithm]:
+    """`found` itself. Raises ConfigError where it is no algorithm: no class, or one that lacks a method or `Config`, `modes`.
+
+    name: of the class, as the user gave it.
+    """
+    replayed = isinstance(found, type) and issubclass(found, OffPolicyAlgorithm)
+    wanted = ("Config", "modes", "learn" if replayed else "update", "get_state", "set_state")
+    missing = [m for m in wanted if not hasattr(found, m)]
+    if isinstance(found, type) and not missing:
+        return found
+    what = f"a class without {', '.join(missing)}" if isinstance(found, type) else f"a {type(found).__name__}"
+    raise ConfigError(
+        f"algorithm.name: {name} is {what}; expected a subclass of shoal.algorithms.base.Algorithm or the same methods, or, where it learns from a "
+        "replay, a subclass of shoal.algorithms.OffPolicyAlgorithm with a `learn`"
+    )
 
 
 def learns_from_replay(algorithm: type[AnyAlgorithm]) -> TypeGuard[type[OffPolicyAlgorithm[Any]]]:

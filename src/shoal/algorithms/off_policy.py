@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from shoal.algorithms.base import Optimizer, UpdateContext
 from shoal.config import OffPolicyConfig, PolicyConfig, QConfig
 from shoal.networks.acting import NetworkKind
+from shoal.networks.policy import named_tensors
 from shoal.types import EnvironmentSpec
 
 Metrics = dict[str, Tensor | float]
@@ -125,13 +126,15 @@ class OffPolicyAlgorithm(Generic[ConfigT]):
         of each row, or sequence, [M], not negative, where the algorithm has one.
 
         Args:
-          rows: Transitions, or SequenceRows where the algorithm remembers.
+          rows: Transitions, or SequenceRows where the algorithm remembers. Their memory is written again once the next are drawn: what is kept of
+            them beyond this call, metrics and priorities included, is in tensors of the algorithm's own.
         """
         raise NotImplementedError(f"{type(self).__name__}.learn")
 
     @property
     def steps(self) -> tuple[int, int]:
-        """Optimizer steps taken, and refused since loss or gradient was not finite."""
+        """Optimizer steps taken, and refused since loss or gradient was not finite: of whatever is learned, where there are several optimizers the
+        steps of the one that the others follow, and the refusals of all."""
         raise NotImplementedError(f"{type(self).__name__}.steps")
 
     def get_state(self) -> dict[str, Tensor]:
@@ -147,21 +150,30 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Target(Generic[ModuleT]):
-    """A copy of a network that follows it; its parameters are views of one vector [P], in the order of the optimizer's."""
+    """A copy of a network that follows it. What it holds is one vector, `flat`: the P trained parameters in the order of the optimizer's, of which its
+    own are views, and behind them its persistent buffers. Parameters that are not trained are as in the network."""
 
     def __init__(self, module: ModuleT) -> None:
+        trained = [p.requires_grad for p in module.parameters()]
         self.module: ModuleT = copy.deepcopy(module).requires_grad_(False)
-        parameters = list(self.module.parameters())
-        self.flat = torch.cat([p.detach().reshape(-1) for p in parameters])
-        for parameter, part in zip(parameters, torch.split(self.flat, [p.numel() for p in parameters]), strict=True):
-            parameter.data = part.view(parameter.shape)
+        parameters = [p for p, is_trained in zip(self.module.parameters(), trained, strict=True) if is_trained]
+        self._buffers, self._followed = _buffers(self.module), _buffers(module)
+        tensors = [*parameters, *self._buffers]
+        self._size = sum(p.numel() for p in parameters)
+        self.flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+        for tensor, part in zip(tensors, torch.split(self.flat, [tensor.numel() for tensor in tensors]), strict=True):
+            tensor.data = part.view(tensor.shape)
 
     def follow(self, flat: Tensor, tau: float = 1.0) -> None:
-        """Go the share `tau` of the way to `flat` [P]: all of it copies (Polyak averaging otherwise)."""
+        """Go the share `tau` of the way to the parameters `flat` [P]: all of it copies (Polyak averaging otherwise). Buffers are copied."""
+        mine = self.flat[: self._size]
         if tau == 1.0:
-            self.flat.copy_(flat)
+            mine.copy_(flat)
         else:
-            self.flat.lerp_(flat, tau)
+            mine.lerp_(flat, tau)
+        with torch.no_grad():
+            for buffer, followed in zip(self._buffers, self._followed, strict=True):
+                buffer.copy_(followed)
 
     def follow_by(self, config: QConfig, optimizer: Optimizer) -> None:
         """What is due after an optimizer step: a share of the way, or a copy now and then."""
@@ -169,6 +181,11 @@ class Target(Generic[ModuleT]):
             self.follow(optimizer.flat, config.target_tau)
         elif optimizer.steps % config.target_update_steps == 0:
             self.follow(optimizer.flat)
+
+
+def _buffers(module: nn.Module) -> list[Tensor]:
+    """Those that are saved with it. One that is replaced instead of written into is lost sight of."""
+    return [tensor for tensor in named_tensors(module).values() if not isinstance(tensor, nn.Parameter)]
 
 
 def prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

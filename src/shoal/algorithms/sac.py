@@ -110,8 +110,10 @@ class SAC(OffPolicyAlgorithm[SACConfig]):
         critic_rate = rate * (self.config.critic_learning_rate or self.config.learning_rate) / self.config.learning_rate
         found: dict[Tensor, Tensor] = {}
         step = self._continuous if self.continuous else self._discrete
+        taken = self.critic_optimizer.steps
         metrics, priority_M = step(rows, context.rng, rate, critic_rate, found)
-        self.target.follow(self.critic_optimizer.flat, self.config.target_tau)
+        if self.critic_optimizer.steps > taken:
+            self.target.follow(self.critic_optimizer.flat, self.config.target_tau)
         return {**metrics, "learning_rate": rate}, priority_M
 
     def _continuous(
@@ -124,11 +126,12 @@ class SAC(OffPolicyAlgorithm[SACConfig]):
         noise = torch.from_numpy(rng.standard_normal((2 * num, policy.size), np.float32)).to(output.device)
         next_action = squash(output[num:], noise[num:])
         chosen = squash(output[:num], noise[:num])
-        metrics = self._warm(chosen.log_prob.mean(), rate)
-        alpha = self.alpha
+        alpha, refused = self.alpha, self.critic_optimizer.skipped
         next_value = self.target.module.layers(later, next_action.action)[1][-1].squeeze(2).amin(0)
         target_M = torch.addcmul(rows.return_M, rows.discount_M, next_value.sub_(next_action.log_prob, alpha=alpha))
-        priority_M, more = self._fit(now, rows, rows.action.view(num, -1), target_M, critic_rate, found)
+        priority_M, metrics = self._fit(now, rows, rows.action.view(num, -1), target_M, critic_rate, found)
+        if self.critic_optimizer.skipped > refused:  # nobody learns from values that are not to be trusted
+            return metrics, priority_M
         value_KM = (outputs := critics.layers(now, chosen.action)[1])[-1]
         least = value_KM[0] <= value_KM[1]
         slope = torch.stack([least, ~least]).float().mul_(-1.0 / num)
@@ -136,7 +139,7 @@ class SAC(OffPolicyAlgorithm[SACConfig]):
         backward(squash_gradient(chosen, d_action, torch.full_like(chosen.log_prob, alpha / num)), found)
         loss = (alpha * chosen.log_prob - value_KM.squeeze(2).amin(0)).mean()
         self.actor_optimizer.descend([found[p] for p in self.actor_optimizer.parameters], rate, loss)
-        return {**metrics, **more, "actor_loss": loss}, priority_M
+        return {**metrics, **self._warm(chosen.log_prob.mean(), rate), "actor_loss": loss}, priority_M
 
     def _discrete(
         self, rows: Transitions, rng: np.random.Generator, rate: float, critic_rate: float, found: dict[Tensor, Tensor]
@@ -148,17 +151,19 @@ class SAC(OffPolicyAlgorithm[SACConfig]):
             output = output.masked_fill(~torch.cat([rows.action_mask, rows.next_action_mask]), MASKED_VALUE)
         log_prob = torch.log_softmax(output, 1)
         prob = log_prob.exp()
-        metrics = self._warm((prob[:num] * log_prob[:num]).sum(1).mean(), rate)
-        alpha = self.alpha
+        alpha, refused = self.alpha, self.critic_optimizer.skipped
         next_value = self.target.module.layers(later)[1][-1].amin(0) - alpha * log_prob[num:]
         target_M = torch.addcmul(rows.return_M, rows.discount_M, (prob[num:] * next_value).sum(1))
-        priority_M, more = self._fit(now, rows, None, target_M, critic_rate, found)
+        priority_M, metrics = self._fit(now, rows, None, target_M, critic_rate, found)
+        if self.critic_optimizer.skipped > refused:
+            return metrics, priority_M
         cost = alpha * log_prob[:num] - critics.layers(now)[1][-1].amin(0)
         expected = (prob[:num] * cost).sum(1, keepdim=True)
         backward((prob[:num] * (cost - expected)).div_(num), found)
         loss = expected.mean()
         self.actor_optimizer.descend([found[p] for p in self.actor_optimizer.parameters], rate, loss)
-        return {**metrics, **more, "actor_loss": loss}, priority_M
+        mean_log_prob = (prob[:num] * log_prob[:num]).sum(1).mean()
+        return {**metrics, **self._warm(mean_log_prob, rate), "actor_loss": loss}, priority_M
 
     def _warm(self, mean_log_prob: Tensor, rate: float) -> Metrics:
         """One step of the temperature, towards the entropy that is aimed at (eq. 18)."""
@@ -195,7 +200,8 @@ class SAC(OffPolicyAlgorithm[SACConfig]):
 
     @property
     def steps(self) -> tuple[int, int]:
-        return self.critic_optimizer.steps, self.critic_optimizer.skipped
+        optimizers = self.critic_optimizer, self.actor_optimizer, self.temperature_optimizer
+        return self.critic_optimizer.steps, sum(optimizer.skipped for optimizer in optimizers)
 
     def get_state(self) -> dict[str, Tensor]:
         return {

@@ -58,8 +58,11 @@ class TD3(OffPolicyAlgorithm[TD3Config]):
         features, outputs = critics.layers(now, rows.action.view(num, -1))
         loss, gradient, priority_M = critic_loss(outputs[-1].squeeze(2), target_M, rows.weight_M)
         critics.backward(gradient.unsqueeze(2), features, outputs, found)
+        refused = self.critic_optimizer.skipped
         grad_norm = self.critic_optimizer.descend([found[p] for p in self.critic_optimizer.parameters], rate, loss)
         metrics: Metrics = {"critic_loss": loss, "grad_norm": grad_norm, "q_mean": outputs[-1].mean(), "learning_rate": rate}
+        if self.critic_optimizer.skipped > refused:  # nobody learns from values that are not to be trusted
+            return metrics, priority_M
         if self.critic_optimizer.steps % config.policy_delay == 0:
             metrics["actor_loss"] = self._improve(now, num, rate, found)
             self.target_critics.follow(self.critic_optimizer.flat, config.target_tau)
@@ -80,7 +83,7 @@ class TD3(OffPolicyAlgorithm[TD3Config]):
 
     @property
     def steps(self) -> tuple[int, int]:
-        return self.critic_optimizer.steps, self.critic_optimizer.skipped
+        return self.critic_optimizer.steps, self.critic_optimizer.skipped + self.actor_optimizer.skipped
 
     def get_state(self) -> dict[str, Tensor]:
         return {

@@ -9,7 +9,7 @@ says. It holds what must survive the death of any other role: the ledger, each g
             first, and those that could not wait another update join the batch beyond its size
 
 Of a run that learns from a replay, an update is: these rollouts go in, and so many optimizer steps are made (experience/limiter.py). In async
-mode the learner makes steps ahead while too few rollouts are there, and actors wait once too many are; both within replay.tolerance.
+mode the learner makes steps ahead while too few rollouts are there, and actors wait once too many are; both within replay.tolerance. None is too old.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class Coordinator:
         self.limiter = None if self.plan.rate is None else RateLimiter(self.plan.rate)
         self.optimizer_steps = 0  # of the update that the learner is at, where it learns from a replay
         self.sampled: dict[str, float] = {}  # how full the replay is, and how old what the last update sampled, by name
+        self.replay_lost = False  # ever: the run went on from a checkpoint without what it had sampled from
         self.released: list[tuple[int, int]] = []
 
     def _new_group(self, index: int) -> _Group:
@@ -214,7 +215,7 @@ class Coordinator:
         if self.plan.mode == "sync":
             return group.next_sequence == self.version and not self.learner_busy
         outstanding = len(self.ready) + sum(len(g.leased) for g in self.groups)
-        return outstanding < self.plan.batch_rollouts * min(self.plan.max_policy_lag, self.plan.batches_ahead)
+        return outstanding < self.plan.rollouts_ahead
 
     def next_batch(self) -> list[tuple[int, Identity]] | None:
         """The rollouts of the next update in training order, or None: not enough are there, or the learner is at work. Without rollouts: the
@@ -230,8 +231,8 @@ class Coordinator:
             if not self.ready or (len(self.ready) < self.plan.batch_rollouts and not stuck):
                 return self._ahead()
             oldest = sorted(self.ready, key=lambda entry: self._version_min(entry[0]))
-            urgent = sum(self.version + 1 - self._version_min(s) > self.plan.max_policy_lag for s, _ in oldest)
-            wanted = Counter(identity.group for _, identity in oldest[: max(self.plan.batch_rollouts, urgent)])
+            size = max(self.plan.batch_rollouts, self._urgent())
+            wanted = Counter(identity.group for _, identity in oldest[:size])
             batch = []  # of each group its first ones, in order of arrival: a group is consumed in sequence
             for slot, identity in sorted(self.ready, key=lambda entry: entry[1].sequence):
                 if wanted[identity.group] > 0:
@@ -248,6 +249,12 @@ class Coordinator:
             group.history.forget_before(identity.sequence + 1)
             group.suspects.forget_before(identity.sequence + 1)
         return batch
+
+    def _urgent(self) -> int:
+        """Rollouts that would be too old with the next update but one; none is where a replay takes them."""
+        if self.limiter is not None:
+            return 0
+        return sum(self.version + 1 - self._version_min(slot) > self.plan.max_policy_lag for slot, _ in self.ready)
 
     def _pace(self, batch: list[tuple[int, Identity]]) -> None:
         """How many optimizer steps come with these rollouts. Replay follows the log in async mode, and reckons again in sync mode."""
@@ -392,6 +399,7 @@ class Coordinator:
         }
         if self.limiter is not None:
             facts["limiter"] = self.limiter.get_state()
+            facts["replay_lost"] = self.replay_lost
         return arrays, facts
 
     def set_state(self, arrays: Arrays, facts: dict[str, Any], *, live: bool = False) -> None:
@@ -417,7 +425,9 @@ class Coordinator:
         self.learner_busy, self.optimizer_steps = False, 0
         if self.limiter is not None:
             self.limiter.set_state(facts["limiter"])
+            self.replay_lost = bool(facts.get("replay_lost", False))
             if not facts.get("holds_replay", True):
+                self.replay_lost |= self.limiter.inserted > 0
                 self.limiter.begin_again()
                 self.ledger.evict_all()
         self.consumption = list(facts.get("consumption", []))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,8 @@ from shoal.experience.envelope import Fate, Identity
 from shoal.experience.limiter import Rate
 from shoal.types import GroupState
 
-BATCHES_AHEAD = 2  # async: batches that are unconsumed at most
+BATCHES_AHEAD = 2  # async: batches that are unconsumed at most, where no replay takes them
+_NEVER = 1 << 30  # versions
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Plan:
         groups = config.sampling.groups or 1
         sync = config.mode != "async"
         batch = groups if sync else config.sampling.batch_rollouts or groups
+        ahead: float = BATCHES_AHEAD if rate is None else max(1.0, config.replay.tolerance)
+        slots = -(-batch // groups) + 1 if rate is None else math.ceil(batch * ahead / groups)
         return cls(
             mode="sync" if sync else "async",
             num_groups=groups,
@@ -40,9 +44,9 @@ class Plan:
             rollout_length=config.sampling.rollout_length,
             batch_rollouts=batch,
             max_policy_lag=0 if sync else config.max_policy_lag,
-            slots_per_group=1 if sync else max(2, -(-batch // groups) + 1),
+            slots_per_group=1 if sync else max(2, slots),
             rate=rate,
-            batches_ahead=BATCHES_AHEAD if rate is None else max(1.0, config.replay.tolerance),
+            batches_ahead=ahead,
         )
 
     @property
@@ -63,8 +67,18 @@ class Plan:
         return max(1, int(samples / self.rate.batch_size))
 
     @property
+    def rollouts_ahead(self) -> float:
+        """Rollouts that are unconsumed at most, in async mode. A replay takes those of any age, so no bound of the lag counts there."""
+        return self.batch_rollouts * (self.batches_ahead if self.rate is not None else min(self.max_policy_lag, self.batches_ahead))
+
+    @property
     def close_after_lag(self) -> int:
-        """An actor closes a rollout early once its first row is this many versions old: one more update takes it, in good time."""
+        """An actor closes a rollout early once its first row is this many versions old: one more update takes it, in good time.
+
+        Never where it goes into a replay, which takes rows of any age: what is random in a rollout, and where sequences begin, counts on whole ones.
+        """
+        if self.rate is not None:
+            return _NEVER
         return max(1, self.max_policy_lag - (1 if self.max_policy_lag < 3 else 2))
 
 

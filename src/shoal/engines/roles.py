@@ -13,7 +13,7 @@ import torch
 
 from shoal.actors.actor import Actor
 from shoal.actors.behaviour import Inference, LocalPolicy, PolicyCopy, RemotePolicy, RolloutNoise, VersionSource, WeightSource
-from shoal.algorithms import AnyAlgorithm, build_algorithm, check_actions, checked_settings, learns_from_replay, load_algorithm
+from shoal.algorithms import AnyAlgorithm, build_algorithm, check_actions, check_class, checked_settings, learns_from_replay, load_algorithm
 from shoal.algorithms.off_policy import Beginning
 from shoal.config import AlgorithmConfig, OffPolicyConfig, ReplayConfig, RunConfig
 from shoal.engines.plan import Plan
@@ -87,7 +87,9 @@ class Blueprint:
     @cached_property
     def algorithm(self) -> type[AnyAlgorithm]:
         """Its class."""
-        return self.objects.algorithm or load_algorithm(self.config.algorithm.name)
+        if self.objects.algorithm is not None:
+            return check_class(self.objects.algorithm, self.objects.algorithm.__name__)
+        return load_algorithm(self.config.algorithm.name)
 
     @cached_property
     def settings(self) -> AlgorithmConfig:
@@ -133,17 +135,22 @@ class Blueprint:
         check_actions(self.settings, self.spec.action)
         if self.replay is None:
             return
-        policy, replay = self.config.policy, self.replay
+        policy, replay, remembers = self.config.policy, self.replay, self.algorithm.remembers
         refused = {
             "policy.normalise_observations": policy.normalise_observations,
             "policy.normalise_rewards": policy.normalise_rewards,
             "policy.exploration": policy.exploration != "gaussian",
-            "policy.memory": policy.memory != "none" and not self.algorithm.remembers,
-            "replay.sequence_length": replay.sequence_length is not None and not self.algorithm.remembers,
+            "policy.log_std_init": policy.log_std_init != 0.0,
+            "policy.share_encoder": policy.share_encoder is not None,
+            "policy.memory": policy.memory != "none" and not remembers,
+            "replay.sequence_length": replay.sequence_length is not None and not remembers,
+            "replay.burn_in": replay.burn_in > 0 and not remembers,
         }
         for key in (key for key, given in refused.items() if given):
-            raise ConfigError(f"{key}: {self.config.algorithm.name} learns from a replay, and takes this at its default only")
-        if self.algorithm.remembers:
+            memory = key in ("policy.memory", "replay.sequence_length", "replay.burn_in")
+            hint = "leave it out, or take r2d2, which learns from sequences with a memory" if memory else "leave it out"
+            raise ConfigError(f"{key}: {self.config.algorithm.name} learns from a replay, and takes this at its default only; {hint}")
+        if remembers:
             self._check_sequences(replay)
         if self.network_kind.name in ("stochastic", "deterministic") and policy.activation not in ACTIVATIONS:
             raise ConfigError(
@@ -211,7 +218,10 @@ class Blueprint:
         return RolloutNoise(policy.noise, self.config.seed, sampling.rollout_length, envs, self.epoch, self.epsilon)
 
     def epsilon(self, group: int, sequence: int) -> float:
-        """Share of actions at random in a group's n-th rollout; every group is taken to have made as many."""
+        """Share of actions at random in a group's n-th rollout; every group is taken to have made as many, and whole ones.
+
+        Those of environments that wait may be shorter in async mode: there it is as far on as the fastest environment of each group.
+        """
         algorithm, replay, sampling = self.algorithm, self.replay, self.config.sampling
         if replay is None or not learns_from_replay(algorithm):
             return 0.0

@@ -63,7 +63,7 @@ class Session:
     restarts: int = 0
     epoch: int = 0  # of the random streams; raised by a roll-back after divergence
     skipped_steps: int = 0  # optimizer steps that were refused, since loss or gradient was not finite
-    may_save: bool = True  # False while the last update was barren: what is saved is to be worth going back to
+    may_save: bool = True  # False while the last update that made steps was barren: what is saved is to be worth going back to
     started: float | None = None  # first environment step, on the clock
     wanted_end: str | None = None  # "interrupted", or a reason that a caller gave
     checkpoint_path: Path | None = None  # of the newest checkpoint that this run made or began with
@@ -94,7 +94,8 @@ class Session:
         if skipped and self.may_save:
             self.observer.event("not_finite", update=c.version, steps=skipped)
         self.skipped_steps += skipped
-        self.may_save = stepped > 0 or not skipped
+        if stepped or skipped:  # an update without any step leaves the numbers as they were
+            self.may_save = stepped > 0
         version, consumption = c.version, c.consumption
         episodes = c.trained(metrics)
         for entry in consumption if c.version > version else ():

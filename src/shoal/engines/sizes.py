@@ -14,7 +14,7 @@ from shoal.errors import ConfigError
 from shoal.experience.limiter import Rate
 from shoal.experience.replay import Replay
 from shoal.experience.schema import Schema, numpy_dtype
-from shoal.machine import available_bytes
+from shoal.machine import available_bytes, in_words
 
 LEARNER_COPIES = 7  # of all weights: parameters, gradient, two moments, two halves of the board, what a checkpoint copies
 
@@ -44,7 +44,8 @@ def rate_of(config: RunConfig, replay: ReplayConfig, batch_size: int) -> Rate:
 def check_memory(plan: Plan, schema: Schema, num_weights: int, actors: int, replay: ReplayConfig | None = None) -> None:
     """Raise ConfigError where rollouts, replay and weights do not fit; says what is needed, what is there, and which keys lower it.
 
-    replay: of a run that has one.
+    replay: of a run that has one. Images whose shape looks like a stack of frames are counted as such; `Replay` checks again once it has seen whether
+    they are.
     """
     free = available_bytes()
     rollouts = rollout_bytes(schema) * (plan.num_slots + plan.batch_rollouts)
@@ -53,6 +54,8 @@ def check_memory(plan: Plan, schema: Schema, num_weights: int, actors: int, repl
     if free is None or rollouts + replayed + weights <= free:
         return
     batch = "" if plan.mode == "sync" else f", {plan.batch_rollouts:,} rollouts of an update (sampling.batch_rollouts)"
+    if plan.rate is not None and plan.slots_per_group > 2:
+        batch += f", {plan.slots_per_group:,} of a group at once (replay.tolerance)"
     kept = (
         ""
         if replay is None
@@ -63,9 +66,3 @@ def check_memory(plan: Plan, schema: Schema, num_weights: int, actors: int, repl
         f"{plan.rollout_length:,} steps of a rollout (sampling.rollout_length){batch} need {in_words(rollouts)} of memory, {kept}and "
         f"{num_weights:,} weights (policy.hidden_sizes) in {actors + 1} processes {in_words(weights)}; {in_words(free)} are free here"
     )
-
-
-def in_words(num_bytes: float) -> str:
-    """`1.5 GiB`."""
-    power = min(5, int(math.log(num_bytes, 1024))) if num_bytes >= 1 else 0
-    return f"{num_bytes / 1024**power:,.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[power]}"

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from shoal.config import ReplayConfig
-from shoal.errors import CheckpointError
+from shoal.errors import CheckpointError, ConfigError
 from shoal.experience.nstep import n_step
-from shoal.experience.placing import BEGINS, STOP, TERMINATED, TRUNCATED, VALID, place
+from shoal.experience.placing import BEGINS, STOP, TERMINATED, VALID, place
 from shoal.experience.priorities import Priorities
 from shoal.experience.replay_files import ReplayFiles
 from shoal.experience.replay_layout import Layout
@@ -31,6 +31,7 @@ from shoal.experience.ring import Slot
 from shoal.experience.schema import Schema
 from shoal.experience.sequences import SequenceSample, Starts, Window, window
 from shoal.files import whole_state
+from shoal.machine import available_bytes, in_words
 from shoal.types import Array, Arrays
 
 
@@ -100,6 +101,9 @@ class Replay:
         return self._ready and self._priorities.tree.total > 0.0
 
     def _allocate(self, layout: Layout) -> None:
+        """Raises ConfigError where it does not fit: what it takes was counted before by the shapes of images alone."""
+        if (free := available_bytes()) is not None and layout.size_bytes > free:
+            raise ConfigError(self._too_large(layout, free))
         config, num_envs = self._config, self._schema.num_envs
         alpha = config.alpha if config.prioritised else 0.0
         self._store = Store(layout, self._num_groups, num_envs, config.shards)
@@ -111,12 +115,26 @@ class Replay:
             self._priorities, self._written_C = Priorities(len(self._newest_C), layout.num_rows, alpha), self._newest_C
         self._ready = True
 
+    def _too_large(self, layout: Layout, free: int) -> str:
+        likely = Layout.likely(self._schema, self._num_groups, self._config)
+        whole = sorted(likely.stacks.keys() - layout.stacks.keys())
+        why = (
+            f", since the first rollout does not show {', '.join(whole)} to be stacks of frames, which would take {in_words(likely.size_bytes)} "
+            "(where they are and nothing moved yet, raise sampling.rollout_length)"
+        )
+        return (
+            f"replay.capacity_steps {self._config.capacity_steps:,} takes {in_words(layout.size_bytes)} of memory{why if whole else ''}; "
+            f"{in_words(free)} are free here: lower it, or say how much it may take with replay.capacity_bytes"
+        )
+
     # ---- insertion -----------------------------------------------------------------------------------------------
     def insert(self, slot: Slot, version: int) -> int:
         """Copy a finished rollout; its slot is free afterwards. `version` is the learner's now. Returns the env steps that made room.
 
         Rollouts of a group come in the order of their sequences. Where one is missing, or where an environment stands elsewhere than
         it stood, no return is summed across the gap, and the step before it bootstraps from its own successor.
+
+        Raises ConfigError at the first one where the memory is not there.
         """
         if not self._ready:
             self._allocate(Layout.of(slot, self._num_groups, self._config))
@@ -212,9 +230,6 @@ class Replay:
             action=store.rows.take("action", place_LM),
             begins_L1M=(flags_L1M & BEGINS) > 0,
             valid_LM=found.valid_LM,
-            reward_LM=store.rows.take("reward", place_LM),
-            terminated_LM=(flags_L1M[:-1] & TERMINATED) > 0,
-            truncated_LM=(flags_L1M[:-1] & TRUNCATED) > 0,
             return_LM=found.return_LM,
             discount_LM=found.discount_LM,
             successor_LM=found.successor_LM,

@@ -1,10 +1,12 @@
 """Sequences of rows for recurrent policies (Kapturowski et al. 2019, R2D2): where they begin, and what is returned of them.
 
 A sequence begins at the first row of a rollout, since there the recurrent state is recorded, and goes on for L rows, into the rollouts
-that follow: with rollouts shorter than that, sequences overlap. It may go past the ends of episodes: the state is reset where the next one
-begins. Rows that are no steps (true last observations, reset rows) are part of it, so the successor of a step is a later row of the same
-sequence, with the recurrent state that belongs to it. Such rows take room: where sampling.rollout_length + burn_in is all of L, as many
-steps behind an episode's end are left out of the trained part.
+that follow: with rollouts shorter than that, sequences overlap. Rollouts of environments that wait may be shorter than sampling.rollout_length
+in async mode: one that begins close behind the last start begins no sequence, unless the steps behind it would come too late for the next.
+
+A sequence may go past the ends of episodes: the state is reset where the next one begins. Rows that are no steps (true last observations,
+reset rows) are part of it, so the successor of a step is a later row of the same sequence, with the recurrent state that belongs to it. Such
+rows take room: where there is none left between one start and the next, as many steps behind an episode's end are left out of the trained part.
 
 Legend: L rows of a sequence, M sequences, n steps of a return at most, B environments of a group, Z starts that a column keeps.
 """
@@ -33,7 +35,6 @@ class SequenceSample:
       observation: by field name, [L+1, M, ...]. action_mask: bool [L+1, M, A] or None. action: [L, M, ...].
       begins_L1M: bool, the recurrent state is reset before this row.
       valid_LM: bool, a step, whose recurrent state and successor are known. Other rows are finite and mean nothing.
-      reward_LM: float32. terminated_LM, truncated_LM: bool.
       return_LM: float32, n-step returns as in `Sample`, which go no further than the sequence.
       discount_LM: float32, what the value at row `successor_LM` counts; 0 where the episode terminated.
       successor_LM: int64, from 1 to L, the row to bootstrap from; a truncated episode's true last observation has one. Any where the discount is 0.
@@ -47,9 +48,6 @@ class SequenceSample:
     action: Array
     begins_L1M: Array
     valid_LM: Array
-    reward_LM: Array
-    terminated_LM: Array
-    truncated_LM: Array
     return_LM: Array
     discount_LM: Array
     successor_LM: Array
@@ -112,8 +110,9 @@ def _known(flags_L1M: Array, gap_LM: Array) -> Array:
 class Starts:
     """Where sequences may begin: for each column a ring of the last Z, with their recurrent states.
 
-    `priorities` is over these, not over rows. Starts lie at least a whole rollout's rows apart, so those that were closed early do not push
-    older ones out; after a break one always begins.
+    `priorities` is over these, not over rows. Starts lie a whole rollout's rows apart or more, so that Z of them reach as far back as the rows do.
+    They lie closer after a break, where one always begins, and where a rollout was closed early and the next start, a whole rollout on, would
+    come too late for its first rows. Then the oldest are pushed out before their rows.
     """
 
     def __init__(self, layout: Layout, num_groups: int, num_envs: int, config: ReplayConfig, alpha: float) -> None:
@@ -129,7 +128,9 @@ class Starts:
         group, num_envs = int(slot.envelope["group"]), self.rows.num_envs
         columns = slice(group * num_envs, (group + 1) * num_envs)
         newest_B = self._newest_C[columns]
-        begins_B = (slot.rows_used() > 0) & (~goes_on_B | (newest_B < 0) | (row_B - newest_B >= slot.schema.num_rows))
+        whole, since_B = slot.schema.num_rows, row_B - newest_B
+        due_B = (since_B >= whole) | (since_B + whole > self.length - self.burn_in)
+        begins_B = (slot.rows_used() > 0) & (~goes_on_B | (newest_B < 0) | due_B)
         (env,) = np.nonzero(begins_B)
         written_B = self.written_C[columns]
         place = (group * num_envs + env) * self.rows.num_rows + written_B[env] % self.rows.num_rows

@@ -33,7 +33,7 @@ from shoal.streams import Purpose, stream
 from shoal.types import Array, Arrays, EnvironmentSpec
 from shoal.weights.board import WeightLayout
 
-_DIVERGED_UPDATES = 10  # updates in a row without one finite optimizer step
+_DIVERGED_UPDATES = 10  # updates in a row without one finite optimizer step, those that made none at all left out
 _ADVICE = "lower --algorithm.learning-rate, or normalise observations and rewards"
 
 
@@ -132,7 +132,8 @@ class Learner:
 
     def _refuse_divergence(self, metrics: dict[str, float]) -> None:
         steps, skipped = metrics.get("optimizer_steps", 0.0), metrics.get("skipped_steps", 0.0)  # finite ones, and the others
-        self._barren = self._barren + 1 if skipped and not steps else 0
+        if steps or skipped:  # an update without any says nothing of the numbers: a replay's learner makes such between two others
+            self._barren = 0 if steps else self._barren + 1
         if self._barren >= _DIVERGED_UPDATES:
             raise DivergedError(
                 f"diverged: loss or gradient was not finite in {self._barren} updates in a row (update {self.version}); {_ADVICE}"

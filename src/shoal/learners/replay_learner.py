@@ -73,6 +73,7 @@ class ReplayLearner(Learner):
         self._device = next(iter(policy.parameters())).device
         shown = sum(field_bytes(field) for field in ring.schema.fields if field.axis == "T+1")
         self._most_at_once = max(1, _SAMPLED_BYTES // (2 * shown * self._batch_size))  # batches of one draw, where priorities do not change
+        self._last: Sample | SequenceSample | None = None  # whose memory the next draw takes: nobody needs it any more
 
     def consume(self, orders: Sequence[tuple[int, Identity]]) -> Inserted:
         """Check the rollouts and copy them into the replay. None is too old for it."""
@@ -108,10 +109,10 @@ class ReplayLearner(Learner):
         beta = self._settings.beta + context.progress * (1.0 - self._settings.beta)
         taken, skipped = algorithm.steps
         means = Means()
-        samples: list[Sample | SequenceSample] = []
+        ages: list[tuple[Array, Array]] = []
         while optimizer_steps > 0 and self.replay.can_sample:
             sample, parts = self._sample(optimizer_steps, rng, beta)
-            samples.append(sample)
+            ages.append((sample.age_updates_M, sample.age_steps_M))
             optimizer_steps -= len(parts)
             for rows in parts:
                 before = algorithm.steps[1]
@@ -121,20 +122,23 @@ class ReplayLearner(Learner):
                 ):  # else no number is to be trusted
                     self.replay.update_priorities(sample.index_M, priority_M.detach().cpu().numpy())
                 means.add(metrics)
-        if not samples:
+        if not ages:
             return {"optimizer_steps": 0.0, "skipped_steps": 0.0}
         counted = {"optimizer_steps": algorithm.steps[0] - taken, "skipped_steps": algorithm.steps[1] - skipped}
-        return {**means.result(), **_ages(samples), **{name: float(count) for name, count in counted.items()}}
+        return {**means.result(), **_ages(ages), **{name: float(count) for name, count in counted.items()}}
 
     def _sample(
         self, optimizer_steps: int, rng: np.random.Generator, beta: float
     ) -> tuple[Sample | SequenceSample, list[Transitions] | list[SequenceRows]]:
         """What is drawn at once, and the batches of so many optimizer steps, or fewer, that it makes."""
+        last = self._last
         if self._settings.sequence_length is not None:
-            sequences = self.replay.sample_sequences(self._batch_size, rng, beta=beta)
+            old = last if isinstance(last, SequenceSample) else None
+            self._last = sequences = self.replay.sample_sequences(self._batch_size, rng, beta=beta, reuse=old)
             return sequences, [self._sequences(sequences)]
         at_once = 1 if self._settings.prioritised else min(optimizer_steps, self._most_at_once)
-        sample = self.replay.sample(at_once * self._batch_size, rng, beta=beta)
+        old_steps = last if isinstance(last, Sample) else None
+        self._last = sample = self.replay.sample(at_once * self._batch_size, rng, beta=beta, reuse=old_steps)
         return sample, list(self._rows(sample, at_once))
 
     def _sequences(self, sample: SequenceSample) -> SequenceRows:
@@ -184,10 +188,10 @@ class ReplayLearner(Learner):
         )
 
 
-def _ages(samples: Sequence[Sample | SequenceSample]) -> dict[str, float]:
-    """How old what was sampled is: in updates since the policy that chose it, and in env steps since it went in."""
-    updates = np.concatenate([sample.age_updates_M for sample in samples])
-    steps = np.concatenate([sample.age_steps_M for sample in samples])
+def _ages(ages: Sequence[tuple[Array, Array]]) -> dict[str, float]:
+    """How old what was sampled is, draw by draw: in updates since the policy that chose it, and in env steps since it went in."""
+    updates = np.concatenate([age_updates_M for age_updates_M, _ in ages])
+    steps = np.concatenate([age_steps_M for _, age_steps_M in ages])
     return {
         "replay/age_updates_mean": float(updates.mean()),
         "replay/age_updates_p99": float(np.partition(updates, int(0.99 * (len(updates) - 1)))[int(0.99 * (len(updates) - 1))]),

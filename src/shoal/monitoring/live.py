@@ -238,7 +238,8 @@ def panel(snapshot: Snapshot, returns: list[float], width: int | None = None) ->
     rows.add_row("steps", f"{snapshot.env_steps:,}   {snapshot.env_steps_per_second:,.0f} steps/s   update {snapshot.update:,}")
     rows.add_row("time", _time_bar(snapshot, (width or WIDEST) - _FRAME_COLUMNS))
     if snapshot.max_policy_lag:
-        lag = f"mean {snapshot.lag_mean:.2f}   p99 {snapshot.lag_p99:.0f}   max {snapshot.lag_max} of {snapshot.max_policy_lag} updates"
+        bound = "" if snapshot.replay else f" of {snapshot.max_policy_lag}"  # a replay takes what is of any age
+        lag = f"mean {snapshot.lag_mean:.2f}   p99 {snapshot.lag_p99:.0f}   max {snapshot.lag_max}{bound} updates"
         rows.add_row("lag", lag)
     rows.add_row("actors", _actor_dots(snapshot))
     dropped = "".join(f"   {count:,} {reason.replace('_', ' ')}" for reason, count in snapshot.dropped.items() if count)

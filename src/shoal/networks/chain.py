@@ -52,7 +52,7 @@ class Trunk:
 
     def __init__(self, encoder: nn.Module, head: nn.Linear) -> None:
         self._encoder, self._head = encoder, head
-        self._parameters = [*encoder.parameters(), *head.parameters()]
+        self._parameters = [p for p in (*encoder.parameters(), *head.parameters()) if p.requires_grad]
         self._vector, self._chain = None, None
         if type(encoder) is Encoder and encoder.single_vector is not None and encoder.mlp.activation in ACTIVATE:
             self._vector, self._chain = encoder.single_vector, Chain([*encoder.mlp.linears, head], encoder.mlp.activation)
@@ -70,8 +70,8 @@ class Trunk:
         return output
 
     def trace(self, prepared: Mapping[str, Tensor]) -> tuple[Tensor, Callable[[Tensor, Found], None]]:
-        """[M, O] without gradient, and what turns the derivative by its first rows [m <= M, O] into the parameters' gradients, once. To be
-        called without gradient."""
+        """[M, O] without gradient, and what turns the derivative by its first rows [m <= M, O] into the gradients of the parameters that are trained,
+        once. To be called without gradient."""
         if self._chain is not None and self._vector is not None and self.by_hand:
             chain = self._chain
             outputs = chain.forward(prepared[self._vector])

@@ -217,12 +217,21 @@ def stochastic_policy(spec: EnvironmentSpec, inputs: Inputs, encoder: nn.Module,
 class Critics(nn.Module):
     """Two action values. Continuous actions are an input, [K, M, 1]; of discrete ones all have a value, [K, M, A].
 
-    Vectors go into both MLPs as they are; images through one encoder that both share.
+    Vectors go into both MLPs as they are; images through one encoder that both share (compact: the smaller CNN).
     """
 
-    def __init__(self, spec: EnvironmentSpec, inputs: Inputs, hidden_sizes: list[int], activation: str, orthogonal_init: bool) -> None:
+    def __init__(
+        self,
+        spec: EnvironmentSpec,
+        inputs: Inputs,
+        hidden_sizes: list[int],
+        activation: str,
+        orthogonal_init: bool,
+        *,
+        compact: bool = False,
+    ) -> None:
         super().__init__()
-        self.encoder = Encoder(inputs.shapes, [], activation, orthogonal_init)
+        self.encoder = Encoder(inputs.shapes, [], activation, orthogonal_init, compact=compact)
         box = spec.action.kind == "box"
         self._num_features = self.encoder.num_features
         outputs = 1 if box else spec.action.nvec[0]
@@ -258,4 +267,6 @@ def build_critics(spec: EnvironmentSpec, config: PolicyConfig, inputs: Inputs, s
     """The same arguments give the same parameters; torch's global generator is left as it was. seed: [0, 2**63)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Critics(spec, inputs, list(config.hidden_sizes), config.activation, config.orthogonal_init)
+        return Critics(
+            spec, inputs, list(config.hidden_sizes), config.activation, config.orthogonal_init, compact=config.encoder == "compact_cnn"
+        )
