@@ -103,6 +103,21 @@ def test_priorities_of_steps_that_were_evicted_meanwhile_are_ignored():
     replay.update_priorities(gone, np.full(len(gone), 1e9))
     assert (replay.sample(200, np.random.default_rng(0), beta=1.0).index_M == before).all()
     replay.check_valid()
+    fill(world, replay, 1)
+    assert replay._priorities.most == 1.0  # nor does what comes next rank with them
+
+
+def test_steps_that_just_left_and_are_not_written_over_yet_take_no_priority():
+    world, replay = made(PRIORITISED.model_copy(update={"capacity_steps": 60}))
+    for _ in range(8):
+        for group in range(world.kind.groups):
+            names = every(replay)
+            replay.insert(world.rollout(group, rows=1, end_share=0.0)[0], 0)
+            replay.update_priorities(names, np.full(len(names), 0.5))
+            replay.check_valid()
+            held = np.isin(every(replay), names)
+            leaves = replay._priorities.tree.leaves
+            assert np.count_nonzero(np.isclose(leaves, 0.5**0.6)) == held.sum() == replay.num_steps - world.kind.num_envs
 
 
 def test_a_step_of_priority_zero_is_still_there():
