@@ -7,10 +7,12 @@ Absolute figures drift from hour to hour and from machine to machine, ratios of 
     python benchmarks/peers.py --only 'CartPole-v1 ppo*'    some
     python benchmarks/peers.py --list | --table             what there is | only the table
 
-The peers' scripts are looked for in ../shared/peers beside the checkout (--scripts, PEERS_SCRIPTS). Their environment, apart from the project's own,
-is made once in .peers (--environment, PEERS_ENV) where it is missing. Measure on an idle machine.
+The peers' scripts are looked for in ../shared/peers beside the checkout (--scripts, PEERS_SCRIPTS), where a comparison names no directory of its own
+(peer_scripts/, beside this file). Their environment, apart from the project's own, is made once in .peers (--environment, PEERS_ENV) where
+it is missing. Measure on an idle machine.
 
 Matched protocol: 8 environments x 128 steps, minibatch 256, 4 epochs, separate 2x64 tanh actor and critic, Adam 2.5e-4, gradient norm 0.5, CPU.
+With a replay, also matched: what OFF_POLICY, DQN and SAC say here, and SETTINGS in peer_scripts/sb3_off_policy.py; a test compares them.
 """
 
 from __future__ import annotations
@@ -31,10 +33,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from observing import steady_rate
+from rows import RESULTS, ROOT, CommandError
+
 from shoal.benching.measuring import machine
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PEER_ATTEMPTS = 2
 START_SECONDS = 240.0  # a peer may take so long besides the seconds that are measured
 PACKAGES = ("gymnasium", "box2d", "ale-py", "opencv-python-headless", "pygame", "stable-baselines3", "ray[rllib]", "tensorboard")
@@ -45,6 +48,21 @@ MATCHED = (
 )
 EPOCHS = "--algorithm.epochs 4 --algorithm.minibatch-size 256"
 THROUGHPUT = "--preset none --policy.hidden-sizes 64,64 --policy.activation tanh --device cpu"
+OFF_POLICY = (
+    "--preset none --replay.capacity-steps 100000 --replay.learning-starts 1000 --replay.n-step 1 --replay.prioritised false "
+    "--policy.activation relu --device cpu"
+)
+DQN = (
+    f"{OFF_POLICY} --sampling.groups 2 --sampling.group-size 8 --sampling.rollout-length 16 --policy.hidden-sizes 64,64 "
+    "--algorithm.learning-rate 1.0e-3 --algorithm.adam-epsilon 1.0e-8 --algorithm.batch-size 128 --replay.samples-per-insert 32 "
+    "--algorithm.double false --algorithm.duelling false --algorithm.target-tau none --algorithm.target-update-steps 2500 "
+    "--algorithm.epsilon-initial 0.05 --algorithm.epsilon-final 0.05"
+)
+SAC = (
+    f"{OFF_POLICY} --sampling.groups 2 --sampling.group-size 2 --sampling.rollout-length 8 --policy.hidden-sizes 256,256 "
+    "--algorithm.learning-rate 3.0e-4 --algorithm.batch-size 256 --replay.samples-per-insert 256"
+)
+OWN_SCRIPTS = Path(__file__).resolve().parent / "peer_scripts"
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,8 @@ class Comparison:
     Attributes:
       options: of `shoal train`. peer: script and arguments, SECONDS for the seconds; the speed is what it prints after `sps=`.
       times: the ratio that is wanted. floor: env steps per second that are wanted of shoal.
+      scripts: where the peer's script lies, if not where --scripts says.
+      learning_only: the speed is that between the updates after the warm-up (observing.py), since before it nothing is learned for a while.
     """
 
     environment: str
@@ -62,6 +82,8 @@ class Comparison:
     peer: str
     times: float | None = None
     floor: int | None = None
+    scripts: Path | None = None
+    learning_only: bool = False
 
     @property
     def name(self) -> str:
@@ -72,7 +94,9 @@ class Comparison:
     @property
     def peer_name(self) -> str:
         script, algorithm, *_, runners = self.peer.split()
-        return "sb3 ppo" if script.startswith("sb3") else f"rllib {algorithm} ({runners} runners)"
+        if script.startswith("sb3"):
+            return "sb3 ppo" if script == "sb3_matched.py" else f"sb3 {algorithm}"
+        return f"rllib {algorithm} ({runners} runners)"
 
     def peer_seconds(self, seconds: float) -> float:
         """RLlib's asynchronous algorithms report every ten seconds or so, and the script's clock begins with the first report."""
@@ -80,6 +104,7 @@ class Comparison:
 
 
 SB3 = "sb3_matched.py {} SECONDS dummy 1"
+SB3_OFF_POLICY = "sb3_off_policy.py {} {} SECONDS"
 COMPARISONS = (
     Comparison("CartPole-v1", "ppo", f"{MATCHED} {EPOCHS}", SB3.format("CartPole-v1"), times=3),
     Comparison("CartPole-v1", "appo", f"{MATCHED} {EPOCHS}", SB3.format("CartPole-v1"), times=4),
@@ -105,15 +130,13 @@ COMPARISONS = (
         "rllib_matched.py impala CartPole-v1 SECONDS 0",
         floor=150_000,
     ),
+    Comparison("CartPole-v1", "dqn", DQN, SB3_OFF_POLICY.format("dqn", "CartPole-v1"), times=3, scripts=OWN_SCRIPTS, learning_only=True),
+    Comparison("Pendulum-v1", "sac", SAC, SB3_OFF_POLICY.format("sac", "Pendulum-v1"), times=1.3, scripts=OWN_SCRIPTS, learning_only=True),
 )
 
 
 class PeerError(Exception):
     """Something that is needed is missing; the message says what to do."""
-
-
-class CommandError(Exception):
-    """A command of shoal or of a peer failed; its comparison is left out."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.table:
             if not wanted:
                 raise PeerError(f"no comparison is named {options.only}; there are {', '.join(c.name for c in COMPARISONS)}")
-            scripts = find_scripts(options.scripts)
+            scripts = find_scripts(options.scripts, wanted)
             python = find_environment(options.environment)
             for comparison in wanted:
                 try:
@@ -161,8 +184,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 # ---- what is needed --------------------------------------------------------------------------------------------------
-def find_scripts(directory: Path) -> Path:
-    missing = {c.peer.split()[0] for c in COMPARISONS if not (directory / c.peer.split()[0]).is_file()}
+def find_scripts(directory: Path, wanted: Sequence[Comparison]) -> Path:
+    """Where the scripts lie of those comparisons that name no directory of their own."""
+    scripts = {c.peer.split()[0] for c in wanted if c.scripts is None}
+    missing = {script for script in scripts if not (directory / script).is_file()}
     if missing:
         raise PeerError(
             f"the peers' scripts {', '.join(sorted(missing))} are not in {directory}; say where they are: --scripts DIR or PEERS_SCRIPTS=DIR"
@@ -222,7 +247,7 @@ def attempt(work: Callable[[], float]) -> tuple[float | None, str]:
 
 
 def shoal_speed(comparison: Comparison, seconds: float) -> tuple[float, str]:
-    """Environment steps per second since the first one, as `shoal train` says it."""
+    """Environment steps per second since the first one, as `shoal train` says it, or after the warm-up, as the run's record says it."""
     words = [
         "train",
         comparison.environment,
@@ -235,14 +260,15 @@ def shoal_speed(comparison: Comparison, seconds: float) -> tuple[float, str]:
     with tempfile.TemporaryDirectory(prefix="shoal-peers-") as scratch:
         command = [sys.executable, "-m", "shoal.cli", *words, "--run-dir", f"{scratch}/run", "--view", "silent", "--json"]
         result = json.loads(run(command, seconds, Path(scratch)))
-    return float(result["env_steps_per_second"]), f"shoal {' '.join(words)}"
+        speed = steady_rate(Path(scratch) / "run") if comparison.learning_only else float(result["env_steps_per_second"])
+    return speed, f"shoal {' '.join(words)}"
 
 
 def peer_speed(comparison: Comparison, seconds: float, scripts: Path, python: Path) -> float:
     seconds = comparison.peer_seconds(seconds)
     script, *words = comparison.peer.replace("SECONDS", f"{seconds:g}").split()
     with tempfile.TemporaryDirectory(prefix="shoal-peers-") as scratch:
-        said = run([str(python), str(scripts / script), *words], seconds, Path(scratch))
+        said = run([str(python), str((comparison.scripts or scripts) / script), *words], seconds, Path(scratch))
     found = re.findall(r"sps=(\d+)", said)
     if not found or int(found[-1]) == 0:
         raise CommandError(f"{script} measured no speed in {seconds:g} s (sps=...):\n{said[-2000:]}")
@@ -289,7 +315,11 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield ""
     yield "`make bench-peers` (benchmarks/peers.py): shoal and the peer run in turn on the same machine; medians over pairs, in environment steps per"
     yield "second with learning included. Matched protocol: 8 environments x 128 steps, minibatch 256, 4 epochs, separate 2x64 tanh actor and critic,"
-    yield "Adam 2.5e-4, gradient norm 0.5, CPU. IMPALA has one epoch; on the throughput track groups and batch are chosen freely. The commands are in peers.jsonl."
+    yield "Adam 2.5e-4, gradient norm 0.5, CPU. IMPALA has one epoch; on the throughput track groups and batch are chosen freely."
+    yield "DQN (16 environments, 2x64, batch 128, Adam 1e-3, one update per 4 steps, the target copied every 10,000 steps, epsilon 0.05) and SAC (4"
+    yield "environments, 2x256, batch 256, Adam 3e-4, one update per step, learned temperature, tau 0.005): on both sides ReLU, a replay of 100,000 steps,"
+    yield "sampled uniformly, one-step returns, learning from 1,000 steps on; no double or duelling. Their speed is counted once learning has started."
+    yield "The commands are in peers.jsonl."
     yield ""
     yield "| shoal / peer | shoal | peer | median of ratios | lowest, highest | wanted | pairs of | date | load |"
     yield "| --- | ---: | ---: | ---: | --- | --- | --- | --- | --- |"
