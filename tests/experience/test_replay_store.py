@@ -56,7 +56,9 @@ def test_a_step_is_drawn_as_often_as_its_priority_to_the_alpha_says(num):
     assert num > 1 or chi_square > freedom - 3.3 * np.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("config", [ReplayConfig(prioritised=False), PRIORITISED.model_copy(update={"alpha": 0.0}), PRIORITISED])
+@pytest.mark.parametrize(
+    "config", [ReplayConfig(), ReplayConfig(prioritised=False), PRIORITISED.model_copy(update={"alpha": 0.0}), PRIORITISED]
+)
 def test_without_other_priorities_all_steps_are_drawn_alike_with_weights_of_one(config):
     _, replay = made(config)
     names = every(replay)
