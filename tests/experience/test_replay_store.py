@@ -152,6 +152,22 @@ def test_ages_count_updates_since_the_policy_chose_and_steps_since_the_insertion
     assert sample.age_steps_M[~old].min() == 0
 
 
+def test_an_environment_that_looks_as_it_did_before_a_missing_rollout_does_not_go_on_from_there():
+    world, replay = made(PRIORITISED.model_copy(update={"n_step": 3}), rounds=0)
+    slot, _ = world.rollout(0, end_share=0.0)
+    newest_B = slot.arrays["observation/vector"][world.kind.num_rows].copy()
+    replay.insert(slot, 0)
+    world.rollout(0)  # nobody gets it
+    slot, _ = world.rollout(0, end_share=0.0)
+    slot.arrays["observation/vector"][0] = newest_B
+    replay.insert(slot, 0)
+    sample = replay.sample(200, np.random.default_rng(0), beta=0.0)
+    number, clock = newest_B[0]
+    last = (sample.observation["observation/vector"] == (number, clock - 1)).all(axis=1)
+    assert last.any()
+    np.testing.assert_allclose(sample.discount_M[last], 0.9, rtol=1e-6)
+
+
 def test_nothing_is_drawn_from_an_empty_replay():
     _, replay = made(rounds=0)
     with pytest.raises(ValueError, match="nothing can be sampled yet: 0 env steps"):
