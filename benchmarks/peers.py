@@ -95,7 +95,7 @@ class Comparison:
     def peer_name(self) -> str:
         script, algorithm, *_, runners = self.peer.split()
         if script.startswith("sb3"):
-            return "sb3 ppo" if script == "sb3_matched.py" else f"sb3 {algorithm}"
+            return "sb3 ppo" if script == "sb3_matched.py" else f"sb3 {algorithm} ({runners} envs)"
         return f"rllib {algorithm} ({runners} runners)"
 
     def peer_seconds(self, seconds: float) -> float:
@@ -104,7 +104,7 @@ class Comparison:
 
 
 SB3 = "sb3_matched.py {} SECONDS dummy 1"
-SB3_OFF_POLICY = "sb3_off_policy.py {} {} SECONDS"
+SB3_OFF_POLICY = "sb3_off_policy.py {} {} SECONDS {}"
 COMPARISONS = (
     Comparison("CartPole-v1", "ppo", f"{MATCHED} {EPOCHS}", SB3.format("CartPole-v1"), times=3),
     Comparison("CartPole-v1", "appo", f"{MATCHED} {EPOCHS}", SB3.format("CartPole-v1"), times=4),
@@ -130,8 +130,21 @@ COMPARISONS = (
         "rllib_matched.py impala CartPole-v1 SECONDS 0",
         floor=150_000,
     ),
-    Comparison("CartPole-v1", "dqn", DQN, SB3_OFF_POLICY.format("dqn", "CartPole-v1"), times=3, scripts=OWN_SCRIPTS, learning_only=True),
-    Comparison("Pendulum-v1", "sac", SAC, SB3_OFF_POLICY.format("sac", "Pendulum-v1"), times=1.3, scripts=OWN_SCRIPTS, learning_only=True),
+    *(
+        Comparison(
+            "CartPole-v1",
+            "dqn",
+            DQN,
+            SB3_OFF_POLICY.format("dqn", "CartPole-v1", num_envs),
+            times=3,
+            scripts=OWN_SCRIPTS,
+            learning_only=True,
+        )
+        for num_envs in (16, 1)  # as many as shoal steps, which is faster, or one, as it has without further ado
+    ),
+    Comparison(
+        "Pendulum-v1", "sac", SAC, SB3_OFF_POLICY.format("sac", "Pendulum-v1", 4), times=1.3, scripts=OWN_SCRIPTS, learning_only=True
+    ),
 )
 
 
@@ -316,9 +329,10 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "`make bench-peers` (benchmarks/peers.py): shoal and the peer run in turn on the same machine; medians over pairs, in environment steps per"
     yield "second with learning included. Matched protocol: 8 environments x 128 steps, minibatch 256, 4 epochs, separate 2x64 tanh actor and critic,"
     yield "Adam 2.5e-4, gradient norm 0.5, CPU. IMPALA has one epoch; on the throughput track groups and batch are chosen freely."
-    yield "DQN (16 environments, 2x64, batch 128, Adam 1e-3, one update per 4 steps, the target copied every 10,000 steps, epsilon 0.05) and SAC (4"
-    yield "environments, 2x256, batch 256, Adam 3e-4, one update per step, learned temperature, tau 0.005): on both sides ReLU, a replay of 100,000 steps,"
-    yield "sampled uniformly, one-step returns, learning from 1,000 steps on; no double or duelling. Their speed is counted once learning has started."
+    yield "DQN (16 environments, of the peer 16 or 1; 2x64, batch 128, Adam 1e-3, one update per 4 steps, the target copied every 10,000 steps,"
+    yield "epsilon 0.05) and SAC (4 environments, 2x256, batch 256, Adam 3e-4, one update per step, learned temperature, tau 0.005): on both sides ReLU,"
+    yield "a replay of 100,000 steps, sampled uniformly, one-step returns, learning from 1,000 steps on; no double or duelling. Their speed is counted"
+    yield "once learning has started."
     yield "The commands are in peers.jsonl."
     yield ""
     yield "| shoal / peer | shoal | peer | median of ratios | lowest, highest | wanted | pairs of | date | load |"

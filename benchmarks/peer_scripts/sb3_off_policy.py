@@ -1,12 +1,13 @@
 """Stable-Baselines3 DQN or SAC, the protocol of benchmarks/peers.py: env steps per second, counted from when learning has started.
 
-usage: sb3_off_policy.py dqn|sac ENV SECONDS
+usage: sb3_off_policy.py dqn|sac ENV SECONDS NUM_ENVS
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -15,19 +16,24 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-# By algorithm: environments that step together, which is also the number of env steps between two looks at the replay, and its own settings.
-ENVIRONMENTS = {"dqn": 16, "sac": 4}
-SHARED: dict[str, Any] = {"buffer_size": 100_000, "learning_starts": 1_000, "gamma": 0.99, "train_freq": 1, "device": "cpu"}
+UPDATES_PER_STEP = {"dqn": Fraction(1, 4), "sac": Fraction(1)}
+SHARED: dict[str, Any] = {"buffer_size": 100_000, "learning_starts": 1_000, "gamma": 0.99, "device": "cpu"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "dqn": SHARED | {
-        "learning_rate": 1e-3, "batch_size": 128, "gradient_steps": 4, "tau": 1.0, "target_update_interval": 10_000, "max_grad_norm": 10,
+        "learning_rate": 1e-3, "batch_size": 128, "tau": 1.0, "target_update_interval": 10_000, "max_grad_norm": 10,
         "exploration_initial_eps": 0.05, "exploration_final_eps": 0.05, "policy_kwargs": {"net_arch": [64, 64]},
     },
     "sac": SHARED | {
-        "learning_rate": 3e-4, "batch_size": 256, "gradient_steps": 4, "tau": 0.005, "target_update_interval": 1, "ent_coef": "auto",
+        "learning_rate": 3e-4, "batch_size": 256, "tau": 0.005, "target_update_interval": 1, "ent_coef": "auto",
         "policy_kwargs": {"net_arch": [256, 256]},
     },
 }  # fmt: skip
+
+
+def rhythm(algorithm: str, num_envs: int) -> dict[str, int]:
+    """After how many steps of all environments so many updates are made."""
+    each = UPDATES_PER_STEP[algorithm] * num_envs
+    return {"train_freq": each.denominator, "gradient_steps": each.numerator}
 
 
 class Clock(BaseCallback):
@@ -50,14 +56,14 @@ class Clock(BaseCallback):
         return elapsed < self._seconds
 
 
-def main(algorithm: str, environment: str, seconds: float) -> None:
+def main(algorithm: str, environment: str, seconds: float, num_envs: int) -> None:
     torch.set_num_threads(1)
-    environments = make_vec_env(environment, ENVIRONMENTS[algorithm], vec_env_cls=DummyVecEnv)
-    model = {"dqn": DQN, "sac": SAC}[algorithm]("MlpPolicy", environments, **SETTINGS[algorithm])
+    environments = make_vec_env(environment, num_envs, vec_env_cls=DummyVecEnv)
+    model = {"dqn": DQN, "sac": SAC}[algorithm]("MlpPolicy", environments, **SETTINGS[algorithm], **rhythm(algorithm, num_envs))
     clock = Clock(seconds)
     model.learn(10**9, callback=clock)
     print(f"sb3_{algorithm} {environment} updates={model._n_updates} sps={clock.steps_per_second:.0f}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], float(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4]))

@@ -18,7 +18,14 @@ from shoal.cli.options import split_settings
 from shoal.config import RunConfig
 from shoal.settings import Raw, resolve
 
-OFF_POLICY = {c.algorithm: c for c in COMPARISONS if c.scripts is not None}
+OFF_POLICY = {
+    c.algorithm: c for c in reversed(COMPARISONS) if c.scripts is not None
+}  # DQN's first: with as many environments on both sides
+NAMES = {
+    "CartPole-v1 dqn / sb3 dqn (16 envs)",
+    "CartPole-v1 dqn / sb3 dqn (1 envs)",
+    "Pendulum-v1 sac / sb3 sac (4 envs)",
+}
 TICK_SECONDS = 0.01  # of the stand-in's clock, for each step of all its environments
 
 
@@ -88,7 +95,7 @@ def test_every_comparison_has_a_name_of_its_own_and_options_that_shoal_takes() -
     assert len({c.name for c in COMPARISONS}) == len(COMPARISONS)
     for comparison in COMPARISONS:
         assert resolved(comparison).algorithm.name == comparison.algorithm
-    assert {c.name for c in OFF_POLICY.values()} == {"CartPole-v1 dqn / sb3 dqn", "Pendulum-v1 sac / sb3 sac"}
+    assert {c.name for c in COMPARISONS if c.scripts is not None} == NAMES
     assert {c.peer_name for c in COMPARISONS if c.peer.startswith("sb3_matched")} == {"sb3 ppo"}
 
 
@@ -96,10 +103,12 @@ def test_every_comparison_has_a_name_of_its_own_and_options_that_shoal_takes() -
 def test_both_sides_of_an_off_policy_comparison_have_the_same_settings(script: Any, algorithm: str) -> None:
     config, theirs = resolved(OFF_POLICY[algorithm]), script.SETTINGS[algorithm]
     ours: Any = config.algorithm
-    sampling, replay, num_envs = config.sampling, config.replay, script.ENVIRONMENTS[algorithm]
+    sampling, replay, num_envs = config.sampling, config.replay, int(OFF_POLICY[algorithm].peer.split()[-1])
     assert (sampling.groups or 0) * (sampling.group_size or 0) == num_envs
-    updates_per_step = theirs["gradient_steps"] / (theirs["train_freq"] * num_envs)
-    assert updates_per_step == {"dqn": 0.25, "sac": 1.0}[algorithm]
+    updates_per_step = {"dqn": 0.25, "sac": 1.0}[algorithm]
+    for number in (1, 4, 6, 16):
+        rhythm = script.rhythm(algorithm, number)
+        assert rhythm["gradient_steps"] == updates_per_step * rhythm["train_freq"] * number
     assert replay.samples_per_insert == updates_per_step * ours.batch_size
     assert (ours.batch_size, ours.learning_rate, ours.gamma) == (theirs["batch_size"], theirs["learning_rate"], theirs["gamma"])
     assert (replay.capacity_steps, replay.learning_starts) == (theirs["buffer_size"], theirs["learning_starts"])
@@ -118,11 +127,15 @@ def test_both_sides_of_an_off_policy_comparison_have_the_same_settings(script: A
 
 @pytest.mark.parametrize(("algorithm", "environment"), [("dqn", "CartPole-v1"), ("sac", "Pendulum-v1")])
 def test_the_peers_clock_begins_with_learning(script: Any, algorithm: str, environment: str, capsys: pytest.CaptureFixture[str]) -> None:
-    script.main(algorithm, environment, 2.0)
+    num_envs = 8
+    script.main(algorithm, environment, 2.0, num_envs)
     (model,) = Learner.made
-    num_envs = script.ENVIRONMENTS[algorithm]
     assert type(model).__name__ == algorithm.upper()
-    assert (model.policy, model.environments, model.settings) == ("MlpPolicy", (environment, num_envs), script.SETTINGS[algorithm])
+    assert (model.policy, model.environments, model.settings) == (
+        "MlpPolicy",
+        (environment, num_envs),
+        script.SETTINGS[algorithm] | script.rhythm(algorithm, num_envs),
+    )
     said = capsys.readouterr().out
     assert f" sps={num_envs / TICK_SECONDS:.0f}\n" in said
     before = (model.settings["learning_starts"] // num_envs + 2) * TICK_SECONDS
