@@ -180,9 +180,10 @@ def test_a_checkpoint_with_a_damaged_chunk_is_passed_over(tmp_path):
 def test_a_replay_of_other_settings_is_refused_with_what_to_do(tmp_path):
     world = World(KIND)
     filled(world, STEPS, 2).save(tmp_path / "replay", None)
-    other = STEPS.model_copy(update={"capacity_steps": 1200})
-    with pytest.raises(CheckpointError, match=r"rows for each environment.*resume with the replay\.capacity_"):
-        Replay(world.schema, KIND.groups, other, gamma=0.9).load(tmp_path / "replay")
+    for capacity in (300, 594, 606, 1200):
+        other = STEPS.model_copy(update={"capacity_steps": capacity})
+        with pytest.raises(CheckpointError, match=r"rows for each environment.*resume with the replay\.capacity_"):
+            Replay(world.schema, KIND.groups, other, gamma=0.9).load(tmp_path / "replay")
     with pytest.raises(CheckpointError, match="does not hold the state"):
         Replay(world.schema, KIND.groups, SEQUENCES, gamma=0.9).load(tmp_path / "replay")
 
