@@ -9,10 +9,12 @@ Absolute figures drift from hour to hour and from machine to machine, ratios of 
     python benchmarks/peers.py --again                      measure anew, also pairs whose peer failed
     python benchmarks/peers.py --list | --table             what there is, what is done | only the table
 
-The peers' scripts are looked for in ../shared/peers beside the checkout (--scripts, PEERS_SCRIPTS). Their environment, apart from the project's own,
-is made once in .peers (--environment, PEERS_ENV) where it is missing. Measure on an idle machine.
+The peers' scripts are looked for in ../shared/peers beside the checkout (--scripts, PEERS_SCRIPTS), where a comparison names no directory of its own
+(peer_scripts/, beside this file). Their environment, apart from the project's own, is made once in .peers (--environment, PEERS_ENV) where
+it is missing. Measure on an idle machine.
 
 Matched protocol: 8 environments x 128 steps, minibatch 256, 4 epochs, separate 2x64 tanh actor and critic, Adam 2.5e-4, gradient norm 0.5, CPU.
+With a replay, also matched: what OFF_POLICY, DQN and SAC say here, and SETTINGS in peer_scripts/sb3_off_policy.py; a test compares them.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
+from observing import steady_rate
 from rows import (
     ROOT,
     CommandError,
@@ -64,6 +67,21 @@ THROUGHPUT = "--preset none --policy.hidden-sizes 64,64 --policy.activation tanh
 IMPALA_PYTHON = f"{THROUGHPUT} --sampling.groups 4 --sampling.group-size 64 --sampling.rollout-length 32"
 IMPALA_NATIVE = f"{THROUGHPUT} --env.form native --sampling.groups 4 --sampling.group-size 256 --sampling.rollout-length 32"
 FLOORS = {IMPALA_PYTHON: 50_000, IMPALA_NATIVE: 150_000}  # env steps per second
+OFF_POLICY = (
+    "--preset none --replay.capacity-steps 100000 --replay.learning-starts 1000 --replay.n-step 1 --replay.prioritised false "
+    "--policy.activation relu --device cpu"
+)
+DQN = (
+    f"{OFF_POLICY} --sampling.groups 2 --sampling.group-size 8 --sampling.rollout-length 16 --policy.hidden-sizes 64,64 "
+    "--algorithm.learning-rate 1.0e-3 --algorithm.adam-epsilon 1.0e-8 --algorithm.batch-size 128 --replay.samples-per-insert 32 "
+    "--algorithm.double false --algorithm.duelling false --algorithm.target-tau none --algorithm.target-update-steps 2500 "
+    "--algorithm.epsilon-initial 0.05 --algorithm.epsilon-final 0.05"
+)
+SAC = (
+    f"{OFF_POLICY} --sampling.groups 2 --sampling.group-size 2 --sampling.rollout-length 8 --policy.hidden-sizes 256,256 "
+    "--algorithm.learning-rate 3.0e-4 --algorithm.batch-size 256 --replay.samples-per-insert 256"
+)
+OWN_SCRIPTS = Path(__file__).resolve().parent / "peer_scripts"
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,8 @@ class Comparison:
     Attributes:
       options: of `shoal train`. peer: script and arguments, SECONDS for the seconds; the speed is what it prints after `sps=`.
       times: the ratio that is wanted. floor: env steps per second that are wanted of shoal.
+      scripts: where the peer's script lies, if not where --scripts says.
+      learning_only: the speed is that between the updates after the warm-up (observing.py), since before it nothing is learned for a while.
     """
 
     environment: str
@@ -81,6 +101,8 @@ class Comparison:
     peer: str
     times: float | None = None
     floor: int | None = None
+    scripts: Path | None = None
+    learning_only: bool = False
 
     @property
     def name(self) -> str:
@@ -91,7 +113,9 @@ class Comparison:
     @property
     def peer_name(self) -> str:
         script, algorithm, *_, runners = self.peer.split()
-        return "sb3 ppo" if script.startswith("sb3") else f"rllib {algorithm} ({runners} runners)"
+        if script.startswith("sb3"):
+            return "sb3 ppo" if script == "sb3_matched.py" else f"sb3 {algorithm} ({runners} envs)"
+        return f"rllib {algorithm} ({runners} runners)"
 
     def arguments(self, seconds: float) -> list[str]:
         """Of `shoal`."""
@@ -107,6 +131,7 @@ class Comparison:
 
 SB3 = "sb3_matched.py {} SECONDS dummy 1"
 RLLIB_IMPALA = "rllib_matched.py impala CartPole-v1 SECONDS 0"
+SB3_OFF_POLICY = "sb3_off_policy.py {} {} SECONDS {}"
 COMPARISONS = (
     Comparison("CartPole-v1", "ppo", f"{MATCHED} {EPOCHS}", SB3.format("CartPole-v1"), times=3),
     Comparison("CartPole-v1", "appo", f"{MATCHED} {EPOCHS}", SB3.format("CartPole-v1"), times=4),
@@ -119,6 +144,21 @@ COMPARISONS = (
     Comparison("CartPole-v1", "impala", MATCHED, RLLIB_IMPALA),
     Comparison("LunarLander-v3", "ppo", f"{MATCHED} {EPOCHS}", SB3.format("LunarLander-v3"), times=3),
     *(Comparison("CartPole-v1", "impala", options, RLLIB_IMPALA, floor=floor) for options, floor in FLOORS.items()),
+    *(
+        Comparison(
+            "CartPole-v1",
+            "dqn",
+            DQN,
+            SB3_OFF_POLICY.format("dqn", "CartPole-v1", num_envs),
+            times=3,
+            scripts=OWN_SCRIPTS,
+            learning_only=True,
+        )
+        for num_envs in (16, 1)  # as many as shoal steps, which is faster, or one, as it has without further ado
+    ),
+    Comparison(
+        "Pendulum-v1", "sac", SAC, SB3_OFF_POLICY.format("sac", "Pendulum-v1", 4), times=1.3, scripts=OWN_SCRIPTS, learning_only=True
+    ),
 )
 
 
@@ -137,7 +177,7 @@ class Peers:
     @classmethod
     def find(cls, scripts: Path, environment: Path) -> Peers:
         """Raises PeerError."""
-        found = find_scripts(scripts)
+        found = find_scripts(scripts, COMPARISONS)
         python = find_environment(environment)
         return cls(found, python, peer_versions(python))
 
@@ -210,8 +250,10 @@ def pairs_of(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
 
 
 # ---- what is needed --------------------------------------------------------------------------------------------------
-def find_scripts(directory: Path) -> Path:
-    missing = {c.peer.split()[0] for c in COMPARISONS if not (directory / c.peer.split()[0]).is_file()}
+def find_scripts(directory: Path, wanted: Sequence[Comparison]) -> Path:
+    """Where the scripts lie of those comparisons that name no directory of their own."""
+    scripts = {c.peer.split()[0] for c in wanted if c.scripts is None}
+    missing = {script for script in scripts if not (directory / script).is_file()}
     if missing:
         raise PeerError(
             f"the peers' scripts {', '.join(sorted(missing))} are not in {directory}; say where they are: --scripts DIR or PEERS_SCRIPTS=DIR"
@@ -277,18 +319,18 @@ def attempt(work: Callable[[], float]) -> tuple[float | None, str]:
 
 
 def shoal_speed(comparison: Comparison, seconds: float, runs: Path) -> float:
-    """Environment steps per second since the first one, as `shoal train` says it."""
+    """Environment steps per second since the first one, as `shoal train` says it, or after the warm-up, as the run's record says it."""
     with scratch(runs) as directory:
         where = ["--run-dir", str(directory / "run"), "--view", "silent", "--json"]
         told = json.loads(run([sys.executable, "-m", "shoal.cli", *comparison.arguments(seconds), *where], seconds, directory))
-    return float(told["env_steps_per_second"])
+        return steady_rate(directory / "run") if comparison.learning_only else float(told["env_steps_per_second"])
 
 
 def peer_speed(comparison: Comparison, seconds: float, peers: Peers, runs: Path) -> float:
     seconds = comparison.peer_seconds(seconds)
     script, *words = comparison.peer.replace("SECONDS", f"{seconds:g}").split()
     with scratch(runs) as directory:
-        said = run([str(peers.python), str(peers.scripts / script), *words], seconds, directory)
+        said = run([str(peers.python), str((comparison.scripts or peers.scripts) / script), *words], seconds, directory)
     found = re.findall(r"sps=(\d+)", said)
     if not found or int(found[-1]) == 0:
         raise CommandError(f"{script} measured no speed in {seconds:g} s (sps=...):\n{said[-2000:]}")
@@ -321,7 +363,11 @@ def page(store: Store) -> Iterator[str]:
     yield ""
     yield "`make bench-peers` (benchmarks/peers.py): shoal and the peer run in turn on the same machine; medians over pairs, in environment steps per"
     yield "second with learning included. Matched protocol: 8 environments x 128 steps, minibatch 256, 4 epochs, separate 2x64 tanh actor and critic,"
-    yield "Adam 2.5e-4, gradient norm 0.5, CPU. IMPALA has one epoch; on the throughput track groups and batch are chosen freely. The commands are in peers.jsonl."
+    yield "Adam 2.5e-4, gradient norm 0.5, CPU. IMPALA has one epoch; on the throughput track groups and batch are chosen freely."
+    yield "DQN (16 environments, of the peer 16 or 1; 2x64, batch 128, Adam 1e-3, one update per 4 steps, the target copied every 10,000 steps,"
+    yield "epsilon 0.05) and SAC (4 environments, 2x256, batch 256, Adam 3e-4, one update per step, learned temperature, tau 0.005): on both sides ReLU,"
+    yield "a replay of 100,000 steps, sampled uniformly, one-step returns, learning from 1,000 steps on; no double or duelling. Their speed is counted"
+    yield "once learning has started. The commands are in peers.jsonl."
     yield f"Fewer than {PAIRS} pairs answer nothing. {code_line()}"
     yield ""
     yield "| shoal / peer | shoal | peer | median of ratios | lowest, highest | wanted | pairs of | date | load | code |"

@@ -179,6 +179,16 @@ class OffPolicyConfig(AlgorithmConfig):
     batch_size: Positive = Field(256, description="transitions of one optimizer step")
 
 
+TargetTau = Annotated[
+    Fraction | None,
+    Field(description="after each optimizer step the target network goes this share of the way; none: it is copied (target_update_steps)"),
+]
+Exploration = Annotated[
+    Literal["annealed", "ladder"],
+    Field(description="share of random actions: one that falls with the env steps, or one of its own for each group (Ape-X)"),
+]
+
+
 class QConfig(OffPolicyConfig):
     """What the algorithms that learn action values have."""
 
@@ -188,14 +198,9 @@ class QConfig(OffPolicyConfig):
     max_gradient_norm: PositiveFloat = Field(10.0, description="gradients are clipped to this global norm")
     double: bool = Field(True, description="the online network chooses the next action, the target network values it (arXiv:1509.06461)")
     duelling: bool = Field(True, description="state value and advantages apart (arXiv:1511.06581)")
-    target_tau: Share | None = Field(
-        0.01,
-        description="after each optimizer step the target network goes this share of the way; none: it is copied (target_update_steps)",
-    )
+    target_tau: TargetTau = 0.01
     target_update_steps: Positive = Field(1000, description="optimizer steps between two such copies, where target_tau is none")
-    epsilon: Literal["annealed", "ladder"] = Field(
-        "annealed", description="share of random actions: one that falls with the env steps, or one of its own for each group (Ape-X)"
-    )
+    epsilon: Exploration = "annealed"
     epsilon_initial: Fraction = Field(1.0, description="annealed: at the beginning")
     epsilon_final: Fraction = Field(0.05, description="annealed: from epsilon_env_steps on")
     epsilon_env_steps: Positive = Field(10_000, description="annealed: env steps over which it falls, in a line")
@@ -243,36 +248,34 @@ class R2D2Config(QConfig):
     name: Literal["r2d2"] = "r2d2"
     learning_rate: PositiveFloat = Field(1e-3, description="of Adam")
     batch_size: Positive = Field(32, description="sequences of one optimizer step")
-    target_tau: Share | None = Field(
-        0.005,
-        description="after each optimizer step the target network goes this share of the way; none: it is copied (target_update_steps)",
-    )
-    epsilon: Literal["annealed", "ladder"] = Field(
-        "ladder", description="share of random actions: one that falls with the env steps, or one of its own for each group (Ape-X)"
-    )
+    target_tau: TargetTau = 0.005
+    epsilon: Exploration = "ladder"
     rescaling: Weight | None = Field(
         1e-3, description="epsilon of h(x) = sign(x) (sqrt(|x| + 1) - 1) + epsilon x, in whose scale values are learned; none: in their own"
     )
     priority_eta: Fraction = Field(0.9, description="priority of a sequence: eta times its largest error, and (1 - eta) times its mean")
 
 
-_CONTINUOUS: dict[str, dict[str, Any]] = {
-    "policy": {"activation": "relu", "hidden_sizes": [256, 256]},
-    "sampling": {"groups": 2, "group_size": 2, "rollout_length": 8},
-}
+class ActorCriticConfig(OffPolicyConfig):
+    """What the algorithms with an actor and two critics beside it have."""
+
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "policy": {"activation": "relu", "hidden_sizes": [256, 256]},
+        "sampling": {"groups": 2, "group_size": 2, "rollout_length": 8},
+    }
+
+    adam_epsilon: PositiveFloat = Field(1e-8, description="of Adam, for numerical stability")
+    max_gradient_norm: PositiveFloat = Field(1e3, description="gradients are clipped to this global norm")
 
 
-class SACConfig(OffPolicyConfig):
+class SACConfig(ActorCriticConfig):
     """Haarnoja et al. 2018, arXiv:1812.05905; for discrete actions Christodoulou 2019, arXiv:1910.07207."""
 
     actions = ("box", "discrete")
-    defaults = _CONTINUOUS
 
     name: Literal["sac"] = "sac"
     learning_rate: PositiveFloat = Field(3e-4, description="of Adam: policy, critics and temperature")
     critic_learning_rate: PositiveFloat | None = Field(None, description="of the critics, where it is another one")
-    adam_epsilon: PositiveFloat = Field(1e-8, description="of Adam, for numerical stability")
-    max_gradient_norm: PositiveFloat = Field(1e3, description="gradients are clipped to this global norm")
     target_tau: Share = Field(0.005, description="after each optimizer step the target critics go this share of the way")
     temperature: Weight | None = Field(None, description="weight of the entropy; default: learned, so that the entropy is target_entropy")
     target_entropy: FiniteFloat | None = Field(
@@ -280,16 +283,13 @@ class SACConfig(OffPolicyConfig):
     )
 
 
-class TD3Config(OffPolicyConfig):
+class TD3Config(ActorCriticConfig):
     """Fujimoto et al. 2018, arXiv:1802.09477."""
 
     actions = ("box",)
-    defaults = _CONTINUOUS
 
     name: Literal["td3"] = "td3"
     learning_rate: PositiveFloat = Field(1e-3, description="of Adam: policy and critics")
-    adam_epsilon: PositiveFloat = Field(1e-8, description="of Adam, for numerical stability")
-    max_gradient_norm: PositiveFloat = Field(1e3, description="gradients are clipped to this global norm")
     target_tau: Share = Field(0.005, description="after each update of the policy the target networks go this share of the way")
     policy_delay: Positive = Field(2, description="optimizer steps of the critics for one of the policy")
     exploration_noise: Weight = Field(0.1, description="deviation of the noise on actions that are played, in -1..1")

@@ -416,6 +416,32 @@ def test_an_algorithm_that_was_saved_goes_on_with_the_same_bits(name: str) -> No
     assert first.steps == (6, 0)
 
 
+def test_the_state_of_an_algorithm_has_the_names_that_checkpoints_have() -> None:
+    adam = {f"optimizer/{name}" for name in ("first", "second", "steps", "skipped")}
+    both = {f"{who}/{name}" for who in ("actor", "critics") for name in adam}
+    wanted = {
+        "dqn": adam | {"target"},
+        "sac": both | {f"temperature/{name}" for name in adam} | {"critics/flat", "temperature/flat", "target"},
+        "td3": both | {"critics/flat", "target/critics", "target/policy"},
+    }
+    for name, names in wanted.items():
+        config, action = CONFIGS[name]
+        assert set(made(config, spec_of(action)).get_state()) == names
+
+
+def test_a_state_that_was_taken_does_not_change_with_the_next_step() -> None:
+    for config, action in CONFIGS.values():
+        algorithm = made(config, spec_of(action))
+        state = algorithm.get_state()
+        before = {name: value.tolist() for name, value in state.items()}
+        algorithm.learn(rows_of(spec_of(action)), context())
+        algorithm.learn(rows_of(spec_of(action)), context())
+        assert {name: value.tolist() for name, value in state.items()} == before
+        changed = {name for name, value in algorithm.get_state().items() if value.tolist() != before[name]}
+        assert changed == set(state) - {name for name in state if name.endswith("/skipped")}
+        assert algorithm.steps == (2, 0)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_numbers_that_are_not_finite_are_refused_and_change_nothing(name: str) -> None:
     config, action = CONFIGS[name]

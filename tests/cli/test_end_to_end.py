@@ -18,6 +18,7 @@ import pytest
 from shoal.errors import RunError
 from shoal.files import CheckpointDirectory
 from shoal.monitoring.store import RunReader
+from stopping import stop_process
 
 RESULT = {
     "run", "reason", "env_steps", "updates", "seconds", "env_steps_per_second", "mean_return", "policy_version", "weights_sha256", "ledger",
@@ -116,8 +117,7 @@ def test_what_a_killed_run_made_after_its_checkpoint_is_rolled_back_by_identity(
             deadline = time.monotonic() + 120
             while time.monotonic() < deadline and process.poll() is None:
                 if known()[0] > 0:
-                    process.send_signal(signal.SIGSTOP)  # a checkpoint may have come since: look again while it stands still
-                    time.sleep(0.1)  # for a save that the learner is at
+                    stop_process(process.pid)  # a checkpoint may have come since: look again while it stands still
                     if known()[0] > 0:
                         break
                     process.send_signal(signal.SIGCONT)

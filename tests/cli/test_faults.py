@@ -38,8 +38,9 @@ def kwargs(**given: Any) -> list[str]:
         ({"fault": "loops", "at": 3}, "hangs", "step() has not returned"),  # in C, with the interpreter's lock
         ({"fault": "segfaults"}, "process_died", "SIGSEGV"),
         ({"fault": "stops"}, "hangs", "SIGSTOP"),
-        ({"fault": "interrupts", "at": 3}, "process_died", "its process ended in step(): exit code 1"),
+        ({"fault": "interrupts", "at": 3}, "raised", "step() raised KeyboardInterrupt"),
         ({"fault": "refuses"}, "action_refused", "I take only 0"),
+        ({"fault": "info", "at": 3}, "interface", "whose info is list"),
     ],
 )
 def test_check_names_what_hangs_or_dies_and_ends(fault: dict[str, Any], name: str, says: str, tmp_path: Path) -> None:
@@ -61,6 +62,13 @@ def test_check_names_what_hangs_or_dies_and_ends(fault: dict[str, Any], name: st
         # only in training
         ({"fault": "shape", "hidden": True}, ["--actors", "0", "--algorithm", "impala"], "not in its space", "actual: float32 [2]"),
         ({"fault": "raises", "hidden": True}, ["--actors", "2"], "step() raised ValueError", "ValueError: the arm is stuck"),
+        ({"fault": "interrupts", "hidden": True}, ["--actors", "1"], "step() raised KeyboardInterrupt", "KeyboardInterrupt"),
+        (
+            {"fault": "info", "hidden": True},
+            ["--actors", "1", "--algorithm", "impala"],
+            "returned something else",
+            "actual: a tuple of 5 whose info is list",
+        ),
         ({"fault": "loops", "hidden": True}, ["--actors", "1", "--algorithm", "impala"], "has not returned", "faulty.py"),
         ({"fault": "segfaults", "hidden": True}, ["--actors", "1"], "killed by SIGSEGV", "Segmentation fault"),
         ({"fault": "exits", "hidden": True}, ["--actors", "1"], "exit code 7", "step 5 action"),
@@ -77,7 +85,7 @@ def test_train_ends_with_code_3_and_a_snippet_that_shows_the_fault(
     assert {"kind", "environment", "group", "env", "step", "field", "seed", "last_action", "traceback", "snippet"} <= set(error["report"])
     assert ZOO in error["message"]
     assert "seed" in error["message"]
-    if fault["fault"] not in ("shape", "exits"):
+    if fault["fault"] not in ("shape", "exits", "info"):
         assert "faulty.py" in error["report"]["traceback"]
     assert f"python {error['report']['snippet']}" in error["message"]
     shown = run(error["report"]["snippet"], cwd=tmp_path)

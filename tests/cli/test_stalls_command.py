@@ -18,7 +18,7 @@ from shoal.cli import main
 from shoal.cli.control import tell_run
 from shoal.errors import RunError
 from shoal.streams import episode_seed
-from shoal.supervision.processes import process_state
+from stopping import stop_process
 
 WALLS = Path(__file__).parents[1] / "engines" / "walls.py"
 WAIT_SECONDS = 120.0
@@ -65,14 +65,6 @@ def until_it_hangs(run: Path) -> dict[str, Any]:
     raise AssertionError("it never hung")
 
 
-def stop(pid: int) -> None:
-    """SIGSTOP, and until it has come."""
-    os.kill(pid, signal.SIGSTOP)
-    deadline = time.monotonic() + WAIT_SECONDS
-    while process_state(pid) != "T" and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
 def test_a_stall_is_explained_with_every_stack(stuck, capfd):
     run, process, errors = stuck
     found = until_it_hangs(run)
@@ -89,7 +81,7 @@ def test_a_stall_is_explained_with_every_stack(stuck, capfd):
     assert "_do" in processes["actor-1"]["stack"]
     assert "serve" in processes["zygote"]["stack"]
 
-    stop(processes["actor-0"]["pid"])
+    stop_process(processes["actor-0"]["pid"])
     assert ends_with("stalls", str(run)) == 0
     text = capfd.readouterr().out
     os.kill(processes["actor-0"]["pid"], signal.SIGCONT)
@@ -104,7 +96,7 @@ def test_a_stall_is_explained_with_every_stack(stuck, capfd):
     assert "walls.py" in errors.read_text()
     assert process.poll() is None
 
-    stop(process.pid)
+    stop_process(process.pid)
     assert ends_with("stalls", str(run)) == 1
     assert "kill -CONT" in capfd.readouterr().err
     process.send_signal(signal.SIGCONT)

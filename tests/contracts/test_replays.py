@@ -28,6 +28,7 @@ REPLAYS = {
     "uniform": ReplayConfig(prioritised=False, n_step=3),
     "prioritised": ReplayConfig(prioritised=True, n_step=3),
     "one step": ReplayConfig(prioritised=True, n_step=1),
+    "as it comes": ReplayConfig(),
     "two shards": ReplayConfig(prioritised=True, n_step=3, shards=2),
     "three shards": ReplayConfig(prioritised=False, n_step=3, shards=3),
 }
@@ -72,6 +73,11 @@ class Both:
             assert before + int(slot.envelope["num_env_steps"]) - evicted == self.replay.num_steps == len(self.model.steps())
         self.replay.check_valid()
 
+    def insert_each(self, **how) -> None:
+        """The next rollout of every group."""
+        for group in range(self.world.kind.groups):
+            self.insert(group, **how)
+
     def check_samples(self, times: int = 4) -> Sample:
         """Every step that the model holds is sampled, and nothing else; each with the model's numbers."""
         steps = {step.name: step for step in self.model.steps()}
@@ -105,8 +111,7 @@ def test_every_step_is_sampled_with_its_return_and_its_true_successor(kind, conf
 def test_the_oldest_steps_make_room_and_no_return_reaches_into_them(kind, config):
     both = Both(kind, config, capacity=66)
     for round_ in range(8):
-        for group in range(kind.groups):
-            both.insert(group, end_share=0.5 if round_ % 2 else 0.05)
+        both.insert_each(end_share=0.5 if round_ % 2 else 0.05)
         both.check_samples()
     assert both.replay.evicted_steps > 0
 
@@ -114,48 +119,42 @@ def test_the_oldest_steps_make_room_and_no_return_reaches_into_them(kind, config
 def test_a_rollout_larger_than_the_replay_leaves_its_newest_steps(kind, config):
     both = Both(replace(kind, num_rows=15), config, capacity=24)
     for _ in range(3):
-        for group in range(kind.groups):
-            both.insert(group)
+        both.insert_each()
         both.check_samples()
 
 
 def test_no_return_is_summed_over_a_rollout_that_is_missing(kind, config):
     both = Both(kind, config, capacity=10_000)
     for round_ in range(6):
-        for group in range(kind.groups):
-            both.insert(group, drop=round_ in (2, 3), end_share=0.0)
+        both.insert_each(drop=round_ in (2, 3), end_share=0.0)
     both.check_samples()
 
 
 def test_no_return_is_summed_into_an_environment_that_was_lost(kind, config):
     both = Both(kind, config, capacity=10_000)
     for round_ in range(4):
-        for group in range(kind.groups):
-            both.insert(group, lost=(1,) if round_ == 2 else (), end_share=0.0)
+        both.insert_each(lost=(1,) if round_ == 2 else (), end_share=0.0)
     both.check_samples()
 
 
 def test_environments_that_got_differently_far_go_on_where_they_stood(kind, config):
     both = Both(replace(kind, next_step=False), config, capacity=60)
     for used in ([4, 2], [1, 4], [0, 3], [4, 4], [2, 0]):
-        for group in range(kind.groups):
-            both.insert(group, rows=max(used), used=used)
+        both.insert_each(rows=max(used), used=used)
         both.check_samples()
 
 
 def test_an_episode_that_was_given_up_ends_before_its_invalid_row(kind, config):
     both = Both(replace(kind, next_step=False), config, capacity=90)
     for _ in range(8):
-        for group in range(kind.groups):
-            both.insert(group, give_up_share=0.2)
+        both.insert_each(give_up_share=0.2)
         both.check_samples()
 
 
 def test_a_rollout_that_was_closed_early_is_continued(kind, config):
     both = Both(kind, config, capacity=10_000)
     for rows in (4, 1, 3, 2, 4):
-        for group in range(kind.groups):
-            both.insert(group, rows=rows)
+        both.insert_each(rows=rows)
     both.check_samples()
 
 
@@ -209,7 +208,22 @@ def test_memory_that_is_used_again_holds_the_same_sample(kind, config):
     smaller = replay.sample(30, np.random.default_rng(2), beta=0.5)
     again = replay.sample(40, np.random.default_rng(1), beta=0.5, reuse=old)
     assert bytes_of(again) == bytes_of(fresh) == bytes_of(replay.sample(40, np.random.default_rng(1), beta=0.5, reuse=smaller))
-    assert all(again.observation[name] is old.observation[name] for name in old.observation)
+    for kept, used in ((again.observation, old.observation), (again.next_observation, old.next_observation)):
+        assert all(kept[name] is used[name] for name in used)
+
+
+def test_what_is_sampled_has_the_types_that_are_promised(kind, config):
+    both = filled(kind, config)
+    sample = both.replay.sample(7, np.random.default_rng(1), beta=0.5)
+    types = {name: str(value.dtype) for name, value in vars(sample).items() if isinstance(value, np.ndarray)}
+    masks = dict.fromkeys(("action_mask", "next_action_mask"), "bool") if kind.mask else {}
+    assert types == masks | {
+        "action": "int64", "return_M": "float32", "discount_M": "float32", "weight_M": "float32", "index_M": "int64",
+        "age_updates_M": "int64", "age_steps_M": "int64",
+    }  # fmt: skip
+    schema = {f.name: (f.dtype, f.shape) for f in both.world.schema.fields}
+    for observed in (sample.observation, sample.next_observation):
+        assert {name: (str(array.dtype), array.shape[1:]) for name, array in observed.items()} == {name: schema[name] for name in observed}
 
 
 def test_the_size_that_is_told_is_the_size_that_is_taken(kind, config):

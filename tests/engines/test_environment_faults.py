@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,7 +106,7 @@ def test_a_vector_form_that_ends_its_process_is_told_with_the_seed_that_it_was_r
 
 @pytest.mark.usefixtures("never_early")
 def test_a_hang_in_one_process_is_a_hang_with_its_limit(tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentFault, match=r"step\(\) has not returned for 1\.\d s") as caught:
+    with pytest.raises(EnvironmentFault, match=r"step\(\) has not returned for \d+\.\d s") as caught:
         train(tmp_path, 0, env={"restart_budget": 0}, fault="sleeps", hidden=True)
     assert {"kind": "hang", "expected": "at most 1 s"}.items() <= caught.value.report.items()
     assert "faulty.py" in str(caught.value.report["traceback"])
@@ -120,12 +121,12 @@ def test_an_environment_that_stops_its_process_is_told_as_one(tmp_path: Path) ->
 
 
 def test_a_hang_in_close_is_told_by_the_look_and_does_not_hold_up_the_end(tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentFault, match=r"close\(\) has not returned for 1\.\d s"):
+    with pytest.raises(EnvironmentFault, match=r"close\(\) has not returned for \d+\.\d s"):
         train(tmp_path / "always", 0, fault="sleeps", where="close")
     run = train(tmp_path / "end", 0, updates=1, rollout_length=5, fault="sleeps", where="close", hidden=True)
     assert run.result["updates"] == 1
     (found,) = events(run, "warning")
-    assert "close() has not returned for 1" in found["message"]
+    assert re.match(r"close\(\) has not returned for \d+\.\d s", found["message"]) is not None
 
 
 @pytest.mark.usefixtures("never_early")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,7 +14,7 @@ from shoal.engines import question
 from shoal.engines.question import Question
 from shoal.engines.watch import STOPPED_SECONDS
 from shoal.errors import EnvironmentFault, ProcessError
-from shoal.supervision.processes import process_state
+from stopping import stop_process, wake_process
 
 
 class Zygote:
@@ -43,23 +41,13 @@ def asked(tmp_path: Path) -> Iterator[Question]:
     process.wait()
 
 
-def stop(pid: int) -> None:
-    """A signal is delivered when the process next runs: this waits until it stands still."""
-    os.kill(pid, signal.SIGSTOP)
-    deadline = time.monotonic() + 10.0
-    while process_state(pid) != "T":
-        assert time.monotonic() < deadline, "SIGSTOP did not stop the process"
-        time.sleep(0.001)
-
-
 def test_a_process_that_is_stopped_for_a_moment_is_let_be_and_one_that_stays_so_is_a_fault(asked: Question) -> None:
     for _ in range(2):
-        stop(asked._pid)
+        stop_process(asked._pid)
         asked._check_time()
-        os.kill(asked._pid, signal.SIGCONT)
-        time.sleep(0.05)
+        wake_process(asked._pid)
         asked._check_time()
-    stop(asked._pid)
+    stop_process(asked._pid)
     asked._check_time()
     time.sleep(STOPPED_SECONDS)
     with pytest.raises(EnvironmentFault, match=r"was stopped \(SIGSTOP\) in step\(\)") as caught:
@@ -70,7 +58,7 @@ def test_a_process_that_is_stopped_for_a_moment_is_let_be_and_one_that_stays_so_
 def test_a_call_of_the_environment_has_its_own_limit_and_all_else_another(asked: Question, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(question, "OTHER_SECONDS", 0.0)
     asked._check_time()
-    asked._since -= 299.0
+    asked._since -= 200.0  # the machine may be busy
     asked._check_time()
     asked.played("")
     with pytest.raises(ProcessError, match="did not answer within 0 s"):

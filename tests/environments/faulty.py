@@ -78,6 +78,7 @@ RETURNS = {
     "reward_none": lambda o, r, x, t, i: (o, None, x, t, i),
     "four": lambda o, r, x, t, i: (o, r, x or t, i),
     "flag": lambda o, r, x, t, i: (o, r, int(x), t, i),
+    "info": lambda o, r, x, t, i: (o, r, x, t, []),
     "endless": lambda o, r, x, t, i: (o, r, False, False, i),
 }  # fmt: skip
 

@@ -57,6 +57,11 @@ class OldReset(Scaled):
         return super().reset(**given)[0]
 
 
+class ListFromReset(Scaled):
+    def reset(self, **given: Any):
+        return super().reset(**given)[0], []
+
+
 class NoSpaces(gymnasium.Env):
     pass
 
@@ -127,6 +132,7 @@ class SharedGenerator(Scaled):
         (TextSpace, "spaces"),
         (OldReset, "interface"),
         (with_step(lambda self, o, r, x, t, i: (o, r, x, i)), "interface"),
+        (with_step(lambda self, o, r, x, t, i: (o, r, x, t, [])), "interface"),
         (with_step(lambda self, o, r, x, t, i: (o[:2], r, x, t, i)), "observation_shape"),
         (with_step(lambda self, o, r, x, t, i: (o.astype(np.float32), r, x, t, i)), "observation_dtype"),
         (with_step(lambda self, o, r, x, t, i: ({"o": o}, r, x, t, i)), "observation_structure"),
@@ -174,6 +180,17 @@ class RaisesUnspeakable(Scaled):
 def test_an_error_that_cannot_say_itself_is_named_all_the_same():
     finding = next(one for one in check(RaisesUnspeakable).findings if one.name == "raised")
     assert "step() raised Unspeakable (whose __str__ raises RuntimeError)" in finding.message
+
+
+def test_an_info_that_is_no_dict_is_told_as_what_it_is():
+    for call, factory in (
+        ("step()", with_step(lambda self, o, r, x, t, i: (o, r, x, t, []))),
+        ("reset()", ListFromReset),
+    ):
+        finding = next(one for one in check(factory).findings if one.name == "interface")
+        assert f"{call} returned something else than" in finding.message
+        assert "whose info is list" in finding.message
+        assert finding.hint.startswith("info is a dict")
 
 
 def test_numbers_that_only_float64_holds_are_named():

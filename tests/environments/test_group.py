@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import pytest
 from environment_fakes import Forgetful, Nested, OneBuffer, Recorder, SnapshotWalk, Walk, fresh_state, same_rows
@@ -241,7 +243,7 @@ def broken(**changes):
             result = list(super().step(action))
             if self.count == 3:
                 for place, value in changes.items():
-                    if isinstance(value, Exception | SystemExit):
+                    if isinstance(value, BaseException):
                         raise value
                     result[int(place[1:])] = value
             return tuple(result)
@@ -263,6 +265,7 @@ def broken(**changes):
         (broken(_1=None), "reward", "reward", "None"),
         (broken(_2=1), "flag", "terminated", "int 1"),
         (broken(_3=None), "flag", "truncated", "None"),
+        (broken(_4=[]), "api", "step()", "a tuple of 5 whose info is list"),
         (broken(_0=ValueError("the arm broke")), "raised", "", ""),
         (broken(_0=SystemExit(3)), "raised", "", ""),
     ],
@@ -284,6 +287,24 @@ def test_a_fault_names_environment_group_step_field_seed_action_and_what_came(fa
         assert "in step" in report["traceback"]
         assert "traceback" in str(caught.value)
     assert "group 5, environment 0" in str(caught.value)
+
+
+def test_a_keyboard_interrupt_is_the_environments_own_only_where_no_ctrl_c_comes():
+    def play():
+        recorder = Recorder(group_of(broken(_0=KeyboardInterrupt())))
+        recorder.begin()
+        steps(recorder, 5, [0, 1, 2])
+
+    with pytest.raises(KeyboardInterrupt):
+        play()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in every role
+    try:
+        with pytest.raises((EnvironmentFault, KeyboardInterrupt)) as caught:  # uncaught, it would end all tests
+            play()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert str(caught.value).startswith("fake: step() raised KeyboardInterrupt")
+    assert (caught.value.report["kind"], caught.value.report["step"]) == ("raised", 3)
 
 
 def test_a_nan_in_the_last_observation_of_an_episode_is_a_fault():

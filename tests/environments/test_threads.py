@@ -165,12 +165,12 @@ def test_a_call_that_hangs_while_the_group_is_put_back_is_named_after_its_limit(
             return super().reset(seed=seed, options=options)
 
     told = []
-    env = EnvConfig(id="fake", form="threads", step_timeout_seconds=0.3)
+    env = EnvConfig(id="fake", form="threads", step_timeout_seconds=1.5)
     group = make_group(env, 5, 4, 7, Hangs, progress=told.append)
     begun = time.monotonic()
-    with pytest.raises(EnvironmentFault, match=r"reset\(\).* has not returned for 0\.") as caught:
+    with pytest.raises(EnvironmentFault, match=r"reset\(\).* has not returned for \d+\.\d s") as caught:
         group.restore(fresh_state(group.spec, 4))
-    assert time.monotonic() - begun < 3
+    assert 1.5 <= time.monotonic() - begun < 30  # half of what it hangs for
     assert (caught.value.report["kind"], caught.value.report["env"]) == ("hang", 2)
     assert "held.wait(60)" in caught.value.report["traceback"]
     assert set(told) == {-1}
@@ -181,19 +181,19 @@ def test_a_call_that_hangs_while_the_group_is_put_back_is_named_after_its_limit(
 def test_a_reset_has_its_limit_to_itself_and_so_has_each_call_while_the_group_is_put_back():
     class Lingers(Walk):
         def reset(self, *, seed=None, options=None):
-            time.sleep(0.2)
+            time.sleep(1.0)
             return super().reset(seed=seed, options=options)
 
         def step(self, action):
-            time.sleep(0.2)
+            time.sleep(1.0)
             observation, reward, _, _, info = super().step(action)
             return observation, reward, False, True, info
 
-    group = make_group(EnvConfig(id="fake", form="threads", step_timeout_seconds=0.35), 5, 2, 7, Lingers)
+    group = make_group(EnvConfig(id="fake", form="threads", step_timeout_seconds=1.8), 5, 2, 7, Lingers)  # less than two calls take
     group.restore(fresh_state(group.spec, 2))
     begun = time.monotonic()
     group.send(0, np.zeros((), np.int64))
     while not group.ready(0.05):
         pass
-    assert group.call_began(0) - begun > 0.19
+    assert group.call_began(0) - begun > 0.99
     group.close()

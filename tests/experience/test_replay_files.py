@@ -66,10 +66,11 @@ def test_chunks_that_did_not_change_are_linked_and_the_others_written(config, tm
     assert not any(name.startswith("state") for name in shared)
 
 
-def draw_and_rank(replay: Replay, config: ReplayConfig) -> None:
+def draw_and_rank(replay: Replay, config: ReplayConfig, scale: float = 0.3) -> np.ndarray:
     draw = replay.sample if config.sequence_length is None else replay.sample_sequences
     sample = draw(100, np.random.default_rng(3), beta=0.5)
-    replay.update_priorities(sample.index_M, np.linspace(0.01, 0.3, 100))
+    replay.update_priorities(sample.index_M, scale * np.linspace(0.03, 1.0, 100))
+    return sample.index_M
 
 
 @pytest.mark.parametrize("config", [STEPS, SEQUENCES], ids=["steps", "sequences"])
@@ -179,9 +180,10 @@ def test_a_checkpoint_with_a_damaged_chunk_is_passed_over(tmp_path):
 def test_a_replay_of_other_settings_is_refused_with_what_to_do(tmp_path):
     world = World(KIND)
     filled(world, STEPS, 2).save(tmp_path / "replay", None)
-    other = STEPS.model_copy(update={"capacity_steps": 1200})
-    with pytest.raises(CheckpointError, match=r"rows for each environment.*resume with the replay\.capacity_"):
-        Replay(world.schema, KIND.groups, other, gamma=0.9).load(tmp_path / "replay")
+    for capacity in (300, 594, 606, 1200):
+        other = STEPS.model_copy(update={"capacity_steps": capacity})
+        with pytest.raises(CheckpointError, match=r"rows for each environment.*resume with the replay\.capacity_"):
+            Replay(world.schema, KIND.groups, other, gamma=0.9).load(tmp_path / "replay")
     with pytest.raises(CheckpointError, match="does not hold the state"):
         Replay(world.schema, KIND.groups, SEQUENCES, gamma=0.9).load(tmp_path / "replay")
 
@@ -195,3 +197,22 @@ def test_an_empty_replay_is_saved_and_loaded(tmp_path):
     assert again.num_steps == 0
     grow(again, world, 1)
     assert drawn(again, STEPS) == drawn(filled(World(KIND), STEPS, 1), STEPS)
+
+
+@pytest.mark.parametrize("config", [STEPS, SEQUENCES], ids=["steps", "sequences"])
+def test_ages_and_the_share_of_new_steps_are_those_from_before_the_save(config, tmp_path):
+    """What is inserted next enters at the largest priority so far."""
+    world = World(KIND)
+    replay = filled(world, config, 8)
+    slot, _ = world.rollout(0, version=3)
+    replay.insert(slot, 7)
+    names = np.unique(draw_and_rank(replay, config, scale=20.0))
+    replay.update_priorities(names, np.full(len(names), 0.5))
+    replay.save(tmp_path / "replay", None)
+    again = Replay(world.schema, KIND.groups, config, gamma=0.9)
+    again.load(tmp_path / "replay")
+    assert drawn(again, config) == drawn(replay, config)
+    assert (again.inserted_steps, again.evicted_steps) == (replay.inserted_steps, replay.evicted_steps)
+    assert again._version == 7
+    grow(replay, world, 4, again)
+    assert drawn(again, config) == drawn(replay, config)

@@ -59,7 +59,9 @@ def test_a_step_is_drawn_as_often_as_its_priority_to_the_alpha_says(num):
     assert num > 1 or chi_square > freedom - 3.3 * np.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("config", [ReplayConfig(prioritised=False), PRIORITISED.model_copy(update={"alpha": 0.0}), PRIORITISED])
+@pytest.mark.parametrize(
+    "config", [ReplayConfig(), ReplayConfig(prioritised=False), PRIORITISED.model_copy(update={"alpha": 0.0}), PRIORITISED]
+)
 def test_without_other_priorities_all_steps_are_drawn_alike_with_weights_of_one(config):
     _, replay = made(config)
     names = every(replay)
@@ -106,6 +108,21 @@ def test_priorities_of_steps_that_were_evicted_meanwhile_are_ignored():
     replay.update_priorities(gone, np.full(len(gone), 1e9))
     assert (replay.sample(200, np.random.default_rng(0), beta=1.0).index_M == before).all()
     replay.check_valid()
+    fill(world, replay, 1)
+    assert replay._priorities.most == 1.0  # nor does what comes next rank with them
+
+
+def test_steps_that_just_left_and_are_not_written_over_yet_take_no_priority():
+    world, replay = made(PRIORITISED.model_copy(update={"capacity_steps": 60}))
+    for _ in range(8):
+        for group in range(world.kind.groups):
+            names = every(replay)
+            replay.insert(world.rollout(group, rows=1, end_share=0.0)[0], 0)
+            replay.update_priorities(names, np.full(len(names), 0.5))
+            replay.check_valid()
+            held = np.isin(every(replay), names)
+            leaves = replay._priorities.tree.leaves
+            assert np.count_nonzero(np.isclose(leaves, 0.5**0.6)) == held.sum() == replay.num_steps - world.kind.num_envs
 
 
 def test_a_step_of_priority_zero_is_still_there():
@@ -136,6 +153,22 @@ def test_ages_count_updates_since_the_policy_chose_and_steps_since_the_insertion
     old = sample.age_updates_M == 4
     assert sample.age_steps_M[old].min() == replay.inserted_steps - after
     assert sample.age_steps_M[~old].min() == 0
+
+
+def test_an_environment_that_looks_as_it_did_before_a_missing_rollout_does_not_go_on_from_there():
+    world, replay = made(PRIORITISED.model_copy(update={"n_step": 3}), rounds=0)
+    slot, _ = world.rollout(0, end_share=0.0)
+    newest_B = slot.arrays["observation/vector"][world.kind.num_rows].copy()
+    replay.insert(slot, 0)
+    world.rollout(0)  # nobody gets it
+    slot, _ = world.rollout(0, end_share=0.0)
+    slot.arrays["observation/vector"][0] = newest_B
+    replay.insert(slot, 0)
+    sample = replay.sample(200, np.random.default_rng(0), beta=0.0)
+    number, clock = newest_B[0]
+    last = (sample.observation["observation/vector"] == (number, clock - 1)).all(axis=1)
+    assert last.any()
+    np.testing.assert_allclose(sample.discount_M[last], 0.9, rtol=1e-6)
 
 
 def test_nothing_is_drawn_from_an_empty_replay():

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from replay_world import IMAGE, VECTOR, Kind, Model, World, name_of
+from replay_world import FRAMES, IMAGE, VECTOR, Kind, Model, World, name_of
 from shoal.config import ReplayConfig
 from shoal.errors import ConfigError
+from shoal.experience.placing import BEGINS, BREAK, STOP, TERMINATED, VALID
 from shoal.experience.replay import Replay
 
 LENGTH, BURN_IN, GAMMA = 10, 3, 0.9
@@ -32,13 +35,21 @@ class Watched:
     """A replay of sequences, and all that went into it."""
 
     def __init__(
-        self, kind: Kind, *, capacity: int = 10_000, n_step: int = 3, shards: int = 1, length: int = LENGTH, burn_in: int = BURN_IN
+        self,
+        kind: Kind,
+        *,
+        capacity: int = 10_000,
+        n_step: int = 3,
+        shards: int = 1,
+        length: int = LENGTH,
+        burn_in: int = BURN_IN,
+        seed: int = 0,
     ) -> None:
         config = ReplayConfig(
             capacity_steps=capacity, n_step=n_step, shards=shards, prioritised=True, sequence_length=length, burn_in=burn_in
         )
         self.length = length
-        self.world = World(kind)
+        self.world = World(kind, seed)
         self.replay = Replay(self.world.schema, kind.groups, config, gamma=GAMMA)
         self.model = Model(kind, capacity // (kind.groups * kind.num_envs), n_step=n_step, gamma=GAMMA)
         self.steps: dict[bytes, object] = {}
@@ -46,8 +57,9 @@ class Watched:
 
     def insert(self, group: int, **how) -> None:
         slot, events = self.world.rollout(group, **how)
+        self.replay.insert(slot, how.get("version", 0))
+        self.model.pad = FRAMES - 1 if self.replay._store.layout.stacks else 0  # a first rollout of one row may not show that it is stacked
         self.model.insert(slot, events)
-        self.replay.insert(slot, 0)
         self.replay.check_valid()
         assert self.replay.num_steps == len(self.model.steps())
         self.steps |= {step.name: step for happened in events for what, step in happened if what == "step"}
@@ -217,3 +229,102 @@ def test_a_capacity_in_bytes_bounds_rows_and_starts_together():
     for capacity_bytes in (30_000, 33_333, 40_001):
         config = ReplayConfig(sequence_length=10, capacity_bytes=capacity_bytes)
         assert 0.95 * capacity_bytes < Replay.size_bytes(schema, 3, config) <= capacity_bytes
+
+
+def drawable(replay: Replay, n_step: int) -> set[tuple[int, int]]:
+    """(column, first row) of every sequence that may be drawn: whole, within reach, with a step behind its burn-in that can be trained. Row by row."""
+    store, starts = replay._store, replay._starts
+    num_starts, num_rows, num_envs = starts.rows.num_rows, store.layout.num_rows, starts.rows.num_envs
+    found = set()
+    for column, newest in enumerate(replay._newest_C.tolist()):
+        group, env = divmod(column, num_envs)
+        begun = starts.rows.block("row", group, 0, num_starts)[env, : starts.written_C[column]].tolist()
+        for row in begun:
+            place = column * num_rows + np.arange(row, row + starts.length) % num_rows
+            flags, gap = (store.rows.take(name, place).tolist() for name in ("flags", "gap"))
+            if row >= newest - store.layout.reach and row + starts.length <= newest and trained_rows(flags, gap, starts.burn_in, n_step):
+                found.add((column, row))
+    return found
+
+
+def trained_rows(flags: list[int], gap: list[int], burn_in: int, n_step: int) -> list[int]:
+    """Rows behind the burn-in whose recurrent state is known and whose return ends at a step with a row of the sequence, or nothing, behind it."""
+    found, lost = [], False
+    for t in range(len(flags)):
+        if t and flags[t] & BREAK:
+            lost = True
+        if t and flags[t] & BEGINS:
+            lost = False
+        last = t
+        while last < t + n_step - 1 and last < len(flags) - 1 and not flags[last] & STOP:
+            last += 1
+        bootstraps = gap[last] == 0 or flags[last] & TERMINATED
+        if t >= burn_in and flags[t] & VALID and not lost and bootstraps:
+            found.append(t)
+        lost = lost or gap[t] > 0
+    return found
+
+
+@given(st.integers(0, 2**32), st.sampled_from(list(KINDS)), st.integers(4, 12), st.integers(0, 8), st.integers(0, 12), st.integers(1, 4))
+def test_exactly_the_sequences_that_are_whole_and_have_something_to_train_are_drawn(
+    seed: int, kind: str, length: int, burn_in: int, more: int, n_step: int
+) -> None:
+    burn_in = min(burn_in, length - 4)
+    watched = Watched(KINDS[kind], capacity=6 * (length + 4 + more), n_step=n_step, length=length, burn_in=burn_in, seed=seed)
+    rng, replay = np.random.default_rng(seed), watched.replay
+    for _ in range(25):
+        group, rows = int(rng.integers(2)), int(rng.integers(1, 5))
+        if rng.random() < 0.1:
+            watched.world.rollout(group)  # nobody gets it
+        watched.insert(group, rows=rows, end_share=float(rng.choice([0.0, 0.2, 0.7])), lost=(1,) if rng.random() < 0.2 else ())
+        starts, place = replay._starts, np.flatnonzero(replay._priorities.tree.leaves)
+        drawn = set(zip((place // starts.rows.num_rows).tolist(), starts.rows.take("row", place).tolist(), strict=True))
+        assert drawn == drawable(replay, n_step)
+        assert replay.can_sample == bool(drawn)
+
+
+def test_ages_weights_and_masks_of_sequences_are_those_of_their_rows():
+    kind = Kind(mask=True, memory=True)
+    watched = Watched(kind)
+    for version in range(8):
+        for group in range(kind.groups):
+            watched.insert(group, version=version, end_share=0.0)
+    replay, names = watched.replay, {}
+    sample = replay.sample_sequences(300, watched.rng, beta=0.0)
+    for m in range(300):
+        names[int(sample.index_M[m])] = step = watched.steps[name_of({n: v[0, m] for n, v in sample.observation.items()})]
+        assert sample.age_updates_M[m] == 7 - step.version
+        assert sample.age_steps_M[m] == watched.model.inserted - step.inserted
+        for t in range(LENGTH):
+            step = watched.steps[name_of({n: v[t, m] for n, v in sample.observation.items()})]
+            np.testing.assert_array_equal(sample.action_mask[t, m], step.mask)
+    assert len(set(sample.age_updates_M.tolist())) > 2
+    priorities = dict(zip(names, np.linspace(0.2, 3.0, len(names)), strict=True))
+    replay.update_priorities(np.array(list(priorities)), np.array(list(priorities.values())))
+    again = replay.sample_sequences(40, watched.rng, beta=0.7, reuse=replay.sample_sequences(40, watched.rng, beta=0.7))
+    drawn = np.array([priorities[int(name)] for name in again.index_M]) ** 0.6
+    np.testing.assert_allclose(again.weight_M, (drawn / drawn.min()) ** -0.7, rtol=1e-6)
+
+
+def test_sequences_in_memory_that_is_used_again_are_the_same_and_have_the_promised_types():
+    kind = KINDS["frames"]
+    watched = Watched(kind)
+    for _ in range(8):
+        for group in range(kind.groups):
+            watched.insert(group)
+    fresh, old = (watched.replay.sample_sequences(20, np.random.default_rng(seed), beta=0.5) for seed in (1, 2))
+    memory = dict(old.observation)
+    again = watched.replay.sample_sequences(20, np.random.default_rng(1), beta=0.5, reuse=old)
+    assert all(again.observation[name] is memory[name] for name in memory)
+    for name, value in vars(fresh).items():
+        parts = value if isinstance(value, dict) else {"": value}
+        for part, array in parts.items():
+            other = vars(again)[name][part] if isinstance(value, dict) else vars(again)[name]
+            np.testing.assert_array_equal(array, other)
+    types = {name: str(value.dtype) for name, value in vars(again).items() if isinstance(value, np.ndarray)}
+    assert types == {
+        "action": "int64", "begins_L1M": "bool", "valid_LM": "bool", "reward_LM": "float32", "terminated_LM": "bool", "truncated_LM": "bool",
+        "return_LM": "float32", "discount_LM": "float32", "successor_LM": "int64", "weight_M": "float32", "index_M": "int64",
+        "age_updates_M": "int64", "age_steps_M": "int64",
+    }  # fmt: skip
+    assert again.burn_in == BURN_IN

@@ -1,5 +1,6 @@
 """An environment with simulators of its own, as processes that nothing in it ends, and an algorithm whose updates never seem to end."""
 
+import os
 import subprocess
 import sys
 import time
@@ -33,7 +34,12 @@ def make(seconds=0.0, note="", simulators=True):
     return Simulated(gymnasium.make("CartPole-v1"), seconds, note, simulators)
 
 
+UNDER_WAY = "SHOAL_TEST_UNDER_WAY"  # environment variable: a file that is made when an update begins
+
+
 class Slow(Algorithm):  # type: ignore[type-arg]
     def update(self, batch, context):
+        if UNDER_WAY in os.environ:
+            Path(os.environ[UNDER_WAY]).touch()
         time.sleep(600)
         return {}

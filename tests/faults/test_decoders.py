@@ -65,7 +65,7 @@ def test_whole_ones_are_read(name: str, targets: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_bytes_crash_a_decoder(name: str, targets: dict[str, Any]) -> None:
-    @settings(max_examples=150, deadline=2000, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=150, deadline=20_000, suppress_health_check=list(HealthCheck))
     @given(mutants(name))
     def run(content: bytes) -> None:
         targets[name](content)

@@ -88,7 +88,7 @@ def test_a_run_without_descriptors_left_goes_on_and_saves_again_once_there_are(t
         run.until(lambda: len(saved(directory)) > 1, "checkpoint")
         before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         looks = []
-        for _ in range(20):  # what is open at one look only may be closed again, and leave a place
+        for _ in range(100):  # what is open at one look only may be closed again, and leave a place
             looks.append({int(name) for name in os.listdir(f"/proc/{pid}/fd")})
             time.sleep(0.02)
         held = set.intersection(*looks)
@@ -104,4 +104,4 @@ def test_a_run_without_descriptors_left_goes_on_and_saves_again_once_there_are(t
         run.until(lambda: saved(directory)[-1] > last, "checkpoint once there are descriptors")
         run.process.send_signal(signal.SIGINT)
         assert run.ends() == 130
-        run.gone()
+        run.gone(10.0)

@@ -13,7 +13,7 @@ import pytest
 
 import shoal
 from faults.living import SMALL, TINY, command, living, saved
-from faults.simulated import make
+from faults.simulated import UNDER_WAY, make
 from shoal.errors import EnvironmentFault
 from shoal.files import CheckpointDirectory
 from shoal.monitoring.live import SilentView
@@ -52,7 +52,7 @@ def test_a_run_ends_and_leaves_nothing_but_a_checkpoint(how: str, more: tuple[st
         if how == "twice":
             run.process.send_signal(signal.SIGINT)
         assert run.ends() == (-signal.SIGKILL if how == "kill -9" else 130)
-        run.gone()
+        run.gone(10.0)
         assert time.monotonic() - begun < 20  # 3 s are promised; the machine that tests may be busy
         newest = CheckpointDirectory(directory / "checkpoints").newest()
         assert not newest.warnings
@@ -64,16 +64,16 @@ def test_a_run_ends_and_leaves_nothing_but_a_checkpoint(how: str, more: tuple[st
     assert code == 0, said
 
 
-def test_an_update_that_takes_long_is_not_waited_for(tmp_path: Path) -> None:
+def test_an_update_that_takes_long_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(UNDER_WAY, str(tmp_path / "under way"))
     with living(
         "train", "CartPole-v1", *SMALL, "--algorithm", f"{HERE}:Slow", "--actors", "1", "--run-dir", "run", cwd=tmp_path
     ) as run:  # fmt: skip
         directory = tmp_path / "run"
-        run.until(lambda: len(saved(directory)) > 0, "checkpoint")
-        time.sleep(1.0)  # the update is under way
+        run.until(lambda: saved(directory) and (tmp_path / "under way").exists(), "the update")
         run.process.send_signal(signal.SIGINT)
         assert run.ends(30) == 130
-        run.gone()
+        run.gone(10.0)
         check_interrupted_before_an_update(directory)
 
 
@@ -100,16 +100,16 @@ def test_all_in_one_process_ends_between_two_steps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "args",
     [
-        (ZOO, "--env.kwargs.fault", "sleeps", "--env.kwargs.hidden", "true"),
+        (ZOO, "--env.kwargs.fault", "sleeps", "--env.kwargs.hidden", "true", "--env.kwargs.told", "under way"),
         ("CartPole-v1", "--algorithm", f"{HERE}:Slow"),
     ],
     ids=["step", "update"],
 )
-def test_all_in_one_process_does_not_wait_for_a_long_call(args: tuple[str, ...], tmp_path: Path) -> None:
+def test_all_in_one_process_does_not_wait_for_a_long_call(args: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(UNDER_WAY, str(tmp_path / "under way"))
     with living("train", *args, *SMALL, "--actors", "0", "--run-dir", "run", cwd=tmp_path) as run:
         directory = tmp_path / "run"
-        run.until(lambda: len(saved(directory)) > 0, "checkpoint")
-        time.sleep(1.0)  # it is under way
+        run.until(lambda: saved(directory) and (tmp_path / "under way").exists(), "the call")
         begun = time.monotonic()
         run.process.send_signal(signal.SIGINT)
         assert run.ends(30) == 130

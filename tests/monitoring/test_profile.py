@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,13 +10,17 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from faults.living import small_disk
+from shoal.cli.control import tell_run
+from shoal.errors import RunError
 from shoal.monitoring.profile import begin_profile, finish_profile, profile
+from shoal.monitoring.store import RunReader
 from shoal.supervision.trace import DETAILED_ROLLOUTS, NullTrace, Span, Trace, open_trace, read_trace
 from shoal.types import Activity, NullRecorder
 
@@ -158,11 +163,15 @@ def test_every_process_of_a_run_is_on_one_time_line(options: list[str], tracks: 
 
 
 def test_a_killed_actor_is_there_as_far_as_it_wrote(tmp_path: Path) -> None:
-    options = [*SMALL, "--actors", "1", "--stop.seconds", "8", "--profile", "--run-dir", "run"]
+    options = [*SMALL, "--actors", "1", "--stop.updates", "1000000", "--profile", "--run-dir", "run"]
+    pids: list[int] = []
     with subprocess.Popen(command("train", "CartPole-v1", *options), cwd=tmp_path, stdout=subprocess.DEVNULL) as run:
         try:
-            os.kill(pid_of_actor(tmp_path), signal.SIGKILL)
-            assert run.wait(timeout=120) == 0
+            until(run, lambda: pids.append(pid_of_actor(tmp_path / "run")) or pids[-1], "training")
+            os.kill(pids[-1], signal.SIGKILL)
+            until(run, lambda: recovered(tmp_path / "run"), "a rollout of another actor in its place")
+            tell_run(tmp_path / "run", "stop")
+            assert run.wait(timeout=120) == 130
         finally:
             run.kill()
     found = by_track((tmp_path / "run" / "profile.json").read_text())
@@ -172,14 +181,23 @@ def test_a_killed_actor_is_there_as_far_as_it_wrote(tmp_path: Path) -> None:
     assert any(event["name"] == "rollout" for event in found["actor 0"])
 
 
-def pid_of_actor(cwd: Path) -> int:
-    """The process id of actor 0 of the run that is starting in `cwd`/run, once it has trained."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        done = subprocess.run(command("control", "run", "state", "--json"), cwd=cwd, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            state = json.loads(done.stdout)["state"]
-            if state["update"] > 0 and len(state["roles"]) > 1 and state["roles"][1]["pid"]:  # 0 would be all processes of this group
-                return int(state["roles"][1]["pid"])
+def until(run: subprocess.Popen[bytes], condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert run.poll() is None, f"the run ended before {what}"
+        assert time.monotonic() < deadline, f"the run did not come to {what}"
         time.sleep(0.1)
-    raise TimeoutError("the run did not come to train")
+
+
+def pid_of_actor(run: Path) -> int:
+    """The process id of actor 0, once it has trained; 0 before."""
+    with contextlib.suppress(RunError):
+        state = tell_run(run, "state")["state"]
+        if state["update"] > 0 and len(state["roles"]) > 1:
+            return int(state["roles"][1]["pid"] or 0)
+    return 0
+
+
+def recovered(run: Path) -> bool:
+    with RunReader(run / "run.db") as reader:
+        return bool(reader.events("recovered"))

@@ -20,6 +20,7 @@ from shoal.supervision.channel import Channel, wait
 from shoal.supervision.memory import SharedMemory
 from shoal.supervision.processes import marked_processes, process_state, pss_bytes
 from shoal.supervision.zygote import Exited, Forked, Lost, Ready, Zygote, wait_until_ready
+from stopping import stop_process
 
 LIMIT_SECONDS = 30.0
 HERE = Path(__file__).parent
@@ -162,8 +163,7 @@ def test_a_killed_role_leaves_no_descendant(fleet, stopped):
     other_pid, other = one.fork("breed_and_wait", 1)
     of_the_other = ast.literal_eval(hear(other).decode())
     if stopped:
-        os.kill(pid, signal.SIGSTOP)
-        eventually(lambda: process_state(pid) == "T", "stopped")
+        stop_process(pid)
     one.zygote.kill(pid)
     (exited,) = one.until(Exited)
     assert exited.pid == pid
@@ -209,7 +209,7 @@ def test_the_zygote_killed_takes_all_with_it_and_is_told(fleet):
     pid, mine = one.fork("breed_and_wait")
     descendants = ast.literal_eval(hear(mine).decode())
     stopped_pid, _ = one.fork("echo_until_gone", 1)
-    os.kill(stopped_pid, signal.SIGSTOP)
+    stop_process(stopped_pid)
     os.kill(one.zygote.pid, signal.SIGKILL)
     (lost,) = one.until(Lost)
     assert "killed by SIGKILL" in lost.reason
@@ -241,7 +241,7 @@ def test_roles_die_with_the_zygote_also_when_nobody_asks(fleet):
         mine.send(b"it runs, so it dies with its parent")
         hear(mine)
         pids.append(pid)
-    os.kill(pids[1], signal.SIGSTOP)
+    stop_process(pids[1])
     os.kill(one.zygote.pid, signal.SIGKILL)
     eventually(lambda: not any(map(alive, pids)), "roles are gone")
 
@@ -252,7 +252,7 @@ def test_close_kills_stopped_roles_and_all_descendants(fleet):
     for index in range(2):
         pid, mine = one.fork("breed_and_wait", index)
         pids += [pid, *ast.literal_eval(hear(mine).decode())]
-        os.kill(pid, signal.SIGSTOP)
+        stop_process(pid)
     one.zygote.close()
     assert not any(map(alive, pids))
     one.zygote.close()
@@ -263,7 +263,7 @@ def test_close_does_not_wait_for_a_stopped_zygote(fleet, when):
     one = fleet()
     if when == "when it is ready":
         one.until(Ready)
-    os.kill(one.zygote.pid, signal.SIGSTOP)
+    stop_process(one.zygote.pid)
     one.zygote.close(timeout_seconds=LIMIT_SECONDS)
     # while it imports it hears nothing, and is killed
     assert one.zygote._process.returncode == (0 if when == "when it is ready" else -signal.SIGKILL)

@@ -25,7 +25,7 @@ An algorithm of your own is a class with an `update` (and, where it has settings
 
     shoal.train("CartPole-v1", algorithm={"name": "a2c.py:A2C", "gae_lambda": 0.9})
 
-One that learns from a replay is a subclass of `OffPolicyAlgorithm` with a `learn` (algorithms/off_policy.py).
+One that learns from a replay is a subclass of `OffPolicyAlgorithm` with a `learn` and its `optimizers` (algorithms/off_policy.py).
 `load_algorithm` finds a class by name or path; `build_algorithm` checks its settings and makes it.
 """
 

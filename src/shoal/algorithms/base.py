@@ -65,7 +65,7 @@ class Algorithm(Generic[ConfigT]):
     def __init__(self, policy: Policy, config: ConfigT) -> None:
         self.policy = policy
         self.config = config
-        self.optimizer = Optimizer(policy, epsilon=config.adam_epsilon, max_gradient_norm=config.max_gradient_norm)
+        self.optimizer = Optimizer.of(policy, config)
 
     def update(self, batch: Batch, context: UpdateContext) -> dict[str, float]:
         """Change the policy's parameters in place; returns metrics by the names of Stable-Baselines3, without `train/`."""
@@ -108,6 +108,11 @@ class Optimizer:
         self._count = torch.zeros((), device=self._flat.device)
         self.steps = 0
         self.skipped = 0
+
+    @classmethod
+    def of(cls, module: nn.Module, config: AlgorithmConfig, kind: Literal["adam", "rmsprop"] = "adam") -> Optimizer:
+        """Of all that is trained in `module`, as the configuration says."""
+        return cls(module, epsilon=config.adam_epsilon, max_gradient_norm=config.max_gradient_norm, kind=kind)
 
     def _flatten(self) -> None:
         self._flat = torch.cat([p.detach().reshape(-1) for p in self.parameters])

@@ -94,7 +94,7 @@ class DQN(OffPolicyAlgorithm[DQNConfig]):
 
     def __init__(self, policy: QPolicy, config: DQNConfig) -> None:
         super().__init__(policy, config)
-        self.optimizer = Optimizer(policy, epsilon=config.adam_epsilon, max_gradient_norm=config.max_gradient_norm)
+        self.optimizer = Optimizer.of(policy, config)
         self.target = Target(policy)
 
     @classmethod
@@ -149,16 +149,11 @@ class DQN(OffPolicyAlgorithm[DQNConfig]):
             return projected(next_MZ.softmax(1), policy.support, rows.return_M, rows.discount_M)
         return rows.return_M.unsqueeze(1) + rows.discount_M.unsqueeze(1) * next_MZ
 
-    @property
-    def steps(self) -> tuple[int, int]:
-        return self.optimizer.steps, self.optimizer.skipped
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"": self.optimizer}
 
-    def get_state(self) -> dict[str, Tensor]:
-        return {**self.optimizer.get_state(), "target": self.target.flat.clone()}
-
-    def set_state(self, state: Mapping[str, Tensor]) -> None:
-        self.optimizer.set_state(state)
-        self.target.flat.copy_(state["target"])
+    def vectors(self) -> dict[str, Tensor]:
+        return {"target": self.target.flat}
 
 
 _LOSSES = {"none": huber_loss, "c51": c51_loss, "quantile": quantile_loss}

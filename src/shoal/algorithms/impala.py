@@ -102,7 +102,7 @@ class IMPALA(Algorithm[ImpalaConfig]):
 
     def __init__(self, policy: Policy, config: ImpalaConfig) -> None:
         super().__init__(policy, config)
-        self.optimizer = Optimizer(policy, epsilon=config.adam_epsilon, max_gradient_norm=config.max_gradient_norm, kind=config.optimizer)
+        self.optimizer = Optimizer.of(policy, config, config.optimizer)
 
     def update(self, batch: Batch, context: UpdateContext) -> dict[str, float]:
         config, steps, skipped = self.config, self.optimizer.steps, self.optimizer.skipped

@@ -89,7 +89,8 @@ ConfigT = TypeVar("ConfigT", bound=OffPolicyConfig)
 
 
 class OffPolicyAlgorithm(Generic[ConfigT]):
-    """Turns samples of a replay into optimizer steps. A subclass writes `learn`, and says which `network` it needs and how it explores.
+    """Turns samples of a replay into optimizer steps. A subclass writes `learn`, says which `network` it needs and how it explores, and
+    names its `optimizers` and `vectors`, which are its state.
 
     Given the policy, the state and (rows, context), a step is deterministic: no clock, no global random numbers.
 
@@ -131,19 +132,33 @@ class OffPolicyAlgorithm(Generic[ConfigT]):
         """
         raise NotImplementedError(f"{type(self).__name__}.learn")
 
+    def optimizers(self) -> dict[str, Optimizer]:
+        """All that it has, by what the names of their state begin with; the first is the one whose steps are counted."""
+        raise NotImplementedError(f"{type(self).__name__}.optimizers")
+
+    def vectors(self) -> dict[str, Tensor]:
+        """What it learns besides the policy, by name: target networks, critics. The tensors themselves, which `set_state` writes into."""
+        return {}
+
     @property
     def steps(self) -> tuple[int, int]:
-        """Optimizer steps taken, and refused since loss or gradient was not finite: of whatever is learned, where there are several optimizers the
-        steps of the one that the others follow, and the refusals of all."""
-        raise NotImplementedError(f"{type(self).__name__}.steps")
+        """Optimizer steps taken, of the optimizer that the others follow, and refused since loss or gradient was not finite, of all."""
+        optimizers = list(self.optimizers().values())
+        return optimizers[0].steps, sum(optimizer.skipped for optimizer in optimizers)
 
     def get_state(self) -> dict[str, Tensor]:
         """Everything besides the policy's tensors that the next step depends on: copies, by name, flat."""
-        raise NotImplementedError(f"{type(self).__name__}.get_state")
+        state = {name: vector.clone() for name, vector in self.vectors().items()}
+        for prefix, optimizer in self.optimizers().items():
+            state |= {prefix + name: value for name, value in optimizer.get_state().items()}
+        return state
 
     def set_state(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `get_state`, exactly."""
-        raise NotImplementedError(f"{type(self).__name__}.set_state")
+        for name, vector in self.vectors().items():
+            vector.copy_(state[name])
+        for prefix, optimizer in self.optimizers().items():
+            optimizer.set_state({name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)})
 
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -186,13 +201,3 @@ class Target(Generic[ModuleT]):
 def _buffers(module: nn.Module) -> list[Tensor]:
     """Those that are saved with it. One that is replaced instead of written into is lost sight of."""
     return [tensor for tensor in named_tensors(module).values() if not isinstance(tensor, nn.Parameter)]
-
-
-def prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same under longer names."""
-    return {f"{prefix}/{name}": value for name, value in state.items()}
-
-
-def part_of(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `prefixed`, of a state that holds more."""
-    return {name.removeprefix(f"{prefix}/"): value for name, value in state.items() if name.startswith(f"{prefix}/")}

@@ -8,7 +8,6 @@ Legend: L rows of a sequence, R of them behind the burn-in, M sequences, A actio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -93,7 +92,7 @@ class R2D2(OffPolicyAlgorithm[R2D2Config]):
 
     def __init__(self, policy: RecurrentQPolicy, config: R2D2Config) -> None:
         super().__init__(policy, config)
-        self.optimizer = Optimizer(policy, epsilon=config.adam_epsilon, max_gradient_norm=config.max_gradient_norm)
+        self.optimizer = Optimizer.of(policy, config)
         self.target = Target(policy)
 
     @classmethod
@@ -138,13 +137,8 @@ class R2D2(OffPolicyAlgorithm[R2D2Config]):
         unrolled = policy.unroll(rest, warmed(policy, rows), rows.begins_L1M[begin:])
         return policy.unrolled_values(unrolled.output_TNH)
 
-    @property
-    def steps(self) -> tuple[int, int]:
-        return self.optimizer.steps, self.optimizer.skipped
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"": self.optimizer}
 
-    def get_state(self) -> dict[str, Tensor]:
-        return {**self.optimizer.get_state(), "target": self.target.flat.clone()}
-
-    def set_state(self, state: Mapping[str, Tensor]) -> None:
-        self.optimizer.set_state(state)
-        self.target.flat.copy_(state["target"])
+    def vectors(self) -> dict[str, Tensor]:
+        return {"target": self.target.flat}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shoal.algorithms.base import Optimizer, UpdateContext, schedule
-from shoal.algorithms.off_policy import Metrics, OffPolicyAlgorithm, Target, Transitions, part_of, prefixed
+from shoal.algorithms.off_policy import Metrics, OffPolicyAlgorithm, Target, Transitions
 from shoal.config import PolicyConfig, SACConfig
 from shoal.networks.acting import NetworkKind
 from shoal.networks.off_policy import LOG_STD_MAX, LOG_STD_MIN, MASKED_VALUE, CategoricalPolicy, Critics, GaussianPolicy, build_critics
@@ -81,11 +81,10 @@ class SAC(OffPolicyAlgorithm[SACConfig]):
         super().__init__(policy, config)
         self.continuous = isinstance(policy, GaussianPolicy)
         self.critics, self.target = critics, Target(critics)
-        norm, epsilon = config.max_gradient_norm, config.adam_epsilon
-        self.actor_optimizer = Optimizer(policy, epsilon=epsilon, max_gradient_norm=norm)
-        self.critic_optimizer = Optimizer(critics, epsilon=epsilon, max_gradient_norm=norm)
+        self.actor_optimizer = Optimizer.of(policy, config)
+        self.critic_optimizer = Optimizer.of(critics, config)
         self.temperature = Temperature(1.0).to(next(policy.parameters()).device)
-        self.temperature_optimizer = Optimizer(self.temperature, epsilon=epsilon, max_gradient_norm=norm)
+        self.temperature_optimizer = Optimizer.of(self.temperature, config)
         default = -float(policy.size) if isinstance(policy, GaussianPolicy) else DISCRETE_ENTROPY * math.log(policy.num_actions)
         self.target_entropy = default if config.target_entropy is None else config.target_entropy
 
@@ -198,25 +197,9 @@ class SAC(OffPolicyAlgorithm[SACConfig]):
         grad_norm = self.critic_optimizer.descend([found[p] for p in self.critic_optimizer.parameters], rate, loss)
         return priority_M, {"critic_loss": loss, "grad_norm": grad_norm, "q_mean": value.mean()}
 
-    @property
-    def steps(self) -> tuple[int, int]:
-        optimizers = self.critic_optimizer, self.actor_optimizer, self.temperature_optimizer
-        return self.critic_optimizer.steps, sum(optimizer.skipped for optimizer in optimizers)
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"critics/": self.critic_optimizer, "actor/": self.actor_optimizer, "temperature/": self.temperature_optimizer}
 
-    def get_state(self) -> dict[str, Tensor]:
-        return {
-            **prefixed("actor", self.actor_optimizer.get_state()),
-            **prefixed("critics", self.critic_optimizer.get_state()),
-            **prefixed("temperature", self.temperature_optimizer.get_state()),
-            "critics/flat": self.critic_optimizer.flat.clone(),
-            "temperature/flat": self.temperature_optimizer.flat.clone(),
-            "target": self.target.flat.clone(),
-        }
-
-    def set_state(self, state: Mapping[str, Tensor]) -> None:
-        self.actor_optimizer.set_state(part_of("actor", state))
-        self.critic_optimizer.set_state(part_of("critics", state))
-        self.temperature_optimizer.set_state(part_of("temperature", state))
-        self.critic_optimizer.flat.copy_(state["critics/flat"])
-        self.temperature_optimizer.flat.copy_(state["temperature/flat"])
-        self.target.flat.copy_(state["target"])
+    def vectors(self) -> dict[str, Tensor]:
+        critics, temperature = self.critic_optimizer.flat, self.temperature_optimizer.flat
+        return {"critics/flat": critics, "temperature/flat": temperature, "target": self.target.flat}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shoal.algorithms.base import Optimizer, UpdateContext, schedule
-from shoal.algorithms.off_policy import Metrics, OffPolicyAlgorithm, Target, Transitions, part_of, prefixed
+from shoal.algorithms.off_policy import Metrics, OffPolicyAlgorithm, Target, Transitions
 from shoal.algorithms.sac import critic_loss
 from shoal.config import PolicyConfig, TD3Config
 from shoal.networks.acting import NetworkKind
@@ -32,9 +32,8 @@ class TD3(OffPolicyAlgorithm[TD3Config]):
         super().__init__(policy, config)
         self.critics = critics
         self.target_critics, self.target_policy = Target(critics), Target(policy)
-        norm, epsilon = config.max_gradient_norm, config.adam_epsilon
-        self.actor_optimizer = Optimizer(policy, epsilon=epsilon, max_gradient_norm=norm)
-        self.critic_optimizer = Optimizer(critics, epsilon=epsilon, max_gradient_norm=norm)
+        self.actor_optimizer = Optimizer.of(policy, config)
+        self.critic_optimizer = Optimizer.of(critics, config)
 
     @classmethod
     def make(cls, policy: DeterministicPolicy, config: TD3Config, spec: EnvironmentSpec, networks: PolicyConfig, seed: int) -> TD3:
@@ -81,22 +80,9 @@ class TD3(OffPolicyAlgorithm[TD3Config]):
         self.actor_optimizer.descend([found[p] for p in self.actor_optimizer.parameters], rate, loss)
         return loss
 
-    @property
-    def steps(self) -> tuple[int, int]:
-        return self.critic_optimizer.steps, self.critic_optimizer.skipped + self.actor_optimizer.skipped
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"critics/": self.critic_optimizer, "actor/": self.actor_optimizer}
 
-    def get_state(self) -> dict[str, Tensor]:
-        return {
-            **prefixed("actor", self.actor_optimizer.get_state()),
-            **prefixed("critics", self.critic_optimizer.get_state()),
-            "critics/flat": self.critic_optimizer.flat.clone(),
-            "target/critics": self.target_critics.flat.clone(),
-            "target/policy": self.target_policy.flat.clone(),
-        }
-
-    def set_state(self, state: Mapping[str, Tensor]) -> None:
-        self.actor_optimizer.set_state(part_of("actor", state))
-        self.critic_optimizer.set_state(part_of("critics", state))
-        self.critic_optimizer.flat.copy_(state["critics/flat"])
-        self.target_critics.flat.copy_(state["target/critics"])
-        self.target_policy.flat.copy_(state["target/policy"])
+    def vectors(self) -> dict[str, Tensor]:
+        targets = {"target/critics": self.target_critics.flat, "target/policy": self.target_policy.flat}
+        return {"critics/flat": self.critic_optimizer.flat, **targets}

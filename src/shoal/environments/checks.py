@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 
 from shoal.config import EnvConfig
-from shoal.environments.faults import RAISED, cut, plain, words_of
+from shoal.environments.faults import cut, environment_errors, plain, words_of
 from shoal.environments.findings import CheckReport, Finding
 from shoal.environments.instance import unwrap
 from shoal.environments.make import Factory, close_quietly, describe_instance, open_environment
@@ -166,7 +166,7 @@ def _check_actions(report: CheckReport, create: Callable[[], Any], spec: Environ
             action = to_environment_action(spec.action, random_action(spec.action, rng)[None])[0]
             made.step(action)
             taken.append(plain(action))
-        except RAISED as error:
+        except environment_errors() as error:
             refused.append((plain(action), words_of(error)))
         finally:
             close_quietly(made)
@@ -233,7 +233,7 @@ def _check_buffers(report: CheckReport, create: Callable[[], Any], spec: Environ
                 "warning", "reused_buffer", "the observation of one step is overwritten by the next; shoal copies it, other code may not",
                 "return self._observation.copy()",
             )  # fmt: skip
-    except RAISED:
+    except environment_errors():
         pass  # an action that this step's mask forbids; the checks before have played by the mask
     finally:
         close_quietly(one)
@@ -254,7 +254,7 @@ def _check_cost(report: CheckReport, create: Callable[[], Any], spec: Environmen
     extra = [create() for _ in range(_EXTRA_INSTANCES)]
     try:
         for index, made in enumerate(extra):
-            with suppress(*RAISED):  # what fails here has been reported already
+            with suppress(*environment_errors()):  # what fails here has been reported already
                 made.reset(seed=index)
         report.measurements["memory_bytes"] = max(0, _resident_bytes() - before) / _EXTRA_INSTANCES
         found = measure(extra[0], spec, num_steps, seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import traceback
 from typing import Any, Literal
 
@@ -9,8 +10,11 @@ import numpy as np
 
 from shoal.errors import EnvironmentFault
 
-# What an environment may raise and still be reported as its fault: sys.exit() in a simulator, too, but not the user's Ctrl-C.
-RAISED = (Exception, SystemExit)
+
+def environment_errors() -> tuple[type[BaseException], ...]:
+    """What may come out of an environment and be its fault: sys.exit() in a simulator, too, but not the user's Ctrl-C. Roles ignore SIGINT: there all
+    is its own, a KeyboardInterrupt too."""
+    return (BaseException,) if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else (Exception, SystemExit)
 
 
 class TookTooLong(TimeoutError):
@@ -144,11 +148,19 @@ def not_fitting(what: str, values: np.ndarray[Any, Any]) -> tuple[str, str]:
     return f"the {what} is not finite", "finite numbers"
 
 
+def is_reset(result: Any) -> bool:
+    """Whether it is what `reset` returns, as far as its form goes: (observation, info)."""
+    return isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
+
+
 def wrong_result(call: str, expected: str, result: Any) -> tuple[str, str, str, str, str]:
     """What, field, expected, actual and hint of the fault of a call that returned something else."""
     if isinstance(result, tuple):
         actual = f"a tuple of {len(result)}"
         hint = "this is the old Gym interface: split done into terminated and truncated" if len(result) == 4 else ""
+        if len(result) == expected.count(",") + 1 and not isinstance(result[-1], dict):
+            actual += f" whose info is {type(result[-1]).__name__}"
+            hint = "info is a dict, an empty one where there is nothing to say"
     else:
         actual, hint = type(result).__name__, "return (observation, info)" if call == "reset()" else ""
     return f"{call} returned something else than {expected}", call, expected, actual, hint

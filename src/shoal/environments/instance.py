@@ -19,7 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from shoal.environments.faults import RAISED, FaultKind, TookTooLong, environment_fault, not_fitting, raised_in, words_of, wrong_result
+from shoal.environments.faults import (
+    FaultKind,
+    TookTooLong,
+    environment_errors,
+    environment_fault,
+    is_reset,
+    not_fitting,
+    raised_in,
+    words_of,
+    wrong_result,
+)
 from shoal.environments.spaces import MASK, MOST, SpaceMismatch, all_fit, extend_crc, mask_writer, observation_writer, which_fit
 from shoal.errors import ConfigError, EnvironmentFault
 from shoal.types import Array, Arrays, Ended, EnvironmentSpec
@@ -105,7 +115,7 @@ class Instance:
             self._env = self._create()
         except (ConfigError, EnvironmentFault):
             raise
-        except RAISED as error:
+        except environment_errors() as error:
             raise self._fault(**raised_in("making the environment", error)) from error
         bare, limit = unwrap(self._env)
         self._bare, self._step = bare, bare.step
@@ -118,7 +128,7 @@ class Instance:
                 env.close()
             except TookTooLong as error:
                 raise self._fault(**raised_in("close()", error)) from error
-            except RAISED:
+            except environment_errors():
                 pass  # it is given up anyway, and what matters of it is recorded
 
     # Stepping.
@@ -143,11 +153,11 @@ class Instance:
         self._last_action = action
         try:
             result = self._step(action)
-        except RAISED as error:
+        except environment_errors() as error:
             self.num_steps += 1  # counted as those are whose result is a fault
             raise self._fault(**raised_in("step()", error)) from error
         self.num_steps += 1
-        if result.__class__ is not tuple or len(result) != 5:
+        if result.__class__ is not tuple or len(result) != 5 or not isinstance(result[4], dict):
             raise self._fault("api", *wrong_result("step()", "(observation, reward, terminated, truncated, info)", result))
         observation, reward, terminated, truncated, info = result
         if reward.__class__ is not float:
@@ -212,9 +222,9 @@ class Instance:
         self.seed = self._seed_of(episode) if seed is None else seed
         try:
             result = self._bare.reset(seed=self.seed)
-        except RAISED as error:
+        except environment_errors() as error:
             raise self._fault(**raised_in("reset()", error)) from error
-        if result.__class__ is not tuple or len(result) != 2 or not isinstance(result[1], dict):
+        if not is_reset(result):
             raise self._fault("api", *wrong_result("reset()", "(observation, info)", result))
         self._take("reset()", *result)
 
@@ -289,7 +299,7 @@ class Instance:
             return None
         try:
             taken = self._bare.snapshot()
-        except RAISED as error:
+        except environment_errors() as error:
             raise self._fault(**raised_in("snapshot()", error, "snapshot")) from error
         longest = self._spec.snapshot_bytes - _SNAPSHOT_HEADER.size
         if not isinstance(taken, (bytes, bytearray, memoryview)) or len(taken) > longest:
@@ -302,10 +312,12 @@ class Instance:
     def _restore_snapshot(self, snapshot: bytes) -> bool:
         (crc,) = _SNAPSHOT_HEADER.unpack_from(snapshot)
         try:
-            observation, info = self._bare.restore_snapshot(snapshot[_SNAPSHOT_HEADER.size :])
-        except RAISED as error:
+            result = self._bare.restore_snapshot(snapshot[_SNAPSHOT_HEADER.size :])
+        except environment_errors() as error:
             raise self._fault(**raised_in("restore_snapshot()", error, "snapshot")) from error
-        self._take("restore_snapshot()", observation, info)
+        if not is_reset(result):
+            raise self._fault("snapshot", *wrong_result("restore_snapshot()", "(observation, info)", result))
+        self._take("restore_snapshot()", *result)
         return bool(extend_crc(0, self._spec, self._current, self._index) == crc)
 
     # Faults.

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from shoal.config import EnvConfig
-from shoal.environments.faults import RAISED, environment_fault, raised_in
+from shoal.environments.faults import environment_errors, environment_fault, raised_in
 from shoal.environments.group import Progress, PythonGroup, nobody_waits
 from shoal.environments.instance import offered_snapshot_bytes, unwrap
 from shoal.environments.spaces import MASK, describe
@@ -231,14 +231,14 @@ def open_environment(env: EnvConfig, factory: Factory | None = None, *, training
         return environment_factory(env, factory, training=training)()
     except ShoalError:
         raise
-    except RAISED as error:
+    except environment_errors() as error:
         said = raised_in("making the environment", error)
         raise environment_fault(**said, environment=env.id, group=0, env=0, step=0, seed=0) from error
 
 
 def close_quietly(made: Any) -> None:
     """Close an environment that is no longer wanted; what it raises then is of no interest."""
-    with suppress(*RAISED):
+    with suppress(*environment_errors()):
         made.close()
 
 
@@ -251,7 +251,7 @@ def describe_instance(name: str, made: Any) -> EnvironmentSpec:
     bare, _ = unwrap(made)
     try:
         result = bare.reset(seed=0)
-    except RAISED as error:
+    except environment_errors() as error:
         raise environment_fault(**raised_in("reset()", error), environment=name, group=0, env=0, step=0, seed=0) from error
     info = result[1] if isinstance(result, tuple) and len(result) == 2 else {}
     mask_in_info = isinstance(info, dict) and MASK in info

@@ -23,7 +23,16 @@ import numpy as np
 
 from shoal import streams
 from shoal.config import EnvConfig
-from shoal.environments.faults import RAISED, FaultKind, environment_fault, not_fitting, raised_in, words_of, wrong_result
+from shoal.environments.faults import (
+    FaultKind,
+    environment_errors,
+    environment_fault,
+    is_reset,
+    not_fitting,
+    raised_in,
+    words_of,
+    wrong_result,
+)
 from shoal.environments.group import Progress, nobody_waits, nobody_watches
 from shoal.environments.spaces import MASK, SpaceMismatch, action_map, all_fit, allocate, describe, flatten_batch, which_fit
 from shoal.environments.vector_snapshots import snapshots_of
@@ -69,7 +78,7 @@ def native_spec(env: EnvConfig, factory: Callable[..., Any] | None = None) -> En
     try:
         return _describe(env.id, 0, vector)
     finally:
-        with suppress(*RAISED):
+        with suppress(*environment_errors()):
             vector.close()
 
 
@@ -85,24 +94,20 @@ def _made(name: str, group: int, create: Callable[[], Any]) -> Any:
 _RESET, _STEP = "(observation, info)", "(observation, reward, terminated, truncated, info)"
 
 
-def _is_reset(result: Any) -> bool:
-    return isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
-
-
 def _guarded(name: str, group: int, call: str, action: Callable[[], Any]) -> Any:
     """Before the first episode: what it raises is a fault."""
     try:
         return action()
     except ShoalError:
         raise
-    except RAISED as error:
+    except environment_errors() as error:
         raise environment_fault(**raised_in(call, error), environment=name, group=group, env=0, step=0, seed=0) from error
 
 
 def _describe(name: str, group: int, vector: Any) -> EnvironmentSpec:
     snapshots = snapshots_of(vector)
     result = _guarded(name, group, "reset()", lambda: vector.reset(seed=0))
-    if not _is_reset(result):
+    if not is_reset(result):
         what, field, expected, actual, hint = wrong_result("reset()", _RESET, result)
         raise environment_fault(
             "api", what, environment=name, group=group, env=0, step=0, seed=0, field=field, expected=expected, actual=actual, hint=hint
@@ -286,7 +291,7 @@ class NativeGroup:
         if self._open_now:
             self._open_now = False
             self._progress(0, closing=True)
-            with suppress(*RAISED):  # it is given up anyway
+            with suppress(*environment_errors()):  # it is given up anyway
                 self._vector.close()
 
     def _outcome(self, reward: Any, terminated: Any, truncated: Any) -> tuple[Array, Array, Array]:
@@ -359,14 +364,14 @@ class NativeGroup:
 
     def _reset(self, call: str, action: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
         result: tuple[Any, dict[str, Any]] = self._guard(call, action)
-        if not _is_reset(result):
+        if not is_reset(result):
             raise self._fault("api", *wrong_result(call, _RESET, result))
         return result
 
     def _guard(self, call: str, action: Callable[[], Any]) -> Any:
         try:
             return action()
-        except RAISED as error:
+        except environment_errors() as error:
             raise self._fault(**raised_in(call, error, "snapshot" if "snapshots" in call else "raised")) from error
 
     def _fault(

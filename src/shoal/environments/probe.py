@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium.wrappers import TimeLimit
 
 from shoal.config import EnvConfig
-from shoal.environments.faults import RAISED, TookTooLong, environment_fault, raised_in
+from shoal.environments.faults import TookTooLong, environment_errors, environment_fault, raised_in
 from shoal.environments.instance import Instance, unwrap
 from shoal.environments.make import Factory, describe_instance, open_environment
 from shoal.environments.native import native_spec
@@ -104,10 +104,10 @@ class Told(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     @contextmanager
     def _last(self) -> Iterator[None]:
-        """What no one takes for an environment's error (KeyboardInterrupt, GeneratorExit) ends the process, and nothing is told after it."""
+        """What no one takes for the environment's error (the user's Ctrl-C) ends the process, and nothing is told after it."""
         try:
             yield
-        except RAISED:
+        except environment_errors():
             raise
         except BaseException:
             self._tell = quiet
@@ -152,7 +152,7 @@ def probe(env: EnvConfig, factory: Factory | None = None, *, num_steps: int = 20
         made.close()  # one with a fault is left as it is: closing it may hang, and what is wrong would not be said
     except TookTooLong as error:
         raise environment_fault(**raised_in("close()", error), environment=env.id, group=0, env=0, step=0, seed=0) from error
-    except RAISED:
+    except environment_errors():
         pass  # it is no longer wanted
     return found
 
