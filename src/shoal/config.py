@@ -180,7 +180,7 @@ class OffPolicyConfig(AlgorithmConfig):
 
 
 TargetTau = Annotated[
-    Fraction | None,
+    Share | None,
     Field(description="after each optimizer step the target network goes this share of the way; none: it is copied (target_update_steps)"),
 ]
 Exploration = Annotated[

@@ -101,7 +101,7 @@ class SAC(OffPolicyAlgorithm[SACConfig]):
         """Weight of the entropy now."""
         if self.config.temperature is not None:
             return self.config.temperature
-        return math.exp(float(self.temperature.log_alpha))
+        return math.exp(self.temperature.log_alpha.item())
 
     @torch.no_grad()
     def learn(self, rows: Transitions, context: UpdateContext) -> tuple[Metrics, Tensor | None]:
