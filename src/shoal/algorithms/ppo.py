@@ -90,23 +90,30 @@ def clipped_epochs(
     means, steps, skipped, epochs, stop = Means(), optimizer.steps, optimizer.skipped, 0, False
     while epochs < config.epochs and not stop:
         epochs += 1
-        for rows in epoch(policy, batch, config.minibatch_size, context.rng, **columns):
+        for rows in epoch(policy, batch, config.minibatch_size, context.rng, optimizer.ranks, **columns):
             evaluation = rows.evaluate(policy)
-            advantage = normalised(rows["advantage"]) if config.normalise_advantage else rows["advantage"]
+            advantage = normalised(rows["advantage"], rows.whole["advantage"]) if config.normalise_advantage else rows["advantage"]
             actor = clipped_policy_loss(evaluation.log_prob, rows["old_log_prob"], advantage, clip_range)
             critic_loss, d_value = value_loss(evaluation.value, rows["old_value"], rows["target"], clip_range_value)
             entropy_loss = -evaluation.entropy.mean()
             loss = actor.policy_gradient_loss + config.value_coefficient * critic_loss + config.entropy_coefficient * entropy_loss
-            means.add(
-                {"policy_gradient_loss": actor.policy_gradient_loss, "approx_kl": actor.approx_kl, "clip_fraction": actor.clip_fraction}
-            )
-            means.add({"value_loss": critic_loss, "entropy_loss": entropy_loss})
-            if config.target_kl is not None and float(actor.approx_kl) > 1.5 * config.target_kl:
-                stop = True
-                break
             d_entropy = torch.full_like(evaluation.entropy, -config.entropy_coefficient / len(rows))
             gradients = evaluation.gradients(optimizer.parameters, actor.d_log_prob, d_entropy, d_value.mul_(config.value_coefficient))
-            means.add({"loss": loss, "grad_norm": optimizer.descend(gradients, learning_rate, loss)})
+            found = {
+                "policy_gradient_loss": actor.policy_gradient_loss,
+                "approx_kl": actor.approx_kl,
+                "clip_fraction": actor.clip_fraction,
+                "value_loss": critic_loss,
+                "entropy_loss": entropy_loss,
+                "loss": loss,
+            }
+            gradient, found = optimizer.gather(gradients, found, rows.share)
+            loss = found.pop("loss")
+            means.add(found)
+            if config.target_kl is not None and float(found["approx_kl"]) > 1.5 * config.target_kl:
+                stop = True
+                break
+            means.add({"loss": loss, "grad_norm": optimizer.follow(gradient, learning_rate, loss)})
     valid_TN = batch.valid_TN
     return {
         **means.result(),
@@ -125,10 +132,11 @@ class PPO(Algorithm[PPOConfig]):
     Config = PPOConfig
     modes = ("sync",)
     remembers = True
+    shares = True
 
     def update(self, batch: Batch, context: UpdateContext) -> dict[str, float]:
         config = self.config
-        value_TN, next_value_TN = values_TN(self.policy, batch)
+        value_TN, next_value_TN = values_TN(self.policy, batch, self.ranks)
         advantage_TN, target_TN = gae(
             value_TN, next_value_TN, batch.reward_TN, discount_TN(batch, config.gamma), cut_TN(batch), lambda_=config.gae_lambda
         )
