@@ -33,6 +33,7 @@ class Plan:
         groups = config.sampling.groups or 1
         sync = config.mode != "async"
         batch = groups if sync else config.sampling.batch_rollouts or groups
+        held = -(-batch // groups) if config.learners > 1 else 0  # several keep an update's slots until it is made
         return cls(
             mode="sync" if sync else "async",
             num_groups=groups,
@@ -40,7 +41,7 @@ class Plan:
             rollout_length=config.sampling.rollout_length,
             batch_rollouts=batch,
             max_policy_lag=0 if sync else config.max_policy_lag,
-            slots_per_group=1 if sync else max(2, -(-batch // groups) + 1),
+            slots_per_group=1 if sync else max(2, -(-batch // groups) + 1) + held,
             rate=rate,
             batches_ahead=BATCHES_AHEAD if rate is None else max(1.0, config.replay.tolerance),
         )
