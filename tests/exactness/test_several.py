@@ -128,7 +128,8 @@ def test_ctrl_c_ends_all_of_them_and_in_an_update_too(tmp_path: Path) -> None:
             assert run.ends(20) == 130
             assert time.monotonic() - begun < 6.0
             run.gone()
-            result = json.loads(run.process.communicate()[0])
+            assert run.process.stdout is not None
+            result = json.loads(run.process.stdout.read())
             assert result["reason"] == "interrupted"
             balanced(result)
         (tmp_path / "run").rename(tmp_path / f"run{len(more)}")
