@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from shoal.algorithms import Algorithm, UpdateContext, build_algorithm, load_algorithm
+from shoal.algorithms import Algorithm, UpdateContext, base, build_algorithm, load_algorithm
 from shoal.algorithms.appo import APPO
 from shoal.algorithms.base import cut_TN, discount_TN
 from shoal.algorithms.impala import IMPALA, impala_loss
@@ -52,6 +52,12 @@ def test_value_loss_by_hand() -> None:
     # clipped to 1.5: (1.5 - 4)^2 is worse than (3 - 4)^2
     assert value_loss(value, old, target, 0.5)[0].item() == (6.25 + 1.0) / 2
     assert value_loss(value, old, torch.tensor([1.0, 1.0]), 0.5)[0].item() == (4.0 + 1.0) / 2
+
+
+def test_a_value_within_its_clip_range_keeps_its_derivative_where_the_sum_is_rounded() -> None:
+    value, old, target = torch.tensor([3.3]), torch.tensor([10.0]), torch.tensor([3.0])
+    assert old + (value - old) > value  # one unit of the last place
+    assert value_loss(value, old, target, 7.0)[1].item() == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize("clip_range_value", [None, 0.3])
@@ -259,6 +265,17 @@ def test_epochs_stop_once_the_policy_has_moved_too_far() -> None:
     stopped = PPO(model, PPOConfig(epochs=3, minibatch_size=6, target_kl=1e-9)).update(batch, context())
     assert (stopped["epochs"], stopped["optimizer_steps"]) == (1.0, 0.0)
     assert weights_sha256(model) == weights_sha256(policy())
+
+
+def test_short_columns_in_numpy_give_what_tensors_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PPOConfig(epochs=2, minibatch_size=6, entropy_coefficient=0.01, clip_range_value=0.1, target_kl=10.0)
+    batch, short, long = random_batch(1), policy(), policy()
+    found = PPO(short, config).update(batch, context())
+    monkeypatch.setattr(base, "LIGHT_ROWS", 0)
+    expected = PPO(long, config).update(batch, context())
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    for name, tensor in named_tensors(short).items():
+        torch.testing.assert_close(tensor, named_tensors(long)[name], rtol=1e-3, atol=1e-5)
 
 
 def test_without_lag_appo_is_ppo() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
 
+from shoal.algorithms.base import Optimizer
 from shoal.config import PolicyConfig
-from shoal.networks.evaluation import GraphEvaluation, SmallEvaluation
+from shoal.networks.encoders import Encoder
+from shoal.networks.evaluation import GraphEvaluation, SmallEvaluation, small_network
 from shoal.networks.policy import Policy, build_policy
 from shoal.types import LeafSpec
 
@@ -24,7 +27,7 @@ def by_graph(policy: Policy, observation: dict[str, torch.Tensor], action: torch
 
 
 @pytest.mark.parametrize("share", [False, True])
-@pytest.mark.parametrize(("activation", "hidden_sizes"), [("tanh", [24, 16]), ("relu", [16]), ("tanh", [])])
+@pytest.mark.parametrize(("activation", "hidden_sizes"), [("tanh", [24, 16]), ("relu", [16]), ("tanh", []), ("tanh", [40, 24])])
 @pytest.mark.parametrize(
     ("action", "masked"),
     [(CHOICES, False), (CHOICES, True), (ACTIONS["box"][0], False), (ACTIONS["box_of_nothing"][0], False)],
@@ -79,3 +82,36 @@ def test_everything_else_goes_through_the_graph(observation: LeafSpec, action: L
     gradients = evaluation.gradients(parameters, *torch.ones(3, 4))
     assert [g.shape for g in gradients] == [p.shape for p in parameters]
     assert any(bool(g.any()) for g in gradients)
+
+
+class Doubled(Encoder):
+    """An encoder that does more than its layers say."""
+
+    def forward(self, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return 2.0 * super().forward(prepared)
+
+
+def test_towers_that_do_something_else_or_differ_in_their_activation_go_by_the_graph() -> None:
+    known = build_policy(spec(VECTOR, CHOICES), PolicyConfig(hidden_sizes=[8]), seed=1)
+    other = build_policy(spec(VECTOR, CHOICES), PolicyConfig(hidden_sizes=[8], activation="relu"), seed=1)
+    assert isinstance(known.actor, Encoder)
+    assert small_network(known.actor, known.critic, known.action_head, known.value_head) is not None
+    assert small_network(known.actor, other.critic, known.action_head, known.value_head) is None
+    known.actor.__class__ = Doubled
+    assert small_network(known.actor, known.critic, known.action_head, known.value_head) is None
+
+
+def test_gradients_are_written_where_the_optimizer_keeps_them_and_do_not_add_up() -> None:
+    environment = spec(VECTOR, CHOICES)
+    policy = build_policy(environment, PolicyConfig(hidden_sizes=[40, 24]), seed=1)
+    optimizer = Optimizer(policy, epsilon=1e-5, max_gradient_norm=0.5)
+    slopes = torch.randn(3, 50, generator=torch.Generator().manual_seed(3))
+    for seed in (0, 1):
+        rows = raw(environment, 50, seed)
+        with torch.no_grad():
+            taken, _ = policy.act(rows, noise(policy, 50), None)
+        found = policy.evaluate(rows, taken).gradients(optimizer.parameters, *slopes, optimizer.gradients)
+        expected = by_graph(policy, rows, taken, None).gradients(optimizer.parameters, *slopes)
+        assert found is optimizer.gradients
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

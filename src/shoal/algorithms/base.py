@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +22,9 @@ from shoal.experience.batch import Batch
 from shoal.networks.evaluation import Evaluation
 from shoal.networks.policy import Policy
 from shoal.networks.recurrent import RecurrentPolicy
+from shoal.types import Array
 
+LIGHT_ROWS = 4096  # up to so many, numpy has less to do
 GATHERED_BYTES = 2**22  # observations of one batch that are gathered in one go
 CHUNK_NUMBERS = 2**24  # observation numbers of one forward pass over a whole batch: bounds its memory
 
@@ -43,6 +45,7 @@ class UpdateContext:
 
 
 ConfigT = TypeVar("ConfigT", bound=AlgorithmConfig)
+Column = TypeVar("Column", Tensor, Array)
 
 
 class Algorithm(Generic[ConfigT]):
@@ -91,13 +94,14 @@ class Optimizer:
     """Adam (Kingma & Ba 2014, arXiv:1412.6980) or RMSProp behind a clipped gradient norm, on one flat vector.
 
     The policy's parameters become views of one tensor [P], so that a step is ten operations whatever the number of layers. Writing into
-    parameters, or replacing them, is noticed and works.
+    parameters, or giving them other data, is noticed and works.
 
     Args:
       epsilon: added to the root of the second moment.
       max_gradient_norm: the gradient is scaled down to this Euclidean norm.
     Attributes:
       parameters: those that are trained, in the order of the flat vector.
+      gradients: a place for the gradient of each, all of them views of one tensor [P]; `descend` takes what was written there without a copy.
       steps: taken; skipped: refused, because loss or gradient was not finite (parameters and moments stay as they were).
       ranks: with whom `gather` adds up.
     """
@@ -109,6 +113,10 @@ class Optimizer:
         self._flatten()
         self.first = torch.zeros_like(self._flat)
         self.second = torch.zeros_like(self._flat)
+        self._gradient = torch.zeros_like(self._flat)
+        parts = torch.split(self._gradient, [p.numel() for p in self.parameters])
+        self.gradients = [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+        self._count = torch.zeros((), device=self._flat.device)
         self.steps = 0
         self.skipped = 0
         self.ranks: Ranks = ALONE
@@ -137,31 +145,36 @@ class Optimizer:
         gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True, allow_unused=True)
         return self.descend(gradients, learning_rate, loss)
 
-    def gather(self, gradients: Sequence[Tensor], numbers: dict[str, Tensor], share: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def gather(
+        self, gradients: Sequence[Tensor], numbers: Mapping[str, Tensor | float], share: float
+    ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """The gradient of a minibatch as one vector [P], and numbers of it, from what each learner found for its part.
 
         Args:
-          gradients: of `parameters`, in their order and shapes: those of a mean over this learner's rows. numbers: such means, float32 scalars.
+          gradients: of `parameters`, in their order and shapes: those of a mean over this learner's rows. numbers: such means.
           share: of its rows in those of all, see `share_of`.
         """
-        gradient = torch.cat([g.reshape(-1) for g in gradients])
+        gradient = self._one_vector(gradients)
         if self.ranks.size == 1:
             return gradient, numbers
-        vector = torch.cat([gradient, torch.stack(list(numbers.values()))]).mul_(share)
+        told = torch.tensor([float(number) for number in numbers.values()], device=gradient.device)
+        vector = torch.cat([gradient, told]).mul_(share)
         self.ranks.sum(vector)
-        told = vector[len(gradient) :].clone()  # a view would keep all of the vector
-        return vector[: len(gradient)], dict(zip(numbers, told.unbind(), strict=True))
+        return vector[: len(gradient)], dict(zip(numbers, vector[len(gradient) :].tolist(), strict=True))
 
-    def descend(self, gradients: Sequence[Tensor], learning_rate: float, loss: Tensor) -> float:
+    def _one_vector(self, gradients: Sequence[Tensor]) -> Tensor:
+        return self._gradient if gradients is self.gradients else torch.cat([g.reshape(-1) for g in gradients])
+
+    def descend(self, gradients: Sequence[Tensor], learning_rate: float, loss: Tensor | float) -> float:
         """The same from the gradients of `parameters`, in their order and shapes. `loss` is only looked at: the step is refused where it is
         not finite."""
-        return self.follow(torch.cat([g.reshape(-1) for g in gradients]), learning_rate, loss)
+        return self.follow(self._one_vector(gradients), learning_rate, loss)
 
-    def follow(self, gradient: Tensor, learning_rate: float, loss: Tensor) -> float:
+    def follow(self, gradient: Tensor, learning_rate: float, loss: Tensor | float) -> float:
         """The same from one vector [P], which is overwritten."""
         self._look()
         norm = float(gradient.norm())
-        if not (math.isfinite(norm) and math.isfinite(float(loss.detach()))):
+        if not (math.isfinite(norm) and math.isfinite(loss.item() if isinstance(loss, Tensor) else loss)):
             self.skipped += 1
             return norm
         if norm > self._max_norm:
@@ -172,14 +185,15 @@ class Optimizer:
 
     def _apply(self, gradient: Tensor, learning_rate: float) -> None:
         beta1, beta2 = self._betas
-        self.second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        if self._kind == "rmsprop":
-            self._flat.addcdiv_(gradient, self.second.sqrt().add_(self._epsilon), value=-learning_rate)
+        if self._kind == "adam":
+            self._count.fill_(self.steps)
+            torch._fused_adam_(
+                [self._flat], [gradient], [self.first], [self.second], [], [self._count], lr=learning_rate, beta1=beta1, beta2=beta2,
+                weight_decay=0.0, eps=self._epsilon, amsgrad=False, maximize=False,
+            )  # fmt: skip
             return
-        self.first.lerp_(gradient, 1 - beta1)
-        correction1, correction2 = 1 - beta1**self.steps, 1 - beta2**self.steps
-        denominator = self.second.sqrt().div_(math.sqrt(correction2)).add_(self._epsilon)
-        self._flat.addcdiv_(self.first, denominator, value=-learning_rate / correction1)
+        self.second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        self._flat.addcdiv_(gradient, self.second.sqrt().add_(self._epsilon), value=-learning_rate)
 
     def get_state(self) -> dict[str, Tensor]:
         """Copies: optimizer/first, optimizer/second float32 [P]; optimizer/steps, optimizer/skipped int64 []."""
@@ -291,7 +305,7 @@ class Minibatch:
 
     Attributes:
       observation: by field name, [M, ...]. action: [M, ...]. action_mask: bool [M, A] or None.
-      whole: the columns over the rows of all learners. share: of these rows in them; 1 where one learns alone.
+      whole: of several learners, the columns over the rows of all. share: of these rows in those.
     """
 
     observation: dict[str, Tensor]
@@ -359,7 +373,7 @@ def minibatches(
                 actions[i],
                 None if masks is None else masks[i],
                 whole if ranks.size == 1 else {name: column[rows] for name, column in whole.items()},
-                whole,
+                {} if ranks.size == 1 else whole,
                 share,
             )
 
@@ -369,12 +383,33 @@ def schedule(value: float, kind: Literal["constant", "linear"], progress: float)
     return value * (1.0 - progress) if kind == "linear" else value
 
 
-def normalised(advantage: Tensor, among: Tensor | None = None) -> Tensor:
-    """Zero mean and unit deviation over a minibatch, whose rows are these or `among`; of a minibatch of one row it stays as it is."""
-    among = advantage if among is None else among
-    if len(among) < 2:
+def light(*columns: Tensor) -> tuple[Any, ...]:
+    """Columns [M] of a minibatch as numpy sees them where they are short and in memory: numpy takes a third of torch's time for a few hundred
+    numbers. The same tensors where they are not."""
+    if columns[0].is_cuda or len(columns[0]) > LIGHT_ROWS:
+        return columns
+    return tuple(column.numpy() for column in columns)
+
+
+def heavy(column: Column) -> Tensor:
+    """A tensor of what came of `light` columns."""
+    return column if isinstance(column, Tensor) else torch.from_numpy(column)
+
+
+def library(column: Column) -> Any:
+    """numpy or torch, whose functions of the same name do the same."""
+    return torch if isinstance(column, Tensor) else np
+
+
+def normalised(advantage: Column, among: Tensor | None = None) -> Column:
+    """Zero mean and unit deviation over a minibatch, whose rows are these, or `among`; of one row it stays as it is."""
+    if len(advantage if among is None else among) < 2:
         return advantage
-    return (advantage - among.mean()) / (among.std() + 1e-8)
+    if among is not None:
+        deviation, mean = torch.std_mean(among)
+        return (advantage - float(mean)) / (float(deviation) + 1e-8)
+    centred = advantage - advantage.sum() / len(advantage)
+    return centred / (((centred * centred).sum() / (len(advantage) - 1)) ** 0.5 + 1e-8)  # type: ignore[no-any-return]
 
 
 def explained_variance(value: Tensor, target: Tensor) -> float:

@@ -118,7 +118,7 @@ class IMPALA(Algorithm[ImpalaConfig]):
             columns = {"advantage": corrected.advantage_TN, "target": corrected.target_TN}
             for rows in epoch(self.policy, batch, config.minibatch_size, context.rng, self.ranks, **columns):
                 evaluation = rows.evaluate(self.policy)
-                advantage = normalised(rows["advantage"], rows.whole["advantage"]) if config.normalise_advantage else rows["advantage"]
+                advantage = normalised(rows["advantage"], rows.whole.get("advantage")) if config.normalise_advantage else rows["advantage"]
                 weight = torch.full_like(advantage, 1.0 / len(rows))
                 self._step(evaluation, advantage, rows["target"], weight, rows.share, learning_rate, means)
         return {
@@ -158,12 +158,13 @@ class IMPALA(Algorithm[ImpalaConfig]):
         parts = impala_loss(evaluation, advantage, target, weight, self.config)
         loss = parts.policy_gradient_loss + self.config.value_coefficient * parts.value_loss
         loss = loss + self.config.entropy_coefficient * parts.entropy_loss
-        gradients = evaluation.gradients(self.optimizer.parameters, parts.d_log_prob, parts.d_entropy, parts.d_value)
+        optimizer = self.optimizer
+        gradients = evaluation.gradients(optimizer.parameters, parts.d_log_prob, parts.d_entropy, parts.d_value, optimizer.gradients)
         found = {
             "policy_gradient_loss": parts.policy_gradient_loss,
             "value_loss": parts.value_loss,
             "entropy_loss": parts.entropy_loss,
             "loss": loss,
         }
-        gradient, found = self.optimizer.gather(gradients, found, share)
-        means.add({**found, "grad_norm": self.optimizer.follow(gradient, learning_rate, found["loss"])})
+        gradient, said = optimizer.gather(gradients, found, share)
+        means.add({**said, "grad_norm": optimizer.follow(gradient, learning_rate, said["loss"])})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
-import torch
 from torch import Tensor
 
 from shoal.algorithms.base import (
     Algorithm,
+    Column,
     Means,
     Optimizer,
     UpdateContext,
@@ -16,6 +16,9 @@ from shoal.algorithms.base import (
     discount_TN,
     epoch,
     explained_variance,
+    heavy,
+    library,
+    light,
     normalised,
     schedule,
     values_TN,
@@ -26,43 +29,45 @@ from shoal.networks.policy import Policy
 from shoal.ops.gae import gae
 
 
-class PolicyLoss(NamedTuple):
+class PolicyLoss(NamedTuple, Generic[Column]):
     """The clipped objective, its derivative with respect to each row's log-probability [M], and how far the policy has moved."""
 
-    policy_gradient_loss: Tensor
-    d_log_prob: Tensor
-    approx_kl: Tensor
-    clip_fraction: Tensor
+    policy_gradient_loss: float | Tensor
+    d_log_prob: Column
+    approx_kl: float | Tensor
+    clip_fraction: float | Tensor
 
 
-def clipped_policy_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_range: float) -> PolicyLoss:
+def clipped_policy_loss(log_prob: Column, old_log_prob: Column, advantage: Column, clip_range: float) -> PolicyLoss[Column]:
     """-E min(r A, clip(r, 1 - eps, 1 + eps) A) with r = pi / pi_old (eq. 7), over [M].
 
     approx_kl is E[(r - 1) - log r], which is never negative (Schulman 2020, joschu.net/blog/kl-approx.html).
     """
+    lib, num_rows = library(log_prob), len(log_prob)
     log_ratio = log_prob - old_log_prob
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
+    ratio = lib.exp(log_ratio)
+    clipped = lib.clip(ratio, 1.0 - clip_range, 1.0 + clip_range)
     surrogate, bound = ratio * advantage, clipped * advantage
-    loss = -torch.min(surrogate, bound).mean()
-    d_log_prob = torch.where(surrogate <= bound, surrogate, 0.0).mul_(-1.0 / len(ratio))
-    approx_kl = (ratio - 1.0).sub_(log_ratio).mean()
-    clip_fraction = (ratio != clipped).float().mean()
+    loss = -lib.minimum(surrogate, bound).sum() / num_rows
+    d_log_prob = lib.where(surrogate <= bound, surrogate, 0.0) * (-1.0 / num_rows)
+    approx_kl = ((ratio - 1.0) - log_ratio).sum() / num_rows
+    clip_fraction = lib.count_nonzero(ratio != clipped) / num_rows
     return PolicyLoss(loss, d_log_prob, approx_kl, clip_fraction)
 
 
-def value_loss(value: Tensor, old_value: Tensor, target: Tensor, clip_range_value: float | None) -> tuple[Tensor, Tensor]:
+def value_loss(value: Column, old_value: Column, target: Column, clip_range_value: float | None) -> tuple[float | Tensor, Column]:
     """Mean squared error over [M], and its derivative with respect to each value [M].
 
     With a clip range, each row's error is the worse of its own and that of old_value + clip(value - old_value).
     """
+    lib, num_rows = library(value), len(value)
     error = value - target
     if clip_range_value is None:
-        return error.square().mean(), error.mul(2.0 / len(error))
-    moved = value - old_value
-    near = old_value + moved.clamp(-clip_range_value, clip_range_value) - target
-    worse = near.square() > error.square()  # then the clip holds: moving the value changes nothing
-    return torch.max(error.square(), near.square()).mean(), error.masked_fill(worse, 0.0).mul_(2.0 / len(error))
+        return (error * error).sum() / num_rows, error * (2.0 / num_rows)
+    near = old_value + lib.clip(value - old_value, -clip_range_value, clip_range_value) - target
+    square, near_square = error * error, near * near
+    worse = (near_square > square) & (abs(value - old_value) > clip_range_value)  # then the clip holds: moving the value changes nothing
+    return lib.maximum(square, near_square).sum() / num_rows, lib.where(worse, 0.0, error) * (2.0 / num_rows)
 
 
 class Targets(NamedTuple):
@@ -92,28 +97,32 @@ def clipped_epochs(
         epochs += 1
         for rows in epoch(policy, batch, config.minibatch_size, context.rng, optimizer.ranks, **columns):
             evaluation = rows.evaluate(policy)
-            advantage = normalised(rows["advantage"], rows.whole["advantage"]) if config.normalise_advantage else rows["advantage"]
-            actor = clipped_policy_loss(evaluation.log_prob, rows["old_log_prob"], advantage, clip_range)
-            critic_loss, d_value = value_loss(evaluation.value, rows["old_value"], rows["target"], clip_range_value)
-            entropy_loss = -evaluation.entropy.mean()
+            log_prob, entropy, value, old_log_prob, old_value, advantage, target = light(
+                evaluation.log_prob, evaluation.entropy, evaluation.value, *(rows[name] for name in columns)
+            )
+            advantage = normalised(advantage, rows.whole.get("advantage")) if config.normalise_advantage else advantage
+            actor = clipped_policy_loss(log_prob, old_log_prob, advantage, clip_range)
+            critic_loss, d_value = value_loss(value, old_value, target, clip_range_value)
+            entropy_loss = -entropy.sum() / len(rows)
             loss = actor.policy_gradient_loss + config.value_coefficient * critic_loss + config.entropy_coefficient * entropy_loss
-            d_entropy = torch.full_like(evaluation.entropy, -config.entropy_coefficient / len(rows))
-            gradients = evaluation.gradients(optimizer.parameters, actor.d_log_prob, d_entropy, d_value.mul_(config.value_coefficient))
+            d_entropy = library(entropy).full_like(entropy, -config.entropy_coefficient / len(rows))
+            d_value = d_value * config.value_coefficient
+            gradients = evaluation.gradients(
+                optimizer.parameters, heavy(actor.d_log_prob), heavy(d_entropy), heavy(d_value), optimizer.gradients
+            )
             found = {
                 "policy_gradient_loss": actor.policy_gradient_loss,
                 "approx_kl": actor.approx_kl,
                 "clip_fraction": actor.clip_fraction,
                 "value_loss": critic_loss,
                 "entropy_loss": entropy_loss,
-                "loss": loss,
             }
-            gradient, found = optimizer.gather(gradients, found, rows.share)
-            loss = found.pop("loss")
-            means.add(found)
-            if config.target_kl is not None and float(found["approx_kl"]) > 1.5 * config.target_kl:
+            gradient, said = optimizer.gather(gradients, {**found, "loss": loss}, rows.share)
+            means.add({name: said[name] for name in found})
+            if config.target_kl is not None and float(said["approx_kl"]) > 1.5 * config.target_kl:
                 stop = True
                 break
-            means.add({"loss": loss, "grad_norm": optimizer.follow(gradient, learning_rate, loss)})
+            means.add({"loss": said["loss"], "grad_norm": optimizer.follow(gradient, learning_rate, said["loss"])})
     valid_TN = batch.valid_TN
     return {
         **means.result(),

@@ -42,7 +42,7 @@ class SequenceMinibatch:
 
     Attributes:
       valid: int64 [M], which of the T * K flat rows of `sequences` they are.
-      whole: the columns over the rows of all learners. share: of these rows in them; 1 where one learns alone.
+      whole: of several learners, the columns over the rows of all. share: of these rows in those.
     """
 
     sequences: Sequences
@@ -134,7 +134,7 @@ def sequence_minibatches(
             own_valid, own_columns = _valid_rows(batch, part[own], columns_TN)
             if any_left and len(own_valid):
                 mine, my_valid, columns, share = part[own], own_valid, own_columns, len(own_valid) / len(valid)
-        yield SequenceMinibatch(sequences_of(batch, T, mine), my_valid, columns, whole, share)
+        yield SequenceMinibatch(sequences_of(batch, T, mine), my_valid, columns, {} if ranks.size == 1 else whole, share)
 
 
 def _valid_rows(batch: Batch, part: Tensor, columns_TN: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -284,6 +284,7 @@ def main(args: list[str] | None = None) -> NoReturn:
     if "--debug" not in args:
         warnings.showwarning = _warn
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before anything imports torch: spinning threads starve the other processes
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # and numpy: the bits of a run in this process may depend on it
     try:
         cli.main(args, prog_name="shoal", standalone_mode=False)
     except click.exceptions.Exit as stop:

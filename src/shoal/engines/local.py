@@ -270,6 +270,9 @@ class LocalEngine:
         elif kind == "consumed":
             self._consumed(said)
         elif kind == "trained":
+            tell_of_weights(
+                self._session, self._fleet.actors, said["version"]
+            )  # before anything that may take its time, as a callback does
             if "dropped" in said:  # several learners, who say both at once
                 self._consumed(said)
             try:
@@ -284,7 +287,6 @@ class LocalEngine:
                     each.deaths = 0
                 if self._fleet.inference is not None:
                     self._fleet.inference.deaths = 0
-            tell_of_weights(self._session, self._fleet.actors, said["version"])
             for each in self._fleet.learners:
                 self._back("learner", each.index)
             if self._reason is None and self._saves.due:

@@ -96,22 +96,27 @@ class Slot:
 
     def check_counts(self) -> None:
         """Raise SchemaError unless all that the header counts, and the rows that it points to, lie within the slot."""
-        e, most = self.envelope, self.schema.num_rows * self.schema.num_envs
-        num_rows, num_episodes, num_finals = int(e["num_rows"]), int(e["num_episodes"]), int(e["num_finals"])
-        for what, found, least, limit in (
-            ("rows", num_rows, 1, self.schema.num_rows),
-            ("env steps", int(e["num_env_steps"]), 0, most),
-            ("episodes", num_episodes, 0, most),
-            ("last observations", num_finals, 0, most),
-        ):
-            if not least <= found <= limit:
-                raise SchemaError(f"slot {self.index}: {found} {what}, expected {least} to {limit}")
+        check_header(self.envelope, self.schema, f"slot {self.index}")
+        num_rows, num_episodes, num_finals = (int(self.envelope[name]) for name in ("num_rows", "num_episodes", "num_finals"))
         ended = self.arrays["episode"][:num_episodes]
         for rows, envs in ((ended["row"], ended["env"]), (self.arrays["final/row"][:num_finals], self.arrays["final/env"][:num_finals])):
             if len(rows) and not (min(rows) >= 0 and max(rows) < num_rows and min(envs) >= 0 and max(envs) < self.schema.num_envs):
                 raise SchemaError(
                     f"slot {self.index}: an episode's end lies outside its {num_rows} rows and {self.schema.num_envs} environments"
                 )
+
+
+def check_header(header: Any, schema: Schema, what: str) -> None:
+    """Raise SchemaError unless an envelope counts no more than a slot of this schema holds."""
+    most = schema.num_rows * schema.num_envs
+    for name, words, least, limit in (
+        ("num_rows", "rows", 1, schema.num_rows),
+        ("num_env_steps", "env steps", 0, most),
+        ("num_episodes", "episodes", 0, most),
+        ("num_finals", "last observations", 0, most),
+    ):
+        if not least <= int(header[name]) <= limit:
+            raise SchemaError(f"{what}: {header[name]} {words}, expected {least} to {limit}")
 
 
 class Ring:

@@ -11,6 +11,7 @@ One of several (algorithms/ranks.py) waits for the others in every update, and r
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -196,7 +197,7 @@ class Learner:
             with torch.no_grad():
                 for name, tensor in named_tensors(self._policy).items():
                     torch.from_numpy(views[name]).copy_(tensor)
-        if not np.isfinite(flat).all():
+        if not math.isfinite(np.dot(flat, flat)) and not np.isfinite(flat).all():  # the first is quick, and infinite also for what is large
             bad = [name for name, view in views.items() if not np.isfinite(view).all()]
             raise DivergedError(f"diverged: {', '.join(bad)} of version {self.version} are not finite; {_ADVICE}")
         self._board.commit(self.version)

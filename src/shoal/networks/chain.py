@@ -15,24 +15,19 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from shoal.networks.by_hand import ACTIVATE, BACKWARD
 from shoal.networks.encoders import Encoder, orthogonal
 
 Found = dict[Tensor, Tensor]  # gradient by parameter
 
-_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh_, "relu": torch.relu_}
-_tanh_backward, _relu_backward = torch.ops.aten.tanh_backward, torch.ops.aten.threshold_backward
-_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "tanh": _tanh_backward,
-    "relu": lambda gradient, output: _relu_backward(gradient, output, 0),
-}
-ACTIVATIONS = tuple(_ACTIVATE)
+ACTIVATIONS = tuple(ACTIVATE)
 
 
 class Chain:
     """Linear layers with an activation between them, [M, I] -> [M, O]; `layers` are looked at at every call."""
 
     def __init__(self, layers: Sequence[nn.Linear], activation: str) -> None:
-        self._layers, self._activate, self._backward = list(layers), _ACTIVATE[activation], _BACKWARD[activation]
+        self._layers, self._activate, self._backward = list(layers), ACTIVATE[activation], BACKWARD[activation]
 
     def forward(self, value_MI: Tensor) -> list[Tensor]:
         """The input and every layer's output, the last without activation. To be called without gradient."""
@@ -59,7 +54,7 @@ class Trunk:
         self._encoder, self._head = encoder, head
         self._parameters = [*encoder.parameters(), *head.parameters()]
         self._vector, self._chain = None, None
-        if isinstance(encoder, Encoder) and encoder.single_vector is not None and encoder.mlp.activation in _ACTIVATE:
+        if type(encoder) is Encoder and encoder.single_vector is not None and encoder.mlp.activation in ACTIVATE:
             self._vector, self._chain = encoder.single_vector, Chain([*encoder.mlp.linears, head], encoder.mlp.activation)
 
     @property
@@ -114,7 +109,7 @@ class TwinChain(nn.Module):
             biases.append(nn.Parameter(torch.stack([twin.bias.detach().unsqueeze(0) for twin in twins])))
         self.weights, self.biases = nn.ParameterList(weights), nn.ParameterList(biases)
         self._pairs = list(zip(weights, biases, strict=True))  # ParameterList is slow to walk
-        self._activate, self._backward = _ACTIVATE[activation], _BACKWARD[activation]
+        self._activate, self._backward = ACTIVATE[activation], BACKWARD[activation]
 
     def layers(self, value_MI: Tensor) -> list[Tensor]:
         """The input (for both) and every layer's output, without gradient."""

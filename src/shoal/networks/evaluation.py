@@ -10,31 +10,17 @@ Legend: N rows, D features, A choices or action dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shoal.networks.by_hand import ACTIVATE, BACKWARD, product
 from shoal.networks.encoders import MLP, Encoder
 from shoal.networks.heads import ActionHead
 from shoal.ops.distributions import HALF_LOG_2PI, MASKED_LOGIT
-
-
-def _tanh(value: Tensor) -> Tensor:
-    """In place, by numpy: torch hands it to a library that takes seven times as long on processors other than its maker's (Zen 4, measured)."""
-    array = value.numpy()
-    np.tanh(array, out=array)
-    return value
-
-
-_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {"tanh": _tanh, "relu": torch.relu_}
-_tanh_backward, _relu_backward = torch.ops.aten.tanh_backward, torch.ops.aten.threshold_backward
-_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "tanh": _tanh_backward,
-    "relu": lambda gradient, output: _relu_backward(gradient, output, 0),
-}
 
 
 class Evaluation(Protocol):
@@ -44,10 +30,15 @@ class Evaluation(Protocol):
     entropy: Tensor
     value: Tensor
 
-    def gradients(self, parameters: Sequence[Tensor], d_log_prob: Tensor, d_entropy: Tensor, d_value: Tensor) -> Sequence[Tensor]:
+    def gradients(
+        self, parameters: Sequence[Tensor], d_log_prob: Tensor, d_entropy: Tensor, d_value: Tensor, into: Sequence[Tensor] | None = None
+    ) -> Sequence[Tensor]:
         """The loss's gradient with respect to `parameters`, in their order and shapes, from its derivatives with respect to the three: [N] each.
 
         Once only; not after the parameters have changed, nor where the evaluation was made without gradient.
+
+        Args:
+          into: tensors of those shapes, zero before their first use (algorithms.base.Optimizer.gradients): may be written, and returned instead of new ones.
         """
 
 
@@ -58,7 +49,9 @@ class GraphEvaluation:
         self._outputs = (log_prob, entropy, value)
         self.log_prob, self.entropy, self.value = (output.detach() for output in self._outputs)
 
-    def gradients(self, parameters: Sequence[Tensor], d_log_prob: Tensor, d_entropy: Tensor, d_value: Tensor) -> Sequence[Tensor]:
+    def gradients(
+        self, parameters: Sequence[Tensor], d_log_prob: Tensor, d_entropy: Tensor, d_value: Tensor, into: Sequence[Tensor] | None = None
+    ) -> Sequence[Tensor]:
         outputs, slopes = self._outputs, (d_log_prob, d_entropy, d_value)
         return torch.autograd.grad(outputs, parameters, slopes, allow_unused=True, materialize_grads=True)
 
@@ -69,32 +62,45 @@ class SmallNetwork:
     def __init__(self, actor: MLP, critic: MLP | None, head: ActionHead, value_head: nn.Linear) -> None:
         self.actor, self.critic, self.head, self.value_head = actor, critic, head, value_head
         self.discrete = head.kind == "discrete"
-        self.activate, self.backward = _ACTIVATE[actor.activation], _BACKWARD[actor.activation]
+        self.activate, self.backward = ACTIVATE[actor.activation], BACKWARD[actor.activation]
 
     def hidden(self, mlp: MLP, value: Tensor) -> list[Tensor]:
         """[N, D]: the input, and every hidden layer's output."""
         outputs = [value]
         for layer in mlp.linears:
-            value = self.activate(torch.addmm(layer.bias, value, layer.weight.t()))
+            weight, bias = _parameters(layer)
+            value = self.activate(torch.addmm(bias, value, weight.t()))
             outputs.append(value)
         return outputs
 
     def value_of(self, features: Tensor) -> Tensor:
         """V, [N], of the critic's last hidden layer [N, D]."""
-        return torch.addmm(self.value_head.bias, features, self.value_head.weight.t()).squeeze(1)
+        weight, bias = _parameters(self.value_head)
+        return product(features, weight.t()).squeeze(1).add_(bias)
 
     def value(self, prepared: Tensor) -> Tensor:
         """V(x), [N], of prepared observations; to be called without gradient."""
         return self.value_of(self.hidden(self.critic or self.actor, prepared)[-1])
 
 
+def _parameters(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias; `layer.weight` costs ten times as much."""
+    parameters = layer._parameters
+    return parameters["weight"], parameters["bias"]  # type: ignore[return-value]
+
+
 def small_network(actor: nn.Module, critic: nn.Module | None, head: ActionHead, value_head: nn.Linear) -> SmallNetwork | None:
     """None where the parts are none of those that are known here."""
-    if head.kind not in ("discrete", "box") or not isinstance(actor, Encoder) or not (critic is None or isinstance(critic, Encoder)):
+    if head.kind not in ("discrete", "box") or not _known(actor) or not (critic is None or _known(critic)):
         return None
-    if actor.single_vector is None or actor.mlp.activation not in _ACTIVATE:
+    if critic is not None and critic.mlp.activation != actor.mlp.activation:
         return None
     return SmallNetwork(actor.mlp, None if critic is None else critic.mlp, head, value_head)
+
+
+def _known(tower: nn.Module) -> TypeGuard[Encoder]:
+    """Whether it is one vector's MLP; a subclass may do something else."""
+    return type(tower) is Encoder and tower.single_vector is not None and tower.mlp.activation in ACTIVATE
 
 
 class SmallEvaluation:
@@ -106,28 +112,35 @@ class SmallEvaluation:
 
     @torch.no_grad()
     def __init__(self, network: SmallNetwork, value: Tensor, action: Tensor, mask: Tensor | None) -> None:
-        self._network, self._mask = network, mask
+        self._network = network
         self._actor = network.hidden(network.actor, value)
         self._critic = self._actor if network.critic is None else network.hidden(network.critic, value)
         self.value = network.value_of(self._critic[-1])
-        linear = network.head.linear
-        output = torch.addmm(linear.bias, self._actor[-1], linear.weight.t())
         if network.discrete:
-            self._choose(output, action)
+            self._choose(action, mask)
         else:
-            self._deviate(output, action)
+            self._deviate(action)
 
-    def _choose(self, logits: Tensor, action: Tensor) -> None:
-        if self._mask is not None:
-            logits = torch.where(self._mask, logits, MASKED_LOGIT)
-        self._action = action.unsqueeze(1)
-        self._log_probs = torch.log_softmax(logits, 1)
-        self._probs = self._log_probs.exp()
-        self.log_prob = self._log_probs.gather(1, self._action).squeeze(1)
-        self.entropy = (self._probs * self._log_probs).sum(1).neg_()
+    def _choose(self, action: Tensor, mask: Tensor | None) -> None:
+        """Choices come first, [A, N], since numpy walks long rows; it takes a third of torch's time for a few hundred numbers."""
+        weight, bias = _parameters(self._network.head.linear)
+        logits = product(weight, self._actor[-1].t()).numpy()
+        logits += bias.numpy()[:, None]
+        self._allowed = None if mask is None else mask.numpy().T
+        if self._allowed is not None:
+            logits = np.where(self._allowed, logits, np.float32(MASKED_LOGIT))
+        logits -= logits.max(0)
+        self._probs = np.exp(logits)
+        total = self._probs.sum(0)
+        self._probs /= total
+        self._log_probs = np.subtract(logits, np.log(total), out=logits)
+        self._place = action.numpy() * logits.shape[1] + np.arange(logits.shape[1])
+        self._entropy = np.negative((self._probs * self._log_probs).sum(0))
+        self.log_prob, self.entropy = torch.from_numpy(self._log_probs.take(self._place)), torch.from_numpy(self._entropy)
 
-    def _deviate(self, mean: Tensor, action: Tensor) -> None:
-        log_std = self._network.head.log_std
+    def _deviate(self, action: Tensor) -> None:
+        weight, bias = _parameters(self._network.head.linear)
+        mean, log_std = torch.addmm(bias, self._actor[-1], weight.t()), self._network.head.log_std
         self._inverse_std = torch.exp(-log_std)
         self._deviation = action.reshape(mean.shape).sub(mean).mul_(self._inverse_std)
         total, constant = log_std.sum(), mean.shape[1] * HALF_LOG_2PI
@@ -135,9 +148,12 @@ class SmallEvaluation:
         self.entropy = (total + (constant + 0.5 * mean.shape[1])).expand(len(mean))
 
     @torch.no_grad()
-    def gradients(self, parameters: Sequence[Tensor], d_log_prob: Tensor, d_entropy: Tensor, d_value: Tensor) -> Sequence[Tensor]:
+    def gradients(
+        self, parameters: Sequence[Tensor], d_log_prob: Tensor, d_entropy: Tensor, d_value: Tensor, into: Sequence[Tensor] | None = None
+    ) -> Sequence[Tensor]:
         network = self._network
-        found: dict[Tensor, Tensor] = {}
+        into = into or [torch.zeros_like(p) for p in parameters]
+        found = dict(zip(parameters, into, strict=True))
         d_output = (
             self._choice_gradient(d_log_prob, d_entropy) if network.discrete else self._deviation_gradient(d_log_prob, d_entropy, found)
         )
@@ -148,18 +164,27 @@ class SmallEvaluation:
         else:
             self._down(network.critic, d_critic, self._critic, found)
         self._down(network.actor, d_actor, self._actor, found)
-        return [found[p] if p in found else torch.zeros_like(p) for p in parameters]
+        return into
 
     def _choice_gradient(self, d_log_prob: Tensor, d_entropy: Tensor) -> Tensor:
-        """With respect to the logits z: d log p(a) / dz = 1[a] - p, and dH / dz = -p (log p + H)."""
-        factor = (self._log_probs + self.entropy.unsqueeze(1)).mul_(d_entropy.unsqueeze(1)).add_(d_log_prob.unsqueeze(1))
-        d_logits = factor.mul_(self._probs).neg_().scatter_add_(1, self._action, d_log_prob.unsqueeze(1))
-        return d_logits if self._mask is None else d_logits.masked_fill_(~self._mask, 0.0)
+        """With respect to the logits z, [N, A]: d log p(a) / dz = 1[a] - p, and dH / dz = -p (log p + H)."""
+        slope = d_log_prob.numpy()
+        d_logits = self._log_probs + self._entropy
+        d_logits *= d_entropy.numpy()
+        d_logits += slope
+        d_logits *= self._probs
+        np.negative(d_logits, out=d_logits)
+        d_logits.reshape(-1)[self._place] += slope
+        if self._allowed is not None:
+            d_logits[~self._allowed] = 0.0
+        return torch.from_numpy(d_logits).t()
 
     def _deviation_gradient(self, d_log_prob: Tensor, d_entropy: Tensor, found: dict[Tensor, Tensor]) -> Tensor:
         """With respect to the mean: d log p / dm = (a - m) / s^2; and to log s: ((a - m) / s)^2 - 1, and 1 for the entropy."""
         slope = d_log_prob.unsqueeze(1)
-        found[self._network.head.log_std] = self._deviation.square().sub_(1.0).mul_(slope).sum(0).add_(d_entropy.sum())
+        d_log_std = self._deviation.square().sub_(1.0).mul_(slope).sum(0).add_(d_entropy.sum())
+        if (place := found.get(self._network.head.log_std)) is not None:
+            place.copy_(d_log_std)
         return (self._deviation * slope).mul_(self._inverse_std)
 
     def _down(self, mlp: MLP, gradient: Tensor, outputs: list[Tensor], found: dict[Tensor, Tensor]) -> None:
@@ -170,5 +195,9 @@ class SmallEvaluation:
 
 def _linear(layer: nn.Linear, gradient: Tensor, value: Tensor, found: dict[Tensor, Tensor], *, needed: bool = True) -> Tensor:
     """A layer's own gradients into `found`; returns the gradient with respect to its input."""
-    found[layer.weight], found[layer.bias] = torch.mm(gradient.t(), value), gradient.sum(0)
-    return torch.mm(gradient, layer.weight) if needed else gradient
+    weight, bias = _parameters(layer)
+    if (d_bias := found.get(bias)) is not None:  # else it is not trained
+        torch.sum(gradient, 0, out=d_bias)
+    if (d_weight := found.get(weight)) is not None:
+        product(gradient.t(), value, d_weight)
+    return product(gradient, weight) if needed else gradient

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from shoal.networks.acting import Acting
+from shoal.networks.by_hand import SINGLE_THREAD_PRODUCT
 from shoal.networks.encoders import Encoder
 from shoal.networks.inputs import CLIP, VectorInput
 from shoal.networks.memory import Memory
@@ -29,9 +30,6 @@ from shoal.ops.distributions import HALF_LOG_2PI, MASKED_LOGIT
 
 Array = npt.NDArray[Any]
 
-# OpenBLAS multiplies with one thread up to this many multiplications, so that the bits do not depend on a thread count that only the environment
-# variables of the process decide.
-SINGLE_THREAD_PRODUCT = 2**18
 _ACTIVATIONS: dict[str, Callable[..., Array]] = {"tanh": np.tanh, "relu": lambda value, out: np.maximum(value, 0.0, out=out)}
 
 
@@ -227,7 +225,7 @@ def fast_actor(policy: Acting, num_envs: int) -> Fast | None:
     else:
         return None
     leaves = policy.inputs.leaves
-    if not known or not isinstance(encoder, Encoder) or encoder.mlp.activation not in _ACTIVATIONS:
+    if not known or type(encoder) is not Encoder or encoder.mlp.activation not in _ACTIVATIONS:
         return None
     weights = [layer.weight for layer in (*encoder.mlp.linears, head)]
     if memory is not None:
