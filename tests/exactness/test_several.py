@@ -144,3 +144,18 @@ def test_numbers_that_are_not_finite_are_mended_once_and_then_end_the_run(tmp_pa
         assert run.ends() == 4
         assert "Going back to the last good checkpoint, once" in run.said
         assert "died" not in run.said
+
+
+def test_one_that_dies_again_and_again_before_it_has_met_the_others_ends_the_run(tmp_path: Path) -> None:
+    with living("train", *small("--stop.updates", "1000000"), cwd=tmp_path) as run:
+        killed: set[int] = set()
+        deadline = time.monotonic() + 120
+        while run.process.poll() is None and time.monotonic() < deadline:
+            pid = roles_below(run.process.pid).get(("learner", 1))
+            if pid is not None and pid not in killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+            time.sleep(0.002)
+        assert run.ends() == 1
+        assert "the learner died 5 times without an update in between, the last killed by SIGKILL" in run.said
+        run.gone()
