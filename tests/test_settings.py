@@ -330,6 +330,13 @@ def test_actors_are_one_per_core_but_never_fewer_than_two_that_run_async(monkeyp
         assert resolve("Blackjack-v1", {"algorithm": "appo"})[0].actors == asynchronous
 
 
+def test_more_learners_leave_fewer_cores_to_actors_that_run_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.settings.available_cores", lambda: 4)
+    for learners, sync, asynchronous in ((1, 4, 4), (2, 4, 3), (3, 4, 2), (8, 4, 2)):
+        assert resolve("Blackjack-v1", {"learners": learners})[0].actors == sync
+        assert resolve("Blackjack-v1", {"algorithm": "appo", "learners": learners})[0].actors == asynchronous
+
+
 def test_a_key_that_is_given_twice_in_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "twice.yaml").write_text("env: {id: CartPole-v1}\nseed: 1\nstop: {updates: 3}\nseed: 2\n")
     with pytest.raises(ConfigError, match=r"twice\.yaml is not valid YAML: the key seed is given twice.*line 4"):

@@ -445,7 +445,7 @@ def _session(
     (directory / "result.json").unlink(missing_ok=True)  # of an earlier part, which may have had another configuration
     write_text_atomically(directory / "config.yaml", dump_config(config))
     schema = rollout_schema(spec, fields, plan.rollout_length, plan.group_size)
-    check_memory(plan, schema, facts["weights"], (config.actors or 0) + (config.policy.inference == "server"), replay)
+    check_memory(plan, schema, facts["weights"], (config.actors or 0) + (config.policy.inference == "server"), replay, config.learners)
     ring = make_ring(schema, plan, facts["weights"])
     session = Session(config, spec, Coordinator(plan, spec, ring, config.stop), directory, recorder)
     recorder.attach(session)

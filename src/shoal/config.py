@@ -424,6 +424,10 @@ class RunConfig(Section):
         description="processes that host environments; 0 runs all in this process, which an environment that crashes takes along "
         "(default: one per core; where environments wait, one per group)",
     )
+    learners: Annotated[int, Field(ge=1, le=64)] = Field(
+        1,
+        description="processes that learn together: each takes its part of every minibatch, and gradients are added up over all (PPO, APPO, IMPALA)",
+    )
     mode: Literal["sync", "async"] | None = Field(
         None,
         description="sync: exact, one policy version per update; async: actors go on while the learner learns (default: the algorithm's)",

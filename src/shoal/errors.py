@@ -9,6 +9,7 @@
     │   └── CheckpointError         1   a checkpoint that is missing, torn or of another format
     ├── LedgerError                 1   a rollout unaccounted for: a gap, a duplicate, two final attempts
     ├── SchemaError                 1   an array whose dtype, shape or name is not what the schema says
+    ├── LearnersError               1   several learners whose weights are no longer the same
     ├── ShapeError                  1   tensors whose dimensions do not go together (ops)
     └── ProcessError                1   a role that died more often than its budget allows
 
@@ -66,6 +67,10 @@ class LedgerError(ShoalError):
 
 class SchemaError(ShoalError):
     """An array does not fit the schema; names the field, what was expected and what came."""
+
+
+class LearnersError(ShoalError):
+    """Several learners of a run do not hold the same weights; names what each holds."""
 
 
 class ShapeError(ShoalError):

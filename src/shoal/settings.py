@@ -386,7 +386,8 @@ def _complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> Run
         )
     if config.actors is None and config.engine == "local":
         config.actors = min(available_cores(), sampling.groups)
-        if config.mode == "async":
+        if config.mode == "async":  # in sync mode actors and learners take turns
+            config.actors = max(1, min(available_cores() + 1 - config.learners, sampling.groups))
             config.actors = max(config.actors, min(2, sampling.groups))
         config.model_fields_set.discard("actors")  # nobody asked for it
     schedules = [key for key in ("learning_rate_schedule", "clip_range_schedule") if getattr(algorithm, key, "constant") == "linear"]

@@ -243,6 +243,7 @@ class Activity(IntEnum):
     SAVING = 6
     RESTORING = 7
     PUBLISHING = 8
+    SHARING = 9  # waiting until all learners have added up what they found
 
 
 CLOSING = -1  # in place of RESTORING's row, which is 0: the group is being closed

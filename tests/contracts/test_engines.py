@@ -118,6 +118,28 @@ def test_an_async_training_balances_stays_within_its_lag_and_can_be_replayed(act
 
 
 @pytest.fixture(scope="module")
+def straight_together(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return train(tmp_path_factory.mktemp("together") / "run", 0, learners=3, stop={"updates": 6})
+
+
+def test_several_learners_give_the_same_training_in_every_engine_and_with_a_replay(actors, straight, straight_together, tmp_path):
+    run = train(tmp_path / "run", actors, learners=3, stop={"updates": 6})
+    assert {k: run.result[k] for k in COMPARED} == {k: straight_together.result[k] for k in COMPARED}
+    assert run.result["weights_sha256"] != straight.result["weights_sha256"]
+    assert shoal.replay(run.path, env=Drift)["equal"]
+    resumed = shoal.resume(run.path, env=Drift, actors={0: 1, 1: 2, 2: 0}[actors], stop={"updates": 8}, progress=quiet())
+    assert resumed.result["updates"] == 8
+    assert shoal.replay(run.path, env=Drift)["equal"]
+
+
+@pytest.mark.parametrize("actors", [0, 2], ids=["inline", "local"])
+def test_several_learners_in_async_mode_can_be_replayed(actors, tmp_path):
+    run = train(tmp_path / "run", actors, APPO, learners=2, max_policy_lag=2, stop={"updates": 8})
+    assert (run.result["ledger"]["in_flight"], run.result["lag"]["max"] <= 2) == (0, True)
+    assert shoal.replay(run.path, env=Drift)["equal"]
+
+
+@pytest.fixture(scope="module")
 def replayed_straight(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return train(tmp_path_factory.mktemp("replayed") / "run", 0, DQN, stop={"updates": 8})
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.engines.messages import Kind, Word, to_json
+from shoal.engines.messages import Kind, Word, place_of, to_json
 from shoal.experience.envelope import Identity
 
 u32, u64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
@@ -50,3 +50,11 @@ def test_too_few_bytes_are_no_word(message):
 def test_an_unknown_kind_is_no_word():
     with pytest.raises(ValueError, match="99 is not a valid Kind"):
         Word.decode(b"\x63" + bytes(31))
+
+
+@given(learners=st.integers(1, 6), actors=st.integers(0, 9))
+def test_no_two_roles_write_at_one_place_of_the_board_of_activities(learners: int, actors: int) -> None:
+    roles = [*(("learner", i) for i in range(learners)), *(("actor", i) for i in range(actors)), ("inference", 0)]
+    places = [place_of(role, index, 1 + learners + actors) for role, index in roles]
+    assert sorted(places) == list(range(1 + learners + actors))
+    assert places[0] == 0

@@ -100,3 +100,15 @@ def test_nobody_waits_while_all_work():
     said = found(c, seen("learner-0", Activity.LEARNING, order_seconds=0.1), seen("actor-0", Activity.STEPPING, group=0, order_seconds=0.1))
     assert (said["waits"], said["blamed"]) == ([], [])
     assert "nobody waits" in in_words(said)
+
+
+def test_a_learner_that_waits_for_another_says_so_and_the_other_is_to_blame():
+    c = coordinator_of(plan_of(groups=1, batch=1))
+    c.place([0])
+    finish(c, c.next_leases()[0])
+    c.next_batch()
+    done = seen("learner-0", Activity.SHARING, 2.0, order_seconds=3.0)
+    late = seen("learner-1", Activity.LEARNING, 3.0, order_seconds=3.0)
+    said = found(c, done, late, seen("actor-0", Activity.STEPPING, group=0, order_seconds=0.1))
+    assert [(w["who"], w["for"], w["seconds"]) for w in said["waits"]] == [("learner-0", ["learner-1"], 2.0)]
+    assert said["blamed"] == ["learner-1, learning for 3.0 s"]

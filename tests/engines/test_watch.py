@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from shoal.engines.recovery import Recoveries
-from shoal.engines.watch import INFER_SECONDS, SAVE_SECONDS, START_SECONDS, STOPPED_SECONDS, UNHEARD_SECONDS, Seen, Watch
+from shoal.engines.watch import INFER_SECONDS, SAVE_SECONDS, SHARE_SECONDS, START_SECONDS, STOPPED_SECONDS, UNHEARD_SECONDS, Seen, Watch
 from shoal.types import CLOSING, Activity, ActivityRecord
 
 LIMIT, UPDATE = 5.0, 100.0
@@ -127,6 +127,13 @@ def test_a_stopped_process_that_has_nothing_to_do_is_left_alone_until_it_has():
     assert looks(watch(), (0.0, idle), (9.0, idle), (10.0, busy), (10.5, busy)) == [None, None, None, "stopped"]
     starting = {"state": "T", "record_of": 1, "order_seconds": None, "up_seconds": 1.0}
     assert looks(watch(), (0.0, starting), (0.5, starting)) == [None, "stopped"]
+
+
+def test_of_two_learners_in_a_long_update_the_one_that_the_other_waits_for_is_stuck():
+    looked = {what: watch().look(seen("learner", what, order_seconds=UPDATE + 1.0), 0.0) for what in (Activity.SHARING, Activity.LEARNING)}
+    assert looked[Activity.SHARING] is None
+    assert looked[Activity.LEARNING] is not None
+    assert watch().look(seen("learner", Activity.SHARING, order_seconds=UPDATE + SHARE_SECONDS + 1.0), 0.0) is not None
 
 
 # ---- recoveries ------------------------------------------------------------------------------------------------------

@@ -52,6 +52,10 @@ TASKS = {
         "--policy.memory-size", "24", "--replay.samples-per-insert", "6.1", *REPLAY, "--algorithm.batch-size", "8",
     ],
     "memory": [f"{HERE.parents[1] / 'examples' / 'memory.py'}:hidden_velocities", *PPO, "--policy.memory", "lstm", "--policy.memory-size", "24"],
+    "learners": [
+        f"{HERE / 'environments.py'}:Readings", *PPO, "--learners", "2", "--policy.hidden-sizes", "64,64",
+        "--policy.normalise-observations", "true", "--policy.normalise-rewards", "true",
+    ],
 }  # fmt: skip
 
 

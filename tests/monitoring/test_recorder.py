@@ -41,3 +41,16 @@ def test_time_by_role_is_told_of_whole_updates_however_long_they_are(tmp_path, m
                     assert min(shares["environment"], shares["learning"]) >= 10.0
         coordinator.version += 1
     watcher.store.close()
+
+
+@pytest.mark.parametrize(("actors", "learners", "served"), [(0, 2, False), (2, 1, False), (2, 3, False), (1, 2, True)])
+def test_each_role_is_told_by_its_name(actors: int, learners: int, served: bool, tmp_path) -> None:
+    config = RunConfig(actors=actors, learners=learners)
+    config.policy.inference = "server" if served else "actor"
+    watcher = Recorder(config, tmp_path, SilentView(io.StringIO()))
+    names = ["learner", *(f"learner {n}" for n in range(1, learners)), *(f"actor {n}" for n in range(actors))] if actors else ["all roles"]
+    names += ["inference"] if served else []
+    watcher._activities = [ActivityRecord(Activity.LEARNING, 0, -1, -1, -1, 0.0, 0, {}, pid=place) for place in range(len(names))]
+    assert [(role.role, role.pid) for role in watcher._roles()] == [(name, place) for place, name in enumerate(names)]
+    assert [record.pid for record in watcher._of_actors] == [place for place, name in enumerate(names) if name.startswith("actor")]
+    watcher.store.close()

@@ -23,9 +23,10 @@ class APPO(Algorithm[APPOConfig]):
     Config = APPOConfig
     modes = ("async", "sync")
     remembers = True
+    shares = True
 
     def update(self, batch: Batch, context: UpdateContext) -> dict[str, float]:
-        corrected, metrics = vtrace_of_batch(self.policy, batch, self.config)
+        corrected, metrics = vtrace_of_batch(self.policy, batch, self.config, self.ranks)
         advantage_TN = corrected.advantage_TN
         if self.config.vtrace:  # the ratio brings pi / mu itself
             rho_TN = (corrected.now.log_prob_TN - batch.log_prob_TN).exp()

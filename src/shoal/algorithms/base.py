@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shoal.algorithms.ranks import ALONE, Ranks, share_of
 from shoal.algorithms.sequences import Evaluated, SequenceMinibatch, evaluate_unrolled, sequence_minibatches
 from shoal.config import AlgorithmConfig
 from shoal.experience.batch import Batch
@@ -56,11 +57,16 @@ class Algorithm(Generic[ConfigT]):
       Config: model of its settings.
       modes: of the engine, the default first: `sync` (one policy version per batch) or `async` (samples lag behind).
       remembers: whether it trains policies with memory: it takes values and evaluations from `values_TN`, `evaluate_TN` and `epoch`, which unroll them.
+      shares: whether several learners can divide its work: it gives `self.ranks` to `values_TN`, `evaluate_TN` and `epoch`, and goes down the gradient that
+        `Optimizer.gather` adds up.
+      ranks: who of them it is.
     """
 
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     modes: ClassVar[tuple[Literal["sync", "async"], ...]] = ("sync",)
     remembers: ClassVar[bool] = False
+    shares: ClassVar[bool] = False
+    ranks: Ranks = ALONE
 
     def __init__(self, policy: Policy, config: ConfigT) -> None:
         self.policy = policy
@@ -70,6 +76,10 @@ class Algorithm(Generic[ConfigT]):
     def update(self, batch: Batch, context: UpdateContext) -> dict[str, float]:
         """Change the policy's parameters in place; returns metrics by the names of Stable-Baselines3, without `train/`."""
         raise NotImplementedError(f"{type(self).__name__}.update")
+
+    def join(self, ranks: Ranks) -> None:
+        """Learn as one of several from now on."""
+        self.ranks = self.optimizer.ranks = ranks
 
     def get_state(self) -> dict[str, Tensor]:
         """Everything besides the policy's tensors that the next update depends on: copies, by name, flat."""
@@ -93,6 +103,7 @@ class Optimizer:
       parameters: those that are trained, in the order of the flat vector.
       gradients: a place for the gradient of each, all of them views of one tensor [P]; `descend` takes what was written there without a copy.
       steps: taken; skipped: refused, because loss or gradient was not finite (parameters and moments stay as they were).
+      ranks: with whom `gather` adds up.
     """
 
     def __init__(self, policy: nn.Module, *, epsilon: float, max_gradient_norm: float, kind: Literal["adam", "rmsprop"] = "adam") -> None:
@@ -108,6 +119,7 @@ class Optimizer:
         self._count = torch.zeros((), device=self._flat.device)
         self.steps = 0
         self.skipped = 0
+        self.ranks: Ranks = ALONE
 
     @classmethod
     def of(cls, module: nn.Module, config: AlgorithmConfig, kind: Literal["adam", "rmsprop"] = "adam") -> Optimizer:
@@ -138,11 +150,34 @@ class Optimizer:
         gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True, allow_unused=True)
         return self.descend(gradients, learning_rate, loss)
 
+    def gather(
+        self, gradients: Sequence[Tensor], numbers: Mapping[str, Tensor | float], share: float
+    ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        """The gradient of a minibatch as one vector [P], and numbers of it, from what each learner found for its part.
+
+        Args:
+          gradients: of `parameters`, in their order and shapes: those of a mean over this learner's rows. numbers: such means.
+          share: of its rows in those of all, see `share_of`.
+        """
+        gradient = self._one_vector(gradients)
+        if self.ranks.size == 1:
+            return gradient, numbers
+        told = torch.tensor([float(number) for number in numbers.values()], device=gradient.device)
+        vector = torch.cat([gradient, told]).mul_(share)
+        self.ranks.sum(vector)
+        return vector[: len(gradient)], dict(zip(numbers, vector[len(gradient) :].tolist(), strict=True))
+
+    def _one_vector(self, gradients: Sequence[Tensor]) -> Tensor:
+        return self._gradient if gradients is self.gradients else torch.cat([g.reshape(-1) for g in gradients])
+
     def descend(self, gradients: Sequence[Tensor], learning_rate: float, loss: Tensor | float) -> float:
         """The same from the gradients of `parameters`, in their order and shapes. `loss` is only looked at: the step is refused where it is
         not finite."""
+        return self.follow(self._one_vector(gradients), learning_rate, loss)
+
+    def follow(self, gradient: Tensor, learning_rate: float, loss: Tensor | float) -> float:
+        """The same from one vector [P], which is overwritten."""
         self._look()
-        gradient = self._gradient if gradients is self.gradients else torch.cat([g.reshape(-1) for g in gradients])
         norm = float(gradient.norm())
         if not (math.isfinite(norm) and math.isfinite(loss.item() if isinstance(loss, Tensor) else loss)):
             self.skipped += 1
@@ -211,9 +246,24 @@ def _next_value_TN(policy: Policy, batch: Batch, value_T1N: Tensor) -> Tensor:
     return batch.next_value_TN(value_T1N, final_value_F)
 
 
+def _put_together(found: Sequence[Tensor], columns: slice, share: float, num_columns: int, ranks: Ranks) -> tuple[Tensor, ...]:
+    """[T, N] each, from what every learner found for its columns."""
+    whole = found[0].new_zeros(len(found), len(found[0]), num_columns)
+    if share:
+        whole[:, :, columns] = torch.stack(list(found))
+    ranks.sum(whole)
+    return whole.unbind()
+
+
 @torch.no_grad()
-def values_TN(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
-    """V of every row's observation, and V of its true successor: float32 [T, N] each, without gradient."""
+def values_TN(policy: Policy, batch: Batch, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
+    """V of every row's observation, and V of its true successor: float32 [T, N] each, without gradient. Each of several learners evaluates some of
+    the columns, and all get all."""
+    if ranks.size > 1:
+        columns, share = share_of(batch.valid_TN.shape[1], ranks)
+        mine = values_TN(policy, batch.columns(columns))
+        value_TN, next_value_TN = _put_together(mine, columns, share, batch.valid_TN.shape[1], ranks)
+        return value_TN, next_value_TN
     if isinstance(policy, RecurrentPolicy):
         now = evaluate_unrolled(policy, batch, CHUNK_NUMBERS)
         return now.value_TN, now.next_value_TN
@@ -224,8 +274,16 @@ def values_TN(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
     return value_T1N[:-1], _next_value_TN(policy, batch, value_T1N)
 
 
-def evaluate_TN(policy: Policy, batch: Batch, *, for_gradient: bool = False) -> Evaluated:
-    """log pi of the actions taken, and values; `for_gradient` keeps what a gradient of all rows needs."""
+def evaluate_TN(policy: Policy, batch: Batch, ranks: Ranks = ALONE, *, for_gradient: bool = False) -> Evaluated:
+    """log pi of the actions taken, and values; `for_gradient` keeps what a gradient of all rows needs. Each of several learners evaluates
+    some of the columns; all get all, but for `whole`, which is of a learner's own."""
+    if ranks.size > 1:
+        T, N = batch.valid_TN.shape
+        columns, share = share_of(N, ranks)
+        at_once = -(-N // ranks.size) * (T + 1) * sum(tensor[0, 0].numel() for tensor in batch.observation.values())
+        mine = evaluate_TN(policy, batch.columns(columns), for_gradient=for_gradient and at_once <= CHUNK_NUMBERS)  # the same for all
+        log_prob_TN, value_TN, next_value_TN = _put_together(mine[:3], columns, share, N, ranks)
+        return Evaluated(log_prob_TN, value_TN, next_value_TN, mine.whole)
     if isinstance(policy, RecurrentPolicy):
         return evaluate_unrolled(policy, batch, CHUNK_NUMBERS, for_gradient=for_gradient)
     rows = {name: value.flatten(0, 1) for name, value in batch.observation.items()}
@@ -252,12 +310,15 @@ class Minibatch:
 
     Attributes:
       observation: by field name, [M, ...]. action: [M, ...]. action_mask: bool [M, A] or None.
+      whole: of several learners, the columns over the rows of all. share: of these rows in those.
     """
 
     observation: dict[str, Tensor]
     action: Tensor
     action_mask: Tensor | None
     columns: dict[str, Tensor]
+    whole: dict[str, Tensor]
+    share: float
 
     def __getitem__(self, name: str) -> Tensor:
         return self.columns[name]
@@ -270,17 +331,20 @@ class Minibatch:
 
 
 def epoch(
-    policy: Policy, batch: Batch, size: int | None, rng: np.random.Generator, **columns_TN: Tensor
+    policy: Policy, batch: Batch, size: int | None, rng: np.random.Generator, ranks: Ranks = ALONE, **columns_TN: Tensor
 ) -> Iterator[Minibatch] | Iterator[SequenceMinibatch]:
     """One epoch in minibatches: of single rows, or of whole sequences where the policy has memory. Either has `evaluate(policy)`, the columns by
-    name and a length."""
+    name, a length, and the share that this learner's part is."""
     if isinstance(policy, RecurrentPolicy):
-        return sequence_minibatches(batch, size, rng, **columns_TN)
-    return minibatches(batch, size, rng, **columns_TN)
+        return sequence_minibatches(batch, size, rng, ranks, **columns_TN)
+    return minibatches(batch, size, rng, ranks, **columns_TN)
 
 
-def minibatches(batch: Batch, size: int | None, rng: np.random.Generator, **columns_TN: Tensor) -> Iterator[Minibatch]:
+def minibatches(
+    batch: Batch, size: int | None, rng: np.random.Generator, ranks: Ranks = ALONE, **columns_TN: Tensor
+) -> Iterator[Minibatch]:
     """One epoch: every valid row once, in random order, in minibatches of nearly equal length, none longer than `size` (None: all in one).
+    Of several learners each gets its part of every minibatch.
 
     Args:
       columns_TN: float32 [T, N] each, such as advantages; `rows[name]` holds their rows.
@@ -299,16 +363,23 @@ def minibatches(batch: Batch, size: int | None, rng: np.random.Generator, **colu
     # Small rows are gathered once per epoch and then only cut; images one minibatch at a time.
     for part in (order,) if num_bytes < GATHERED_BYTES else order.tensor_split(count):
         cuts = count if len(part) == len(order) else 1
-        observations = {name: value.index_select(0, part).tensor_split(cuts) for name, value in observation.items()}
-        actions = action.index_select(0, part).tensor_split(cuts)
-        masks = None if mask is None else mask.index_select(0, part).tensor_split(cuts)
+        wholes = part.tensor_split(cuts)
+        shares = [share_of(len(whole), ranks) for whole in wholes]
+        mine = part if ranks.size == 1 else torch.cat([whole[rows] for whole, (rows, _) in zip(wholes, shares, strict=True)])
+        lengths = [rows.stop - rows.start for rows, _ in shares]
+        observations = {name: torch.split(value.index_select(0, mine), lengths) for name, value in observation.items()}
+        actions = torch.split(action.index_select(0, mine), lengths)
+        masks = None if mask is None else torch.split(mask.index_select(0, mine), lengths)
         gathered = () if columns is None else columns.index_select(1, part).tensor_split(cuts, 1)
-        for i in range(cuts):
+        for i, (rows, share) in enumerate(shares):
+            whole = dict(zip(columns_TN, gathered[i], strict=True)) if gathered else {}
             yield Minibatch(
                 {name: parts[i] for name, parts in observations.items()},
                 actions[i],
                 None if masks is None else masks[i],
-                dict(zip(columns_TN, gathered[i], strict=True)) if gathered else {},
+                whole if ranks.size == 1 else {name: column[rows] for name, column in whole.items()},
+                {} if ranks.size == 1 else whole,
+                share,
             )
 
 
@@ -335,10 +406,13 @@ def library(column: Column) -> Any:
     return torch if isinstance(column, Tensor) else np
 
 
-def normalised(advantage: Column) -> Column:
-    """Zero mean and unit deviation over a minibatch; a single row stays as it is."""
-    if len(advantage) < 2:
+def normalised(advantage: Column, among: Tensor | None = None) -> Column:
+    """Zero mean and unit deviation over a minibatch, whose rows are these, or `among`; of one row it stays as it is."""
+    if len(advantage if among is None else among) < 2:
         return advantage
+    if among is not None:
+        deviation, mean = torch.std_mean(among)
+        return (advantage - float(mean)) / (float(deviation) + 1e-8)
     centred = advantage - advantage.sum() / len(advantage)
     return centred / (((centred * centred).sum() / (len(advantage) - 1)) ** 0.5 + 1e-8)  # type: ignore[no-any-return]
 

@@ -23,6 +23,7 @@ from shoal.algorithms.base import (
     normalised,
     schedule,
 )
+from shoal.algorithms.ranks import ALONE, Ranks, share_of
 from shoal.algorithms.sequences import Evaluated
 from shoal.config import ImpalaConfig, VTraceConfig
 from shoal.experience.batch import Batch
@@ -40,10 +41,10 @@ class Corrected(NamedTuple):
 
 
 def vtrace_of_batch(
-    policy: Policy, batch: Batch, config: VTraceConfig, *, for_gradient: bool = False
+    policy: Policy, batch: Batch, config: VTraceConfig, ranks: Ranks = ALONE, *, for_gradient: bool = False
 ) -> tuple[Corrected, dict[str, float]]:
     """Targets and advantages, and how far the policy is from the behaviours: approx_kl, rho_clipped (share of rows with rho above clip_rho)."""
-    now = evaluate_TN(policy, batch, for_gradient=for_gradient)
+    now = evaluate_TN(policy, batch, ranks, for_gradient=for_gradient)
     log_rho_TN = now.log_prob_TN - batch.log_prob_TN
     target_TN, advantage_TN = vtrace(
         now.value_TN,
@@ -99,6 +100,7 @@ class IMPALA(Algorithm[ImpalaConfig]):
     Config = ImpalaConfig
     modes = ("async", "sync")
     remembers = True
+    shares = True
 
     def __init__(self, policy: Policy, config: ImpalaConfig) -> None:
         super().__init__(policy, config)
@@ -107,18 +109,18 @@ class IMPALA(Algorithm[ImpalaConfig]):
     def update(self, batch: Batch, context: UpdateContext) -> dict[str, float]:
         config, steps, skipped = self.config, self.optimizer.steps, self.optimizer.skipped
         one_step = config.minibatch_size is None or config.minibatch_size >= batch.valid_TN.numel()
-        corrected, metrics = vtrace_of_batch(self.policy, batch, config, for_gradient=one_step)
+        corrected, metrics = vtrace_of_batch(self.policy, batch, config, self.ranks, for_gradient=one_step)
         learning_rate = schedule(config.learning_rate, config.learning_rate_schedule, context.progress)
         means = Means()
         if one_step and corrected.now.whole is not None:
             self._step_on_all(corrected.now.whole, batch, corrected, learning_rate, means)
         else:
             columns = {"advantage": corrected.advantage_TN, "target": corrected.target_TN}
-            for rows in epoch(self.policy, batch, config.minibatch_size, context.rng, **columns):
+            for rows in epoch(self.policy, batch, config.minibatch_size, context.rng, self.ranks, **columns):
                 evaluation = rows.evaluate(self.policy)
-                advantage = normalised(rows["advantage"]) if config.normalise_advantage else rows["advantage"]
+                advantage = normalised(rows["advantage"], rows.whole.get("advantage")) if config.normalise_advantage else rows["advantage"]
                 weight = torch.full_like(advantage, 1.0 / len(rows))
-                self._step(evaluation, advantage, rows["target"], weight, learning_rate, means)
+                self._step(evaluation, advantage, rows["target"], weight, rows.share, learning_rate, means)
         return {
             **means.result(),
             **metrics,
@@ -129,7 +131,7 @@ class IMPALA(Algorithm[ImpalaConfig]):
         }
 
     def _step_on_all(self, whole: Evaluation, batch: Batch, corrected: Corrected, learning_rate: float, means: Means) -> None:
-        """The evaluation that V-trace was made from serves the gradient too. Its last N rows only bootstrap."""
+        """The evaluation that V-trace was made from, of this learner's columns, serves the gradient too. Its last rows only bootstrap."""
         valid_TN = batch.valid_TN
         T, N = valid_TN.shape
         advantage = corrected.advantage_TN[valid_TN]
@@ -137,15 +139,32 @@ class IMPALA(Algorithm[ImpalaConfig]):
         rows[0, :T][valid_TN] = normalised(advantage) if self.config.normalise_advantage else advantage
         rows[1, :T][valid_TN] = corrected.target_TN[valid_TN]
         rows[2, :T] = valid_TN / max(1, len(advantage))
-        advantage, target, weight = rows.flatten(1)
-        self._step(whole, advantage, target, weight, learning_rate, means)
+        mine, share = share_of(N, self.ranks)
+        advantage, target, weight = rows[:, :, mine].flatten(1)
+        self._step(
+            whole, advantage, target, weight, float(share > 0), learning_rate, means
+        )  # weights are shares of the whole batch already
 
-    def _step(self, evaluation: Evaluation, advantage: Tensor, target: Tensor, weight: Tensor, learning_rate: float, means: Means) -> None:
+    def _step(
+        self,
+        evaluation: Evaluation,
+        advantage: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        share: float,
+        learning_rate: float,
+        means: Means,
+    ) -> None:
         parts = impala_loss(evaluation, advantage, target, weight, self.config)
         loss = parts.policy_gradient_loss + self.config.value_coefficient * parts.value_loss
         loss = loss + self.config.entropy_coefficient * parts.entropy_loss
         optimizer = self.optimizer
         gradients = evaluation.gradients(optimizer.parameters, parts.d_log_prob, parts.d_entropy, parts.d_value, optimizer.gradients)
-        grad_norm = optimizer.descend(gradients, learning_rate, loss)
-        means.add({"policy_gradient_loss": parts.policy_gradient_loss, "value_loss": parts.value_loss, "entropy_loss": parts.entropy_loss})
-        means.add({"loss": loss, "grad_norm": grad_norm})
+        found = {
+            "policy_gradient_loss": parts.policy_gradient_loss,
+            "value_loss": parts.value_loss,
+            "entropy_loss": parts.entropy_loss,
+            "loss": loss,
+        }
+        gradient, said = optimizer.gather(gradients, found, share)
+        means.add({**said, "grad_norm": optimizer.follow(gradient, learning_rate, said["loss"])})

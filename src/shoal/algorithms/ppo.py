@@ -95,29 +95,34 @@ def clipped_epochs(
     means, steps, skipped, epochs, stop = Means(), optimizer.steps, optimizer.skipped, 0, False
     while epochs < config.epochs and not stop:
         epochs += 1
-        for rows in epoch(policy, batch, config.minibatch_size, context.rng, **columns):
+        for rows in epoch(policy, batch, config.minibatch_size, context.rng, optimizer.ranks, **columns):
             evaluation = rows.evaluate(policy)
             log_prob, entropy, value, old_log_prob, old_value, advantage, target = light(
                 evaluation.log_prob, evaluation.entropy, evaluation.value, *(rows[name] for name in columns)
             )
-            advantage = normalised(advantage) if config.normalise_advantage else advantage
+            advantage = normalised(advantage, rows.whole.get("advantage")) if config.normalise_advantage else advantage
             actor = clipped_policy_loss(log_prob, old_log_prob, advantage, clip_range)
             critic_loss, d_value = value_loss(value, old_value, target, clip_range_value)
             entropy_loss = -entropy.sum() / len(rows)
             loss = actor.policy_gradient_loss + config.value_coefficient * critic_loss + config.entropy_coefficient * entropy_loss
-            means.add(
-                {"policy_gradient_loss": actor.policy_gradient_loss, "approx_kl": actor.approx_kl, "clip_fraction": actor.clip_fraction}
-            )
-            means.add({"value_loss": critic_loss, "entropy_loss": entropy_loss})
-            if config.target_kl is not None and float(actor.approx_kl) > 1.5 * config.target_kl:
-                stop = True
-                break
             d_entropy = library(entropy).full_like(entropy, -config.entropy_coefficient / len(rows))
             d_value = d_value * config.value_coefficient
             gradients = evaluation.gradients(
                 optimizer.parameters, heavy(actor.d_log_prob), heavy(d_entropy), heavy(d_value), optimizer.gradients
             )
-            means.add({"loss": loss, "grad_norm": optimizer.descend(gradients, learning_rate, loss)})
+            found = {
+                "policy_gradient_loss": actor.policy_gradient_loss,
+                "approx_kl": actor.approx_kl,
+                "clip_fraction": actor.clip_fraction,
+                "value_loss": critic_loss,
+                "entropy_loss": entropy_loss,
+            }
+            gradient, said = optimizer.gather(gradients, {**found, "loss": loss}, rows.share)
+            means.add({name: said[name] for name in found})
+            if config.target_kl is not None and float(said["approx_kl"]) > 1.5 * config.target_kl:
+                stop = True
+                break
+            means.add({"loss": said["loss"], "grad_norm": optimizer.follow(gradient, learning_rate, said["loss"])})
     valid_TN = batch.valid_TN
     return {
         **means.result(),
@@ -136,10 +141,11 @@ class PPO(Algorithm[PPOConfig]):
     Config = PPOConfig
     modes = ("sync",)
     remembers = True
+    shares = True
 
     def update(self, batch: Batch, context: UpdateContext) -> dict[str, float]:
         config = self.config
-        value_TN, next_value_TN = values_TN(self.policy, batch)
+        value_TN, next_value_TN = values_TN(self.policy, batch, self.ranks)
         advantage_TN, target_TN = gae(
             value_TN, next_value_TN, batch.reward_TN, discount_TN(batch, config.gamma), cut_TN(batch), lambda_=config.gae_lambda
         )

@@ -10,7 +10,7 @@ Legend: T rows, N environments (columns), K columns of a minibatch, M valid rows
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shoal.algorithms.ranks import ALONE, Ranks, share_of
 from shoal.experience.batch import Batch
 from shoal.networks.evaluation import Evaluation
 from shoal.networks.memory import Unrolled
@@ -31,7 +32,8 @@ class Evaluated(NamedTuple):
     log_prob_TN: Tensor
     value_TN: Tensor
     next_value_TN: Tensor  # V of the true successor
-    whole: Evaluation | None  # of all (T+1) * N rows in their order, where it was made in one piece: its gradient costs no second pass
+    # Of all (T+1) * N rows in their order, where it was made in one piece: its gradient costs no second pass. Several learners: of one's own columns.
+    whole: Evaluation | None
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,14 @@ class SequenceMinibatch:
 
     Attributes:
       valid: int64 [M], which of the T * K flat rows of `sequences` they are.
+      whole: of several learners, the columns over the rows of all. share: of these rows in those.
     """
 
     sequences: Sequences
     valid: Tensor
     columns: dict[str, Tensor]
+    whole: dict[str, Tensor]
+    share: float
 
     def __getitem__(self, name: str) -> Tensor:
         return self.columns[name]
@@ -104,8 +109,11 @@ def _value_ends(policy: RecurrentPolicy, batch: Batch, unrolled: Unrolled, begin
         final_value_F[wanted] = policy.next_value({name: value[wanted] for name, value in batch.final_observation.items()}, state)
 
 
-def sequence_minibatches(batch: Batch, size: int | None, rng: np.random.Generator, **columns_TN: Tensor) -> Iterator[SequenceMinibatch]:
+def sequence_minibatches(
+    batch: Batch, size: int | None, rng: np.random.Generator, ranks: Ranks = ALONE, **columns_TN: Tensor
+) -> Iterator[SequenceMinibatch]:
     """One epoch: every column once, in random order, in as many minibatches as rows of `size` would make (None: all in one), but of whole columns.
+    Of several learners each gets its part of every minibatch: some of its columns; where none of those has a valid row, all, with a share of 0.
 
     Args:
       columns_TN: float32 [T, N] each, such as advantages; `rows[name]` holds their valid rows.
@@ -117,7 +125,19 @@ def sequence_minibatches(batch: Batch, size: int | None, rng: np.random.Generato
     count = 1 if size is None else min(N, math.ceil(num_valid / size))
     order = torch.from_numpy(rng.permutation(N)).to(batch.valid_TN.device)
     for part in order.tensor_split(count):
-        valid = batch.valid_TN[:, part].flatten().nonzero().squeeze(1)
-        if len(valid):
-            columns = {name: value[:, part].flatten()[valid] for name, value in columns_TN.items()}
-            yield SequenceMinibatch(sequences_of(batch, T, part), valid, columns)
+        valid, whole = _valid_rows(batch, part, columns_TN)
+        if not len(valid):
+            continue
+        mine, my_valid, columns, share = part, valid, whole, float(ranks.size == 1)
+        if ranks.size > 1:
+            own, any_left = share_of(len(part), ranks)
+            own_valid, own_columns = _valid_rows(batch, part[own], columns_TN)
+            if any_left and len(own_valid):
+                mine, my_valid, columns, share = part[own], own_valid, own_columns, len(own_valid) / len(valid)
+        yield SequenceMinibatch(sequences_of(batch, T, mine), my_valid, columns, {} if ranks.size == 1 else whole, share)
+
+
+def _valid_rows(batch: Batch, part: Tensor, columns_TN: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Which of the flat rows of some columns are valid, and what is in them."""
+    valid = batch.valid_TN[:, part].flatten().nonzero().squeeze(1)
+    return valid, {name: value[:, part].flatten()[valid] for name, value in columns_TN.items()}

@@ -29,6 +29,7 @@ _ACTIVITIES = {  # as the answer names them; `starting` is left out of it
     "restoring": "restoring",
     "waiting_for_lease": "waiting",
     "waiting_for_batch": "waiting",
+    "sharing": "waiting",
     "learning": "learning",
     "publishing": "publishing",
     "saving": "saving",

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from shoal.config import RunConfig
+from shoal.engines.messages import place_of
 from shoal.engines.roles import Blueprint, UserObjects
 from shoal.experience.ring import Ring
 from shoal.supervision.channel import Channel, wait
@@ -54,7 +55,7 @@ def attach(context: ChildContext, setup: dict[str, Any]) -> tuple[Blueprint, Rin
     ring = Ring(schema, setup["num_slots"], memory.buffer[: setup["ring_bytes"]])
     board = WeightBoard(blueprint.layout(policy).size, memory.buffer[setup["ring_bytes"] :])
     activities = ActivityBoard.attach(context.memory_fds[1], setup["num_roles"])
-    index = {"learner": 0, "inference": setup["num_roles"] - 1}.get(context.name, 1 + context.index)
+    index = place_of(context.name, context.index, setup["num_roles"])
     trace = open_trace(setup["traces"], context.name, context.index, context.incarnation)
     heart = trace.recorder(activities.heartbeat(index, context.incarnation))
     heart.enter(Activity.STARTING)

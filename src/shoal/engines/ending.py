@@ -92,7 +92,8 @@ class Ending:
 
     def _give_up_update(self) -> None:
         """Whoever pressed Ctrl-C does not wait for a long update: the run ends at its last checkpoint, from which `resume` goes on."""
-        self._fleet.kill(self._fleet.learner, "its update took too long to wait for")
+        for learner in self._fleet.learners:
+            self._fleet.kill(learner, "its update took too long to wait for")
         self._stop_server()  # all others have ended: it would be waited for in vain
         self._fleet.wait_for_ends(time.monotonic() + END_SECONDS)
         path = self._session.return_to_checkpoint()

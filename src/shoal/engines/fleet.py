@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from shoal import errors
 from shoal.config import RunConfig
-from shoal.engines.messages import Word, to_json
+from shoal.engines.messages import Word, place_of, to_json
 from shoal.engines.plan import Plan
 from shoal.engines.question import Question, stack_of
 from shoal.engines.snippets import with_snippet
@@ -103,21 +103,28 @@ class Death:
 
 
 class Fleet:
-    """One learner, any number of actors, an inference server or none, the zygote they come from and the memory they share."""
+    """Learners, any number of actors, an inference server or none, the zygote they come from and the memory they share."""
 
     def __init__(self, config: RunConfig, pickled: bytes | None, directory: Path, run_id: bytes, traces: str = "") -> None:
         self._config, self._pickled, self._directory = config, pickled, directory
-        self._common: dict[str, Any] = {"run_id": run_id.hex(), "num_roles": 2 + MAX_ACTORS, "traces": traces}
+        self._common: dict[str, Any] = {"run_id": run_id.hex(), "num_roles": 1 + config.learners + MAX_ACTORS, "traces": traces}
         self._zygote: Zygote | None = None
         self._memory: SharedMemory | None = None
         self._activities: ActivityBoard | None = None
-        self.learner = Process("learner", 0)
+        self.learners = [Process("learner", index) for index in range(config.learners)]
+        self._kept: list[int] = []  # descriptors of several learners' memory (engines/keeping.py)
+        self._meeting: list[int] = []  # of the file through which those that are up found each other
         self.actors: list[Process] = []
         self.inference: Process | None = None  # where one process chooses the actions of all actors
 
     @property
+    def learner(self) -> Process:
+        """The first: it publishes, saves, and answers for all."""
+        return self.learners[0]
+
+    @property
     def processes(self) -> list[Process]:
-        return [self.learner, *self.actors, *([] if self.inference is None else [self.inference])]
+        return [*self.learners, *self.actors, *([] if self.inference is None else [self.inference])]
 
     # ---- start and end -------------------------------------------------------------------------------------------
     def open(self) -> None:
@@ -142,6 +149,8 @@ class Fleet:
         for memory in (self._memory, self._activities):
             if memory is not None:
                 memory.close()
+        _close_all([*self._kept, *self._meeting])
+        self._kept, self._meeting = [], []
 
     @property
     def zygote(self) -> Zygote:
@@ -157,14 +166,15 @@ class Fleet:
         memory_bytes = ring_bytes + WeightBoard.size_bytes(weights)
         self._common |= {"ring_bytes": ring_bytes, "memory_bytes": memory_bytes, "num_slots": plan.num_slots}
         self._memory = SharedMemory.create(memory_bytes)
-        self._activities = ActivityBoard.create(2 + MAX_ACTORS)
+        self._activities = ActivityBoard.create(self._common["num_roles"])
+        self._kept = [anonymous_file("shoal-kept") for _ in range(2 if len(self.learners) > 1 else 0)]
         return Ring(schema, plan.num_slots, self._memory.buffer[:ring_bytes])
 
     def activities(self) -> list[ActivityRecord]:
         """What every role does now, in the order of `processes`."""
-        assert self._activities is not None
-        last = [] if self.inference is None else [self._activities.record(self._activities.num_roles - 1)]
-        return self._activities.records(1 + len(self.actors)) + last
+        board = self._activities
+        assert board is not None
+        return [board.record(place_of(process.name, process.index, board.num_roles)) for process in self.processes]
 
     # ---- one look at the environment, in a process of its own ------------------------------------------------------
     def look(self) -> dict[str, Any]:
@@ -207,6 +217,7 @@ class Fleet:
         assert self._memory is not None
         assert self._activities is not None
         config = self._config.model_dump(mode="json", by_alias=True)
+        memory_fds = (self._memory.fd, self._activities.fd, *(self._to_meet() if process.name == "learner" else ()))
         with os.fdopen(anonymous_file("shoal-setup"), "wb") as file:  # the bounds of a large space are more than a message holds
             file.write(to_json({"config": config, **self._common, **setup}))
             file.flush()
@@ -214,9 +225,39 @@ class Fleet:
             process.channel, process.ready, process.doomed, process.pid = ours, False, "", 0
             process.asked_at = process.told_at = time.monotonic()
             target = f"shoal.engines.mains:{process.name}_main"
-            self.zygote.fork(target, process.name, process.index, process.incarnation, theirs, (self._memory.fd, self._activities.fd))
+            self.zygote.fork(target, process.name, process.index, process.incarnation, theirs, memory_fds)
             with suppress(EOFError):  # it was killed already; its death is told by `happened`
                 ours.send_with_fds(encode(b"{}"), [file.fileno()])
+
+    def _to_meet(self) -> list[int]:
+        """What several learners get more: the file through which those meet that are started together, and what they go on from."""
+        if len(self.learners) == 1:
+            return []
+        if not any(learner.up for learner in self.learners):
+            _close_all(self._meeting)
+            self._meeting = []
+            self._meeting = [anonymous_file("shoal-meeting")]
+        return [*self._meeting, *self._kept]
+
+    def end_learners(self, why: str) -> list[Death | Lost]:
+        """Kill the learners that are left and wait until all are reaped; no other role is touched. Returns what else happened meanwhile."""
+        others: list[Death | Lost] = []
+        deadline = time.monotonic() + STOP_SECONDS
+        for learner in self.learners:
+            self.kill(learner, why)
+        while any(learner.up for learner in self.learners):
+            if time.monotonic() > deadline:
+                raise ProcessError("a learner could not be ended; see `ps` for a process in uninterruptible sleep")
+            self.zygote.wake()
+            wait(self.sources(), POLL_SECONDS)
+            for event in self.happened():
+                if isinstance(event, Lost):
+                    return [*others, event]
+                if event.process in self.learners:
+                    event.process.ended()
+                else:
+                    others.append(event)
+        return others
 
     def kill(self, process: Process, why: str) -> None:
         """SIGKILL; its death is told by `happened`."""

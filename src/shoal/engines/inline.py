@@ -22,6 +22,7 @@ from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring
 from shoal.files import load_checkpoint
 from shoal.learners.learner import Learner
+from shoal.learners.together import Together
 from shoal.supervision.heartbeat import ActivityBoard
 from shoal.supervision.trace import Span, open_trace
 from shoal.types import Activity
@@ -52,11 +53,12 @@ class InlineEngine:
         self._board.reset()
         self._behaviour = blueprint.behaviour(self._board)
         self._actor: Actor = blueprint.actor(self._ring, self._behaviour, recorder=self._recorder)
-        self._learner: Learner = blueprint.learner(self._ring, self._board, self._session.coordinator.plan.max_policy_lag, self._recorder)
+        lag = self._session.coordinator.plan.max_policy_lag
+        self._learners: Together = blueprint.learners_here(self._ring, self._board, lag, self._recorder)
 
     @property
     def learner(self) -> Learner:
-        return self._learner
+        return self._learners.first
 
     def run(self, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         """Train until a stop condition. Returns {reason, weights_sha256}; the last checkpoint is saved."""
@@ -138,28 +140,29 @@ class InlineEngine:
                 session.observer.tick(self._activities.records())
         coordinator.shut_down()
         self._save()
-        return {"reason": reason, "weights_sha256": self._learner.weights_sha256}
+        return {"reason": reason, "weights_sha256": self.learner.weights_sha256}
 
     def _load(self) -> None:
         if self._session.checkpoint_path is not None:
-            load_learner(self._learner, self._session.checkpoint_path)
-        self._learner.publish()
+            for learner in self._learners.all:
+                load_learner(learner, self._session.checkpoint_path)
+        self.learner.publish()
         self._behaviour.refresh()
 
     def _learn(self, batch: list[tuple[int, Identity]]) -> str | None:
         """One update. Returns the reason to stop, if there is one."""
         self._trace.begin(Span.CONSUME)
-        consumed = self._learner.consume(batch)
+        consumed = self._learners.consume(batch)
         self._trace.end(len(batch))
         steps = self._session.coordinator.optimizer_steps
         self._session.coordinator.consumed(consumed.dropped)
         self._trace.begin(Span.UPDATE)
         self._updating = True
         try:
-            metrics = self._learner.update(consumed, steps) if consumed.groups or steps else {}
+            metrics = self._learners.update(consumed, steps) if consumed.groups or steps else {}
         finally:
             self._updating = False
-        self._trace.end(self._learner.version)
+        self._trace.end(self.learner.version)
         self._behaviour.refresh()
         return self._session.finish_update(metrics)
 
@@ -226,7 +229,7 @@ class InlineEngine:
         staging, arrays, facts = self._session.begin_checkpoint()
         with staging:
             with staging.disk_errors():
-                save_learner(self._learner, staging.path, self._blueprint, self._session.checkpoint_path)
+                save_learner(self.learner, staging.path, self._blueprint, self._session.checkpoint_path)
             self._session.commit(staging, arrays, facts)
         self._trace.end()
 

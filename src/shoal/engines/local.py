@@ -6,7 +6,8 @@ The supervisor's loop. It imports no torch, holds the coordinator, and is the on
     waits for   all of them together, a quarter of a second at most
     unblocked   by any word, any death, or the time
     on failure  an actor is replaced and its rollouts are made again; the inference server is replaced, and asked again; the learner is replaced, and the run goes back to its last
-                checkpoint, as it does once after divergence; the supervisor's own end ends everything (the zygote sees to it)
+                checkpoint, as it does once after divergence; several learners are replaced together, and make the update again that was under way; the supervisor's own end ends
+                everything (the zygote sees to it)
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ class LocalEngine:
         self._watched_at = 0.0
         self._zygote_deaths = 0
         self._furthest = 0  # newest version that this process saw
+        self._kept: int | None = None  # newest version that several learners keep in memory (engines/keeping.py)
+        self._under_way: dict[str, Any] = {}  # the last order to train
 
     def open(self) -> None:
         """Start the helper process; its imports go on while this one does other things."""
@@ -187,7 +190,7 @@ class LocalEngine:
                 self.kill(process, f"sent what is no message ({error})")
                 return
             if process.name == "learner":
-                self._learner_said(said)
+                self._learner_said(process, said)
             elif process.name == "inference":
                 self._inference_said(process, said)
             else:
@@ -212,8 +215,12 @@ class LocalEngine:
             self.tell_learner({"do": "train", "rollouts": rollouts, "optimizer_steps": self._coordinator.optimizer_steps})
 
     def tell_learner(self, order: dict[str, Any]) -> None:
-        self._fleet.learner.told_at = time.monotonic()
-        tell(self._fleet.learner, to_json(order))
+        """Of several, the first alone saves."""
+        if order["do"] == "train":
+            self._under_way = order
+        for learner in self._fleet.learners[: 1 if order["do"] == "save" else None]:
+            learner.told_at = time.monotonic()
+            tell(learner, to_json(order))
 
     # ---- what roles say ------------------------------------------------------------------------------------------
     def _actor_said(self, actor: Process, word: Word) -> None:
@@ -263,30 +270,35 @@ class LocalEngine:
         server.ready = True
         self._recoveries.ready("inference", 0, time.monotonic())
 
-    def _learner_said(self, said: dict[str, Any]) -> None:
+    def _learner_said(self, learner: Process, said: dict[str, Any]) -> None:
         kind = said["is"]
         if kind == "ready":
-            self._fleet.learner.ready = True
-            self._recoveries.ready("learner", 0, time.monotonic())
-            tell_of_weights(self._session, self._fleet.actors, said["version"])
-            if self._session.checkpoint_path is None and not self._saves.under_way and self._reason is None:
-                self._saves.begin()  # so that a run that fails or is ended early leaves one
+            learner.ready = True
+            self._recoveries.ready("learner", learner.index, time.monotonic())
+            if learner.index == 0:
+                self._learner_is_ready(said["version"])
         elif kind == "consumed":
-            self._coordinator.consumed({Identity(*identity): Fate(fate) for identity, fate in said["dropped"]})
+            self._consumed(said)
         elif kind == "trained":
             tell_of_weights(
                 self._session, self._fleet.actors, said["version"]
             )  # before anything that may take its time, as a callback does
+            if "dropped" in said:  # several learners, who say both at once
+                self._consumed(said)
             try:
                 self._reason = self._session.finish_update(said["metrics"])
             except DivergedError as diverged:
                 self._diverged(diverged)
                 return
+            self._remember(said["version"])
             if self._coordinator.version > self._furthest:  # made again after a roll-back, an update is no progress
-                self._furthest, self._fleet.learner.deaths, self._zygote_deaths = self._coordinator.version, 0, 0
+                self._furthest, self._zygote_deaths = self._coordinator.version, 0
+                for each in self._fleet.learners:
+                    each.deaths = 0
                 if self._fleet.inference is not None:
                     self._fleet.inference.deaths = 0
-            self._back("learner", 0)
+            for each in self._fleet.learners:
+                self._back("learner", each.index)
             if self._reason is None and self._saves.due:
                 self._saves.begin()
         elif kind == "saved":
@@ -299,6 +311,21 @@ class LocalEngine:
                 raise error
             self._diverged(error)
 
+    def _consumed(self, said: dict[str, Any]) -> None:
+        self._coordinator.consumed({Identity(*identity): Fate(fate) for identity, fate in said["dropped"]})
+
+    def _learner_is_ready(self, version: int) -> None:
+        self._remember(version)
+        tell_of_weights(self._session, self._fleet.actors, version)
+        if self._coordinator.learner_busy:  # it stands where those stood that were lost
+            self.tell_learner(self._under_way)
+        elif self._session.checkpoint_path is None and not self._saves.under_way and self._reason is None:
+            self._saves.begin()  # so that a run that fails or is ended early leaves one
+
+    def _remember(self, version: int) -> None:
+        if len(self._fleet.learners) > 1:
+            self._kept = version
+
     def _diverged(self, error: DivergedError) -> None:
         """To be mended, once."""
         if self._session.epoch > self._first_epoch:
@@ -307,10 +334,12 @@ class LocalEngine:
 
     # ---- life and death ------------------------------------------------------------------------------------------
     def _start_learner(self) -> None:
-        """Where it is not up, and may start again."""
-        learner = self._fleet.learner
-        if not learner.up and time.monotonic() >= learner.not_before:
-            self._start(learner, learner_setup(self._session))
+        """Where it is not up, and may start again; several meet as they begin."""
+        if time.monotonic() < max(learner.not_before for learner in self._fleet.learners):
+            return
+        for learner in self._fleet.learners:
+            if not learner.up:
+                self._start(learner, learner_setup(self._session, self._kept))
 
     def _serve(self) -> None:
         """Start the inference server, where there is to be one and it is not up; all actors are to ask it."""
@@ -376,10 +405,12 @@ class LocalEngine:
             self._lost_zygote(lost)  # and with it all that died
             return
         dead = [event for event in happened if isinstance(event, Death)]
+        learner_lost = False
         for death in sorted(
             dead, key=lambda death: death.process.name != "actor"
         ):  # their rollouts are settled before anybody is made anew
-            if not death.process.up:  # else it was started anew with all others
+            if not death.process.up and not (learner_lost and death.process.name == "learner"):  # else it was started anew with all others
+                learner_lost = learner_lost or death.process.name == "learner"
                 self._died(death)
         if not self._end.begun and any(death.process.name == "actor" for death in dead):
             self._place()
@@ -394,17 +425,18 @@ class LocalEngine:
         if process.name == "learner" and self._divergence is not None:
             return  # it said why; all are made anew at once
         process.deaths += 1
-        process.not_before = time.monotonic() + back_off_seconds(process.deaths)
+        deaths = sum(each.deaths for each in self._fleet.learners) if process.name == "learner" else process.deaths
+        process.not_before = time.monotonic() + back_off_seconds(deaths)
         self._session.restarts += 1
         self._session.observer.event("died", role=process.name, index=process.index, how=death.how, reason=death.why)
         self._recoveries.lost(process.name, process.index, death.why or death.how, time.monotonic())
         if process.name == "actor":
             self._actor_died(process, death)
-        elif process.deaths >= DEATHS_IN_A_ROW:
+        elif deaths >= DEATHS_IN_A_ROW:
             who, tail = "the learner" if process.name == "learner" else "the inference server", self._fleet.log_tail(process)
             raise ProcessError(f"{who} died {DEATHS_IN_A_ROW} times without an update in between, the last {death.how}.\n{tail}")
         elif process.name == "learner":
-            self._return_to_checkpoint()
+            self._replace_learners()
         else:
             self._serve()
 
@@ -436,6 +468,18 @@ class LocalEngine:
         row = WHILE_RESTORED if record.activity is Activity.RESTORING else record.row
         known = self._coordinator.suspect(actor.index, record.group, row, record.env, CERTAIN if certain else DOUBTFUL)
         return record.group if known else -1
+
+    def _replace_learners(self) -> None:
+        """One is lost. Where others go with it, and the run does not end, all begin again at the last update that was told, and nothing else is
+        lost: the slots of the update that was under way hold its rollouts still."""
+        if self._kept is None or self._end.begun:
+            self._return_to_checkpoint()
+            return
+        self._saves.abandon()
+        others = self._fleet.end_learners("another learner is lost")
+        if not any(isinstance(event, Lost) for event in others):
+            self._start_learner()
+        self._bury(others)
 
     def _return_to_checkpoint(self) -> None:
         """The learner is lost, or its numbers: everything goes back to the last checkpoint, all roles are made anew."""
@@ -473,7 +517,7 @@ class LocalEngine:
         self._saves.abandon()
         self._recoveries.forget("actor", "group", "inference")
         self._session.return_to_checkpoint()
-        self._reason, self._end.begun, self._at_checkpoint = None, False, True
+        self._reason, self._end.begun, self._at_checkpoint, self._kept = None, False, True, None
         self._start_learner()
         self._serve()
         self._place()

@@ -19,9 +19,11 @@ from typing import Any
 from shoal.actors.actor import Actor
 from shoal.actors.behaviour import LocalPolicy, RemotePolicy
 from shoal.algorithms import check_remembers, load_algorithm
+from shoal.algorithms.ranks import LostRank
 from shoal.config import RunConfig
 from shoal.engines.beginning import IDLE_SECONDS, Stopped, attach, read_and_close, receive_setup, user_objects
 from shoal.engines.inference import InferenceClient, InferenceServer, MailLayout
+from shoal.engines.keeping import keep, load_kept
 from shoal.engines.messages import Kind, Word, to_json
 from shoal.engines.question import Answerer
 from shoal.engines.roles import Blueprint, UserObjects
@@ -33,7 +35,8 @@ from shoal.errors import ConfigError, EnvironmentFault, ShoalError
 from shoal.experience.envelope import Identity
 from shoal.experience.group_state import from_bytes
 from shoal.experience.ring import Ring
-from shoal.learners.learner import Learner
+from shoal.learners.distributed import TorchRanks, file_store, meet
+from shoal.learners.learner import Learner, Unpublished, WeightPublisher
 from shoal.networks.policy import policy_size
 from shoal.supervision.channel import MAX_MESSAGE_BYTES, Channel, wait
 from shoal.supervision.trace import Span
@@ -41,6 +44,7 @@ from shoal.supervision.zygote_main import ChildContext
 from shoal.types import Activity
 from shoal.weights.board import WeightBoard
 
+_LOST_SECONDS = 5.0  # a learner that lost another one waits so long to be ended
 _LONGEST_TEXT = 8_000  # of an error in a message: escaped, a character takes up to six bytes, and a message holds 160 KiB
 
 
@@ -274,12 +278,13 @@ def actor_main(context: ChildContext) -> int:
 
 # ---- learner ---------------------------------------------------------------------------------------------------------
 class _LearnerProcess:
-    """Serves the learner.
+    """Serves a learner. Of several, all train, and the first speaks for them: it publishes, saves, and tells of what they made together.
 
     consumes    {"do": "train" | "save" | "stop", ...}
-    waits for   the supervisor's next order
-    unblocked   by an order, or by the end of the supervisor
-    on failure  a ShoalError is told; anything else ends the process, and the supervisor starts another from the last checkpoint
+    waits for   the supervisor's next order; in an update, for the other learners
+    unblocked   by an order, or by the end of the supervisor; by the other learners
+    on failure  a ShoalError is told; anything else ends the process, and the supervisor starts another from the last checkpoint. Of several:
+                all of them, from what the first kept after the last update that it told of
     """
 
     def __init__(self, context: ChildContext) -> None:
@@ -288,13 +293,45 @@ class _LearnerProcess:
         self._channel: Channel = context.channel
         setup = receive_setup(context.channel)
         self._blueprint, ring, board, self._heart, self._trace = attach(context, setup)
-        torch.set_num_threads(self._blueprint.config.learner.threads)
-        board.reset()
-        self._learner: Learner = self._blueprint.learner(ring, board, setup["max_policy_lag"], self._heart)
-        if setup["checkpoint"] is not None:
-            load_learner(self._learner, Path(setup["checkpoint"]))
-        self._learner.publish()
+        config, kept = self._blueprint.config, setup["kept"]
+        torch.set_num_threads(config.learner.threads)
+        self._first, self._several = context.index == 0, config.learners > 1
+        if self._several and self._blueprint.device().type == "cuda":
+            torch.cuda.set_device(context.index % torch.cuda.device_count())
+        if self._first and kept is None:  # else actors are reading it
+            board.reset()
+        publisher: WeightPublisher = board if self._first else Unpublished(self._blueprint.layout(self._blueprint.policy()).size)
+        self._learner: Learner = self._blueprint.learner(ring, publisher, setup["max_policy_lag"], self._heart)
+        if self._several:
+            self._learner.join(self._meet(context))
+            self._kept = (context.memory_fds[3], context.memory_fds[4])
+        if kept is not None:
+            load_kept(self._learner, self._kept, kept)  # it was published before it was told
+        else:
+            if setup["checkpoint"] is not None:
+                load_learner(self._learner, Path(setup["checkpoint"]))
+            self._learner.publish()
+            self._keep()
         self._say({"is": "ready", "version": self._learner.version})
+
+    def _meet(self, context: ChildContext) -> TorchRanks:
+        """Find the other learners. NCCL wants a GPU for each; those that share one add up on the processor."""
+        import torch
+
+        size, device = self._blueprint.config.learners, self._blueprint.device()
+        alone = device.type == "cuda" and torch.cuda.device_count() >= size
+        return meet(
+            file_store(context.memory_fds[2], size),
+            context.index,
+            size,
+            timeout_seconds=self._blueprint.config.learner.timeout_seconds,
+            device=torch.device("cuda", context.index) if alone else None,
+            recorder=self._heart,
+        )
+
+    def _keep(self) -> None:
+        if self._first and self._several:
+            keep(self._learner, self._kept)
 
     def run(self) -> None:
         while True:
@@ -322,14 +359,23 @@ class _LearnerProcess:
         self._trace.begin(Span.CONSUME)
         consumed = self._learner.consume(orders)
         self._trace.end(len(orders))
-        self._say({"is": "consumed", "dropped": [[list(i), int(fate)] for i, fate in consumed.dropped.items()]})
+        dropped = [[list(i), int(fate)] for i, fate in consumed.dropped.items()]
+        if not self._several:
+            self._say({"is": "consumed", "dropped": dropped})
         metrics: dict[str, float] = {}
         if consumed.groups or optimizer_steps:
             self._trace.begin(Span.UPDATE)
             metrics = self._learner.update(consumed, optimizer_steps)
             self._trace.end(self._learner.version)
             metrics["update_seconds"] = time.monotonic() - begun
-        self._say({"is": "trained", "version": self._learner.version, "metrics": metrics})
+        trained = {"is": "trained", "version": self._learner.version, "metrics": metrics}
+        if self._several:
+            self._learner.agree()
+            if metrics:
+                self._keep()
+            trained["dropped"] = dropped  # no slot is free before all have made the update: should one be lost, it is made again
+        if self._first:
+            self._say(trained)
 
     def _next(self) -> dict[str, Any]:
         while True:
@@ -344,12 +390,15 @@ class _LearnerProcess:
 
 
 def learner_main(context: ChildContext) -> int:
-    """The learner's process, see _LearnerProcess. Waits for its set-up, and loads the checkpoint that it names. Exits with 0 at `stop` and where
+    """A learner's process, see _LearnerProcess. Waits for its set-up, and loads the checkpoint that it names. Exits with 0 at `stop` and where
     the supervisor is gone; a ShoalError is said as `failed`, and raised into its log, as everything else is."""
     try:
         _LearnerProcess(context).run()
     except EOFError:
         return 0
+    except LostRank:
+        time.sleep(_LOST_SECONDS)  # the supervisor knows who is gone, and ends this one; it is not to be taken for the one that died
+        raise
     except ShoalError as error:
         context.channel.send(encoded({"is": "failed", **describe_error(error)}))
         raise

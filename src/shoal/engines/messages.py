@@ -31,6 +31,14 @@ class Kind(IntEnum):
     FAULT = 19  # slot, identity; JSON: the report
 
 
+def place_of(role: str, index: int, num_roles: int) -> int:
+    """Where a role writes on a board of activities with so many places: the first learner, the actors, and from the end the inference server and the
+    other learners, since there may be more actors later."""
+    if role == "actor":
+        return 1 + index
+    return num_roles - 1 if role == "inference" else (num_roles - 1 - index) % (num_roles - 1)
+
+
 NOBODY = Identity(0, 0, 0)
 _WORD = struct.Struct("<BxxxIIIQq")
 

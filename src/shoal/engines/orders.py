@@ -16,12 +16,21 @@ from shoal.supervision.channel import Channel
 from shoal.types import GroupState
 
 
-def learner_setup(session: Session) -> dict[str, Any]:
-    """What a learner begins with: at the newest checkpoint that the run stands at, or with the initial weights."""
+def learner_setup(session: Session, kept: int | None = None) -> dict[str, Any]:
+    """What a learner begins with: at the newest checkpoint that the run stands at, or with the initial weights.
+
+    kept: the version that several go on from, which one of them kept in memory (engines/keeping.py).
+    """
     path = session.checkpoint_path
     checkpoint = None if path is None else str(path.absolute())
     plan = session.coordinator.plan
-    return {"spec": session.spec.to_json(), "checkpoint": checkpoint, "max_policy_lag": plan.max_policy_lag, "epoch": session.epoch}
+    return {
+        "spec": session.spec.to_json(),
+        "checkpoint": checkpoint,
+        "kept": kept,
+        "max_policy_lag": plan.max_policy_lag,
+        "epoch": session.epoch,
+    }
 
 
 def actor_setup(session: Session) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class Plan:
         batch = groups if sync else config.sampling.batch_rollouts or groups
         ahead: float = BATCHES_AHEAD if rate is None else max(1.0, config.replay.tolerance)
         slots = -(-batch // groups) + 1 if rate is None else math.ceil(batch * ahead / groups)
+        held = -(-batch // groups) if config.learners > 1 else 0  # several keep an update's slots until it is made
         return cls(
             mode="sync" if sync else "async",
             num_groups=groups,
@@ -44,7 +45,7 @@ class Plan:
             rollout_length=config.sampling.rollout_length,
             batch_rollouts=batch,
             max_policy_lag=0 if sync else config.max_policy_lag,
-            slots_per_group=1 if sync else max(2, slots),
+            slots_per_group=1 if sync else max(2, slots) + held,
             rate=rate,
             batches_ahead=ahead,
         )

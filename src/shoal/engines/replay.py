@@ -88,8 +88,8 @@ def replay(
     weights = WeightHistory(blueprint.layout(policy).size)
     behaviour = blueprint.behaviour(weights)
     actor = blueprint.actor(ring, behaviour)
-    learner = blueprint.learner(ring, weights, 1 << 30)
-    learner.publish()
+    learners = blueprint.learners_here(ring, weights, 1 << 30)
+    learners.first.publish()
     action = next(f for f in schema.fields if f.name == "action")
     for group in range(plan.num_groups):
         states = {n: np.zeros((plan.group_size, *f.shape), f.dtype) for n, f in ((f.name, f) for f in policy.fields() if f.axis == "B")}
@@ -113,10 +113,10 @@ def replay(
         if limiter is not None and steps is None:
             steps = limiter.insert(sum(int(ring.slots[slot].envelope["num_env_steps"]) for slot, _ in orders))
         if orders or steps:
-            learner.update(learner.consume(orders), steps or 0)
+            learners.update(learners.consume(orders), steps or 0)
         told(number + 1)
     actor.close()
-    return learner.weights_sha256
+    return learners.first.weights_sha256
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from shoal.errors import ConfigError
 from shoal.experience.limiter import Rate
 from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema, rollout_schema
-from shoal.learners.learner import Learner, WeightPublisher
+from shoal.learners.learner import Learner, Unpublished, WeightPublisher
 from shoal.learners.replay_learner import ReplayLearner
+from shoal.learners.together import Together
 from shoal.networks.acting import ACTOR_CRITIC, Acting, NetworkKind
 from shoal.networks.chain import ACTIVATIONS
 from shoal.networks.computing import check_compiler, check_precision, compute_facts
@@ -133,6 +134,8 @@ class Blueprint:
     def check_algorithm(self) -> None:
         """Raise ConfigError where the algorithm cannot do what is asked of it here."""
         check_actions(self.settings, self.spec.action)
+        if self.config.learners > 1:
+            self._check_shares()
         if self.replay is None:
             return
         policy, replay, remembers = self.config.policy, self.replay, self.algorithm.remembers
@@ -161,6 +164,19 @@ class Blueprint:
                 f"replay.learning_starts: the replay holds {replay.capacity_steps:,} env steps (replay.capacity_steps) and would never hold the "
                 f"{replay.learning_starts:,} after which learning starts; lower it, or raise the other"
             )
+
+    def _check_shares(self) -> None:
+        name, learners = self.config.algorithm.name, self.config.learners
+        if learns_from_replay(self.algorithm):
+            raise ConfigError(f"learners: {name} learns from a replay, which one learner holds; leave it at 1, or take ppo, appo or impala")
+        if not getattr(self.algorithm, "shares", False):
+            raise ConfigError(
+                f"learners: {name} does not divide its work; ppo, appo and impala do (one of your own says `shares = True`, see "
+                "shoal.algorithms.base.Algorithm), or leave it at 1"
+            )
+        size = getattr(self.settings, "minibatch_size", None)
+        if size is not None and size < learners:
+            raise ConfigError(f"algorithm.minibatch_size: {size} rows cannot be divided among {learners} learners (learners)")
 
     def _check_sequences(self, replay: ReplayConfig) -> None:
         name = self.config.algorithm.name
@@ -268,6 +284,13 @@ class Blueprint:
         return Learner(
             self.config, self.spec, policy, algorithm, ring, publisher, run_id=self.run_id, max_policy_lag=max_policy_lag, epoch=self.epoch
         )
+
+    def learners_here(self, ring: Ring, board: WeightPublisher, max_policy_lag: int, recorder: ActivityRecorder | None = None) -> Together:
+        """All learners in this process."""
+        first = self.learner(ring, board, max_policy_lag, recorder)
+        size = self.layout(self.policy()).size
+        others = [self.learner(ring, Unpublished(size), max_policy_lag) for _ in range(1, self.config.learners)]
+        return Together([first, *others], threads=self.config.learner.threads, timeout_seconds=self.config.learner.timeout_seconds)
 
     def compute(self, policy: Acting) -> None:
         """Have a learner's policy compute as the configuration says. Raises ConfigError where it cannot."""

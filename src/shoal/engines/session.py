@@ -40,7 +40,7 @@ class Observer(Protocol):
         """Something that is not an update: a fault, a restart, a checkpoint, a warning."""
 
     def tick(self, activities: list[ActivityRecord]) -> None:
-        """A few times a second, with what every role does now (learner first)."""
+        """A few times a second, with what every role does now (learners first)."""
 
     def flush(self) -> None:
         """Keep for good what was told: a checkpoint is about to count."""

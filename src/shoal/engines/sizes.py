@@ -16,6 +16,7 @@ from shoal.experience.replay import Replay
 from shoal.experience.schema import Schema, numpy_dtype
 from shoal.machine import available_bytes, in_words
 
+KEPT_COPIES = 6  # in memory that outlives several learners: twice parameters and two moments
 LEARNER_COPIES = 7  # of all weights: parameters, gradient, two moments, two halves of the board, what a checkpoint copies
 
 
@@ -41,15 +42,15 @@ def rate_of(config: RunConfig, replay: ReplayConfig, batch_size: int) -> Rate:
     return Rate(samples_per_insert, batch_size, replay.learning_starts, replay.tolerance * samples_per_insert * batch)
 
 
-def check_memory(plan: Plan, schema: Schema, num_weights: int, actors: int, replay: ReplayConfig | None = None) -> None:
+def check_memory(plan: Plan, schema: Schema, num_weights: int, actors: int, replay: ReplayConfig | None = None, learners: int = 1) -> None:
     """Raise ConfigError where rollouts, replay and weights do not fit; says what is needed, what is there, and which keys lower it.
 
     replay: of a run that has one. Images whose shape looks like a stack of frames are counted as such; `Replay` checks again once it has seen whether
     they are.
     """
     free = available_bytes()
-    rollouts = rollout_bytes(schema) * (plan.num_slots + plan.batch_rollouts)
-    weights = num_weights * 4 * (LEARNER_COPIES + actors)
+    rollouts = rollout_bytes(schema) * (plan.num_slots + learners * plan.batch_rollouts)
+    weights = num_weights * 4 * (learners * LEARNER_COPIES + (KEPT_COPIES if learners > 1 else 0) + actors)
     replayed = 0 if replay is None else Replay.size_bytes(schema, plan.num_groups, replay)
     if free is None or rollouts + replayed + weights <= free:
         return
@@ -64,5 +65,5 @@ def check_memory(plan: Plan, schema: Schema, num_weights: int, actors: int, repl
     raise ConfigError(
         f"sampling: {plan.num_groups:,} groups (sampling.groups) of {plan.group_size:,} environments (sampling.group_size), "
         f"{plan.rollout_length:,} steps of a rollout (sampling.rollout_length){batch} need {in_words(rollouts)} of memory, {kept}and "
-        f"{num_weights:,} weights (policy.hidden_sizes) in {actors + 1} processes {in_words(weights)}; {in_words(free)} are free here"
+        f"{num_weights:,} weights (policy.hidden_sizes) in {actors + learners} processes {in_words(weights)}; {in_words(free)} are free here"
     )

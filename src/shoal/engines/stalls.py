@@ -36,13 +36,14 @@ _DOING = {
     Activity.SAVING: "saving",
     Activity.RESTORING: "putting back",
     Activity.PUBLISHING: "publishing weights",
+    Activity.SHARING: "adding up with the other learners",
 }
 Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Situation:
-    """All processes at one moment (the learner, the actors, and the inference server where there is one), and what is decided about them."""
+    """All processes at one moment (learners, actors, and the inference server where there is one), and what is decided about them."""
 
     seen: Sequence[Seen]
     coordinator: Coordinator
@@ -56,18 +57,19 @@ class Situation:
 
 
 def look(fleet: Fleet, coordinator: Coordinator, *, saving: bool, paused: bool, now: float) -> Situation:
-    """What all processes do at this moment, and who has an order. `saving`: the learner's is a checkpoint."""
+    """What all processes do at this moment, and who has an order. `saving`: the (first) learner's is a checkpoint."""
     seen: list[Seen] = []
     busy = {group.actor for group in coordinator.groups if group.leased}
     for process, record in zip(fleet.processes, fleet.activities(), strict=True):
-        ordered = process.index in busy if process.name == "actor" else coordinator.learner_busy or saving
+        saves = saving and process is fleet.learner
+        ordered = process.index in busy if process.name == "actor" else coordinator.learner_busy or saves
         state = fleet.state_of(process)
         order_seconds = now - process.told_at if ordered and process.up else None
         if process.name == "inference":
             order_seconds = max((each.record.age_seconds for each in seen if _asks(each)), default=None)
         who = (process.name, process.index, process.incarnation)
-        of_learner, served = saving and process.name == "learner", process.name == "actor" and fleet.inference is not None
-        seen.append(Seen(*who, state, record, now - process.asked_at, order_seconds, of_learner, served))
+        served = process.name == "actor" and fleet.inference is not None
+        seen.append(Seen(*who, state, record, now - process.asked_at, order_seconds, saves, served))
     return Situation(seen, coordinator, [process.pid for process in fleet.processes], paused)
 
 
@@ -104,6 +106,7 @@ def doing(seen: Seen, pid: int) -> tuple[str, float]:
 def waits(situation: Situation) -> Iterator[Facts]:
     """Everybody who waits: who, for (names), seconds, why."""
     yield from _learner_waits(situation, situation.seen[0])
+    yield from _shares_waited_for(situation)
     for actor, pid in situation.actors:
         if pid and _asks(actor):
             why = f"it is to choose actions for group {actor.record.group}, row {actor.record.row}"
@@ -132,6 +135,15 @@ def _learner_waits(situation: Situation, learner: Seen) -> Iterator[Facts]:
             f"{c.limiter.rate.tolerance_samples:,.0f} (replay.tolerance)"
         )
     yield {"who": _name(learner), "for": makers, "seconds": learner.record.age_seconds, "why": why}
+
+
+def _shares_waited_for(situation: Situation) -> Iterator[Facts]:
+    """Learners that are done with their part of an optimizer step, and those that are not."""
+    learners = [seen for seen in situation.seen if seen.name == "learner"]
+    done = [seen for seen in learners if seen.record.incarnation == seen.incarnation and seen.record.activity is Activity.SHARING]
+    late = [_name(seen) for seen in learners if seen not in done]
+    for seen in done:
+        yield {"who": _name(seen), "for": late, "seconds": seen.record.age_seconds, "why": "gradients are added up over all learners"}
 
 
 def _why_no_lease(situation: Situation, actor: Seen) -> tuple[list[str], str]:

@@ -8,7 +8,7 @@ Every wait of a role has its limit here, so that none is without end:
     choosing actions                 INFER_SECONDS; of an actor that has a server choose, START_SECONDS more, in which the server is made anew
     starting                         START_SECONDS
     an order that is not taken up    UNHEARD_SECONDS
-    an update                        learner.timeout_seconds
+    an update                        learner.timeout_seconds; of a learner that waits for another, SHARE_SECONDS more
     a checkpoint                     SAVE_SECONDS
 """
 
@@ -24,6 +24,7 @@ INFER_SECONDS = 60.0
 START_SECONDS = 120.0
 UNHEARD_SECONDS = 30.0
 SAVE_SECONDS = 60.0
+SHARE_SECONDS = 5.0  # more for a learner that waits for another: that one is to blame
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class Watch:
 
     def _learner(self, seen: Seen) -> Verdict | None:
         limit = SAVE_SECONDS if seen.saving else self.update_timeout_seconds
-        if seen.order_seconds is None or seen.order_seconds <= limit:
+        grace = SHARE_SECONDS if seen.record.activity is Activity.SHARING else 0.0
+        if seen.order_seconds is None or seen.order_seconds <= limit + grace:
             return None
         return Verdict("stuck", f"did not {'save' if seen.saving else 'finish an update'} within {limit:g} s")

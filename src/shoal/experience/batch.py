@@ -63,6 +63,28 @@ class Batch:
             next_value_TN[self.final_index[:, 0], self.final_index[:, 1]] = final_value_F
         return next_value_TN
 
+    def columns(self, columns: slice) -> Batch:
+        """Some columns, from `start` up to `stop`, as a batch of their own."""
+        n = self.final_index[:, 1]
+        inside = (n >= columns.start) & (n < columns.stop)
+        final_index = self.final_index[inside]
+        final_index[:, 1] -= columns.start
+        return Batch(
+            observation={name: value[:, columns] for name, value in self.observation.items()},
+            action_mask=None if self.action_mask is None else self.action_mask[:, columns],
+            action=self.action[:, columns],
+            log_prob_TN=self.log_prob_TN[:, columns],
+            reward_TN=self.reward_TN[:, columns],
+            terminated_TN=self.terminated_TN[:, columns],
+            truncated_TN=self.truncated_TN[:, columns],
+            valid_TN=self.valid_TN[:, columns],
+            policy_lag_TN=self.policy_lag_TN[:, columns],
+            final_observation={name: value[inside] for name, value in self.final_observation.items()},
+            final_index=final_index,
+            policy_state={name: value[columns] for name, value in self.policy_state.items()},
+            reset_T1N=None if self.reset_T1N is None else self.reset_T1N[:, columns],
+        )
+
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `function` of every tensor."""
 

@@ -5,6 +5,8 @@ waits for   nothing; it is called
 unblocks    whoever waits for the slots (they are free once `consume` returns) and for the next policy version
 on failure  DivergedError after repeated updates without a finite gradient, or where parameters are not finite, which are then not
             published; otherwise it may die at any instant and be started from a checkpoint
+
+One of several (algorithms/ranks.py) waits for the others in every update, and raises LostRank where one is gone.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import numpy as np
 import torch
 
 from shoal.algorithms.base import UpdateContext
+from shoal.algorithms.ranks import ALONE, Ranks
 from shoal.config import RunConfig
-from shoal.errors import DivergedError
+from shoal.errors import DivergedError, LearnersError
 from shoal.experience.batch import Batch
 from shoal.experience.envelope import Fate, Identity
 from shoal.experience.ring import Ring
@@ -34,6 +37,7 @@ from shoal.types import Array, Arrays, EnvironmentSpec
 from shoal.weights.board import WeightLayout
 
 _DIVERGED_UPDATES = 10  # updates in a row without one finite optimizer step, those that made none at all left out
+CHECK_EVERY = 10  # updates between two comparisons of what several learners hold
 _ADVICE = "lower --algorithm.learning-rate, or normalise observations and rewards"
 
 
@@ -42,6 +46,19 @@ class WeightPublisher(Protocol):
 
     def begin(self, version: int) -> Array: ...
     def commit(self, version: int) -> None: ...
+
+
+class Unpublished:
+    """No board: of several learners only the first publishes."""
+
+    def __init__(self, size: int) -> None:
+        self._flat = np.empty(size, np.float32)
+
+    def begin(self, version: int) -> Array:
+        return self._flat
+
+    def commit(self, version: int) -> None:
+        """Nothing."""
 
 
 @dataclass
@@ -80,6 +97,33 @@ class Learner:
         self.version = 0
         self.env_steps = 0
         self._barren = 0
+        self._ranks: Ranks = ALONE
+
+    # ---- several learners ----------------------------------------------------------------------------------------
+    def join(self, ranks: Ranks) -> None:
+        """Learn as one of several from now on."""
+        self._ranks = ranks
+        self._algorithm.join(ranks)
+
+    def agree(self) -> None:
+        """After an update: wait for the other learners, and see every CHECK_EVERY updates that all hold the same weights.
+
+        Raises:
+          LearnersError: they do not; all raise it.
+        """
+        if self._ranks.size == 1:
+            return
+        compared = self.version % CHECK_EVERY == 0
+        held = torch.zeros(self._ranks.size, dtype=torch.int64)
+        held[self._ranks.rank] = int(self.weights_sha256[:15], 16) if compared else self.version
+        self._ranks.sum(held)
+        found = held.tolist()
+        if len(set(found)) > 1:
+            who = ", ".join(f"learner-{rank} {number:015x}" for rank, number in enumerate(found))
+            raise LearnersError(
+                f"after update {self.version} the learners do not hold the same weights ({who}): the memory of one is damaged, or the algorithm "
+                "depends on what differs between processes (a clock, global random numbers)"
+            )
 
     # ---- one update ----------------------------------------------------------------------------------------------
     @np.errstate(over="ignore", invalid="ignore")  # numbers beyond float32 become infinite, and show in loss and gradient

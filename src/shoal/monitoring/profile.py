@@ -29,6 +29,7 @@ _NAMES = {
     Activity.SAVING: "save",
     Activity.RESTORING: "restore",
     Activity.PUBLISHING: "publish",
+    Activity.SHARING: "wait for the other learners",
 }
 _ORDER = ("supervisor", "learner", "inference", "actor", "all")
 
@@ -68,7 +69,7 @@ def _identity(file: Path) -> tuple[str, int, int]:
 
 
 def _track(place: int, role: str, index: int, incarnation: int, pid: int, events: list[Event], origin: int) -> Iterator[dict[str, Any]]:
-    name = "all roles" if role == "all" else f"actor {index}" if role == "actor" else role
+    name = "all roles" if role == "all" else f"{role} {index}" if role == "actor" or index else role
     name += f", incarnation {incarnation}" if incarnation else ""
     where = {"pid": pid, "tid": pid}
     yield {"ph": "M", "name": "process_name", **where, "args": {"name": name}}

@@ -43,6 +43,7 @@ _ROLE_OF = {
     Activity.LEARNING: "learning",
     Activity.SAVING: "learning",
     Activity.PUBLISHING: "learning",
+    Activity.SHARING: "waiting",
 }
 
 Callback = Callable[[Mapping[str, Any]], Any]
@@ -221,10 +222,16 @@ class Recorder:
 
     @property
     def _of_actors(self) -> list[ActivityRecord]:
-        return self._activities[1:-1] if self._served else self._activities[1:]
+        return self._activities[self._num_learners : -1] if self._served else self._activities[self._num_learners :]
+
+    @property
+    def _num_learners(self) -> int:
+        """How many of the first activities are learners': those of one process, where all roles are in it, are one."""
+        return self._config.learners if self._config.actors else 1
 
     def _roles(self) -> tuple[RoleTime, ...]:
-        names = ["learner" if self._config.actors else "all roles", *(f"actor {n}" for n in range(len(self._of_actors)))]
+        names = ["learner" if self._config.actors else "all roles", *(f"learner {n}" for n in range(1, self._num_learners))]
+        names += [f"actor {n}" for n in range(len(self._of_actors))]
         names += ["inference"] if self._served else []
         return tuple(
             RoleTime(name, record.pid, {activity.name.lower(): seconds for activity, seconds in record.seconds.items() if seconds > 0})

@@ -42,7 +42,7 @@ class Snapshot:
       env_steps: valid environment steps trained; `env_steps_per_second` is over the last seconds, not the whole run.
       mean_return, std_return, mean_length: of the last 100 training episodes that ended; `episodes` counts all.
       time_by_role: seconds of ROLES since the last snapshot, over all processes; the view shows shares.
-      roles: each role's time so far, learner first (`actors: 0`: all roles in one).
+      roles: each role's time so far, learners first (`actors: 0`: all roles in one).
       lag_*: policy lag in updates, per trained step, of the last updates; `max_policy_lag` is its bound.
       produced, trained, replayed, in_flight, dropped (by reason): the ledger in env steps; `produced` is the sum of the others. evicted: of those
         replayed.

@@ -33,6 +33,8 @@ def _role(facts: _Facts) -> str:
         if facts["role"] == "actor"
         else "the helper process"
         if facts["role"] == "zygote"
+        else f"learner {facts['index']}"
+        if facts["role"] == "learner" and facts["index"]
         else f"the {facts['role']}"
     )
 

@@ -19,7 +19,7 @@ __all__ = ["Activity", "ActivityBoard", "ActivityRecord", "Heartbeat"]
 
 NUM_ACTIVITIES = len(Activity)
 
-# 128 bytes: two roles never write one cache line. `begun` is written before the other fields and `beat` after them; a reader goes the other way round and compares.
+# 192 bytes: two roles never write one cache line. `begun` is written before the other fields and `beat` after them; a reader goes the other way round and compares.
 RECORD = np.dtype(
     [
         ("begun", np.int64),
@@ -32,6 +32,7 @@ RECORD = np.dtype(
         ("total_ns", np.int64, (NUM_ACTIVITIES,)),  # finished stretches, by activity, over all incarnations
         ("incarnation", np.int64),
         ("pid", np.int64),
+        ("unused", np.int64, (17 - NUM_ACTIVITIES,)),  # up to the next cache line
     ]
 )
 _FIELDS = struct.Struct("@iiiiq")  # activity to since_ns; pack_into writes zeros first, hence the two counters outside of it
@@ -45,7 +46,7 @@ class Heartbeat:
     __slots__ = ("_beat", "_now", "_pack", "_record", "_since", "_total_word", "_words")
 
     def __init__(self, record: memoryview, incarnation: int) -> None:
-        """record: the 128 bytes of this role (kept)."""
+        """record: the bytes of this role (kept)."""
         before = np.frombuffer(record, RECORD)[0]
         before["incarnation"], before["pid"] = incarnation, os.getpid()
         self._record = record
