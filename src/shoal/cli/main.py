@@ -23,6 +23,7 @@ from shoal.cli.chaos import chaos
 from shoal.cli.common import debug_option, give_answer, given_settings, json_option, say, work_on
 from shoal.cli.options import ConfigCommand
 from shoal.cli.output import find_run, plain, print_json, print_table
+from shoal.cli.plan import plan
 from shoal.errors import ShoalError
 
 INTERRUPTED = 130
@@ -48,6 +49,7 @@ def cli() -> None:
 
 cli.add_command(bench)
 cli.add_command(chaos)
+cli.add_command(plan)
 
 
 @cli.command(cls=ConfigCommand, configuration_help=True)
