@@ -165,8 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__, "planning")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="measurements of each training")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each training")
-    parser.add_argument("--costs-seconds", type=float, default=10.0, help="for the costs of its parts")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of each training")
+    parser.add_argument("--costs-seconds", type=float, default=6.0, help="for the costs of its parts")
     return parser.parse_args(arguments)
 
 

@@ -21,6 +21,7 @@ def costs(algorithm: str = "ppo", **changes: Any) -> dict[str, Any]:
         "cores": 2,
         "costs": {"e": 20.0, "i": 10.0, "l": 40.0, "x": 8.0},
         "mixed": 0.0,
+        "crowding": 1.0,
         "transport": {"record": 8.0, "words": 0.0, "decide": 0.0, "consume": 0.0, "weights": 0.0},
         "learning": {"cores": 1.6, "wall_us": {"1": 40.0, "2": 25.0}, "own_device": False},
         "environment": {"wall_us": 20.0, "cpu_us": 20.0, "waits": False, "episode_steps": 100.0, "updates_measured": 9},

@@ -38,6 +38,13 @@ def test_async_every_core_is_busy_while_the_learner_keeps_up(acting: float, shar
     assert found.utilisation["cores"] == pytest.approx(1.0, abs=0.01)
 
 
+def test_cores_that_are_busy_together_cost_more_and_a_learner_alone_does_not() -> None:
+    crowded = {"cores": 4, "acting": 40.0, "learning": 20.0, "costs__crowding": 1.5}
+    assert rate(cluster("sync", **crowded)) == pytest.approx(1e6 / (1.5 * 40.0 / 4 + 20.0))
+    light = {**crowded, "learning": 5.0}
+    assert rate(cluster("async", groups=8, **light)) == pytest.approx(4e6 / (1.5 * 45.0), rel=0.02)
+
+
 def test_async_a_learner_with_one_thread_bounds_a_run_by_its_own_speed() -> None:
     found = simulate(cluster("async", cores=4, acting=20.0, learning=100.0))
     assert found.env_steps_per_second == pytest.approx(1e4, rel=0.02)

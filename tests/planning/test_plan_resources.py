@@ -12,8 +12,8 @@ from shoal.planning.resources import Cores, Link
 Job = tuple[float, float, int]  # when it comes, seconds of each thread, threads
 
 
-def ends_of(jobs: list[Job], cores: int) -> list[float]:
-    """When each job ends: from one arrival or end to the next, every thread gets the same share, one core at most."""
+def ends_of(jobs: list[Job], cores: int, crowding: float) -> list[float]:
+    """When each job ends: from one arrival or end to the next, every thread gets the same share, one core at most; busy cores slow each other down."""
     left = [seconds for _, seconds, _ in jobs]
     ends = [0.0] * len(jobs)
     now = 0.0
@@ -22,7 +22,9 @@ def ends_of(jobs: list[Job], cores: int) -> list[float]:
         present = [j for j in open_jobs if jobs[j][0] <= now]
         arrivals = [jobs[j][0] for j in open_jobs if jobs[j][0] > now]
         width = sum(jobs[j][2] for j in present)
-        rate = min(1.0, cores / width) if width else 0.0
+        others = max(0, min(width, cores) - 1)
+        slower = 1.0 + (crowding - 1.0) * others / (cores - 1) if cores > 1 else 1.0
+        rate = min(1.0, cores / width) / slower if width else 0.0
         step = min([left[j] / rate for j in present] + [at - now for at in arrivals])
         for j in present:
             left[j] -= rate * step
@@ -33,9 +35,9 @@ def ends_of(jobs: list[Job], cores: int) -> list[float]:
     return ends
 
 
-def simulated(jobs: list[Job], cores: int) -> tuple[list[float], float]:
+def simulated(jobs: list[Job], cores: int, crowding: float = 1.0) -> tuple[list[float], float]:
     env = Environment()
-    shared, ends = Cores(env, cores), [0.0] * len(jobs)
+    shared, ends = Cores(env, cores, crowding), [0.0] * len(jobs)
 
     def run(number: int, job: Job):
         at, seconds, width = job
@@ -52,11 +54,12 @@ def simulated(jobs: list[Job], cores: int) -> tuple[list[float], float]:
 _job = st.tuples(st.integers(0, 20).map(float), st.integers(1, 40).map(lambda n: n / 4), st.integers(1, 3))
 
 
-@given(st.lists(_job, min_size=1, max_size=8), st.integers(1, 4))
-def test_jobs_end_when_a_slow_integration_says(jobs: list[Job], cores: int) -> None:
-    ends, busy = simulated(jobs, cores)
-    assert ends == pytest.approx(ends_of(jobs, cores))
-    assert busy == pytest.approx(sum(seconds * width for _, seconds, width in jobs))
+@given(st.lists(_job, min_size=1, max_size=8), st.integers(1, 4), st.sampled_from([1.0, 1.5]))
+def test_jobs_end_when_a_slow_integration_says(jobs: list[Job], cores: int, crowding: float) -> None:
+    ends, busy = simulated(jobs, cores, crowding)
+    assert ends == pytest.approx(ends_of(jobs, cores, crowding))
+    if crowding == 1.0:
+        assert busy == pytest.approx(sum(seconds * width for _, seconds, width in jobs))
 
 
 def test_no_work_takes_no_time() -> None:

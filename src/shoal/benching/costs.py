@@ -30,7 +30,7 @@ def bench_costs(
       seconds: for the parts; each of the bare loops takes a fifth of it.
       told: called with what is done at the moment.
     Returns:
-      settings, machine, costs, mixed, transport, learning, environment, sizes, ceilings, references: see docs/performance.md.
+      settings, machine, costs, mixed, crowding, transport, learning, environment, sizes, ceilings, references: see docs/performance.md.
     Raises:
       ConfigError, EnvironmentFault: as `shoal.train`.
     """
@@ -65,6 +65,7 @@ def bench_costs(
         "cores": cores,
         "costs": costs,
         "mixed": parts.mixed,
+        "crowding": parts.crowding,
         "transport": {name: getattr(parts, name) for name in ("record", "words", "decide", "consume", "weights")},
         "learning": {"cores": learning_cores, "wall_us": {str(n): us for n, us in parts.learn_wall.items()}, "own_device": own_device},
         "environment": {**blocking, "episode_steps": parts.episode_steps, "updates_measured": parts.cycles},

@@ -21,8 +21,8 @@ from shoal.planning.system import Driver, Links, StepCosts, System
 from shoal.settings import WAITING_ACTORS_PER_CORE
 
 # Measured by benchmarks/planning.py (rows driver/*); what a rollout takes of the driver besides, `shoal bench costs` measures.
-DRIVER_UPDATE_US = 1500.0  # metrics, rows of run.db, files of TensorBoard: of each update
-DRIVER_LOOK_US = 0.6  # of each group, whenever the driver looks what may be begun
+DRIVER_UPDATE_US = 2000.0  # metrics, rows of run.db, files of TensorBoard: of each update
+DRIVER_LOOK_US = 0.4  # of each group, whenever the driver looks what may be begun
 _AGAIN = "measure anew: shoal bench costs ENV --json > FILE"
 
 
@@ -78,6 +78,7 @@ class Measured(BaseModel):
     cores: int = Field(gt=0)
     costs: _StepCosts
     mixed: Weight
+    crowding: PositiveFloat
     transport: _Transport
     learning: _Learning
     environment: _Environment
@@ -211,6 +212,7 @@ def _step_costs(config: RunConfig, measured: Measured) -> StepCosts:
         learning_cores=sped_up,
         own_device=learning.own_device,
         blocking=1e-6 * measured.environment.wall_us if measured.environment.waits else None,
+        crowding=max(1.0, measured.crowding),
     )
 
 

@@ -78,7 +78,7 @@ class _Node:
 
     def __init__(self, env: Environment, system: System, amount: int, fetches: float, learns: bool) -> None:
         self.env, self.amount, self.fetches, self.learns = env, amount, fetches, learns
-        self.cores = Cores(env, system.cores)
+        self.cores = Cores(env, system.cores, system.costs.crowding)
         self.up, self.down = (Link(env, system.links.node_bandwidth) for _ in range(2))
         self.leases = [Store(env) for _ in range(system.actors)]
         self.version = 0

@@ -16,8 +16,9 @@ class Cores:
     Every thread has had the same share since it began, so a job ends when the sum of these shares has grown by its length.
     """
 
-    def __init__(self, env: Environment, cores: int) -> None:
-        self._env, self._cores = env, cores
+    def __init__(self, env: Environment, cores: int, crowding: float = 1.0) -> None:
+        """crowding: how many times as much work costs while all cores are busy; in between, in proportion to those that are busy beside one."""
+        self._env, self._cores, self._crowding = env, cores, crowding
         self._jobs: list[tuple[float, int, float, Event]] = []  # (share at which it ends, number, width, its end)
         self._numbers = count()
         self._width = 0.0
@@ -44,7 +45,8 @@ class Cores:
         return self._busy
 
     def _rate(self) -> float:
-        return min(1.0, self._cores / self._width)
+        beside = max(0.0, min(self._width, self._cores) - 1) / max(1, self._cores - 1)
+        return min(1.0, self._cores / self._width) / (1.0 + (self._crowding - 1.0) * beside)
 
     def _advance(self) -> None:
         elapsed, self._at = self._env.now - self._at, self._env.now

@@ -21,6 +21,7 @@ class StepCosts:
       acting: environment, inference and writing down. consume: checking and copying into the batch.
       learning: wall time with the learner's threads, which keep `learning_cores` busy. own_device: it runs beside the cores.
       blocking: wall time of a step whose environment waits; None where it computes.
+      crowding: how many times as much all of it costs while every core of the node is busy.
     """
 
     acting: float
@@ -29,6 +30,7 @@ class StepCosts:
     learning_cores: float = 1.0
     own_device: bool = False
     blocking: float | None = None
+    crowding: float = 1.0
 
 
 @dataclass(frozen=True)
