@@ -4,7 +4,7 @@ A row's training is `shoal bench train`, whose answer has the costs of its parts
 training. Every measurement is appended to `results/planning.jsonl` at once; `results/planning.md` is written from all of it.
 
     python benchmarks/planning.py                                  what is missing
-    python benchmarks/planning.py --rows 'CartPole*' 'driver/*'    some rows
+    python benchmarks/planning.py --rows 'known/*' 'driver/*'     some rows
     python benchmarks/planning.py --again                          measure anew
     python benchmarks/planning.py --list | --table                 what there is, what is done | only the table
 
@@ -21,11 +21,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
+from observing import steady_rate
 from peers import EPOCHS, MATCHED
 from rows import Entry, Measurement, Store, chosen, digest, line, measure_all, parser_of, scratch, shoal, where_and_when
 from speed import WAITING
+from waiting import blocking_seconds, fixed
 
 from shoal.config import RunConfig, StopConfig
 from shoal.engines.coordinator import Coordinator
@@ -33,12 +35,15 @@ from shoal.engines.plan import Plan
 from shoal.experience.ring import allocate
 from shoal.experience.schema import rollout_schema
 from shoal.planning.inputs import DRIVER_LOOK_US, DRIVER_UPDATE_US
+from shoal.planning.pipeline import simulate
+from shoal.planning.system import Driver, Links, StepCosts, System
 from shoal.types import EnvironmentSpec, FieldSpec, LeafSpec
 
 TARGET = 0.10
 REPEATS = 3
 LOOK_SECONDS = 1.0
 GROUPS = (40, 400, 4000)
+STEP_MS, ACTORS = 20.0, 2  # of the rows known/*
 IMPALA = (
     "--algorithm",
     "impala",
@@ -115,6 +120,61 @@ def driver_update_us(trained: dict[str, Any]) -> float | None:
     return float(batch * (per_step - transport["words"] - transport["decide"]))
 
 
+# ---- known times -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Known:
+    """A training whose steps and updates sleep for known times, so that only the pipeline itself is predicted: no core is scarce, no cost is measured."""
+
+    name: str
+    mode: Literal["sync", "async"]
+    learn: float  # time of an update for each env step, in steps of an environment
+    groups: int = 4
+    batch: int | None = None
+    lag: int = 4
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        told = {
+            "env.form": "python", "env.kwargs.seconds": 1e-3 * STEP_MS, "algorithm": "benchmarks/known.py:Known", "algorithm.step_seconds": 1e-3 * STEP_MS * self.learn,
+            "mode": self.mode, "actors": ACTORS, "preset": "none", "sampling.groups": self.groups, "sampling.group_size": 2, "sampling.rollout_length": 8,
+        }  # fmt: skip
+        if self.mode == "async":
+            told |= {"max_policy_lag": self.lag} | ({} if self.batch is None else {"sampling.batch_rollouts": self.batch})
+        return tuple(text for key, value in told.items() for text in (f"--{key.replace('_', '-')}", str(value)))
+
+    def system(self, step_seconds: float) -> System:
+        config = RunConfig(mode=self.mode, max_policy_lag=self.lag)
+        config.sampling.groups, config.sampling.group_size, config.sampling.rollout_length = self.groups, 2, 8
+        config.sampling.batch_rollouts = self.batch
+        costs = StepCosts(step_seconds, 0.0, 1e-3 * STEP_MS * self.learn, own_device=True)
+        return System(Plan.of(config), 1, ACTORS, ACTORS, 1, costs, Links(0.0, 1.0, 1.0), Driver(0.0))
+
+
+KNOWN = (
+    Known("known/sync", "sync", 0.5),
+    Known("known/sync uneven", "sync", 0.5, groups=3),
+    Known("known/async actors", "async", 0.2),
+    Known("known/async learner", "async", 1.0),
+    Known("known/async even", "async", 0.5),
+    Known("known/async uneven", "async", 0.2, groups=3),
+    Known("known/async small batch", "async", 0.4, batch=1),
+    Known("known/async lag 1", "async", 0.5, lag=1),
+)
+
+
+def beside_known(row: Known, options: argparse.Namespace) -> Figures:
+    """A training, and the model with the times that it was told; of a step, what the system's sleep adds is measured."""
+    step = blocking_seconds(partial(fixed, 1e-3 * STEP_MS), 1e-3 * STEP_MS)
+    with scratch(options.runs) as directory:
+        length = ("--stop.seconds", f"{options.known_seconds:g}", "--run-dir", str(directory / "run"), "--json")
+        trained = shoal(["train", "benchmarks/waiting.py:fixed", *row.options, *length])
+        measured = steady_rate(directory / "run")
+    planned = simulate(row.system(step))
+    predicted = planned.env_steps_per_second
+    lag = {"lag": trained["lag"]["mean"], "lag_predicted": planned.lag_mean}
+    return {"measured": measured, "predicted": predicted, "error": predicted / measured - 1.0, **lag}
+
+
 # ---- the driver ------------------------------------------------------------------------------------------------------
 def looks(groups: int) -> Figures:
     """Microseconds of the coordinator for each group, whenever it looks what may be begun and nothing may be."""
@@ -144,7 +204,7 @@ def looks(groups: int) -> Figures:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     store = Store(options.results, "planning", lambda entry: (entry["row"], entry["seed"]), page)
-    names = chosen([*(row.name for row in ROWS), *map(_driver_row, GROUPS)], options.rows)
+    names = chosen([*(row.name for row in (*ROWS, *KNOWN)), *map(_driver_row, GROUPS)], options.rows)
     settings = [options.seconds, options.costs_seconds]
     wanted = [
         Measurement(row.name, n, (row.name, n), digest([row.command, *settings]), partial(_training, row, n, options), _brief)
@@ -159,6 +219,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for groups in GROUPS
         if _driver_row(groups) in names
     ]
+    wanted += [
+        Measurement(row.name, 0, (row.name, 0), digest([*row.options, options.known_seconds]), partial(_known, row, options), _brief)
+        for row in KNOWN
+        if row.name in names
+    ]
     return measure_all(wanted, store, options)
 
 
@@ -167,6 +232,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=REPEATS, help="measurements of each training")
     parser.add_argument("--seconds", type=float, default=12.0, help="of each training")
     parser.add_argument("--costs-seconds", type=float, default=6.0, help="for the costs of its parts")
+    parser.add_argument("--known-seconds", type=float, default=30.0, help="of each training of known/*")
     return parser.parse_args(arguments)
 
 
@@ -176,6 +242,10 @@ def _driver_row(groups: int) -> str:
 
 def _training(row: Row, repeat: int, options: argparse.Namespace) -> Entry:
     return {"row": row.name, "seed": repeat, "command": row.command, "figures": beside(row, options)}
+
+
+def _known(row: Known, options: argparse.Namespace) -> Entry:
+    return {"row": row.name, "seed": 0, "command": " ".join(row.options), "figures": beside_known(row, options)}
 
 
 def _driver(groups: int) -> Entry:
@@ -208,6 +278,18 @@ def page(store: Store) -> Iterator[str]:
         entries = [entry for key, entry in sorted(store.entries.items()) if key[0] == row.name]
         if entries:
             yield _line(row, entries)
+    yield "\n## Known times\n"
+    yield (
+        f"Steps sleep for {STEP_MS:g} ms and updates for a known share of that for each of their env steps, {ACTORS} actors, groups of 2, rollouts of 8: what is predicted is the pipeline alone, who "
+        "waits for whom and how old samples grow. So other programs on the machine hardly disturb it.\n"
+    )
+    yield line("row", "an update, steps", "groups", "env steps/s", "predicted", "error", "lag, measured", "predicted")
+    yield line(*["---"] * 8)
+    for row in KNOWN:
+        if entry := store.entries.get((row.name, 0)):
+            f = entry["figures"]
+            rates = (f"{f['measured']:,.0f}", f"{f['predicted']:,.0f}", f"{f['error']:+.1%}")
+            yield line(row.name, f"{row.learn:g}", row.groups, *rates, f"{f['lag']:.2f}", f"{f['lag_predicted']:.2f}")
     drivers = [store.entries[key] for groups in GROUPS if (key := (_driver_row(groups), 0)) in store.entries]
     updates = [u for entry in store.entries.values() if (u := entry["figures"].get("update_us")) is not None]
     yield "\n## The driver\n"

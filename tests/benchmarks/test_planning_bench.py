@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rows import Store, circumstances, measure_all
+from rows import ROOT, Store, circumstances, measure_all
 
 import planning
 from planning import ROWS, compared, driver_update_us, looks, page
+from shoal.engines.plan import Plan
+from shoal.settings import resolve
 
 TRAINED: dict[str, Any] = {
     "env_steps_per_second": 10_000.0, "ceiling": 12_000.0, "result": {"lag": {"mean": 1.5}}, "processor": {"supervisor": 4.0}, "cores": 2,
@@ -56,3 +58,13 @@ def test_what_is_there_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[s
         *(f"waiting fixed seed {n}: to do" for n in range(3)),
         *(f"driver/{groups} seed 0: to do" for groups in (40, 400, 4000)),
     ]
+
+
+@pytest.mark.parametrize("row", planning.KNOWN, ids=lambda row: row.name)
+def test_what_is_simulated_for_known_times_is_the_run_that_is_trained(row: planning.Known, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    given = {key.removeprefix("--").replace("-", "_"): value for key, value in zip(row.options[::2], row.options[1::2], strict=True)}
+    config, _ = resolve("benchmarks/waiting.py:fixed", given)
+    system = row.system(0.02)
+    assert Plan.of(config) == system.plan
+    assert (config.actors, system.costs.acting, system.costs.learning) == (system.actors, 0.02, pytest.approx(0.02 * row.learn))

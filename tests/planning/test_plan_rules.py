@@ -68,7 +68,7 @@ class Both:
 
 @given(
     st.sampled_from(["sync", "async"]), st.integers(1, 4), st.none() | st.integers(1, 9), st.integers(1, 5),
-    st.lists(st.tuples(st.sampled_from(["lease", "fill", "fill", "learn"]), st.integers(0, 7), st.integers(0, 5)), max_size=120),
+    st.lists(st.tuples(st.sampled_from(["lease", "fill", "fill", "fill", "learn", "update"]), st.integers(0, 7), st.integers(0, 5)), min_size=60, max_size=150),
 )  # fmt: skip
 def test_what_is_begun_and_what_is_trained_is_what_the_coordinator_says(mode, groups, batch, lag, told) -> None:
     both = Both(plan_of(mode, groups, B, T, batch, lag))
@@ -78,7 +78,8 @@ def test_what_is_begun_and_what_is_trained_is_what_the_coordinator_says(mode, gr
         elif what == "fill":
             both.fill(which, age)
         else:
-            both.learn()
+            for _ in range(3 if what == "update" else 1):
+                both.learn()
 
 
 def test_a_group_that_stands_for_many_gives_a_batch_a_part_of_what_it_made_and_keeps_its_slot_until_the_rest_is_taken() -> None:
