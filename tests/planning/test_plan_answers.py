@@ -122,6 +122,7 @@ def test_what_the_model_does_not_have_is_refused(given: dict[str, Any]) -> None:
         (cluster("async", nodes=8, learning=0.01), "cores"),
         (cluster("sync", acting=200.0, learning=10.0), "cores"),
         (cluster("async", nodes=8, learning=30.0), "learner"),
+        (cluster("async", nodes=8, acting=40.0, learning=1.5, driver__rollout=4e-4), "learner_cores"),
         (cluster("sync", acting=10.0, learning=100.0), "learner"),
         (cluster("async", nodes=8, learning=0.01, rollout_bytes=10**6, links__learner_bandwidth=1e8), "learner_link"),
         (cluster("async", nodes=8, learning=0.01, rollout_bytes=10**6, links__node_bandwidth=1e7), "node_links"),

@@ -46,6 +46,10 @@ def _cores(s: System) -> System:
     return replace(s, costs=replace(s.costs, acting=s.costs.acting / 2))
 
 
+def _learner_cores(s: System) -> System | None:
+    return None if s.nodes == 1 else replace(s, learner_cores=2 * s.cores)
+
+
 def _learner(s: System) -> System:
     costs = replace(s.costs, learning=s.costs.learning / 2, consume=s.costs.consume / 2)
     return replace(s, costs=costs, publish=s.publish / 2)
@@ -91,6 +95,8 @@ LEVERS = (
           "more nodes or cores; cheaper steps: --env.form native, larger groups (--sampling.group-size)", _cores),
     Lever("learner", "the learner", "one that is twice as fast",
           "more of them (--learners), a GPU (--device cuda), fewer epochs, larger minibatches, a smaller network", _learner),
+    Lever("learner_cores", "the cores of the learners' nodes, which learner, driver and their own actors share", "twice as many there",
+          "larger machines for the learners, or fewer actors on them", _learner_cores),
     Lever("learner_link", "the link of the learner's node", "twice the bandwidth",
           "a faster link there (--learner-bandwidth), more learners, smaller observations and networks", _learner_link),
     Lever("node_links", "the nodes' links", "twice the bandwidth", "faster links (--link-bandwidth), smaller observations and networks", _node_links),
@@ -129,4 +135,11 @@ def in_words(found: list[Move], used: Mapping[str, float]) -> str:
     return f"{most.lever.what}{busy}; {most.lever.better}: {100 * most.gain:.0f} % more"
 
 
-_USED = {"cores": "cores", "learner": "learner", "learner_link": "learner_link", "node_links": "node_links", "driver": "driver"}
+_USED = {
+    "cores": "cores",
+    "learner_cores": "learner_cores",
+    "learner": "learner",
+    "learner_link": "learner_link",
+    "node_links": "node_links",
+    "driver": "driver",
+}

@@ -78,7 +78,8 @@ class _Node:
 
     def __init__(self, env: Environment, system: System, amount: int, fetches: float, learns: bool) -> None:
         self.env, self.amount, self.fetches, self.learns = env, amount, fetches, learns
-        self.cores = Cores(env, system.cores, system.costs.crowding)
+        cores = (system.learner_cores if learns else None) or system.cores
+        self.cores = Cores(env, cores, system.costs.crowding)
         self.up, self.down = (Link(env, system.links.node_bandwidth) for _ in range(2))
         self.leases = [Store(env) for _ in range(system.actors)]
         self.version = 0
@@ -287,11 +288,12 @@ class _Pipeline:
     def _read(self) -> _Reading:
         """Utilisation grows by one a second where something is used without a pause."""
         system = self._system
-        cores = sum(node.amount * node.cores.busy for node in self._nodes) / (system.nodes * system.cores)
+        there = (system.nodes - system.learners) * system.cores + system.learners * (system.learner_cores or system.cores)
+        cores = sum(node.amount * node.cores.busy for node in self._nodes) / there
         far = [node for node in self._nodes if not node.learns]
         busy = {
             "cores": cores,
-            "learner_cores": self._nodes[0].cores.busy / system.cores,
+            "learner_cores": self._nodes[0].cores.busy / (system.learner_cores or system.cores),
             **self._spent,
             "learner_link": max(self._learners_in.busy, self._learners_out.busy),
             "node_links": max((max(node.up.busy, node.down.busy) for node in far), default=0.0),

@@ -62,6 +62,7 @@ class System:
       learners: each on a node of its own, so at most `nodes`.
       publish, refresh: seconds of one core for each version: of a learner, and of each actor.
       epochs, minibatch_size: how many optimizer steps an update has; None: the whole batch in one.
+      learner_cores: cores of a node with a learner; None: as many as the others have.
     """
 
     plan: Plan
@@ -78,6 +79,7 @@ class System:
     weights_bytes: int = 0
     epochs: int = 1
     minibatch_size: int | None = None
+    learner_cores: int | None = None
 
     @property
     def groups_of_node(self) -> int:
