@@ -278,6 +278,8 @@ def page(store: Store) -> Iterator[str]:
         entries = [entry for key, entry in sorted(store.entries.items()) if key[0] == row.name]
         if entries:
             yield _line(row, entries)
+    if not any(key[0] in {row.name for row in ROWS} for key in store.entries):
+        yield "\nNot measured yet: these rows need an idle machine.\n"
     yield "\n## Known times\n"
     yield (
         f"Steps sleep for {STEP_MS:g} ms and updates for a known share of that for each of their env steps, {ACTORS} actors, groups of 2, rollouts of 8: what is predicted is the pipeline alone, who "
