@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: install demo test lint unit soak fuzz bench-learning bench-peers bench-async bench-speed mutants docs clean
+.PHONY: install demo test lint unit soak fuzz bench-learning bench-peers bench-async bench-speed bench-plan mutants docs clean
 
 install: $(STAMP)
 
@@ -16,7 +16,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt '$(TORCH)'
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[atari,box2d,mujoco,ray,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[atari,box2d,mujoco,ray,plan,dev]'
 	touch $(STAMP)
 
 demo: install
@@ -58,6 +58,9 @@ bench-async: install
 bench-speed: install
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/summary.py
+
+bench-plan: install
+	$(BIN)/python benchmarks/planning.py
 
 mutants: install
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutants]'

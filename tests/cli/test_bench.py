@@ -13,7 +13,7 @@ import pytest
 
 SMALL = ["--preset", "none", "--sampling.groups", "2", "--sampling.group-size", "2", "--sampling.rollout-length", "16", "--actors", "1"]
 PARTS = {
-    "settings", "date", "machine", "cores", "costs", "mixed", "transport", "learning", "environment", "ceilings", "references",
+    "settings", "date", "machine", "cores", "costs", "mixed", "crowding", "transport", "learning", "environment", "sizes", "ceilings", "references",
 }  # fmt: skip
 
 
@@ -51,7 +51,10 @@ def test_costs_and_the_ceilings_that_follow(options: list[str], form: str, mode:
     assert (found["settings"]["form"], found["settings"]["mode"], found["settings"]["batch_env_steps"]) == (form, mode, 64)
     ceilings_follow(found)
     assert found["ceilings"]["waiting"] is None
+    assert found["crowding"] > 0.0
     assert found["ceilings"]["of_mode"] == found["ceilings"][mode]
+    assert found["sizes"]["weights_bytes"] == 4 * (2 * (4 * 64 + 64 + 64 * 64 + 64) + 64 * 2 + 2 + 64 + 1)  # actor and critic apart
+    assert 16 * 2 * (4 * 4 + 8) < found["sizes"]["rollout_bytes"] < 4096  # observations, rewards and a little more
     for beside in (found["references"][name] for name in ("environment", "inference", "learning")):
         assert beside["times"] == pytest.approx(beside["shoal_us"] / beside["bare_us"])
     assert list(tmp_path.iterdir()) == []

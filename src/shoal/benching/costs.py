@@ -11,6 +11,7 @@ from shoal.benching.ceilings import ceilings
 from shoal.benching.measuring import machine
 from shoal.config import RunConfig
 from shoal.engines.plan import Plan
+from shoal.engines.sizes import rollout_bytes
 from shoal.errors import ConfigError
 from shoal.settings import available_cores, resolve
 from shoal.types import EnvironmentSpec
@@ -29,7 +30,7 @@ def bench_costs(
       seconds: for the parts; each of the bare loops takes a fifth of it.
       told: called with what is done at the moment.
     Returns:
-      settings, machine, costs, mixed, transport, learning, environment, ceilings, references: see docs/performance.md.
+      settings, machine, costs, mixed, crowding, transport, learning, environment, sizes, ceilings, references: see docs/performance.md.
     Raises:
       ConfigError, EnvironmentFault: as `shoal.train`.
     """
@@ -64,9 +65,11 @@ def bench_costs(
         "cores": cores,
         "costs": costs,
         "mixed": parts.mixed,
+        "crowding": parts.crowding,
         "transport": {name: getattr(parts, name) for name in ("record", "words", "decide", "consume", "weights")},
         "learning": {"cores": learning_cores, "wall_us": {str(n): us for n, us in parts.learn_wall.items()}, "own_device": own_device},
         "environment": {**blocking, "episode_steps": parts.episode_steps, "updates_measured": parts.cycles},
+        "sizes": _sizes(blueprint),
         "ceilings": bound.to_json(),
         "references": references,
     }
@@ -89,6 +92,12 @@ def _described(config: RunConfig, plan: Plan) -> dict[str, Any]:
         "actors": config.actors,
         "learner_threads": config.learner.threads,
     }
+
+
+def _sizes(blueprint: Blueprint) -> dict[str, int]:
+    """What crosses a link in a cluster: a whole rollout, and all weights of a version."""
+    policy = blueprint.policy()
+    return {"rollout_bytes": rollout_bytes(blueprint.schema(policy)), "weights_bytes": 4 * blueprint.layout(policy).size}
 
 
 def _references(blueprint: Blueprint, probed: Mapping[str, Any], parts: PartCosts, seconds: float) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -15,13 +15,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from shoal.actors.actor import Actor
 from shoal.benching.measuring import Spent, cpu_us, median, spend
+from shoal.benching.neighbours import crowding
 from shoal.benching.played import PlayedBehaviour, PlayedGroup
 from shoal.engines.coordinator import Coordinator
 from shoal.engines.messages import Kind, Word, to_json
@@ -35,6 +36,7 @@ from shoal.weights.board import WeightBoard
 
 _MIN_CYCLES = 3  # with each number of threads
 _WARM_UP_SHARE = 0.2
+_CROWDED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class PartCosts:
         inference and record alone, because they take turns at every row (caches, branches); no part of the ceilings. words: messages between the processes.
       decide: the coordinator. consume: checking and copying a batch. weights: publishing, and reading by every actor.
       learn_wall: by number of threads, wall time of an update.
+      crowding: how many times as much an update costs while all cores make them (benching/neighbours.py).
       episode_steps: mean length of the episodes meanwhile.
     """
 
@@ -59,6 +62,7 @@ class PartCosts:
     consume: float
     weights: float
     learn_wall: dict[int, float]
+    crowding: float
     episode_steps: float
     cycles: int
 
@@ -122,8 +126,8 @@ class Cycle:
         lengths = self._coordinator.lengths
         return float(np.mean(lengths)) if lengths else 0.0
 
-    def run(self, threads: int) -> None:
-        """One update with `threads` torch threads for learning, and one for all else."""
+    def run(self, threads: int) -> int:
+        """One update with `threads` torch threads for learning, and one for all else. Returns its env steps, 0 where all were too old."""
         c = self._coordinator
         decided: list[Spent] = []
         torch.set_num_threads(1)
@@ -146,7 +150,7 @@ class Cycle:
             c.consumed(consumed.dropped)
         if consumed.batch is None:  # all of it was too old
             c.trained({})
-            return
+            return 0
         metrics: dict[str, float] = {}
         torch.set_num_threads(threads)
 
@@ -165,6 +169,7 @@ class Cycle:
         self.found["consume"].append((consume, steps))
         self.found["decide"].append((Spent(sum(d.cpu for d in decided), sum(d.wall for d in decided)), steps))
         self.found["weights"].append((Spent(publish.cpu + self._actors * refresh.cpu, publish.wall), steps))
+        return steps
 
     def _fill(self, lease: Lease) -> Slot:
         group = lease.identity.group
@@ -256,7 +261,10 @@ def measure_parts(blueprint: Blueprint, cores: int, seconds: float, told: Callab
         _run_for(cycle, wanted, _WARM_UP_SHARE * seconds)
         cycle.found.clear()
         told("costs: measuring the parts")
-        return _costs(cycle, wanted, _run_for(cycle, wanted, seconds))
+        number = _run_for(cycle, wanted, seconds)
+        parts = _costs(cycle, wanted, number)
+        told("costs: with all cores busy")
+        return replace(parts, crowding=crowding(cycle, blueprint, cores, _CROWDED_SHARE * seconds))
     finally:
         torch.set_num_threads(threads)
         cycle.close()
@@ -291,6 +299,7 @@ def _costs(cycle: Cycle, wanted: list[int], cycles: int) -> PartCosts:
         consume=cpu_us(found["consume"]),
         weights=cpu_us(found["weights"]),
         learn_wall=wall,
+        crowding=1.0,
         episode_steps=cycle.episode_steps,
         cycles=cycles,
     )

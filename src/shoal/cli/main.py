@@ -24,6 +24,7 @@ from shoal.cli.common import debug_option, give_answer, given_settings, json_opt
 from shoal.cli.deploy import deploy
 from shoal.cli.options import ConfigCommand
 from shoal.cli.output import find_run, plain, print_json, print_table
+from shoal.cli.plan import plan
 from shoal.errors import ShoalError
 
 INTERRUPTED = 130
@@ -50,6 +51,7 @@ def cli() -> None:
 cli.add_command(bench)
 cli.add_command(chaos)
 cli.add_command(deploy)
+cli.add_command(plan)
 
 
 @cli.command(cls=ConfigCommand, configuration_help=True)

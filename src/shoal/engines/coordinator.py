@@ -171,7 +171,8 @@ class Coordinator:
     # ---- orders --------------------------------------------------------------------------------------------------
     def next_leases(self, available: Container[int] | None = None) -> list[Lease]:
         """Every rollout that may be begun now, by the actors that are `available` (default: all)."""
-        leases = []
+        leases: list[Lease] = []
+        outstanding = len(self.ready) + sum(len(g.leased) for g in self.groups)
         for index in self._order():
             group = self.groups[index]
             self._move(index, group)
@@ -180,7 +181,7 @@ class Coordinator:
                 or group.actor < 0
                 or (available is not None and group.actor not in available)
                 or not group.free
-                or not self._may_begin(group)
+                or not self._may_begin(group, outstanding + len(leases))
             ):
                 continue
             identity = Identity(index, group.next_sequence, group.attempt)
@@ -211,10 +212,9 @@ class Coordinator:
         once = sorted(range(len(self.groups)), key=lambda g: (self.groups[g].next_sequence, g))
         return once * self.plan.slots_per_group
 
-    def _may_begin(self, group: _Group) -> bool:
+    def _may_begin(self, group: _Group, outstanding: int) -> bool:
         if self.plan.mode == "sync":
             return group.next_sequence == self.version and not self.learner_busy
-        outstanding = len(self.ready) + sum(len(g.leased) for g in self.groups)
         return outstanding < self.plan.rollouts_ahead
 
     def next_batch(self) -> list[tuple[int, Identity]] | None:
@@ -238,8 +238,10 @@ class Coordinator:
                 if wanted[identity.group] > 0:
                     wanted[identity.group] -= 1
                     batch.append((slot, identity))
-            batch.sort(key=self.ready.index)
-        self.ready = [entry for entry in self.ready if entry not in batch]
+            arrived = {entry: place for place, entry in enumerate(self.ready)}
+            batch.sort(key=arrived.__getitem__)
+        taken = set(batch)
+        self.ready = [entry for entry in self.ready if entry not in taken]
         self.training, self.learner_busy = batch, True
         self._pace(batch)
         self.consumption += [self._log_entry(slot, identity) for slot, identity in batch]

@@ -40,6 +40,7 @@ class _Account:
     next_sequence: int = 0  # the first that was never begun
     final: int = 0  # high-water mark: every sequence below has one final attempt
     final_ahead: set[int] = field(default_factory=set)  # final ones above the mark
+    begun: set[int] = field(default_factory=set)  # those with an attempt in flight
 
 
 class Ledger:
@@ -58,10 +59,11 @@ class Ledger:
             raise LedgerError(f"group {identity.group}: sequence {identity.sequence} begun before {account.next_sequence}")
         if identity.sequence < account.final or identity.sequence in account.final_ahead:
             raise LedgerError(f"group {identity.group}: sequence {identity.sequence} begun again after a final attempt")
-        if any(other[:2] == identity[:2] for other in self._in_flight):
+        if identity.sequence in account.begun:
             raise LedgerError(f"group {identity.group}: two attempts of sequence {identity.sequence} in flight")
         account.next_sequence = max(account.next_sequence, identity.sequence + 1)
         account.produced_rollouts += 1
+        account.begun.add(identity.sequence)
         self._in_flight[identity] = 0
 
     def finish(self, identity: Identity, num_env_steps: int) -> None:
@@ -81,6 +83,7 @@ class Ledger:
             raise LedgerError(f"group {identity.group}: {identity} is to be {fate.label}, but is not in flight: a duplicate")
         steps = self._in_flight.pop(identity)
         account = self._accounts[identity.group]
+        account.begun.discard(identity.sequence)
         account.rollouts[fate] += 1
         account.steps[fate] += steps
         if shares is not None:

@@ -1,0 +1,148 @@
+"""`shoal plan`: how a training would go on machines that are not there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shoal.cli.common import debug_option, given_settings, json_option, say, work_on
+from shoal.cli.options import ConfigCommand
+from shoal.cli.output import plain, print_json, print_table, word
+
+_MOST_NODES = 1_000_000
+
+
+class _Sizes(click.ParamType[tuple[int, ...]]):
+    """Numbers of nodes with commas between them."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        texts = str(value).split(",")
+        if not all(text.strip().isdecimal() and 1 <= int(text) <= _MOST_NODES for text in texts):
+            self.fail(f"{value!r} is not one or more whole numbers from 1 to {_MOST_NODES:,} with commas between them", param, ctx)
+        return tuple(sorted({int(text) for text in texts}))
+
+
+_positive = click.FloatRange(min=0.0, min_open=True)
+
+
+@click.command(cls=ConfigCommand)
+@click.argument("env", metavar="ENV")
+@click.option("--nodes", type=_Sizes(), metavar="N[,N...]", help="Nodes; several make a table. [1]")
+@click.option("--table", is_flag=True, help="The same as --nodes 1,10,100,1000,10000.")
+@click.option(
+    "--costs",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="What `shoal bench costs ENV --json` printed; without it the costs are measured here.",
+)
+@click.option("--seconds", type=click.FloatRange(min=0.0), default=10, show_default=True, help="For measuring them.")
+@click.option("--cores", type=click.IntRange(min=1), help="Cores of a node. [those of the machine that was measured]")
+@click.option("--learners", type=click.IntRange(min=1), default=1, show_default=True, help="Learners, each on a node of its own.")
+@click.option(
+    "--link-latency", type=click.FloatRange(min=0.0), default=100, show_default=True, metavar="US", help="Microseconds between nodes."
+)
+@click.option("--link-bandwidth", type=_positive, default=10, show_default=True, metavar="GBIT", help="Of a node each way, in Gbit/s.")
+@click.option("--learner-bandwidth", type=_positive, metavar="GBIT", help="Of a node with a learner. [--link-bandwidth]")
+@click.option(
+    "--driver-us", type=click.FloatRange(min=0.0), metavar="US", help="Microseconds of the driver for each rollout. [as the costs say]"
+)
+@json_option
+@debug_option
+@click.pass_context
+def plan(
+    ctx: click.Context,
+    env: str,
+    nodes: tuple[int, ...] | None,
+    table: bool,
+    costs: Path | None,
+    seconds: float,
+    cores: int | None,
+    learners: int,
+    link_latency: float,
+    link_bandwidth: float,
+    learner_bandwidth: float | None,
+    driver_us: float | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Predict throughput, policy lag and bottleneck of a training on any number of nodes, and what would move them.
+
+    A simulation of the pipeline under the rules of a run, fed with measured costs. --sampling.groups and --actors are those of each node.
+    """
+    if nodes and table:
+        raise click.UsageError("--table is --nodes with sizes of its own; give one of them")
+    settings = given_settings(ctx)
+
+    def work() -> Any:
+        from shoal.planning.inputs import Asked
+        from shoal.planning.plan import TABLE
+        from shoal.planning.plan import plan as predict
+
+        asked = Asked(
+            sizes=TABLE if table else nodes or (1,), cores=cores, learners=learners, link_latency_us=link_latency,
+            link_gbit=link_bandwidth, learner_gbit=learner_bandwidth, driver_us=driver_us,
+        )  # fmt: skip
+        return predict(env, settings, asked, costs_file=costs, seconds=seconds, told=lambda text: say(f"{text} ...", "lines"))
+
+    result = work_on(work, as_json)
+    if as_json:
+        print_json(result)
+    else:
+        _print(plain(result))
+
+
+def _print(found: Mapping[str, Any]) -> None:
+    what, links, costs = found["settings"], found["links"], found["costs"]
+    print(
+        f"{what['env']} ({what['form']}), {what['algorithm']} {what['mode']}; a node: {what['cores']} cores, {what['actors']} actors, {what['groups']} groups "
+        f"of {what['group_size']}, rollouts of {what['rollout_length']}"
+    )
+    print(
+        f"links: {8e-9 * links['node_bandwidth']:g} Gbit/s, of a learner {8e-9 * links['learner_bandwidth']:g}, {1e6 * links['latency']:g} us; "
+        f"costs of {costs['measured_on'].get('cpu')}, {costs['date']}\n"
+    )
+    rows = found["rows"]
+    print_table([_cells(row) for row in rows], list(_cells(rows[0])), indent=2)
+    print()
+    for row in rows:
+        print(f"{row['nodes']:,} node{'s' if row['nodes'] > 1 else ''}: {row['bottleneck']['words']}")
+    if len(rows) == 1:
+        _print_moves(rows[0]["moves"])
+    elif found["breaks"] is not None:
+        print(f"\n{_broken(found['breaks'])}")
+    else:
+        print(f"\nnothing breaks up to {rows[-1]['nodes']:,} nodes: each gives more than half of what it gives with {rows[0]['nodes']:,}")
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    used = row["utilisation"]
+    return {
+        "nodes": row["nodes"],
+        "learners": row["learners"],
+        "env steps/s": f"{row['env_steps_per_second']:,.0f}",
+        "of a node": f"{row['env_steps_per_second_and_node']:,.0f}",
+        "lag": f"{row['lag']['mean']:.1f}, max {row['lag']['max']}",
+        **{name: f"{100 * used[key]:.0f} %" for name, key in _USED.items()},
+        "bottleneck": row["bottleneck"]["name"] or "-",
+    }
+
+
+_USED = {"cores": "cores", "learner": "learner", "driver": "driver", "learner's link": "learner_link", "node links": "node_links"}
+
+
+def _print_moves(moves: list[Mapping[str, Any]]) -> None:
+    for move in moves:
+        print(f"  {move['what']}, {move['better']}: {100 * move['gain']:+.0f} %  ({move['advice']})")
+
+
+def _broken(breaks: Mapping[str, Any]) -> str:
+    said = f"first breaks, at {breaks['nodes']:,} nodes, where each gives less than half of what it did at first: {breaks['words']}"
+    if breaks["name"] is None:
+        return said
+    to = "beyond the sizes asked for" if breaks["moved_to"] is None else f"to {word(breaks['moved_to'])} nodes"
+    return f"{said}\nmade twice as good, that moves {to}: {breaks['advice']}"

@@ -1,0 +1,114 @@
+"""The cluster that a plan is about, in numbers. Plain data: times in seconds, sizes in bytes, bandwidths in bytes per second and direction.
+
+N nodes of C cores, each with A actors and its share of the run's groups. Node 0 is the head: the driver, which is the coordinator, and the first learner live
+there. Of several learners each has a node of its own. A node without a learner sends its rollouts over its link, and gets every version of
+the weights once; with one node everything is in shared memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from shoal.engines.plan import Plan
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """What an environment step takes of one core.
+
+    Attributes:
+      acting: environment, inference and writing down. consume: checking and copying into the batch.
+      learning: wall time with the learner's threads, which keep `learning_cores` busy. own_device: it runs beside the cores.
+      blocking: wall time of a step whose environment waits; None where it computes.
+      crowding: how many times as much all of it costs while every core of the node is busy.
+    """
+
+    acting: float
+    consume: float
+    learning: float
+    learning_cores: float = 1.0
+    own_device: bool = False
+    blocking: float | None = None
+    crowding: float = 1.0
+
+
+@dataclass(frozen=True)
+class Links:
+    """One way of every connection: `node_bandwidth` is a node's, `learner_bandwidth` that of a node with a learner."""
+
+    latency: float
+    node_bandwidth: float
+    learner_bandwidth: float
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What the driver takes of one core: for each rollout (its lease, and its arrival), for each update, and for each of the run's groups whenever it
+    looks what may be begun."""
+
+    rollout: float
+    update: float = 0.0
+    look_group: float = 0.0
+
+
+@dataclass(frozen=True)
+class System:
+    """A whole run.
+
+    Attributes:
+      plan: of all nodes together; its groups are spread evenly.
+      cores, actors: of a node.
+      learners: each on a node of its own, so at most `nodes`.
+      publish, refresh: seconds of one core for each version: of a learner, and of each actor.
+      epochs, minibatch_size: how many optimizer steps an update has; None: the whole batch in one.
+      learner_cores: cores of a node with a learner; None: as many as the others have.
+    """
+
+    plan: Plan
+    nodes: int
+    cores: int
+    actors: int
+    learners: int
+    costs: StepCosts
+    links: Links
+    driver: Driver
+    publish: float = 0.0
+    refresh: float = 0.0
+    rollout_bytes: int = 0
+    weights_bytes: int = 0
+    epochs: int = 1
+    minibatch_size: int | None = None
+    learner_cores: int | None = None
+
+    @property
+    def groups_of_node(self) -> int:
+        return self.plan.num_groups // self.nodes
+
+    @property
+    def rollout_steps(self) -> int:
+        """Environment steps of a whole rollout."""
+        return self.plan.rollout_length * self.plan.group_size
+
+    @property
+    def batch_steps(self) -> int:
+        return self.plan.batch_rollouts * self.rollout_steps
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Of one update of whole rollouts."""
+        return self.epochs * (1 if self.minibatch_size is None else math.ceil(self.batch_steps / self.minibatch_size))
+
+    @property
+    def all_reduce_seconds(self) -> float:
+        """Of one update: a ring, 2 (L - 1) / L of the gradient over every learner's link and 2 (L - 1) times the latency, for each optimizer step
+        (Patarasuk and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002)."""
+        others = self.learners - 1
+        moved = 2 * others / self.learners * self.weights_bytes / self.links.learner_bandwidth
+        return self.optimizer_steps * (moved + 2 * others * self.links.latency) if others else 0.0
+
+    @property
+    def in_flight_limit(self) -> float:
+        """Rollouts that are being made or ready, at most."""
+        plan = self.plan
+        return plan.num_groups if plan.mode == "sync" else plan.rollouts_ahead

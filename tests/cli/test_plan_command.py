@@ -1,0 +1,98 @@
+"""`shoal plan` from the command line, in processes of its own: what it answers and what it ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from planning_costs import OPTIONS, costs
+
+ANSWER = {"settings", "costs", "links", "driver", "rows", "breaks"}
+ROW = {
+    "nodes", "learners", "env_steps_per_second", "env_steps_per_second_and_node", "updates_per_second", "batch_env_steps", "lag", "over_lag",
+    "utilisation", "learner_bytes", "bottleneck", "moves",
+}  # fmt: skip
+
+
+def shoal(*args: str, cwd: Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "shoal.cli", "plan", "CartPole-v1", *args]
+    everything = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", **environment}
+    done = subprocess.run(command, cwd=cwd, env=everything, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    (tmp_path / "costs.json").write_text(json.dumps(costs()))
+    return str(tmp_path / "costs.json")
+
+
+def test_a_plan_from_a_file_as_json(file: str, tmp_path: Path) -> None:
+    found: dict[str, Any] = json.loads(shoal(*OPTIONS, "--costs", file, "--nodes", "20,1,20", "--json", cwd=tmp_path).stdout)
+    assert set(found) == ANSWER
+    assert [row["nodes"] for row in found["rows"]] == [1, 20]
+    assert all(set(row) == ROW for row in found["rows"])
+    one = found["rows"][0]
+    assert 0.9e6 / (38 / 2 + 40) < one["env_steps_per_second"] <= 1e6 / (38 / 2 + 40)  # the driver takes the rest
+    assert found["breaks"]["name"] == "learner"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["costs.json"]
+
+
+def test_a_table_for_a_person(file: str, tmp_path: Path) -> None:
+    said = shoal(*OPTIONS, "--costs", file, "--table", cwd=tmp_path).stdout
+    lines = [text.split() for text in said.splitlines()]
+    assert [cells[0] for cells in lines if cells and cells[0].replace(",", "").isdecimal()][:5] == ["1", "10", "100", "1000", "10,000"]
+    assert "first breaks, at " in said
+    assert "--learners" in said
+
+
+def test_costs_are_measured_where_no_file_is_given(tmp_path: Path) -> None:
+    small = ["--preset", "none", "--sampling.groups", "2", "--sampling.group-size", "2", "--sampling.rollout-length", "16", "--actors", "1"]
+    found = json.loads(shoal(*small, "--algorithm", "impala", "--seconds", "0", "--json", cwd=tmp_path).stdout)
+    assert set(found) == ANSWER
+    assert found["rows"][0]["env_steps_per_second"] > 0
+    assert (found["settings"]["mode"], found["settings"]["actors"], found["breaks"]) == ("async", 1, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--nodes", "0"], "whole numbers from 1"),
+        (["--nodes", "1,x"], "whole numbers from 1"),
+        (["--nodes", "3", "--table"], "give one of them"),
+        (["--link-bandwidth", "0"], "--link-bandwidth"),
+        (["--learners", "0"], "--learners"),
+        (["--sampling.group-size", "4"], "sampling.group_size"),
+        (["--sampling.groops", "4"], "sampling.groups"),
+        (["--algorithm", "dqn"], "algorithm"),
+        (["--actors", "0"], "actors"),
+    ],
+)
+def test_wrong_options_end_with_2_and_say_which(wrong: list[str], said: str, file: str, tmp_path: Path) -> None:
+    options = [*OPTIONS, "--costs", file]
+    if wrong[0] in options:
+        at = options.index(wrong[0])
+        del options[at : at + 2]
+    done = shoal(*options, *wrong, "--json", cwd=tmp_path, code=2)
+    assert said in done.stderr
+    assert json.loads(done.stdout)["error"]["exit_code"] == 2
+
+
+def test_a_missing_or_broken_file_ends_with_2(tmp_path: Path) -> None:
+    assert "does not exist" in shoal("--costs", "none.json", cwd=tmp_path, code=2).stderr
+    (tmp_path / "broken.json").write_text("{")
+    assert "shoal bench costs ENV --json" in shoal("--costs", "broken.json", cwd=tmp_path, code=2).stderr
+
+
+def test_without_simpy_it_ends_with_2_and_says_how_to_get_it(file: str, tmp_path: Path) -> None:
+    (tmp_path / "simpy.py").write_text("raise ImportError('not here')\n")
+    done = shoal(*OPTIONS, "--costs", file, cwd=tmp_path, code=2, PYTHONPATH=f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    assert "pip install 'shoal[plan]'" in done.stderr

@@ -1,0 +1,238 @@
+"""The model against closed forms, in each of which one thing alone bounds the run; what holds for all of them; and few nodes for many.
+
+Costs are in microseconds. e + i + x is `acting`, l is `learning`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from cluster import US, cluster
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.planning.pipeline import REPRESENTATIVES, Prediction, simulate, spread
+from shoal.planning.system import System
+
+costs = st.integers(1, 200).map(float)
+
+
+def rate(system: System) -> float:
+    return simulate(system, updates=60).env_steps_per_second
+
+
+# ---- one node --------------------------------------------------------------------------------------------------------
+@given(costs, costs, st.integers(1, 6), st.integers(1, 3))
+def test_sync_actors_and_learner_take_turns(acting: float, learning: float, cores: int, groups_of_core: int) -> None:
+    system = cluster("sync", cores=cores, groups=cores * groups_of_core, acting=acting, learning=learning)
+    assert rate(system) == pytest.approx(1e6 / (acting / cores + learning))
+
+
+@given(st.integers(40, 200).map(float), st.floats(0.1, 0.8), st.integers(1, 6))
+def test_async_every_core_is_busy_while_the_learner_keeps_up(acting: float, share: float, cores: int) -> None:
+    learning = share * acting / cores
+    system = cluster("async", cores=cores, groups=2 * cores, acting=acting, learning=learning)
+    found = simulate(system)
+    assert found.env_steps_per_second == pytest.approx(cores * 1e6 / (acting + learning), rel=0.02)
+    assert found.utilisation["cores"] == pytest.approx(1.0, abs=0.01)
+
+
+def test_cores_that_are_busy_together_cost_more_and_a_learner_alone_does_not() -> None:
+    crowded = {"cores": 4, "acting": 40.0, "learning": 20.0, "costs__crowding": 1.5}
+    assert rate(cluster("sync", **crowded)) == pytest.approx(1e6 / (1.5 * 40.0 / 4 + 20.0))
+    light = {**crowded, "learning": 5.0}
+    assert rate(cluster("async", groups=8, **light)) == pytest.approx(4e6 / (1.5 * 45.0), rel=0.02)
+
+
+def test_async_a_learner_with_one_thread_bounds_a_run_by_its_own_speed() -> None:
+    found = simulate(cluster("async", cores=4, acting=20.0, learning=100.0))
+    assert found.env_steps_per_second == pytest.approx(1e4, rel=0.02)
+    assert found.utilisation["learner"] == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize(("learning", "expected"), [(5.0, 1 / 20.0), (80.0, 1 / 80.0)])
+def test_a_learner_with_a_device_of_its_own_takes_no_core(learning: float, expected: float) -> None:
+    options = {"acting": 40.0, "learning": learning, "costs__own_device": True}
+    assert rate(cluster("async", **options)) == pytest.approx(1e6 * expected, rel=0.02)
+    assert rate(cluster("sync", **options)) == pytest.approx(1e6 / (20.0 + learning))
+
+
+def test_threads_of_the_learner_take_as_many_cores() -> None:
+    fast = cluster("sync", cores=2, acting=40.0, learning=40.0 / 1.6, costs__learning_cores=1.6)
+    assert rate(fast) == pytest.approx(1e6 / (20.0 + 25.0))
+    assert simulate(fast).utilisation["learner_cores"] == pytest.approx((20.0 + 25.0 * 0.8) / 45.0)
+
+
+@given(st.integers(1, 4), st.integers(1, 16), st.integers(2, 20))
+def test_environments_that_wait_are_as_many_as_they_are_over_how_long_they_wait(groups: int, size: int, wait_ms: int) -> None:
+    waiting = cluster("async", groups=groups, actors=groups, size=size, acting=0.01, learning=0.01, blocking=1e3 * wait_ms)
+    assert rate(waiting) == pytest.approx(groups * size / (1e-3 * wait_ms), rel=0.01)
+
+
+def test_environments_that_wait_learn_in_turns_in_sync_mode_and_are_bounded_by_the_core_that_answers_them() -> None:
+    turns = cluster("sync", groups=2, size=4, rows=32, acting=0.0, learning=500.0, blocking=1000.0)
+    assert rate(turns) == pytest.approx(8 / (1e-3 + 8 * 500e-6))
+    many = cluster("async", cores=4, groups=2, actors=2, size=100, acting=20.0, learning=0.01, blocking=1000.0)
+    assert rate(many) == pytest.approx(2e6 / 20.0, rel=0.01)
+
+
+def test_an_actor_makes_its_groups_one_after_the_other() -> None:
+    assert rate(cluster("sync", cores=2, groups=3, acting=40.0, learning=0.0)) == pytest.approx(3 * 1e6 / (2 * 40.0))
+
+
+# ---- several nodes ---------------------------------------------------------------------------------------------------
+def test_nodes_that_need_nobody_add_up() -> None:
+    one = cluster("async", learning=0.01)
+    assert rate(cluster("async", nodes=16, learning=0.01)) == pytest.approx(16 * rate(one), rel=0.02)
+
+
+@pytest.mark.parametrize("nodes", [2, 5, 40])
+def test_sync_the_learners_link_carries_every_rollout_but_its_own_nodes(nodes: int) -> None:
+    system = cluster("sync", nodes=nodes, groups=1, cores=1, rollout_bytes=10**6, links__learner_bandwidth=1e9, links__latency=50 * US)
+    steps, carried = 256, (nodes - 1) * 1e6 / 1e9
+    made, latency = steps * 40 * US, 2 * 50e-6  # a lease there, a rollout back
+    assert rate(system) == pytest.approx(nodes * steps / (made + latency + carried + nodes * steps * 20 * US))
+
+
+@pytest.mark.parametrize("nodes", [2, 5, 40])
+def test_sync_every_version_crosses_the_learners_link_once_for_each_other_node(nodes: int) -> None:
+    system = cluster("sync", nodes=nodes, groups=1, cores=1, weights_bytes=10**6, links__learner_bandwidth=1e9)
+    time = 256 * 40 * US + (nodes - 1) * 1e6 / 1e9 + nodes * 256 * 20 * US
+    assert rate(system) == pytest.approx(nodes * 256 / time)
+
+
+def test_async_a_link_that_is_too_slow_gives_its_bandwidth_over_the_bytes_of_a_rollout() -> None:
+    found = simulate(cluster("async", nodes=40, learning=0.01, rollout_bytes=10**6, links__learner_bandwidth=1e8))
+    carried = (
+        100 * 256.0
+    )  # env steps per second over the link; the head's own, two rollouts of each group in a batch at most, do not cross it
+    assert carried < found.env_steps_per_second < carried * 40 / 38 * 1.01
+    assert found.utilisation["learner_link"] == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_node_whose_link_is_too_slow_gives_its_bandwidth_over_the_bytes_of_a_rollout() -> None:
+    found = simulate(cluster("async", nodes=40, learning=0.01, rollout_bytes=10**6, links__node_bandwidth=1e7))
+    assert found.env_steps_per_second == pytest.approx(39 * 10 * 256.0, rel=0.06)  # and the head's
+    assert found.utilisation["node_links"] == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_driver_gives_no_more_rollouts_than_it_has_time_for() -> None:
+    found = simulate(cluster("async", nodes=40, acting=1.0, learning=0.001, driver__rollout=1e-3))
+    assert found.env_steps_per_second == pytest.approx(256 / 1e-3, rel=0.05)
+    assert found.utilisation["driver"] == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("learners", [2, 4, 8])
+def test_learners_share_the_batch_and_add_their_gradients_in_a_ring(learners: int) -> None:
+    system = cluster(
+        "sync", nodes=8, groups=1, cores=1, learners=learners, weights_bytes=0, links__learner_bandwidth=1e9, links__latency=0.0,
+        epochs=4, minibatch_size=256,
+    )  # fmt: skip
+    alone = 256 * 40 * US + 8 * 256 * 20 * US / learners
+    assert rate(system) == pytest.approx(8 * 256 / alone)
+    with_latency = replace(system, links=replace(system.links, latency=10 * US))
+    lease_and_rollout = 2 * 10 * US if learners < 8 else 0.0
+    assert with_latency.all_reduce_seconds == pytest.approx(4 * 8 * 2 * (learners - 1) * 10 * US)
+    assert rate(with_latency) == pytest.approx(8 * 256 / (alone + lease_and_rollout + with_latency.all_reduce_seconds))
+    ring = replace(system, weights_bytes=10**6)
+    assert ring.all_reduce_seconds == pytest.approx(32 * 2 * (learners - 1) / learners * 1e6 / 1e9)
+
+
+# ---- policy lag ------------------------------------------------------------------------------------------------------
+def test_sync_samples_are_never_old() -> None:
+    assert simulate(cluster("sync", nodes=3)).lag == {0: 1.0}
+
+
+@given(st.integers(1, 5), st.none() | st.integers(1, 12), costs, costs, st.sampled_from([1, 3]))
+@settings(max_examples=40)
+def test_async_lag_stays_in_its_bound_and_every_step_has_one(
+    lag: int, batch: int | None, acting: float, learning: float, nodes: int
+) -> None:
+    found = simulate(cluster("async", nodes=nodes, lag=lag, batch=batch, acting=acting, learning=learning))
+    assert found.lag_max <= lag
+    assert sum(found.lag.values()) == pytest.approx(1.0)
+    assert 0.0 <= found.lag_mean <= min(lag, 3)
+
+
+def test_where_the_learner_is_slow_samples_wait_for_two_updates() -> None:
+    found = simulate(cluster("async", acting=4.0, learning=200.0))
+    assert 1.5 < found.lag_mean <= 2.0
+    assert simulate(cluster("async", acting=400.0, learning=2.0)).lag_mean < 1.0
+
+
+# ---- what holds for all ----------------------------------------------------------------------------------------------
+BUSY = {
+    "cores": {"acting": 40.0, "learning": 0.5},
+    "learner": {"acting": 40.0, "learning": 40.0},
+    "link": {"learning": 0.5, "rollout_bytes": 10**6, "links__learner_bandwidth": 2e8},
+    "weights": {"learning": 0.5, "weights_bytes": 10**7, "links__learner_bandwidth": 1e9},
+    "driver": {"learning": 0.5, "driver__rollout": 1e-3},
+    "latency": {"learning": 0.5, "links__latency": 0.01},
+    "small batches": {"learning": 0.5, "batch": 4},
+    "large batches": {"learning": 0.5, "batch": 60},
+    "learners": {"learning": 10.0, "learners": 4, "weights_bytes": 10**6, "links__learner_bandwidth": 1e9},
+}
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("what", BUSY)
+def test_a_few_nodes_stand_for_all(what: str, mode: str) -> None:
+    system = cluster(mode, nodes=25, **{k: v for k, v in BUSY[what].items() if mode == "async" or k != "batch"})
+    whole, few = (simulate(system, representatives=n, updates=60) for n in (25, REPRESENTATIVES))
+    assert few.env_steps_per_second == pytest.approx(whole.env_steps_per_second, rel=0.03)
+    assert few.lag_mean == pytest.approx(whole.lag_mean, abs=0.35)
+    for name in ("cores", "learner", "learner_link"):
+        assert few.utilisation[name] == pytest.approx(whole.utilisation[name], abs=0.04), name
+
+
+def test_ten_thousand_nodes_are_simulated_as_a_few() -> None:
+    found = simulate(cluster("async", nodes=10_000, learning=0.0001, rollout_bytes=100, links__learner_bandwidth=1.25e9))
+    assert found.env_steps_per_second == pytest.approx(1e4 * 2 / 40e-6, rel=0.03)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_the_same_system_gives_the_same_figures(mode: str) -> None:
+    system = cluster(mode, nodes=30, rollout_bytes=10**5, weights_bytes=10**5, links__learner_bandwidth=1e9, driver__rollout=1e-4)
+    assert simulate(system) == simulate(system)
+
+
+def _cheaper(system: System, what: str) -> System:
+    if what in ("acting", "learning"):
+        return replace(system, costs=replace(system.costs, **{what: getattr(system.costs, what) / 2}))
+    if what == "rollout":
+        return replace(system, driver=replace(system.driver, rollout=system.driver.rollout / 2))
+    links = {"learner_bandwidth": 2 * system.links.learner_bandwidth} if what == "link" else {"latency": system.links.latency / 2}
+    return replace(system, links=replace(system.links, **links))
+
+
+@given(
+    st.sampled_from(["sync", "async"]), st.integers(1, 12), costs, costs, st.sampled_from([0.0, 1e5, 1e6]), st.sampled_from([0.0, 1e-4, 1e-2]),
+    st.sampled_from([0.0, 1e-4, 1e-3]), st.sampled_from(["acting", "learning", "link", "latency", "rollout"]),
+)  # fmt: skip
+@settings(max_examples=30)
+def test_nothing_that_gets_cheaper_makes_a_run_slower(
+    mode: str, nodes: int, acting: float, learning: float, size: float, latency: float, rollout: float, what: str
+) -> None:
+    system = cluster(
+        mode, nodes=nodes, acting=acting, learning=learning, rollout_bytes=int(size), links__latency=latency, links__learner_bandwidth=1e9,
+        driver__rollout=rollout,
+    )  # fmt: skip
+    assert rate(_cheaper(system, what)) >= 0.97 * rate(system)
+
+
+@given(st.sampled_from(["sync", "async"]), st.integers(1, 10), costs, costs)
+@settings(max_examples=20)
+def test_nothing_is_used_more_than_always(mode: str, nodes: int, acting: float, learning: float) -> None:
+    system = cluster(
+        mode, nodes=nodes, acting=acting, learning=learning, rollout_bytes=10**5, links__learner_bandwidth=1e8, driver__rollout=1e-4
+    )
+    found: Prediction = simulate(system)
+    assert all(0.0 <= used <= 1.0 + 1e-6 for used in found.utilisation.values())
+    assert found.learner_bytes <= 1e5 * (system.in_flight_limit + 2 * system.plan.batch_rollouts)
+
+
+def test_numbers_are_spread_evenly_and_without_a_rest() -> None:
+    assert spread(10, 4) == [3, 3, 2, 2]
+    assert spread(3, 8) == [1, 1, 1]
+    assert spread(0, 8) == []
