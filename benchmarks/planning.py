@@ -278,8 +278,9 @@ def page(store: Store) -> Iterator[str]:
         entries = [entry for key, entry in sorted(store.entries.items()) if key[0] == row.name]
         if entries:
             yield _line(row, entries)
-    if not any(key[0] in {row.name for row in ROWS} for key in store.entries):
-        yield "\nNot measured yet: these rows need an idle machine.\n"
+    loads = [entry["load"] for key, entry in store.entries.items() if key[0] in {row.name for row in ROWS}]
+    if loads:
+        yield f"\nLoad of the machine, this bench's own part (about 2) included: {min(loads):.1f} to {max(loads):.1f}. Rows that are missing are not measured yet.\n"
     yield "\n## Known times\n"
     yield (
         f"Steps sleep for {STEP_MS:g} ms and updates for a known share of that for each of their env steps, {ACTORS} actors, groups of 2, rollouts of 8: what is predicted is the pipeline alone, who "

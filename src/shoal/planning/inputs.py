@@ -20,9 +20,9 @@ from shoal.errors import ConfigError
 from shoal.planning.system import Driver, Links, StepCosts, System
 from shoal.settings import WAITING_ACTORS_PER_CORE
 
-# Measured by benchmarks/planning.py: the first of two trainings beside other programs (2,170 and 2,630), the second in the rows driver/*. What a rollout takes of
-# the driver besides, `shoal bench costs` measures.
-DRIVER_UPDATE_US = 2000.0  # metrics, rows of run.db, files of TensorBoard: of each update
+# Measured by benchmarks/planning.py: the first of two trainings (1,222 and 1,146), the second in the rows driver/*. What a rollout takes of the driver besides,
+# `shoal bench costs` measures.
+DRIVER_UPDATE_US = 1200.0  # metrics, rows of run.db, files of TensorBoard: of each update
 DRIVER_LOOK_US = 0.4  # of each group, whenever the driver looks what may be begun
 _AGAIN = "measure anew: shoal bench costs ENV --json > FILE"
 
