@@ -323,7 +323,7 @@ def test_sequences_in_memory_that_is_used_again_are_the_same_and_have_the_promis
             np.testing.assert_array_equal(array, other)
     types = {name: str(value.dtype) for name, value in vars(again).items() if isinstance(value, np.ndarray)}
     assert types == {
-        "action": "int64", "begins_L1M": "bool", "valid_LM": "bool", "reward_LM": "float32", "terminated_LM": "bool", "truncated_LM": "bool",
+        "action": "int64", "begins_L1M": "bool", "valid_LM": "bool",
         "return_LM": "float32", "discount_LM": "float32", "successor_LM": "int64", "weight_M": "float32", "index_M": "int64",
         "age_updates_M": "int64", "age_steps_M": "int64",
     }  # fmt: skip

@@ -49,9 +49,8 @@ class Machines:
         self.cluster.wait_for_nodes()
 
     def kill_one(self) -> None:
-        """kill -9 of a raylet."""
-        node = self.others.pop()
-        node.kill_raylet()
+        """kill -9 of a raylet, and of all that it started."""
+        self.cluster.remove_node(self.others.pop(), allow_graceful=False)
 
     def close(self) -> None:
         self.cluster.shutdown()

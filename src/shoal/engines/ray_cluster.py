@@ -12,7 +12,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,10 +126,10 @@ class Cluster:
         ]
         return sorted((node for node in found if node.cpus >= self.actors_per_node), key=lambda node: (node.name, node.id))
 
-    def new_nodes(self, known: set[str]) -> list[ClusterNode]:
-        """Nodes that have come and are wanted; `known` are those that the run has."""
+    def new_nodes(self, known: Collection[str], left: Collection[str] = ()) -> list[ClusterNode]:
+        """Nodes that have come and are wanted; `known` are those that the run has, `left` those that it does not take now."""
         room = None if self.num_nodes is None else max(0, self.num_nodes - len(known))
-        return [node for node in self.nodes() if node.id not in known][:room]
+        return [node for node in self.nodes() if node.id not in known and node.id not in left][:room]
 
     def start(self, node: ClusterNode, setup: bytes, pickled: bytes | None) -> NodeHandle:
         """This run's fleet on one node. Returns at once."""

@@ -40,7 +40,8 @@ from shoal.supervision.zygote import Exited, Lost, Role
 from shoal.weights.board import WeightBoard
 
 RENEW_SECONDS = 1.0  # between two looks for nodes that have come
-NODELESS_SECONDS = 30.0  # a run without any node waits so long for one
+NODELESS_SECONDS = 60.0  # a run without any node waits so long for one
+REJOIN_SECONDS = 45.0  # a node that was lost may seem alive to Ray for so long; after that it is, as after a partition that healed
 STACK_SECONDS = 1.0
 _TIMES = ("begun_ns", "finished_ns")
 
@@ -95,6 +96,7 @@ class RayFleet(Fleet):
         self._weights_lock = threading.Lock()
         self._newest: tuple[int, bytes] = (-1, b"")
         self._renewed_at = self._lost_at = 0.0
+        self._left: dict[str, float] = {}  # nodes that were lost, by their id: when
         self._num_groups = self._num_weights = 0
 
     # ---- start and end -------------------------------------------------------------------------------------------
@@ -288,7 +290,9 @@ class RayFleet(Fleet):
     def _lose(self, link: NodeLink) -> None:
         """All that lived on a node that is gone is dead, as far as this run is concerned, and its groups move to others; what it says later is
         not heard."""
-        del self._links[next(node_id for node_id, each in self._links.items() if each is link)]
+        node_id = next(node_id for node_id, each in self._links.items() if each is link)
+        del self._links[node_id]
+        self._left[node_id] = time.monotonic()
         link.close()
         link.node.end()
         lived = [process for process in self._living() if self._homes[process.index] is link]
@@ -341,7 +345,8 @@ class RayFleet(Fleet):
             return False
         self._renewed_at = now
         before = len(self.actors)
-        for node in self.cluster.new_nodes(set(self._links)):
+        left = {node_id for node_id, since in self._left.items() if now - since < REJOIN_SECONDS}
+        for node in self.cluster.new_nodes(self._links, left):
             link = self._join(node)
             self._told("node_joined", node=link.name)
             self._populate(link)
