@@ -124,53 +124,27 @@ def test_one_two_and_three_nodes_learn_the_bits_of_the_local_engine(machines: Ma
         assert train(tmp_path / f"on{count}", *on)["weights_sha256"] == wanted
 
 
-def test_a_raylet_that_is_killed_costs_no_bit(machines: Machines, tmp_path: Path) -> None:
-    wanted = expected(tmp_path, 150)
+def begun_on_two_nodes(machines: Machines, run: Path, updates: int) -> subprocess.Popen[str]:
+    """A run of so many updates that has made twenty."""
     machines.be(2)
-    run = tmp_path / "run"
-    saving = ("--checkpoint.every-updates", "10", "--stop.updates", "150")
-    process = start(
-        run,
-        "train",
-        *SMALL,
-        "--engine",
-        "ray",
-        "--address",
-        machines.address,
-        "--allow-insecure-cluster",
-        "--actors-per-node",
-        "1",
-        *saving,
-        "--run-dir",
-        str(run),
-    )
+    where = ("--engine", "ray", "--address", machines.address, "--allow-insecure-cluster", "--actors-per-node", "1")
+    saving = ("--checkpoint.every-updates", "10", "--stop.updates", str(updates))
+    process = start(run, "train", *SMALL, *where, *saving, "--run-dir", str(run))
     wait_for(lambda: updates_of(run) >= 20, process)
+    return process
+
+
+def test_a_raylet_that_is_killed_costs_no_bit(machines: Machines, tmp_path: Path) -> None:
+    wanted, run = expected(tmp_path, 150), tmp_path / "run"
+    process = begun_on_two_nodes(machines, run, 150)
     machines.kill_one()
     assert answer(process, run)["weights_sha256"] == wanted
     assert len(events(run, "node_lost")) == 1
 
 
 def test_a_driver_that_is_killed_leaves_nothing_on_the_nodes_and_is_resumed(machines: Machines, tmp_path: Path) -> None:
-    wanted = expected(tmp_path, 60)
-    machines.be(2)
-    run = tmp_path / "run"
-    saving = ("--checkpoint.every-updates", "10", "--stop.updates", "60")
-    process = start(
-        run,
-        "train",
-        *SMALL,
-        "--engine",
-        "ray",
-        "--address",
-        machines.address,
-        "--allow-insecure-cluster",
-        "--actors-per-node",
-        "1",
-        *saving,
-        "--run-dir",
-        str(run),
-    )
-    wait_for(lambda: updates_of(run) >= 20, process)
+    wanted, run = expected(tmp_path, 60), tmp_path / "run"
+    process = begun_on_two_nodes(machines, run, 60)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     deadline = time.monotonic() + 60.0

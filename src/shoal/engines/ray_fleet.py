@@ -22,7 +22,7 @@ import numpy as np
 
 from shoal.config import RunConfig
 from shoal.engines.fleet import MAX_ACTORS, Death, Fleet, Process
-from shoal.engines.messages import Word, from_json, to_json
+from shoal.engines.messages import Word, from_json, place_of, to_json
 from shoal.engines.plan import Plan
 from shoal.engines.question import read_log
 from shoal.engines.ray_cluster import Cluster, ClusterNode, connect
@@ -87,7 +87,7 @@ class RayFleet(Fleet):
         self._links: dict[str, NodeLink] = {}  # by the node's id
         self._homes: dict[int, NodeLink] = {}  # by an actor's index
         self._events: list[Death | Lost] = []
-        self._arrived: dict[tuple[int, Identity], bytes] = {}
+        self._arrived: dict[int, tuple[Identity, bytes]] = {}  # rollouts by slot, until their word is heard
         self._states: dict[int, str] = {}
         self._clocks: dict[NodeLink, int] = {}  # ns to add to a node's monotonic clock
         self._setup: bytes = b""
@@ -263,7 +263,7 @@ class RayFleet(Fleet):
         if frame.kind is Kind.WORD:
             if frame.body:
                 word = Word.decode(frame.head)
-                self._arrived[word.slot, word.identity] = frame.body
+                self._arrived[word.slot] = word.identity, frame.body
             process.channel.said.append(frame.head)  # type: ignore[union-attr]
         elif frame.kind is Kind.PARTIAL and self._ring is not None:
             (index,) = struct.unpack("<I", frame.head)
@@ -284,7 +284,7 @@ class RayFleet(Fleet):
     def _dead(self, process: Process, exited: Exited) -> None:
         assert self._activities is not None
         crashed = exited.crashed and not process.doomed
-        record = self._activities.record(1 + process.index)
+        record = self._activities.record(place_of("actor", process.index, self._activities.num_roles))
         self._events.append(Death(process, exited.describe(), process.doomed, crashed, record))
 
     def _lose(self, link: NodeLink) -> None:
@@ -317,7 +317,7 @@ class RayFleet(Fleet):
                 continue
             record = np.frombuffer(frame.body, RECORD, 1, at + ACTIVITY.size).copy()
             record["since_ns"] += offset
-            self._activities.put(1 + index, record)
+            self._activities.put(place_of("actor", index, self._activities.num_roles), record)
             self._states[index] = letter.decode()
 
     def collect(self, actor: Process, word: Word, newest_version: int) -> None:
@@ -327,9 +327,9 @@ class RayFleet(Fleet):
           SchemaError: none came, or what came does not stand its checks.
         """
         assert self._ring is not None
-        body = self._arrived.pop((word.slot, word.identity), b"")
+        identity, body = self._arrived.pop(word.slot, (word.identity, b""))
         slot = self._ring.slots[word.slot]
-        unpack(body, slot, self._run_id, word.identity, newest_version)
+        unpack(body if identity == word.identity else b"", slot, self._run_id, word.identity, newest_version)
         for name in _TIMES:
             slot.envelope[name] += self._clocks.get(self._homes[actor.index], 0)
 

@@ -31,7 +31,7 @@ import numpy as np
 
 from shoal.engines.fleet import Process, flush, tell, tell_with_file, words
 from shoal.engines.messages import Kind as Told
-from shoal.engines.messages import Word, from_json, to_json
+from shoal.engines.messages import Word, from_json, place_of, to_json
 from shoal.engines.ray_words import Frame, Kind, decode, encode
 from shoal.errors import SchemaError
 from shoal.experience.envelope import Identity
@@ -268,7 +268,10 @@ class Node:
         parts = []
         for actor in self._actors.values():
             state = (process_state(actor.pid) or "?") if actor.pid else "?"
-            parts.append(ACTIVITY.pack(actor.index, state.encode()) + self._activities.raw(1 + actor.index))
+            parts.append(
+                ACTIVITY.pack(actor.index, state.encode())
+                + self._activities.raw(place_of("actor", actor.index, self._activities.num_roles))
+            )
             self._tell_log(actor)
         if parts:
             self._report(Frame(Kind.ACTIVITIES, head=struct.pack("<q", time.monotonic_ns()), body=b"".join(parts)))
