@@ -59,7 +59,7 @@ def session_in(directory, mode: str = "sync", **stop: Any):
     return Session(config, spec, coordinator, directory, watcher, clock), watcher, clock
 
 
-def update(session: Session, dropped: Any = None) -> str | None:
+def update(session: Session, dropped: Any = None, **metrics: float) -> str | None:
     c = session.coordinator
     for lease in c.next_leases():
         write_rollout(c.ring.slots[lease.slot], lease.identity, version=c.version)
@@ -67,7 +67,7 @@ def update(session: Session, dropped: Any = None) -> str | None:
     batch = c.next_batch()
     assert batch is not None
     c.consumed({i: dropped for _, i in batch} if dropped else {})
-    return session.finish_update({} if dropped else {"num_env_steps": 16.0, "loss": 0.5, "lag/0": 16.0})
+    return session.finish_update({} if dropped else {"num_env_steps": 16.0, "loss": 0.5, "lag/0": 16.0, **metrics})
 
 
 def save(session: Session):
@@ -289,27 +289,12 @@ def test_a_checkpoint_without_a_part_is_refused_in_one_line(tmp_path):
 def test_a_run_whose_last_update_had_no_finite_step_did_not_end_well(tmp_path):
     session, _, _ = session_in(tmp_path, updates=2)
     assert update(session) is None
-    c = session.coordinator
-    for lease in c.next_leases():
-        write_rollout(c.ring.slots[lease.slot], lease.identity, version=c.version)
-        c.filled(lease.slot, lease.identity)
-    c.next_batch()
-    c.consumed({})
     with pytest.raises(DivergedError, match=r"met its stop condition \(updates\)"):
-        session.finish_update({"num_env_steps": 16.0, "skipped_steps": 4.0, "optimizer_steps": 0.0})
+        update(session, skipped_steps=4.0, optimizer_steps=0.0)
 
 
 def test_a_run_did_not_end_well_whose_last_steps_were_refused_though_an_update_without_any_came_after(tmp_path):
     session, _, _ = session_in(tmp_path, updates=2)
-    for skipped in (4.0, 0.0):
-        c = session.coordinator
-        for lease in c.next_leases():
-            write_rollout(c.ring.slots[lease.slot], lease.identity, version=c.version)
-            c.filled(lease.slot, lease.identity)
-        c.next_batch()
-        c.consumed({})
-        metrics = {"num_env_steps": 16.0, "skipped_steps": skipped, "optimizer_steps": 0.0}
-        if skipped:
-            assert session.finish_update(metrics) is None
+    assert update(session, skipped_steps=4.0, optimizer_steps=0.0) is None
     with pytest.raises(DivergedError, match=r"met its stop condition \(updates\)"):
-        session.finish_update(metrics)
+        update(session, skipped_steps=0.0, optimizer_steps=0.0)
