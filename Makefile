@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: install demo test lint unit soak fuzz bench-learning bench-peers bench-async bench-speed bench-plan mutants docs clean
+.PHONY: install demo test lint unit soak fuzz bench-learning bench-peers bench-async bench-speed bench-plan bench-gpu mutants docs clean
 
 install: $(STAMP)
 
@@ -54,6 +54,10 @@ bench-peers: install
 bench-async: install
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/asynchrony.py
+
+# On a machine with a CUDA device.
+bench-gpu: install
+	$(BIN)/python benchmarks/gpu.py
 
 bench-speed: install
 	$(BIN)/python benchmarks/speed.py

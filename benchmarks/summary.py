@@ -78,7 +78,7 @@ def speed_lines() -> Iterator[str]:
 
 def circumstances(measured: Sequence[Entry]) -> str:
     """In short: dates, processors, and the load under which they were."""
-    processors = dict.fromkeys(short(entry["machine"]["cpu"]) for entry in measured)
+    processors = dict.fromkeys(" with ".join(filter(None, (short(entry["machine"]["cpu"]), entry.get("gpu")))) for entry in measured)
     return f"{from_to(sorted(map(day, measured)))}, {' and '.join(processors)}, load {loads(measured)}"
 
 

@@ -18,6 +18,7 @@ LAST_WORDS = {
     "own_algorithm.py": "20 updates, mean return ",
     "memory.py": "an episode with what was remembered: ",
     "callbacks.py": "resumed, and ended: updates",
+    "residual_cnn.py": "256",
 }
 
 

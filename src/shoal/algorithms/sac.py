@@ -90,7 +90,7 @@ class SAC(OffPolicyAlgorithm[SACConfig]):
 
     @classmethod
     def make(cls, policy: Any, config: SACConfig, spec: EnvironmentSpec, networks: PolicyConfig, seed: int) -> SAC:
-        return cls(policy, config, build_critics(spec, networks, policy.inputs, seed))
+        return cls(policy, config, build_critics(spec, networks, policy, seed))
 
     @classmethod
     def network(cls, config: SACConfig) -> NetworkKind:

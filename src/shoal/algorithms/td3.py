@@ -37,7 +37,7 @@ class TD3(OffPolicyAlgorithm[TD3Config]):
 
     @classmethod
     def make(cls, policy: DeterministicPolicy, config: TD3Config, spec: EnvironmentSpec, networks: PolicyConfig, seed: int) -> TD3:
-        return cls(policy, config, build_critics(spec, networks, policy.inputs, seed))
+        return cls(policy, config, build_critics(spec, networks, policy, seed))
 
     @classmethod
     def network(cls, config: TD3Config) -> NetworkKind:

@@ -111,39 +111,60 @@ class _WatchingView(SilentView):
 def bench_train(
     target: str, settings: Mapping[str, Any], *, seconds: float = 10.0, told: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Train with these settings, then measure the costs of its parts for `seconds`.
+    """Train with these settings, and measure the costs of its parts for `seconds`: half of them before the training and half after it, since a machine
+    that others use too is not the same a minute later.
 
     Without a stop condition it trains for 15 seconds; without `run_dir` the run is removed.
     Returns:
-      env_steps_per_second, ceiling, fraction, time_by_role (percent of wall time), processor and missing (percent of the cores' time, by role and by
-      cause), words, result, and all of `bench_costs`. See docs/performance.md.
+      env_steps_per_second, ceiling, fraction, ceiling_before, ceiling_after, time_by_role (percent of wall time), processor and missing (percent of the
+      cores' time, by role and by cause), words, result, and all of `bench_costs`, the means of both. See docs/performance.md.
     Raises:
       ConfigError: it was too short. Otherwise as `shoal.train`.
     """
-    from shoal.api import train
     from shoal.benching.costs import bench_costs
 
     settings = dict(settings)
     if not any(key.partition(".")[0] == "stop" for key in settings):
         settings["stop.seconds"] = DEFAULT_SECONDS
     length = float(settings.get("stop.seconds", 0.0))
-    watch = Watch()
+    costs_before = bench_costs(target, settings, seconds=seconds / 2, told=told)
     told(f"training{f' for {length:g} s' if length else ''}")
-    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as scratch:
-        where = {"run_dir": str(Path(scratch) / "run"), "evaluation.episodes": 0, **settings}
-        run = train(target, callbacks=[watch.updated], progress=_WatchingView(watch), **where)
+    run, watch = watched_training(target, settings)
     speed = watch.env_steps_per_second()
-    costs = bench_costs(target, settings, seconds=seconds, told=told)
+    costs_after = bench_costs(target, settings, seconds=seconds / 2, told=told)
+    costs = mean_of(costs_before, costs_after)
     ceiling = costs["ceilings"]["of_mode"]
     found = {
         "env_steps_per_second": speed,
         "ceiling": ceiling,
         "fraction": speed / ceiling,
+        "ceiling_before": costs_before["ceilings"]["of_mode"],
+        "ceiling_after": costs_after["ceilings"]["of_mode"],
         "time_by_role": time_by_role(watch),
         "processor": processor(watch, costs["cores"]),
     }
     result = {name: run.result[name] for name in ("env_steps", "updates", "seconds", "reason", "mean_return", "lag", "restarts")}
     return {**found, **explain(found, costs), "result": result, **costs}
+
+
+def watched_training(target: str, settings: Mapping[str, Any]) -> tuple[Any, Watch]:
+    """Train, and look on. The run is removed unless the settings have a `run_dir`; its result stays. Raises as `shoal.train`."""
+    from shoal.api import train
+
+    watch = Watch()
+    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as scratch:
+        where = {"run_dir": str(Path(scratch) / "run"), "evaluation.episodes": 0, **settings}
+        run = train(target, callbacks=[watch.updated], progress=_WatchingView(watch), **where)
+    return run, watch
+
+
+def mean_of(before: Any, after: Any) -> Any:
+    """Of two trees of the same names: the mean of each measured number (float); of all else, what came last."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return {name: mean_of(before.get(name, value), value) for name, value in after.items()}
+    if isinstance(before, float) and isinstance(after, float):
+        return (before + after) / 2
+    return after
 
 
 def time_by_role(watch: Watch) -> dict[str, dict[str, float]]:

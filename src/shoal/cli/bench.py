@@ -55,7 +55,7 @@ def costs(ctx: click.Context, env: str, seconds: float, as_json: bool, debug: bo
 def train(ctx: click.Context, env: str, seconds: float, as_json: bool, debug: bool) -> None:
     """A training measured against its ceiling, where its time went, and what takes the rest.
 
-    It trains for 15 seconds where no --stop condition is given, then measures the costs of its parts. The run is removed unless --run-dir keeps it.
+    It trains for 15 seconds where no --stop condition is given; the costs of its parts are measured before and after that. The run is removed unless --run-dir keeps it.
     """
     settings = given_settings(ctx)
 

@@ -263,10 +263,11 @@ class Critics(nn.Module):
         return d_input[:, self._num_features :]
 
 
-def build_critics(spec: EnvironmentSpec, config: PolicyConfig, inputs: Inputs, seed: int) -> Critics:
-    """The same arguments give the same parameters; torch's global generator is left as it was. seed: [0, 2**63)."""
+def build_critics(spec: EnvironmentSpec, config: PolicyConfig, policy: OffPolicy, seed: int) -> Critics:
+    """Beside that actor, where it computes. The same arguments give the same parameters; torch's global generator is left as it was.
+    seed: [0, 2**63)."""
+    sizes, compact = list(config.hidden_sizes), config.encoder == "compact_cnn"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Critics(
-            spec, inputs, list(config.hidden_sizes), config.activation, config.orthogonal_init, compact=config.encoder == "compact_cnn"
-        )
+        critics = Critics(spec, policy.inputs, sizes, config.activation, config.orthogonal_init, compact=compact)
+    return critics.to(next(policy.parameters()).device)
