@@ -100,6 +100,11 @@ def run_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sho
     return run
 
 
+def at(update: int, act: Callable[[], None]) -> Callable[[Any], None]:
+    """A callback that acts after this update."""
+    return lambda facts: act() if facts["update"] == update else None
+
+
 def events(run: shoal.Run, kind: str) -> list[dict[str, Any]]:
     from shoal.monitoring.store import RunReader
 
@@ -122,20 +127,27 @@ def test_a_sync_run_learns_the_same_bits_on_any_number_of_nodes(names: list[str]
 
 def test_a_node_that_is_lost_takes_its_rollouts_along_and_they_are_made_again(run_on: Any, expected: str) -> None:
     cluster = ClusterHere(["a", "b"])
-    threading.Thread(target=lambda: (wait_for(lambda: len(cluster.here) == 2), time.sleep(1.0), cluster.pull("b"))).start()
-    run = run_on(cluster, stop={"updates": 60})
-    alone = run_on(None, stop={"updates": 60}, actors=1)
-    assert run.result["weights_sha256"] == alone.result["weights_sha256"]
+    run = run_on(cluster, callbacks=[at(5, lambda: cluster.pull("b"))])
+    assert run.result["weights_sha256"] == expected
     (lost,) = events(run, "node_lost")
     assert lost["node"] == "b"
     assert "pulled its plug" in lost["reason"]
 
 
-def test_a_node_that_comes_later_is_taken_in(run_on: Any) -> None:
-    cluster = ClusterHere(["a"])
-    threading.Thread(target=lambda: (wait_for(lambda: bool(cluster.here)), time.sleep(1.0), cluster.names.append("b"))).start()
-    run = run_on(cluster, stop={"updates": 150})
-    alone = run_on(None, stop={"updates": 150}, actors=2)
+def test_a_node_that_comes_later_is_taken_in(run_on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_fleet, "RENEW_SECONDS", 0.1)
+    cluster, with_both = ClusterHere(["a"]), []
+
+    def until_both_have_worked(facts: Any) -> bool:
+        time.sleep(0.02)
+        if facts["update"] == 5:
+            cluster.names.append("b")
+        if len(cluster.here) == 2:
+            with_both.append(facts["update"])
+        return len(with_both) < 10
+
+    run = run_on(cluster, callbacks=[until_both_have_worked], stop={"updates": 5000})
+    alone = run_on(None, stop={"updates": run.result["updates"]}, actors=2)
     assert run.result["weights_sha256"] == alone.result["weights_sha256"]
     assert [event["node"] for event in events(run, "node_joined")] == ["b"]
 
@@ -178,9 +190,8 @@ def test_an_actor_that_dies_on_a_node_is_started_again_there(run_on: Any, expect
 def test_a_run_without_any_node_ends_with_a_word_and_can_be_resumed(run_on: Any, monkeypatch: pytest.MonkeyPatch, expected: str) -> None:
     monkeypatch.setattr(ray_fleet, "NODELESS_SECONDS", 0.5)
     cluster = ClusterHere(["a"])
-    threading.Thread(target=lambda: (wait_for(lambda: bool(cluster.here)), time.sleep(2.0), cluster.pull("a"))).start()
     with pytest.raises(ProcessError, match="no node of the cluster is left"):
-        run_on(cluster, stop={"updates": 5000})
+        run_on(cluster, callbacks=[at(5, lambda: cluster.pull("a"))])
 
 
 def test_a_node_with_other_versions_is_named(run_on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,9 +221,3 @@ def test_what_is_under_way_is_what_is_leased(run_on: Any) -> None:
     cluster.spoil = spoil
     run = run_on(cluster)
     assert len(heard) == run.result["updates"] * 4
-
-
-def wait_for(true: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.01)

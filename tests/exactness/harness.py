@@ -1,7 +1,4 @@
-"""Whole runs of the command line in processes of their own, and somebody who kills their processes with SIGKILL at random moments.
-
-When a kill comes is drawn in units of progress (committed checkpoints), plus a random moment, so that kills hit a slow and a fast machine alike.
-"""
+"""Whole runs of the command line in processes of their own, and what is asked of them when they are over."""
 
 from __future__ import annotations
 
@@ -10,22 +7,21 @@ import fcntl
 import json
 import os
 import random
-import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from held import Line
 from shoal.files import CheckpointDirectory
 
+from .killing import TIMEOUT_SECONDS, Killer, alive, attend, kill_whole
+
 HERE = Path(__file__).resolve().parent
-TIMEOUT_SECONDS = 1800.0  # of one part of a run: generous, it only ends what hangs
-POLL_SECONDS = 0.004
-ROLES = ("shoal:actor", "shoal:learner", "shoal:inference")
 SAMPLING = ["--preset", "none", "--sampling.groups", "4", "--sampling.group-size", "4", "--sampling.rollout-length", "24"]
 SAVING = ["--checkpoint.every-updates", "2"]
 PPO = [*SAMPLING, "--algorithm", "ppo", "--algorithm.epochs", "2", "--algorithm.minibatch-size", "128", *SAVING]
@@ -60,93 +56,6 @@ TASKS = {
 
 
 @dataclass
-class Proc:
-    pid: int
-    name: str
-    state: str
-
-
-def descendants(root: int) -> list[Proc]:
-    """Living processes below `root`, from /proc."""
-    children: dict[int, list[Proc]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                text = Path(f"/proc/{entry}/stat").read_text(errors="replace")
-            except OSError:
-                continue
-            name, rest = text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
-            children.setdefault(int(rest[1]), []).append(Proc(int(entry), name, rest[0]))
-    found, todo = [], [root]
-    while todo:
-        for process in children.get(todo.pop(), []):
-            found.append(process)
-            todo.append(process.pid)
-    return [p for p in found if p.state not in "ZX"]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def newest_checkpoint(run: Path) -> int:
-    """Update of the newest committed checkpoint, -1 where there is none."""
-    try:
-        names = os.listdir(run / "checkpoints")
-    except OSError:
-        return -1
-    return max((int(digits) for name in names if (digits := name.partition("-")[2][:9].partition(".")[0]).isdigit()), default=-1)
-
-
-@dataclass
-class Killer:
-    """Kills one living role whose name begins with `prefix`, as soon as a checkpoint passed the next of `moments`, and a bit later.
-
-    It lets every role live until progress was made after its `patience` latest kills, since a role that dies again and again without any
-    progress is rightly given up. `times` are the kills that were sent.
-    """
-
-    prefix: str
-    moments: list[int]
-    rng: random.Random
-    patience: int = 3
-    jitter_seconds: float = 0.15
-    together: bool = False  # all of them at once
-    sent: list[tuple[int, str]] = field(default_factory=list)  # (newest checkpoint then, role)
-    not_before: float = 0.0
-    seen: set[int] = field(default_factory=set)
-
-    @classmethod
-    def of(cls, prefix: str, kills: int, updates: int, seed: int) -> Killer:
-        rng = random.Random(f"{prefix} {kills} {updates} {seed}")
-        last = int(updates * 0.6)  # the end of the run is whole: what was lost last is made again
-        return cls(prefix, sorted(rng.randint(0, last) for _ in range(kills)), rng, patience=3 if "actor" in prefix else 2)
-
-    def tick(self, root: int, run: Path) -> None:
-        newest = newest_checkpoint(run)
-        if not self.moments or newest < self.moments[0] - 1 or time.monotonic() < self.not_before:
-            return
-        if len(self.sent) >= self.patience and self.sent[-self.patience][0] >= newest:
-            return
-        victims = [p for p in descendants(root) if p.name.startswith(self.prefix) and p.name.startswith(ROLES) and p.pid not in self.seen]
-        if not victims or (self.together and len({p.name for p in victims}) < 2):
-            return
-        victim = self.rng.choice(victims)
-        time.sleep(self.rng.random() * self.jitter_seconds)
-        self.seen.add(victim.pid)
-        if alive(victim.pid):
-            for pid in [p.pid for p in victims] if self.together else [victim.pid]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            self.sent.append((newest, victim.name))
-            self.moments.pop(0)
-            self.not_before = time.monotonic() + self.rng.random() * self.jitter_seconds
-
-
-@dataclass
 class Outcome:
     """How a run ended: its answer (`--json`), kills that were sent and those that the run itself noticed, parts it was run in."""
 
@@ -161,12 +70,15 @@ class Outcome:
         return str(self.result["weights_sha256"])
 
 
-def start(args: Sequence[str], log: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def start(args: Sequence[str], log: Path, env: dict[str, str] | None = None, line: Line | None = None) -> subprocess.Popen[str]:
+    """The command line, at once; with a line, `train` and `resume` wait after every update (tests/held.py)."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TERM": "dumb", **(env or {})}
     paths = [str(HERE.parents[1] / "src"), str(HERE.parent), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    command = [sys.executable, "-m", "shoal.cli", *args, "--json"]
     with log.open("ab") as errors, log.with_suffix(".out").open("wb") as out:
+        if line is not None:
+            return line.start([*args, "--json"], environment, stdout=out, stderr=errors, cwd=log.parent)
+        command = [sys.executable, "-m", "shoal.cli", *args, "--json"]
         return subprocess.Popen(command, stdout=out, stderr=errors, text=True, env=environment, cwd=log.parent)
 
 
@@ -188,23 +100,20 @@ def shoal(*args: str, log: Path, env: dict[str, str] | None = None) -> dict[str,
 
 
 def train(args: Sequence[str], run: Path, *killers: Killer, env: dict[str, str] | None = None) -> Outcome:
-    """`shoal train`, with killers at work. Fails if a killer never hit, or the run did not notice."""
+    """`shoal train`, with killers at work. Fails where a kill was not sent, or the run did not notice a killer."""
     log = run.with_suffix(".log")
-    process = start(["train", *args, "--run-dir", str(run)], log, env)
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    try:
-        while process.poll() is None and time.monotonic() < deadline:
-            for killer in killers:
-                killer.tick(process.pid, run)
-            time.sleep(POLL_SECONDS if killers else 0.05)
-    finally:
-        process.kill()
-        process.wait()
+    with contextlib.closing(Line()) as line:
+        process = start(["train", *args, "--run-dir", str(run)], log, env, line if killers else None)
+        try:
+            attend(process, line if killers else None, killers)
+        finally:
+            process.kill()
+            process.wait()
     outcome = Outcome(answer(process, log), sum(len(k.sent) for k in killers))
     deaths = noticed_deaths(run)
     outcome.noticed = len(deaths)
     for killer in killers:
-        assert any(role.startswith(killer.prefix.partition(":")[2]) for role in deaths), f"no kill of {killer.prefix} hit the run"
+        killer.assert_all_hit(deaths)
     balanced(outcome.result)
     return outcome
 
@@ -217,77 +126,43 @@ def noticed_deaths(run: Path) -> list[str]:
 
 
 def train_through_kills(
-    args: Sequence[str], run: Path, kills: int, updates: int, seed: int, env: dict[str, str] | None = None, killers: Sequence[Killer] = ()
+    args: Sequence[str], run: Path, kills: int, updates: int, seed: int, env: dict[str, str] | None = None, killers: tuple[Killer, ...] = ()
 ) -> Outcome:
     """`shoal train`, then `shoal resume` as often as the whole run was killed, which is `kills` times: every other time its supervisor
-    alone (whose end ends everything), else every process of it in random order. The next part begins at once.
+    alone (whose end ends everything), else every process of it in random order. The next part begins at once. `killers` are at work in the last part.
     """
     rng = random.Random(f"whole {kills} {updates} {seed}")
     moments = sorted(rng.randint(0, int(updates * 0.8)) for _ in range(kills))
     log = run.with_suffix(".log")
-    saves_hit, sent, parts = 0, 0, 0
+    saves_hit = 0
     old: list[int] = []
-    for moment in [*moments, None]:
-        command = ["resume", str(run)] if (run / "config.yaml").exists() else ["train", *args, "--run-dir", str(run)]
-        process = start(command, log, env)
-        parts += 1
-        try:
-            if moment is None:
-                wait_with(process, run, killers)
-                break
-            old += _kill_whole(process, run, moment, rng)
-        finally:
-            process.kill()
-            process.wait()
-        if process.returncode == 0:
-            break  # it was quicker
-        sent += 1
-        saves_hit += any(name.startswith(".staging") for name in _names(run / "checkpoints"))
+    with contextlib.closing(Line()) as line:
+        for moment in [*moments, None]:
+            command = ["resume", str(run)] if (run / "config.yaml").exists() else ["train", *args, "--run-dir", str(run)]
+            held = line if moment is not None or killers else None
+            process = start(command, log, env, held)
+            try:
+                if moment is None:
+                    attend(process, held, killers)
+                else:
+                    old += kill_whole(process, line, moment, rng, log)
+                    saves_hit += any(name.startswith(".staging") for name in _names(run / "checkpoints"))
+            finally:
+                process.kill()
+                process.wait()
     deadline = time.monotonic() + 120
     while any(map(alive, old)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(alive, old)), "processes outlived the supervisor that was killed"
-    outcome = Outcome(answer(process, log), sent, sent, parts, saves_hit)
-    assert sent, "no kill hit the run"
+    outcome = Outcome(answer(process, log), kills, kills, kills + 1, saves_hit)
+    for killer in killers:
+        killer.assert_all_hit(noticed_deaths(run))
     balanced(outcome.result)
     return outcome
 
 
-def wait_with(process: subprocess.Popen[str], run: Path, killers: Sequence[Killer]) -> None:
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        for killer in killers:
-            killer.tick(process.pid, run)
-        time.sleep(POLL_SECONDS)
-
-
 def _names(directory: Path) -> list[str]:
     return os.listdir(directory) if directory.is_dir() else []
-
-
-def _kill_whole(process: subprocess.Popen[str], run: Path, moment: int, rng: random.Random) -> list[int]:
-    """Wait for the moment while the run is under way, then kill. Returns the pids of all its processes."""
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while True:
-        assert process.poll() is None, (
-            f"ended before it was killed, with {process.returncode}: {run.with_suffix('.log').read_text()[-4000:]}"
-        )
-        assert time.monotonic() < deadline, "no progress"
-        below = descendants(process.pid)
-        if newest_checkpoint(run) >= moment - 1 and any(p.name.startswith("shoal:learner") for p in below):
-            break
-        time.sleep(POLL_SECONDS)
-    time.sleep(rng.random() * 0.4)
-    below = descendants(process.pid)
-    victims = [process.pid]
-    if rng.random() < 0.5:
-        victims += [p.pid for p in below]
-        rng.shuffle(victims)
-    for pid in victims:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
-    return [p.pid for p in below]
 
 
 def balanced(result: dict[str, Any]) -> None:
@@ -305,13 +180,17 @@ def groups_of(run: Path) -> dict[int, dict[str, Any]]:
     return {int(group): row for group, row in ledger.items()}
 
 
-def reference(task: str, updates: int, shared: Path) -> Outcome:
-    """The same training with all roles in one process (`--actors 0`), made once for all tests and test processes."""
-    place = shared / f"reference-{task}-{updates}"
-    with (shared / f"{place.name}.lock").open("w") as lock:
+def made_once(name: str, args: Sequence[str], shared: Path) -> Outcome:
+    """A training with all roles in one process (`--actors 0`), made once for all tests and test processes."""
+    place = shared / name
+    with (shared / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         kept = place.with_suffix(".json")
         if not kept.exists():
-            outcome = train([*TASKS[task], "--stop.updates", str(updates), "--actors", "0"], place)
-            kept.write_text(json.dumps(outcome.result))
+            kept.write_text(json.dumps(train([*args, "--actors", "0"], place).result))
         return Outcome(json.loads(kept.read_text()))
+
+
+def reference(task: str, updates: int, shared: Path) -> Outcome:
+    """The same training with all roles in one process."""
+    return made_once(f"{task}-{updates}", [*TASKS[task], "--stop.updates", str(updates)], shared)

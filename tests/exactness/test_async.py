@@ -18,7 +18,7 @@ from .recording import RECORD, trained_in
 
 ALGORITHM = ["--algorithm", f"{HERE / 'recording.py'}:RecordingAPPO", "--algorithm.epochs", "1"]
 SMALL = ["--sampling.groups", "4", "--sampling.group-size", "4", "--sampling.rollout-length", "24", *SAVING]
-UPDATES = 60
+UPDATES = 40
 DROPPED_FOR_GOOD = {"over_lag", "invalid", "shutdown"}  # other rollouts that were dropped are made again, under the same stamps
 Soaked = Callable[..., None]
 
@@ -124,7 +124,7 @@ def assert_replayed(recorded: Recorded, directory: Path) -> None:
 
 def test_every_stamp_is_trained_or_accounted_for_at_the_defaults(tmp_path: Path) -> None:
     recorded = Recorded.in_(tmp_path)
-    outcome = train(recorded.arguments(updates=40), recorded.run, env=recorded.env)
+    outcome = train(recorded.arguments(), recorded.run, env=recorded.env)
     assert_accounted_for(recorded, outcome)
     assert outcome.noticed == 0
     assert len(stamps_stepped(recorded.stamps)) == outcome.result["ledger"]["produced"]

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from .harness import PPO, Killer, Outcome, shoal, start, train
+from . import test_sync
+from .harness import PPO, Killer, Outcome, reference, shoal, start, train
 
-UPDATES = 16
+UPDATES = test_sync.UPDATES["cartpole"]
 WAYS = {
     "bfloat16": ["CartPole-v1", *PPO, "--learner.precision", "bfloat16"],
     "compile": ["CartPole-v1", *PPO, "--learner.compile", "true"],
@@ -19,13 +20,12 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", ["bfloat16", pytest.param("compile", marks=pytest.mark.soak)])  # each process compiles anew
-def test_weights_do_not_depend_on_actors_kills_or_resumes(way: str, tmp_path: Path) -> None:
+def test_weights_do_not_depend_on_actors_kills_or_resumes(way: str, tmp_path: Path, shared: Path) -> None:
     if way == "compile":
         _skip_without_a_compiler()
     args = [*WAYS[way], "--stop.updates", str(UPDATES)]
     alone = train([*args, "--actors", "0"], tmp_path / "alone")
-    plain = train(["CartPole-v1", *PPO, "--stop.updates", str(UPDATES), "--actors", "0"], tmp_path / "plain")
-    assert alone.sha != plain.sha
+    assert alone.sha != reference("cartpole", UPDATES, shared).sha
     killer = Killer.of("shoal:learner", 1, UPDATES, seed=2)
     assert train([*args, "--actors", "2"], tmp_path / "killed", killer).sha == alone.sha
     half = train([*WAYS[way], "--stop.updates", str(UPDATES // 2), "--actors", "1"], tmp_path / "half")

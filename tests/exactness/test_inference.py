@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from .harness import PPO, SAMPLING, SAVING, TASKS, Killer, Outcome, shoal, start, train
+from .harness import PPO, SAMPLING, SAVING, TASKS, Killer, Outcome, made_once, shoal, start, train
 
-UPDATES = 24
+UPDATES = 20
 SERVER = ["--policy.inference", "server", "--device", "cpu"]
 TASK = {"images": [*TASKS["images"], *SERVER], "dict": [*TASKS["dict"], *SERVER, "--policy.memory", "gru"]}
 KILLS = {"actor": 3, "inference": 3, "learner": 2}
@@ -22,9 +22,9 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
         return [json.loads(row[0]) for row in connection.execute("SELECT json FROM events WHERE kind = ?", (kind,))]
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    return train([*TASK["dict"], "--stop.updates", str(UPDATES), "--actors", "0"], tmp_path_factory.mktemp("alone") / "run")
+@pytest.fixture
+def alone(shared: Path) -> Outcome:
+    return made_once(f"served-{UPDATES}", [*TASK["dict"], "--stop.updates", str(UPDATES)], shared)
 
 
 @pytest.mark.parametrize("actors", [1, 2])

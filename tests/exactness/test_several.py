@@ -15,9 +15,10 @@ import pytest
 from faults.living import TINY, living, saved
 from shoal.supervision.injector import roles_below
 
+from . import test_sync
 from .harness import HERE, SAVING, TASKS, Killer, balanced, noticed_deaths, reference, shoal, start, train, train_through_kills
 
-UPDATES = 40
+UPDATES = test_sync.UPDATES["learners"]
 APPO = [
     "CartPole-v1", "--preset", "none", "--algorithm", "appo", "--algorithm.epochs", "2", "--algorithm.minibatch-size", "128",
     "--sampling.groups", "4", "--sampling.group-size", "4", "--sampling.rollout-length", "24", *SAVING, "--learners", "2", "--actors", "2",

@@ -5,27 +5,31 @@ Weights of a sync run are those of the local engine, with one, two and three nod
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray.cluster_utils
 
-from shoal.files import CheckpointDirectory
+from faults.living import SOURCES
+from held import Line
 from shoal.monitoring.store import RunReader
 
 SMALL = [
     "CartPole-v1", "--preset", "none", "--sampling.groups", "4", "--sampling.group-size", "2", "--sampling.rollout-length", "16",
     "--algorithm.minibatch-size", "64", "--algorithm.epochs", "2", "--seed", "3", "--evaluation.episodes", "0",
 ]  # fmt: skip
+UPDATES = 24
 LIMIT_SECONDS = 300.0
+KNOWN: dict[int, str] = {}  # weights by updates
 
 
 class Machines:
@@ -63,10 +67,13 @@ def machines() -> Iterator[Machines]:
     made.close()
 
 
-def start(run: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "shoal.cli", *arguments, "--json"]
-    environment = {**os.environ, "TERM": "dumb"}
+def start(run: Path, *arguments: str, line: Line | None = None) -> subprocess.Popen[str]:
+    """The command line, at once; with a line, the run waits after every update (tests/held.py)."""
+    environment = {**os.environ, "TERM": "dumb", "PYTHONPATH": os.pathsep.join([*SOURCES, os.environ.get("PYTHONPATH", "")])}
     with run.with_suffix(".log").open("a") as log:
+        if line is not None:
+            return line.start([*arguments, "--json"], environment, stdout=subprocess.PIPE, stderr=log, cwd=run.parent)
+        command = [sys.executable, "-m", "shoal.cli", *arguments, "--json"]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=run.parent)
 
 
@@ -81,31 +88,20 @@ def train(run: Path, *arguments: str) -> dict[str, Any]:
     return answer(start(run, "train", *SMALL, *arguments, "--run-dir", str(run)), run)
 
 
-def updates_of(run: Path) -> int:
-    """Of the newest checkpoint; -1 before the first."""
-    paths = CheckpointDirectory(run / "checkpoints").paths()
-    return max((int(path.name.rpartition("-")[2]) for path in paths), default=-1)
-
-
-def wait_for(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while not true():
-        assert process.poll() is None, "the run ended before what the test waits for"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
     with RunReader(run / "run.db") as reader:
         return list(reader.events(kind))
 
 
 def expected(directory: Path, updates: int) -> str:
-    return str(train(directory / "local", "--actors", "2", "--stop.updates", str(updates))["weights_sha256"])
+    """Of the local engine, once for each number of updates."""
+    if updates not in KNOWN:
+        KNOWN[updates] = str(train(directory / "local", "--actors", "2", "--stop.updates", str(updates))["weights_sha256"])
+    return KNOWN[updates]
 
 
 def test_one_two_and_three_nodes_learn_the_bits_of_the_local_engine(machines: Machines, tmp_path: Path) -> None:
-    wanted = expected(tmp_path, 10)
+    wanted = expected(tmp_path, UPDATES)
     for count in (1, 2, 3):
         machines.be(count)
         on = (
@@ -119,33 +115,38 @@ def test_one_two_and_three_nodes_learn_the_bits_of_the_local_engine(machines: Ma
             "--actors-per-node",
             "1",
             "--stop.updates",
-            "10",
+            str(UPDATES),
         )
         assert train(tmp_path / f"on{count}", *on)["weights_sha256"] == wanted
 
 
-def begun_on_two_nodes(machines: Machines, run: Path, updates: int) -> subprocess.Popen[str]:
-    """A run of so many updates that has made twenty."""
+def begun_on_two_nodes(machines: Machines, run: Path, line: Line) -> subprocess.Popen[str]:
+    """A run that has made half of its updates, and is let go on to the next of them."""
     machines.be(2)
     where = ("--engine", "ray", "--address", machines.address, "--allow-insecure-cluster", "--actors-per-node", "1")
-    saving = ("--checkpoint.every-updates", "10", "--stop.updates", str(updates))
-    process = start(run, "train", *SMALL, *where, *saving, "--run-dir", str(run))
-    wait_for(lambda: updates_of(run) >= 20, process)
+    ends = ("--checkpoint.every-updates", "5", "--stop.updates", str(UPDATES))
+    process = start(run, "train", *SMALL, *where, *ends, "--run-dir", str(run), line=line)
+    line.reach(UPDATES // 2, process, run.with_suffix(".log"))
+    line.go_on()
     return process
 
 
 def test_a_raylet_that_is_killed_costs_no_bit(machines: Machines, tmp_path: Path) -> None:
-    wanted, run = expected(tmp_path, 150), tmp_path / "run"
-    process = begun_on_two_nodes(machines, run, 150)
-    machines.kill_one()
-    assert answer(process, run)["weights_sha256"] == wanted
+    wanted, run = expected(tmp_path, UPDATES), tmp_path / "run"
+    with contextlib.closing(Line()) as line:
+        process = begun_on_two_nodes(machines, run, line)
+        machines.kill_one()
+        line.reach(UPDATES // 2 + 1, process, run.with_suffix(".log"))
+        line.go_on(for_good=True)
+        assert answer(process, run)["weights_sha256"] == wanted
     assert len(events(run, "node_lost")) == 1
 
 
 def test_a_driver_that_is_killed_leaves_nothing_on_the_nodes_and_is_resumed(machines: Machines, tmp_path: Path) -> None:
-    wanted, run = expected(tmp_path, 60), tmp_path / "run"
-    process = begun_on_two_nodes(machines, run, 60)
-    os.kill(process.pid, signal.SIGKILL)
+    wanted, run = expected(tmp_path, UPDATES), tmp_path / "run"
+    with contextlib.closing(Line()) as line:
+        process = begun_on_two_nodes(machines, run, line)
+        os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     deadline = time.monotonic() + 60.0
     while left := named("shoal:actor"):
