@@ -36,7 +36,7 @@ if MISSING:
     pytest.skip(f"Ray has no job server without {', '.join(MISSING)}: pip install 'shoal[ray-jobs]'", allow_module_level=True)
 
 SOURCES = str(Path(__file__).resolve().parents[2] / "src")
-LIMIT_SECONDS = 120.0
+LIMIT_SECONDS = 300.0
 # Ray looks in its own directory for the address that a job gets, where more than one cluster is on a host.
 CLUSTER = """
 import sys

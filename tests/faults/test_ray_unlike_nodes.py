@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray.cluster_utils
 
-LIMIT_SECONDS = 120.0
+LIMIT_SECONDS = 300.0
 SOURCES = str(Path(__file__).resolve().parents[2] / "src")
 WORLD = "import gymnasium\n\ndef make():\n    return gymnasium.make('CartPole-v1')\n"
 # A package shoal of another time, which does not have what the driver asks for.
@@ -57,7 +57,6 @@ def test_nodes_that_lack_what_the_run_needs_are_named_before_anything_runs(clust
     assert (
         said.count("cannot import what the run is made of: env.id worlds_of_mine:make: cannot import worlds_of_mine: No module named") == 1
     )
-    assert said.count("gives no report: ") == 1
-    assert "another shoal" in said
+    assert said.count("gives no report: it could not be started: ImportError: this is another shoal; ") == 1
     assert "what an import path names must be there on every node" in said
     assert not run.exists(), "a run that was refused leaves nothing"
