@@ -133,9 +133,22 @@ def test_a_node_that_is_lost_takes_its_rollouts_along_and_they_are_made_again(ru
 
 def test_a_node_that_comes_later_is_taken_in(run_on: Any) -> None:
     cluster = ClusterHere(["a"])
-    threading.Thread(target=lambda: (wait_for(lambda: bool(cluster.here)), time.sleep(1.0), cluster.names.append("b"))).start()
-    run = run_on(cluster, stop={"updates": 150})
-    alone = run_on(None, stop={"updates": 150}, actors=2)
+    heard: list[Frame] = []
+
+    def spoil(frame: Frame) -> Frame:
+        if frame.kind is Kind.WORD and frame.body and "b" in cluster.here and frame.index in cluster.here["b"]._node._actors:
+            heard.append(frame)
+        return frame
+
+    cluster.spoil = spoil
+
+    def watch(numbers: Any) -> bool:
+        if numbers["update"] == 5:
+            cluster.names.append("b")
+        return len(heard) < 20
+
+    run = run_on(cluster, stop={"updates": 100_000}, callbacks=[watch])
+    alone = run_on(None, stop={"updates": run.result["updates"]}, actors=2)
     assert run.result["weights_sha256"] == alone.result["weights_sha256"]
     assert [event["node"] for event in events(run, "node_joined")] == ["b"]
 

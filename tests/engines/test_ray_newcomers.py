@@ -6,13 +6,12 @@ import io
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_ray_fleet import SETTINGS, ClusterHere, NodeHere, events, wait_for
+from test_ray_fleet import SETTINGS, ClusterHere, NodeHere, events
 
 import shoal
 from shoal.engines import ray_fleet
@@ -115,9 +114,17 @@ def test_a_node_that_cannot_import_the_environment_says_why(run_on: Any, tmp_pat
 
 def test_a_node_that_comes_later_and_differs_is_told_and_not_used(run_on: Any) -> None:
     cluster = MixedCluster(["a"], {"b": other_torch})
-    threading.Thread(target=lambda: (wait_for(lambda: bool(cluster.here)), time.sleep(1.0), cluster.names.append("b"))).start()
-    run = run_on(cluster, stop={"updates": 150})
-    assert run.result["weights_sha256"] == run_on(None, stop={"updates": 150}).result["weights_sha256"]
+    later: list[int] = []
+
+    def watch(numbers: Any) -> bool:
+        if numbers["update"] == 5:
+            cluster.names.append("b")
+        if "b" in cluster.here and cluster.here["b"].dead.is_set():
+            later.append(numbers["update"])
+        return len(later) < 20
+
+    run = run_on(cluster, stop={"updates": 100_000}, callbacks=[watch])
+    assert run.result["weights_sha256"] == run_on(None, stop={"updates": run.result["updates"]}).result["weights_sha256"]
     assert events(run, "node_joined") == []
     (refused,) = events(run, "node_refused")
     assert refused["node"] == "b"
@@ -131,19 +138,21 @@ def test_nobody_waits_while_a_node_that_came_is_asked(run_on: Any) -> None:
 
     def slow(node: NodeHere) -> bytes:
         asked.set()
-        answer.wait(60.0)
+        answer.wait()
         return node._node.look()
 
     cluster = MixedCluster(["a"], {"b": slow})
-    threading.Thread(target=lambda: (wait_for(lambda: bool(cluster.here)), cluster.names.append("b"))).start()
-    made = []
+    made: list[int] = []
 
-    def watch(numbers: Any) -> None:
+    def watch(numbers: Any) -> bool:
+        if numbers["update"] == 5:
+            cluster.names.append("b")
         if asked.is_set():
             made.append(numbers["update"])
-        if len(made) == 20:
+        if len(made) == 20:  # they were made while the node was asked
             answer.set()
+        return "b" not in cluster.here or not cluster.here["b"]._node._actors
 
-    run = run_on(cluster, stop={"updates": 400}, callbacks=[watch])
-    assert len(made) > 20, "updates were made while the node was asked"
+    run = run_on(cluster, stop={"updates": 100_000}, callbacks=[watch])
+    assert len(made) > 20
     assert [event["node"] for event in events(run, "node_joined")] == ["b"]

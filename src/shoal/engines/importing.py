@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.config import RunConfig
 from shoal.engines.question import Answerer, Question
 from shoal.errors import ConfigError, EnvironmentFault, ShoalError
-from shoal.supervision.zygote import Zygote
+from shoal.supervision.zygote import Zygote, wait_until_ready
 
 if TYPE_CHECKING:
     from shoal.engines.roles import UserObjects
@@ -25,12 +25,17 @@ IMPORTING = "importing it"
 _EVERY_RUNS = {"", "shoal", "torch", "numpy", "gymnasium"}  # whose packages are compared in any case
 
 
-def try_imports(zygote: Zygote, environment: str, limit_seconds: float, log_directory: Path) -> tuple[list[str], str]:
+def try_imports(
+    zygote: Zygote, environment: str, limit_seconds: float, log_directory: Path, ready_seconds: float | None = None
+) -> tuple[list[str], str]:
     """The packages (distributions) that the run's own code needs, by name, and why it cannot be imported here; empty where it can.
 
     Waits for a process that imports; `limit_seconds`: an import that takes longer hangs, and is such a reason, as is a zygote that is lost meanwhile.
+    `ready_seconds`: for a zygote that is not known to be ready yet.
     """
     try:
+        if ready_seconds is not None:
+            wait_until_ready(zygote, ready_seconds)
         answer = Question(zygote, environment, limit_seconds, log_directory).ask("shoal.engines.importing:import_main", "import")
     except EnvironmentFault as fault:  # it hung, or ended the process
         return [], str(fault).splitlines()[0]

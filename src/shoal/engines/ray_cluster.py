@@ -26,6 +26,7 @@ from shoal.settings import available_cores
 
 NODES_SECONDS = 60.0  # until as many nodes are there as were asked for
 START_SECONDS = 120.0  # a node's first answer: its imports, on a slow disk
+LOOK_SECONDS = 600.0  # until a node has imported what a run is made of, torch included
 SILENT_SECONDS = 15.0  # a node that answers nothing for so long is given up: a partition, a machine that stands still
 CLOSE_SECONDS = 5.0
 CONNECT_SECONDS = 10.0
@@ -60,7 +61,7 @@ class RemoteNode:
         return answer
 
     def look(self) -> bytes:
-        answer: bytes = self._get(self._actor.look.remote(), START_SECONDS)
+        answer: bytes = self._get(self._actor.look.remote(), LOOK_SECONDS)
         return answer
 
     def close(self) -> Any:

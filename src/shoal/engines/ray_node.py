@@ -50,6 +50,7 @@ HEAR_SECONDS = 1.0  # an answer comes at least so often, if an empty one
 REPORT_BYTES = 8 << 20  # of one answer, but for a single rollout that is larger
 LOG_BYTES = 1 << 16  # of a process's log in one frame
 RESTART_SECONDS = 1.0  # between two zygotes
+READY_SECONDS = 300.0  # the first zygote's imports, on a slow disk, or a machine that is busy with other things
 PRELOAD = ["torch", "gymnasium", "shoal.engines.mains"]
 ACTIVITY = struct.Struct("<Ic3x")  # index, the kernel's letter; a RECORD follows
 
@@ -148,7 +149,7 @@ class Node:
     def _try_imports(self) -> None:
         """Before any actor: whether the run's own code can be imported here."""
         env = self._config["env"]
-        _, error = try_imports(self._zygote, env["id"], env["step_timeout_seconds"], self._directory)
+        _, error = try_imports(self._zygote, env["id"], env["step_timeout_seconds"], self._directory, READY_SECONDS)
         if self._zygote.fileno() < 0:  # lost on the way
             self._zygote = self._start_zygote()
         with self._something:
