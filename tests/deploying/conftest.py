@@ -20,6 +20,14 @@ def planned(tmp_path: Path) -> Callable[..., Deployment]:
 
 
 @pytest.fixture
+def stored(tmp_path: Path) -> Callable[..., Deployment]:
+    """As `planned`, of a run that is to lie in an object store."""
+    file = tmp_path / "stored.yaml"
+    file.write_text(f"{SETTINGS}run_dir: s3://bucket/runs/one\n")
+    return lambda **how: plan_deployment(file, **how)
+
+
+@pytest.fixture
 def executable(tmp_path: Path) -> Callable[[str, str], Path]:
     """Writes a script into a directory `bin`, which it returns."""
 

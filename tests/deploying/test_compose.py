@@ -38,11 +38,12 @@ def test_nodes_and_what_each_of_them_has(planned: Planned) -> None:
     services = composed(planned(nodes=4, cpus=4, memory_gib=10, gpus=2))["services"]
     assert services["worker"]["deploy"]["replicas"] == 3
     for service in services.values():
-        resources = service["deploy"]["resources"]
-        assert resources["limits"] == {"cpus": "4", "memory": "10g"}
-        assert resources["reservations"]["devices"] == [{"driver": "nvidia", "count": 2, "capabilities": ["gpu"]}]
+        assert service["deploy"]["resources"]["limits"] == {"cpus": "4", "memory": "10g"}
         assert service["shm_size"] == "3gb"
         assert service["healthcheck"]["test"][:3] == ["CMD", "ray", "health-check"]
+    head, worker = (services[name]["deploy"]["resources"] for name in ("head", "worker"))
+    assert head["reservations"]["devices"] == [{"driver": "nvidia", "count": 2, "capabilities": ["gpu"]}]
+    assert "reservations" not in worker, "the learners are on the head, and actors need no GPU"
     assert "nvidia" not in str(composed(planned()))
     assert services["worker"]["depends_on"] == {"head": {"condition": "service_healthy"}}
 
@@ -79,3 +80,13 @@ def test_the_configuration_is_in_it_with_every_dollar_twice(planned: Planned) ->
         "Compose would take it for a variable"
     )
     assert '--run-dir "$$run" --engine ray --address auto --actors-per-node 4 --nodes 4' in configs["run.sh"]["content"]
+
+
+def test_a_run_in_an_object_store_needs_no_volume(stored: Planned) -> None:
+    file = composed(stored(name="one"))
+    assert faults(file, schema("compose-spec.json")) == []
+    assert "volumes" not in file
+    assert not any("volumes" in service for service in file["services"].values())
+    script = file["configs"]["run.sh"]["content"]
+    assert "run=s3://bucket/runs/one\n" in script
+    assert 'if shoal show "$$run" > /dev/null 2>&1; then' in script

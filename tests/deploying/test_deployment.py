@@ -68,6 +68,76 @@ def test_what_is_wrong_is_refused_by_its_name(text: str, how: dict[str, Any], pa
         plan_deployment(written(tmp_path, text), **how)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "policy: {inference: server}",
+        "learners: 65",
+        "ray: {nodes: 0}",
+        "mode: async",
+    ],
+)
+def test_what_training_on_a_cluster_refuses_is_refused_with_the_same_words(text: str, tmp_path: Path) -> None:
+    file = written(tmp_path, f"env: CartPole-v1\n{text}\n")
+    with pytest.raises(ConfigError) as trained:
+        resolve(str(file), {"engine": "ray", "ray.address": "auto"})
+    with pytest.raises(ConfigError) as deployed:
+        plan_deployment(file)
+    assert str(deployed.value) == str(trained.value)
+
+
+def test_options_are_checked_as_those_of_a_training(tmp_path: Path) -> None:
+    file = written(tmp_path, "env: CartPole-v1\n")
+    with pytest.raises(ConfigError, match=r"^learners: should be less than or equal to 64, got 65"):
+        plan_deployment(file, learners=65)
+
+
+def test_learners_nodes_and_actors_are_taken_from_the_configuration(tmp_path: Path) -> None:
+    text = (
+        "env: CartPole-v1\nsampling: {groups: 12}\nlearners: 3\nray: {address: 'elsewhere:1', nodes: 3, actors_per_node: 2}\nengine: ray\n"
+    )
+    planned = plan_deployment(written(tmp_path, text))
+    assert (planned.nodes, planned.actors_per_node, planned.learners) == (3, 2, None)
+    assert yaml.safe_load(planned.settings) == {"env": {"id": "CartPole-v1"}, "sampling": {"groups": 12}, "learners": 3}
+    assert plan_deployment(written(tmp_path, text), nodes=4, actors_per_node=3).nodes == 4
+
+
+def test_a_gpu_that_is_asked_for_is_there_and_one_that_is_idle_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^device: cuda was asked for, and the head"):
+        plan_deployment(written(tmp_path, "env: CartPole-v1\ndevice: cuda\n"))
+    assert plan_deployment(written(tmp_path, "env: CartPole-v1\ndevice: cuda\n"), gpus=1).warnings == ()
+    (warning,) = plan_deployment(written(tmp_path, "env: CartPole-v1\ndevice: cpu\n"), gpus=2).warnings
+    assert warning == "gpus: the configuration says `device: cpu`, so the learners leave 2 GPUs idle"
+    (warning,) = plan_deployment(written(tmp_path, "env: CartPole-v1\nlearners: 4\n"), gpus=2).warnings
+    assert warning == "gpus: 4 learners want a GPU each, and the head has 2; give --gpus 4, or --learners 2"
+
+
+def test_a_run_in_an_object_store_stays_there_and_its_needs_are_told(tmp_path: Path) -> None:
+    planned = plan_deployment(written(tmp_path, "env: CartPole-v1\nrun_dir: s3://bucket/runs/one\n"))
+    assert planned.run_url == "s3://bucket/runs/one"
+    assert "run_dir" not in planned.settings
+    (warning,) = planned.warnings
+    assert warning.startswith(
+        "run_dir: the run lies at s3://bucket/runs/one: the image needs the package that opens s3://, and the head its credentials"
+    )
+
+
+@pytest.mark.parametrize("url", ["s3://key:secret@bucket/x", "s3://bucket/x?token=secret", "s3://bucket/$(secret)", "s3://bucket/a secret"])
+def test_secrets_in_the_url_of_a_run_are_refused_and_not_shown(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^run_dir: not the URL of a run") as said:
+        plan_deployment(written(tmp_path, f"env: CartPole-v1\nrun_dir: '{url}'\n"))
+    assert "secret)" not in str(said.value)
+    assert "@" not in str(said.value)
+
+
+def test_the_run_whose_configuration_is_taken_is_left_alone(tmp_path: Path) -> None:
+    run = tmp_path / "copy"
+    run.mkdir()
+    (run / "run.db").touch()
+    (run / "config.yaml").write_text("env: CartPole-v1\nrun_dir: s3://bucket/runs/one\n")
+    assert plan_deployment(run).run_url is None
+
+
 def test_a_configuration_that_is_not_there_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(ConfigError, match="there is no such configuration"):

@@ -57,11 +57,10 @@ def test_nodes_and_what_each_of_them_has(planned: Planned) -> None:
     job = documents(planned(nodes=4, cpus=4, memory_gib=32, gpus=2))["RayJob"]
     (workers,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert (workers["replicas"], workers["minReplicas"], workers["maxReplicas"]) == (3, 3, 3)
-    for pod in pods(job):
-        resources = pod["containers"][0]["resources"]
-        assert resources["requests"] == {"cpu": "4", "memory": "32Gi"}
-        assert resources["limits"] == {"cpu": "4", "memory": "32Gi", "nvidia.com/gpu": "2"}
-        assert pod["restartPolicy"] == "Never"
+    head, worker = (pod["containers"][0]["resources"] for pod in pods(job))
+    assert head["requests"] == worker["requests"] == worker["limits"] == {"cpu": "4", "memory": "32Gi"}
+    assert head["limits"] == {"cpu": "4", "memory": "32Gi", "nvidia.com/gpu": "2"}, "the learners are on the head, and actors need no GPU"
+    assert all(pod["restartPolicy"] == "Never" for pod in pods(job))
     without = pods(documents(planned())["RayJob"])
     assert "nvidia" not in str(without)
     assert documents(planned(nodes=1))["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 0
@@ -138,3 +137,28 @@ def test_the_entry_point_trains_and_resumes_what_it_began(planned: Planned, exec
     (runs / "one").mkdir(parents=True)
     (runs / "one" / "config.yaml").write_text("")
     assert says() == f"resume {runs}/one --view lines"
+
+
+def test_a_run_in_an_object_store_needs_no_volume(stored: Planned, executable: Callable[[str, str], Path], tmp_path: Path) -> None:
+    deployment = stored(name="one", nodes=4)
+    parts = documents(deployment)
+    assert set(parts) == {"ConfigMap", "RayJob"}
+    assert faults(parts["RayJob"], strict(schema("rayjob.json"))) == []
+    for pod in pods(parts["RayJob"]):
+        there = {volume["name"] for volume in pod["volumes"]}
+        used = {mount["name"] for container in (*pod["containers"], *pod["initContainers"]) for mount in container["volumeMounts"]}
+        assert used == there
+        assert "runs" not in there
+    script = tmp_path / "run.sh"
+    script.write_text(parts["ConfigMap"]["data"]["run.sh"])
+    fakes = executable("shoal", '#!/bin/sh\nif [ "$1" = show ]; then [ -e "$FAKE_BEGUN" ] && exit 0 || exit 2; fi\nprintf "%s\\n" "$*"\n')
+
+    def says() -> str:
+        environment = {**os.environ, "PATH": f"{fakes}:{os.environ['PATH']}", "FAKE_BEGUN": str(tmp_path / "begun")}
+        return subprocess.run(["sh", script], env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert says() == (
+        "train /etc/shoal/config.yaml --run-dir s3://bucket/runs/one --engine ray --address auto --actors-per-node 4 --nodes 4 --view lines"
+    )
+    (tmp_path / "begun").touch()
+    assert says() == "resume s3://bucket/runs/one --view lines"

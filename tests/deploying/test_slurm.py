@@ -61,11 +61,12 @@ FAKES = {
     # `deploy` is the real one. A training waits for its nodes, then goes on until it is told to stop, or ends with FAKE_CODE.
     "shoal": """
         if [ "$1" = deploy ]; then exec "$FAKE_PYTHON" -m shoal.cli "$@"; fi
+        if [ "$1" = show ]; then [ -e "$FAKE/begun" ] && exit 0 || exit 2; fi
         echo "$*" >> "$FAKE/shoal"
         env | grep '^RAY_' | sort > "$FAKE/environment"
         ls -ld "$SHOAL_SECRETS" "$SHOAL_SECRETS"/* "$SHOAL_SECRETS"/*/* > "$FAKE/modes"
         cat "$SHOAL_SECRETS/token" > "$FAKE/token"
-        if [ "$1" = train ]; then mkdir -p "$4" && cp "$2" "$4/config.yaml"; fi
+        if [ "$1" = train ]; then touch "$FAKE/begun"; case $4 in *:*) ;; *) mkdir -p "$4" && cp "$2" "$4/config.yaml" ;; esac; fi
         until [ -e "$FAKE/ray" ] && [ "$(wc -l < "$FAKE/ray")" -eq "$SLURM_JOB_NUM_NODES" ]; do /bin/sleep 0.05; done
         [ -z "${FAKE_CODE:-}" ] || exit "$FAKE_CODE"
         trap 'echo saved >> "$FAKE/shoal"; exit 130' TERM
@@ -269,3 +270,15 @@ def test_a_cluster_that_does_not_come_up_ends_the_job(planned: Planned, cluster:
     assert "one: no Ray head at 127.0.0.1:21234" in output
     assert slurm_cluster.said("shoal") == []
     assert not (slurm_cluster.root / "runs" / ".one-41234").exists()
+
+
+def test_a_run_in_an_object_store_is_begun_and_resumed_there(stored: Planned, cluster: Callable[[str], Cluster]) -> None:
+    slurm_cluster = cluster(text_of(stored(name="one", nodes=2)))
+    for _ in range(2):
+        code, output = slurm_cluster.end(slurm_cluster.submit(nodes=2, FAKE_CODE="0"))
+        assert code == 0, output
+    runs = slurm_cluster.root / "runs"
+    assert slurm_cluster.said("shoal") == [
+        f"train {runs}/one.yaml --run-dir s3://bucket/runs/one --engine ray --address auto --actors-per-node 8 --nodes 2 --view lines",
+        "resume s3://bucket/runs/one --view lines",
+    ]

@@ -22,6 +22,7 @@ from shoal import files
 from shoal.config import EnvConfig, PolicyConfig, StopConfig
 from shoal.engines.coordinator import Coordinator
 from shoal.engines.messages import Word, from_json
+from shoal.engines.node_report import NodeReport
 from shoal.engines.plan import Plan
 from shoal.environments.spaces import describe
 from shoal.errors import CheckpointError, RunError, SchemaError
@@ -48,6 +49,13 @@ def json_message(content: bytes) -> None:
     """What the learner says."""
     with contextlib.suppress(ValueError):
         assert isinstance(from_json(content), dict)
+
+
+def node_report(content: bytes) -> None:
+    """What a node of a cluster says of itself."""
+    with contextlib.suppress(ValueError):
+        report = NodeReport.from_json(content)
+        assert all(isinstance(text, str) for text in (report.host, report.error, *report.versions, *report.versions.values()))
 
 
 def group_state(content: bytes) -> None:
@@ -201,6 +209,7 @@ def decoders(directory: Path) -> dict[str, Decoder]:
     return {
         "word": word,
         "json message": json_message,
+        "node report": node_report,
         "group state": group_state,
         "safetensors": arrays,
         "envelope": Envelope(),
@@ -218,6 +227,7 @@ def examples() -> dict[str, list[bytes]]:
     return {
         "word": [Word.decode(bytes([17]) + bytes(31)).encode(), bytes([19]) + bytes(31) + b'{"error": "x", "report": {}}'],
         "json message": [b'{"is": "trained", "version": 3, "metrics": {"loss": 0.5}}'],
+        "node report": [b'{"host": "far", "versions": {"python": "3.11.4", "torch": ""}, "error": "env.id mine:Env: no"}'],
         "group state": [
             to_bytes(state),
             save({"cursor": np.zeros(3, np.uint8)}),

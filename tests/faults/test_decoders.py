@@ -25,7 +25,7 @@ values: Any = st.recursive(
     | st.dictionaries(
         st.sampled_from([
             "bytes", "sha256", "files", "update", "command", "ok", "actors", "hidden_sizes", "encoder", "network", "kind", "shape", "nvec", "path",
-            "dtype", "observation", "action", "mask_size", "action_mask", "low", "high", "start", "kwargs", "id", "state.json",
+            "host", "versions", "error", "dtype", "observation", "action", "mask_size", "action_mask", "low", "high", "start", "kwargs", "id", "state.json",
         ]),
         inner, max_size=4,
     ),

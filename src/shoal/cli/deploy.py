@@ -16,12 +16,26 @@ from shoal.cli.output import print_json
 _CLUSTER_OPTIONS = [
     click.argument("run_config", metavar="RUN_CONFIG", type=click.Path(path_type=Path)),
     click.option("--name", metavar="NAME", help="Of everything that is made there (default: environment, algorithm, seed)."),
-    click.option("--nodes", type=click.IntRange(min=1), default=2, show_default=True, help="Nodes of the cluster, its head included."),
-    click.option("--actors-per-node", type=click.IntRange(min=1), help="Default: one per core, as far as there are groups."),
+    click.option(
+        "--nodes",
+        type=click.IntRange(min=1),
+        help="Nodes of the cluster, its head included (default: ray.nodes of the configuration, or 2).",
+    ),
+    click.option(
+        "--actors-per-node",
+        type=click.IntRange(min=1),
+        help="Default: ray.actors_per_node of the configuration, or one per core, as far as there are groups.",
+    ),
     click.option("--learners", type=click.IntRange(min=1), help="Default: as the configuration says."),
     click.option("--cpus", type=click.IntRange(min=1), default=8, show_default=True, help="Cores of each node."),
     click.option("--memory", "memory_gib", type=click.IntRange(min=1), default=16, show_default=True, help="GiB of each node."),
-    click.option("--gpus", type=click.IntRange(min=0), default=0, show_default=True, help="GPUs of each node."),
+    click.option(
+        "--gpus",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="GPUs of the head, where the learners are (Slurm: of each node).",
+    ),
 ]
 image_option = click.option(
     "--image", metavar="IMAGE", default=f"shoal:{shoal.__version__}", show_default=True, help="With shoal, Ray and the environment."
@@ -29,7 +43,13 @@ image_option = click.option(
 
 
 def runs_option(default: str) -> Callable[..., Any]:
-    return click.option("--runs", metavar="DIR", default=default, show_default=True, help="Where runs lie on the nodes.")
+    return click.option(
+        "--runs",
+        metavar="DIR",
+        default=default,
+        show_default=True,
+        help="Where runs lie on the nodes (a run_dir of the configuration that is a URL is kept instead).",
+    )
 
 
 def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shoal.config import RunConfig
 from shoal.errors import ConfigError
@@ -13,7 +14,10 @@ from shoal.settings import dump_tree, file_settings, resolve
 
 NAME_LENGTH = 40  # KubeRay allows 47, of which "-secrets" takes its part; labels have 63
 OLDEST_RAY = (2, 52)  # the first with token authentication
+NODES = 2
 _LABEL = r"[a-z]([-a-z0-9]*[a-z0-9])?"
+_STORE = r"[a-z][a-z0-9+.-]*://[\w./:-]+"  # without a user, a password or a query
+_SAID_BY_THE_DEPLOYMENT = ("run_dir", "actors", "engine")  # keys of the configuration
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,11 @@ class Deployment:
     nodes: int
     actors_per_node: int
     learners: int | None  # None: as the configuration says
-    cpus: int  # of each node, as are memory and GPUs
+    cpus: int  # of each node, as is memory
     memory_gib: int
-    gpus: int
+    gpus: int  # of the head, where the learners are
     warnings: tuple[str, ...] = ()
+    run_url: str | None = None  # of the run in an object store; None: it lies in a directory
 
     @property
     def options(self) -> str:
@@ -41,7 +46,7 @@ def plan_deployment(
     run_config: Path,
     *,
     name: str | None = None,
-    nodes: int = 2,
+    nodes: int | None = None,
     actors_per_node: int | None = None,
     learners: int | None = None,
     cpus: int = 8,
@@ -52,18 +57,20 @@ def plan_deployment(
 
     Args:
       name: of everything that is made there (default: environment, algorithm and seed).
-      actors_per_node: default: one for each core, as far as there are groups for them.
+      nodes: default: as the configuration says, else NODES.
+      actors_per_node: default: as the configuration says, else one for each core, as far as there are groups for them.
     Raises:
-      ConfigError: names the key that is wrong, or says why it cannot be deployed.
+      ConfigError: names the key that is wrong, or says why it cannot be deployed: what `shoal train` would refuse on the cluster is refused here.
     """
     file = config_file(run_config)
-    config, _ = resolve(str(file))
+    config = _on_a_cluster(file, learners)
     groups = config.sampling.groups or 1
+    nodes = nodes or config.ray.nodes or NODES
     if nodes > groups:
         raise ConfigError(
             f"nodes: {nodes} nodes cannot share {groups} groups, since each has one at least; give --nodes {groups} or less, or raise sampling.groups in {file}"
         )
-    actors = min(cpus, groups // nodes) if actors_per_node is None else actors_per_node
+    actors = actors_per_node or config.ray.actors_per_node or min(cpus, groups // nodes)
     if nodes * actors > groups:
         raise ConfigError(
             f"actors-per-node: {nodes} nodes of {actors} actors cannot share {groups} groups; give --actors-per-node {groups // nodes} or less, "
@@ -71,10 +78,15 @@ def plan_deployment(
         )
     if actors > cpus:
         raise ConfigError(f"actors-per-node: {actors} actors need as many cores, and a node has {cpus}; give --cpus {actors} or more")
+    if config.device == "cuda" and not gpus:
+        raise ConfigError(
+            "device: cuda was asked for, and the head, where the learners are, would have no GPU; give --gpus, or device auto"
+        )
     if name is not None and (len(name) > NAME_LENGTH or not re.fullmatch(_LABEL, name)):
         raise ConfigError(
             f"name: {name!r} is no name for a cluster; take lower-case letters, digits and dashes, a letter first, {NAME_LENGTH} at most"
         )
+    run_url = _run_url(file)
     return Deployment(
         name or _label(config),
         _embedded(file),
@@ -84,7 +96,8 @@ def plan_deployment(
         cpus,
         memory_gib,
         gpus,
-        tuple(_warnings(config)),
+        tuple(_warnings(config, gpus, run_url)),
+        run_url,
     )
 
 
@@ -97,9 +110,29 @@ def config_file(path: Path) -> Path:
     return path
 
 
+def _on_a_cluster(file: Path, learners: int | None) -> RunConfig:
+    """The configuration as `shoal train` there resolves it."""
+    given: dict[str, Any] = {"engine": "ray", "ray.address": "auto", "actors": None}
+    return resolve(str(file), given if learners is None else {**given, "learners": learners})[0]
+
+
 def _embedded(file: Path) -> str:
-    """The configuration without what the deployment says itself: where the run lies, and how many actors there are."""
-    return dump_tree({key: value for key, value in file_settings(file).items() if key not in ("run_dir", "actors")})
+    """The configuration without what the deployment says itself: where the run lies, where it is placed, and how many actors there are."""
+    tree = {key: value for key, value in file_settings(file).items() if key not in _SAID_BY_THE_DEPLOYMENT}
+    ray = {key: value for key, value in (tree.pop("ray", None) or {}).items() if key not in ("address", "nodes", "actors_per_node")}
+    return dump_tree({**tree, "ray": ray} if ray else tree)
+
+
+def _run_url(file: Path) -> str | None:
+    """Of the run in an object store, where a file says so; a run whose configuration is taken stays where it is, and another is made."""
+    run_dir = file_settings(file).get("run_dir")
+    if (file.parent / "run.db").exists() or not isinstance(run_dir, str) or "://" not in run_dir:
+        return None
+    if not re.fullmatch(_STORE, run_dir, re.ASCII):  # not shown, since it may hold a secret
+        raise ConfigError(
+            "run_dir: not the URL of a run, such as s3://bucket/runs/one; secrets belong into the head's environment, and no user into it"
+        )
+    return run_dir
 
 
 def _label(config: RunConfig) -> str:
@@ -112,7 +145,7 @@ def _label(config: RunConfig) -> str:
     return f"{head[: NAME_LENGTH - len(tail)].strip('-')}{tail}"
 
 
-def _warnings(config: RunConfig) -> list[str]:
+def _warnings(config: RunConfig, gpus: int, run_url: str | None) -> list[str]:
     """What the cluster must have, that this machine has. Raises ConfigError for an object that only one Python program has."""
     found = []
     for key, path in (("env.id", config.env.id), ("algorithm", config.algorithm.name), ("policy.network", config.policy.network)):
@@ -124,6 +157,17 @@ def _warnings(config: RunConfig) -> list[str]:
             found.append(
                 f"{key} is a file of this machine, {path}: the nodes need it under the same path, or make it a module of the image"
             )
+    if gpus and config.device == "cpu":
+        found.append(f"gpus: the configuration says `device: cpu`, so the learners leave {'the GPU' if gpus == 1 else f'{gpus} GPUs'} idle")
+    if 0 < gpus < config.learners and config.device != "cpu":
+        found.append(
+            f"gpus: {config.learners} learners want a GPU each, and the head has {gpus}; give --gpus {config.learners}, or --learners {gpus}"
+        )
+    if run_url is not None:
+        scheme = run_url.partition(":")[0]
+        found.append(
+            f"run_dir: the run lies at {run_url}: the image needs the package that opens {scheme}://, and the head its credentials, which no file here has"
+        )
     return found
 
 

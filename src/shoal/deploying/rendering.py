@@ -1,4 +1,4 @@
-"""A deployment put into the templates beside this file: `kubernetes.yaml`, `slurm.sh`, `compose.yaml`, and `run.sh`, which all but Slurm execute.
+"""A deployment put into the templates beside this file: `kubernetes.yaml` (with `claim.yaml`), `slurm.sh`, `compose.yaml`, and `run.sh`, which all but Slurm execute.
 
 No secret is in what they print: they name where the secrets will lie.
 """
@@ -18,14 +18,16 @@ _SHARED_MEMORY = 0.3  # of a node's memory: what Ray takes for its objects
 
 
 def kubernetes(deployment: Deployment, *, image: str, namespace: str, runs: str, ray_version: str) -> str:
-    """ConfigMap, PersistentVolumeClaim and KubeRay RayJob. `runs` is where the volume is mounted."""
-    values = {**_common(deployment), "image": image, "namespace": namespace, "runs": runs, "ray_version": ray_version}
-    return fill(_template("kubernetes.yaml"), {**values, "run": _run_script(deployment, runs)})
+    """ConfigMap, PersistentVolumeClaim and KubeRay RayJob. `runs` is where the volume is mounted; a run in an object store has none."""
+    values = {**_common(deployment, runs), "image": image, "namespace": namespace, "ray_version": ray_version}
+    claim = fill(_template("claim.yaml"), values) if values["runs"] else None
+    return fill(_template("kubernetes.yaml"), {**values, "claim": claim, "run": _run_script(deployment, runs)})
 
 
 def slurm(deployment: Deployment, *, runs: str, partition: str | None, time: str) -> str:
     """A script for sbatch. `runs` lies on a file system that all nodes share."""
-    return fill(_template("slurm.sh"), {**_common(deployment), "runs": runs, "partition": partition, "time": time})
+    run = {"run": deployment.run_url or "$runs/$name", "exists": _exists(deployment)}
+    return fill(_template("slurm.sh"), {**_common(deployment, runs), **run, "runs": runs, "partition": partition, "time": time})
 
 
 def compose(deployment: Deployment, *, image: str, runs: str) -> str:
@@ -33,10 +35,11 @@ def compose(deployment: Deployment, *, image: str, runs: str) -> str:
     texts = {"settings": deployment.settings, "run": _run_script(deployment, runs)}
     doubled = {name: text.replace("$", "$$") for name, text in texts.items()}
     shared = {"shared_memory_gib": math.ceil(deployment.memory_gib * _SHARED_MEMORY)}
-    return fill(_template("compose.yaml"), {**_common(deployment), **shared, **doubled, "image": image, "runs": runs})
+    values = {**_common(deployment, runs), **shared, **doubled, "image": image}
+    return fill(_template("compose.yaml"), {**values, "volume": "runs: " if values["runs"] else None})
 
 
-def _common(deployment: Deployment) -> dict[str, object]:
+def _common(deployment: Deployment, runs: str) -> dict[str, object]:
     return {
         "name": deployment.name,
         "settings": deployment.settings,
@@ -46,12 +49,20 @@ def _common(deployment: Deployment) -> dict[str, object]:
         "memory_gib": deployment.memory_gib,
         "gpus": deployment.gpus or None,
         "options": deployment.options,
+        "runs": None if deployment.run_url else runs,
+        "claim_name": None if deployment.run_url else f"{deployment.name}-runs",
     }
 
 
 def _run_script(deployment: Deployment, runs: str) -> str:
+    run = deployment.run_url or f"{runs.rstrip('/')}/{deployment.name}"
     options = f"{deployment.options} --nodes {deployment.nodes}"
-    return fill(_template("run.sh"), {"run": f"{runs.rstrip('/')}/{deployment.name}", "options": options})
+    return fill(_template("run.sh"), {"run": run, "exists": _exists(deployment), "options": options})
+
+
+def _exists(deployment: Deployment) -> str:
+    """What asks in a shell whether `$run` was begun."""
+    return '[ -f "$run/config.yaml" ]' if deployment.run_url is None else 'shoal show "$run" > /dev/null 2>&1'
 
 
 def _template(name: str) -> str:

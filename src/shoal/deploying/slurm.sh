@@ -19,7 +19,7 @@
 set -euo pipefail
 name={{name}}
 runs="{{runs}}"  # shared by all nodes
-run=$runs/$name
+run={{run}}
 export SHOAL_SECRETS=$runs/.$name-$SLURM_JOB_ID
 
 mkdir -p "$runs"
@@ -101,7 +101,7 @@ if [ "$workers" -gt 0 ]; then
 fi
 
 # ---- the run
-if [ -f "$run/config.yaml" ]; then
+if {{exists}}; then
     shoal resume "$run" --view lines &
 else
     shoal train "$config" --run-dir "$run" {{options}} --nodes "$SLURM_JOB_NUM_NODES" --view lines &

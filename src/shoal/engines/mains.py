@@ -7,6 +7,7 @@ supervisor. A role that fails says why on its channel (FAULT, or an error object
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import threading
 import time
@@ -392,6 +393,8 @@ class _LearnerProcess:
 def learner_main(context: ChildContext) -> int:
     """A learner's process, see _LearnerProcess. Waits for its set-up, and loads the checkpoint that it names. Exits with 0 at `stop` and where
     the supervisor is gone; a ShoalError is said as `failed`, and raised into its log, as everything else is."""
+    # Sent to all processes of a run, as Ray does to those of a job that is stopped, it is a wish for a last checkpoint, which the supervisor hears.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         _LearnerProcess(context).run()
     except EOFError:

@@ -26,6 +26,7 @@ from shoal.settings import available_cores
 
 NODES_SECONDS = 60.0  # until as many nodes are there as were asked for
 START_SECONDS = 120.0  # a node's first answer: its imports, on a slow disk
+LOOK_SECONDS = 600.0  # until a node has imported what a run is made of, torch included
 SILENT_SECONDS = 15.0  # a node that answers nothing for so long is given up: a partition, a machine that stands still
 CLOSE_SECONDS = 5.0
 CONNECT_SECONDS = 10.0
@@ -60,7 +61,7 @@ class RemoteNode:
         return answer
 
     def look(self) -> bytes:
-        answer: bytes = self._get(self._actor.look.remote(), START_SECONDS)
+        answer: bytes = self._get(self._actor.look.remote(), LOOK_SECONDS)
         return answer
 
     def close(self) -> Any:
@@ -82,7 +83,7 @@ class RemoteNode:
         except ray.exceptions.GetTimeoutError as error:
             raise ProcessError(f"it has not answered for {timeout_seconds:g} s") from error
         except ray.exceptions.RayError as error:
-            raise ProcessError(redact(" ".join(str(error).split("\n\n")[0].split()))[:500] or type(error).__name__) from error
+            raise ProcessError(redact(_why(str(error)))[:500] or type(error).__name__) from error
 
 
 @dataclass
@@ -196,6 +197,13 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
         raise ConfigError(f"ray.address: no cluster could be {done}: {redact(' '.join(str(error).split()))[:300]}") from error
     per_node = config.ray.actors_per_node or _cpus_of_the_smallest(_machines())
     return Cluster(1 if secrets and config.ray.nodes is None else config.ray.nodes, per_node, secrets)
+
+
+def _why(text: str) -> str:
+    """Ray's words of what became of an actor: what its own code raised as it was made, else the first paragraph."""
+    if "error raised in its creation task" in text:
+        return f"it could not be started: {text.strip().splitlines()[-1]}"
+    return " ".join(text.split("\n\n", maxsplit=1)[0].split())
 
 
 def _check_reachable(address: str) -> None:

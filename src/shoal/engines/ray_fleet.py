@@ -9,6 +9,7 @@ What is under way is bounded by what is leased: a slot's rollout crosses once, a
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import threading
@@ -22,12 +23,16 @@ import numpy as np
 
 from shoal.config import RunConfig
 from shoal.engines.fleet import MAX_ACTORS, Death, Fleet, Process
+from shoal.engines.importing import try_imports
 from shoal.engines.messages import Word, from_json, place_of, to_json
+from shoal.engines.node_report import NodeReport, refusal, report_here
 from shoal.engines.plan import Plan
 from shoal.engines.question import read_log
 from shoal.engines.ray_cluster import Cluster, ClusterNode, connect
+from shoal.engines.ray_job import check_run_directory, passing_files
+from shoal.engines.ray_joining import Newcomers, report_of
 from shoal.engines.ray_link import NodeLink
-from shoal.engines.ray_node import ACTIVITY, versions
+from shoal.engines.ray_node import ACTIVITY
 from shoal.engines.ray_words import Frame, Kind
 from shoal.errors import ConfigError, ProcessError, SchemaError
 from shoal.experience.envelope import Identity
@@ -96,14 +101,20 @@ class RayFleet(Fleet):
         self._weights_lock = threading.Lock()
         self._newest: tuple[int, bytes] = (-1, b"")
         self._renewed_at = self._lost_at = 0.0
-        self._left: dict[str, float] = {}  # nodes that were lost, by their id: when
+        self._left: dict[str, float] = {}  # nodes that were lost, by their id: when; those that are never taken: infinity
+        self._newcomers = Newcomers()
+        self._here = NodeReport("")
         self._num_groups = self._num_weights = 0
 
     # ---- start and end -------------------------------------------------------------------------------------------
     def open(self) -> None:
         """The helper process here imports while the cluster is joined."""
         super().open()
-        self._cluster = self._cluster or connect(self._config, lambda message: self._told("warning", message=message))
+        if self._cluster is None:
+            check_run_directory(self._directory)
+            for message in passing_files(self._config):
+                self._told("warning", message=message)
+            self._cluster = connect(self._config, lambda message: self._told("warning", message=message))
 
     @property
     def cluster(self) -> Cluster:
@@ -117,39 +128,42 @@ class RayFleet(Fleet):
         self._ring = ring
         self._num_weights = weights
         self._board = WeightBoard(weights, self._memory.buffer[self._common["ring_bytes"] :])
-        self._setup = node_setup(self._config, self._common, schema, weights)
+        packages = self._look_here()
+        self._setup = node_setup(self._config, self._common, schema, weights, packages)
         self.actors = []
         self._num_groups = plan.num_groups
         for node in self.cluster.wait_for_nodes():
-            self._join(node)
+            self._links[node.id] = self._link(node)
         self._check_nodes()
         for link in self._links.values():
             self._populate(link)
         return ring
 
     def close(self) -> None:
+        self._newcomers.close()
         for link in self._links.values():
             link.close()
         if self._cluster is not None:
             self._cluster.close()
         super().close()
 
-    def _join(self, node: ClusterNode) -> NodeLink:
-        link = NodeLink(node.name, self.cluster.start(node, self._setup, self._pickled), self._weights_for)
-        self._links[node.id] = link
-        return link
+    def _link(self, node: ClusterNode) -> NodeLink:
+        """This run's fleet on a node, which is started there now."""
+        return NodeLink(node.name, self.cluster.start(node, self._setup, self._pickled), self._weights_for)
+
+    def _look_here(self) -> list[str]:
+        """What this machine is, which the nodes are compared with. Returns the packages that the run's own code needs."""
+        env = self._config.env
+        packages, error = try_imports(self.zygote, env.id, env.step_timeout_seconds, self._directory / "logs")
+        if error:
+            raise ProcessError(f"what the run is made of can no longer be imported here: {error}")
+        self._here = report_here(packages)
+        return packages
 
     def _check_nodes(self) -> None:
-        """Raise ConfigError where a node has other versions of what the numbers depend on."""
-        for link in self._links.values():
-            theirs = from_json(link.node.look())
-            different = [
-                f"{name} {theirs['versions'].get(name) or 'is missing'} (here {version or 'missing'})"
-                for name, version in versions().items()
-                if theirs["versions"].get(name, "") != version
-            ]
-            if different:
-                raise ConfigError(f"ray: node {link.name} ({theirs['host']}) differs: {', '.join(different)}; install the same there")
+        """Raise ConfigError where nodes are not as this machine is, in what the run needs."""
+        if why := refusal([(link.name, report_of(link.node)) for link in self._links.values()], self._here):
+            raise ConfigError(why)
 
     def _living(self) -> list[Process]:
         return [process for process in self.actors if not process.retired]
@@ -346,13 +360,25 @@ class RayFleet(Fleet):
         self._renewed_at = now
         before = len(self.actors)
         left = {node_id for node_id, since in self._left.items() if now - since < REJOIN_SECONDS}
-        for node in self.cluster.new_nodes(self._links, left):
-            link = self._join(node)
+        for node in self.cluster.new_nodes({**self._links, **self._newcomers.asked}, left):
+            self._newcomers.ask(node.id, self._link(node))
+        for node_id, link, report in self._newcomers.answered():
+            if why := refusal([(link.name, report)], self._here):
+                self._refuse(node_id, link, why)
+                continue
+            self._links[node_id] = link
             self._told("node_joined", node=link.name)
             self._populate(link)
-        if not self._links and now - self._lost_at > NODELESS_SECONDS:
+        if not self._links and not self._newcomers.asked and now - self._lost_at > NODELESS_SECONDS:
             raise ProcessError("no node of the cluster is left; `shoal resume` goes on from the newest checkpoint")
         return len(self.actors) > before
+
+    def _refuse(self, node_id: str, link: NodeLink, why: str) -> None:
+        """A node that came is not used, now and later; the run goes on without it."""
+        self._left[node_id] = math.inf
+        link.close()
+        link.node.end()
+        self._told("node_refused", node=link.name, reason=why)
 
     # ---- looking ---------------------------------------------------------------------------------------------------
     def state_of(self, process: Process) -> str | None:
@@ -391,8 +417,8 @@ class RayFleet(Fleet):
             return self._newest
 
 
-def node_setup(config: RunConfig, common: dict[str, Any], schema: Schema, weights: int) -> bytes:
-    """What a node builds its memory from: the same sizes and numbers of slots as here."""
+def node_setup(config: RunConfig, common: dict[str, Any], schema: Schema, weights: int, packages: list[str]) -> bytes:
+    """What a node builds its memory from: the same sizes and numbers of slots as here; and of which packages it is to say the versions."""
     fields = [{"name": f.name, "dtype": f.dtype, "shape": list(f.shape), "axis": f.axis} for f in schema.fields]
     sizes = {name: common[name] for name in ("ring_bytes", "memory_bytes", "num_slots", "num_roles")}
     return to_json(
@@ -402,6 +428,7 @@ def node_setup(config: RunConfig, common: dict[str, Any], schema: Schema, weight
             "num_rows": schema.num_rows,
             "num_envs": schema.num_envs,
             "weights": weights,
+            "packages": packages,
             **sizes,
         }
     )

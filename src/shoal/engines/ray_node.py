@@ -14,24 +14,23 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import shutil
-import socket
 import struct
 import tempfile
 import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shoal.engines.fleet import Process, flush, tell, tell_with_file, words
+from shoal.engines.importing import try_imports
 from shoal.engines.messages import Kind as Told
 from shoal.engines.messages import Word, from_json, place_of, to_json
+from shoal.engines.node_report import report_here
 from shoal.engines.ray_words import Frame, Kind, decode, encode
 from shoal.errors import SchemaError
 from shoal.experience.envelope import Identity
@@ -51,8 +50,8 @@ HEAR_SECONDS = 1.0  # an answer comes at least so often, if an empty one
 REPORT_BYTES = 8 << 20  # of one answer, but for a single rollout that is larger
 LOG_BYTES = 1 << 16  # of a process's log in one frame
 RESTART_SECONDS = 1.0  # between two zygotes
+READY_SECONDS = 300.0  # the first zygote's imports, on a slow disk, or a machine that is busy with other things
 PRELOAD = ["torch", "gymnasium", "shoal.engines.mains"]
-PACKAGES = ("shoal", "torch", "numpy", "gymnasium", "ale-py", "mujoco", "box2d")
 ACTIVITY = struct.Struct("<Ic3x")  # index, the kernel's letter; a RECORD follows
 
 
@@ -68,8 +67,8 @@ class Node:
     """`say` and `hear` are called from two threads, `look` and `close` from any; a third one serves.
 
     Args:
-      setup: JSON: config, fields and sizes (see `node_setup` of engines/ray_fleet.py).
-      pickled: the user's own objects by cloudpickle, which only the actors open; None for none.
+      setup: JSON: config, fields, sizes and names of packages (see `node_setup` of engines/ray_fleet.py).
+      pickled: the user's own objects by cloudpickle, which only processes of their own open; None for none.
     """
 
     def __init__(self, setup: bytes, pickled: bytes | None) -> None:
@@ -91,6 +90,8 @@ class Node:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = False
         self._failure = ""
+        self._packages: list[str] = facts["packages"]
+        self._import_error: str | None = None  # not known yet
         self._told_at = 0.0
         self._thread = threading.Thread(target=self._run, name="node", daemon=True)
         self._thread.start()
@@ -115,8 +116,10 @@ class Node:
         return encode(told)
 
     def look(self) -> bytes:
-        """What this node is: JSON with host, pid and `versions`."""
-        return to_json({"host": socket.gethostname(), "pid": os.getpid(), "versions": versions()})
+        """What this node is: a `NodeReport`. Waits until it has imported what the run is made of, or could not."""
+        with self._something:
+            self._something.wait_for(lambda: self._import_error is not None or self._failure)
+        return report_here(self._packages, self._failure or self._import_error or "").to_json()
 
     def close(self) -> None:
         """End all processes. Returns when nothing is left."""
@@ -128,6 +131,7 @@ class Node:
     def _run(self) -> None:
         try:
             self._zygote = self._start_zygote()
+            self._try_imports()
             while not self._closing:
                 self._serve()
         except BaseException as error:  # told to the driver, which gives this node up
@@ -141,6 +145,16 @@ class Node:
             self._memory.close()
             self._activities.close()
             shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _try_imports(self) -> None:
+        """Before any actor: whether the run's own code can be imported here."""
+        env = self._config["env"]
+        _, error = try_imports(self._zygote, env["id"], env["step_timeout_seconds"], self._directory, READY_SECONDS)
+        if self._zygote.fileno() < 0:  # lost on the way
+            self._zygote = self._start_zygote()
+        with self._something:
+            self._import_error = error
+            self._something.notify_all()
 
     def _start_zygote(self) -> Zygote:
         return Zygote.start({"config": self._config}, self._pickled, PRELOAD, log_path=self._directory / "zygote.log")
@@ -234,7 +248,7 @@ class Node:
             self._report(Frame(Kind.HAPPENED, head=to_json({"is": "lost", "reason": event.reason})))
             time.sleep(RESTART_SECONDS)
             self._zygote = self._start_zygote()
-        if not isinstance(event, (Forked, Exited)):
+        if not isinstance(event, (Forked, Exited)) or event.role.name != "actor":
             return
         actor = self._actors.get(event.role.index)
         if actor is None or actor.incarnation != event.role.incarnation or not actor.up:
@@ -284,17 +298,6 @@ class Node:
                 written = file.read(LOG_BYTES)
             actor.log_at += len(written)
             self._report(Frame(Kind.LOG, actor.index, actor.incarnation, body=written))
-
-
-def versions() -> dict[str, str]:
-    """Of what the numbers of a run depend on, here; empty where a package is missing."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = ""
-    return found
 
 
 @dataclass(frozen=True)

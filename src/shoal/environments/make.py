@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from contextlib import suppress
+from types import ModuleType
 from typing import Any
 
 from shoal.config import EnvConfig
@@ -103,6 +105,27 @@ def check_registered(env: EnvConfig) -> None:
             for module in modules if prefix != "ale_py" or env.atari_preprocessing else ():
                 if not _installed(module):
                     raise ConfigError(f"env.id {env.id} needs {module}, which is not installed: pip install 'shoal[{extra}]'")
+
+
+def import_environment(env: EnvConfig) -> list[ModuleType]:
+    """Import what an environment is made of, and make none. Returns the modules in which it lies.
+
+    Raises:
+      ConfigError: as `environment_factory`; or what it needs cannot be imported.
+    """
+    if is_path(env.id) or env.id.startswith(OPAQUE):
+        name = getattr(load_object(env.id), "__module__", None)
+        return [sys.modules[name]] if name in sys.modules else []
+    check_registered(env)
+    spec = registered(env.id)
+    entry = spec.vector_entry_point if env.form == "native" else spec.entry_point
+    names = [entry.partition(":")[0]] if isinstance(entry, str) else []
+    for prefix, modules, _ in _NEEDS:
+        names += modules if names and names[0].startswith(prefix) else ()
+    try:
+        return [importlib.import_module(name) for name in names]
+    except Exception as error:  # whoever registered it may raise anything
+        raise ConfigError(f"env.id {env.id}: importing it raised {type(error).__name__}: {_first_line(error)}") from error
 
 
 def _installed(module: str) -> bool:

@@ -1,0 +1,53 @@
+"""Nodes of a cluster before they are used: each is asked what it is, and whether it can import what the run is made of.
+
+consumes    the answer of each node that came while the run goes on
+waits for   nothing: a thread for each node asks, since a node imports first, which takes seconds
+unblocked   by the answer, or by the handle's error
+on failure  a node that gives no report is answered for with one that says why
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from shoal.engines.node_report import NodeReport
+from shoal.engines.ray_link import NodeHandle, NodeLink
+from shoal.errors import ProcessError
+
+Answer = tuple[str, NodeLink, NodeReport]  # the node's id, the way to it, what it is
+
+
+class Newcomers:
+    """Those that are asked now, by their ids. For the supervisor's thread."""
+
+    def __init__(self) -> None:
+        self.asked: dict[str, NodeLink] = {}
+        self._answers: deque[Answer] = deque()
+
+    def ask(self, node_id: str, link: NodeLink) -> None:
+        self.asked[node_id] = link
+        threading.Thread(target=self._ask, args=(node_id, link), name=f"ask-{link.name}", daemon=True).start()
+
+    def answered(self) -> list[Answer]:
+        """Those that have answered since the last call; they are asked no more."""
+        answers: list[Answer] = []
+        while self._answers:
+            answers.append(self._answers.popleft())
+            del self.asked[answers[-1][0]]
+        return answers
+
+    def close(self) -> None:
+        for link in self.asked.values():
+            link.close()
+
+    def _ask(self, node_id: str, link: NodeLink) -> None:
+        self._answers.append((node_id, link, report_of(link.node)))
+
+
+def report_of(node: NodeHandle) -> NodeReport:
+    """What a node says of itself. Waits for its imports, as long as its handle lets it."""
+    try:
+        return NodeReport.from_json(node.look())
+    except (ProcessError, ValueError) as error:
+        return NodeReport("", error=str(error))
