@@ -5,6 +5,7 @@ The only module that imports Ray, when a run asks for it. Of Ray's objects only 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib.util
 import os
@@ -20,13 +21,19 @@ from typing import Any
 from shoal.config import RunConfig
 from shoal.engines.ray_link import NodeHandle
 from shoal.engines.ray_node import Node
+from shoal.engines.ray_roll import Roll
 from shoal.engines.ray_security import asks_for_token, check_cluster, local_environment, redact
 from shoal.errors import ConfigError, ProcessError
 from shoal.settings import available_cores
 
 NODES_SECONDS = 60.0  # until as many nodes are there as were asked for
 START_SECONDS = 120.0  # a node's first answer: its imports, on a slow disk
-SILENT_SECONDS = 15.0  # a node that answers nothing for so long is given up: a partition, a machine that stands still
+QUIET_SECONDS, BEAT_SECONDS = (
+    5.0,
+    10.0,
+)  # a node that says nothing for so long is asked whether it is there, and given up where it does not answer that
+TRANSFER_SECONDS = 600.0  # for one message, as long as the node answers: a slow link
+HEAD_SECONDS = 30.0  # a cluster whose head answers nothing for so long is given up; Ray itself would end this process after 60
 CLOSE_SECONDS = 5.0
 CONNECT_SECONDS = 10.0
 POLL_SECONDS = 0.2
@@ -49,13 +56,12 @@ class RemoteNode:
         self._heard: Any = None
 
     def say(self, message: bytes) -> None:
-        self._get(self._actor.say.options(concurrency_group="say").remote(message), SILENT_SECONDS)
+        self._wait(self._actor.say.options(concurrency_group="say").remote(message))
 
     def hear(self) -> bytes:
         """The next question is asked before this answer is looked at."""
         hear = self._actor.hear.options(concurrency_group="hear")
-        first = self._heard is None
-        answer: bytes = self._get(hear.remote() if first else self._heard, START_SECONDS if first else SILENT_SECONDS)
+        answer: bytes = self._get(hear.remote(), START_SECONDS) if self._heard is None else self._wait(self._heard)
         self._heard = hear.remote()
         return answer
 
@@ -73,6 +79,17 @@ class RemoteNode:
 
         with contextlib.suppress(Exception):  # it is gone already, or Ray is
             ray.kill(self._actor, no_restart=True)
+
+    def _wait(self, asked: Any) -> Any:
+        """What was asked for. It may take long to come over a slow link; meanwhile the node has to say that it is there."""
+        import ray
+
+        given_up_at = time.monotonic() + TRANSFER_SECONDS
+        while not ray.wait([asked], timeout=QUIET_SECONDS)[0]:
+            self._get(self._actor.beat.options(concurrency_group="beat").remote(), BEAT_SECONDS)
+            if time.monotonic() > given_up_at:
+                raise ProcessError(f"a message has been under way for {TRANSFER_SECONDS:g} s")
+        return self._get(asked, BEAT_SECONDS)
 
     def _get(self, asked: Any, timeout_seconds: float) -> Any:
         import ray
@@ -92,12 +109,19 @@ class Cluster:
     Attributes:
       num_nodes: that host actors; None: all that there are. actors_per_node: processes that host environments on each.
       secrets: of a cluster that was started for this run, and ends with it.
+      roll: of its machines.
     """
 
     num_nodes: int | None
     actors_per_node: int
     secrets: tempfile.TemporaryDirectory[str] | None = None
+    roll: Roll | None = None
     _started: list[RemoteNode] = field(default_factory=list)
+
+    @property
+    def head_is_lost(self) -> bool:
+        """Whether the head has not answered for HEAD_SECONDS."""
+        return self.roll is not None and self.roll.silent_seconds > HEAD_SECONDS
 
     def wait_for_nodes(self) -> list[ClusterNode]:
         """The nodes that the run takes.
@@ -121,7 +145,7 @@ class Cluster:
         """Those that are alive and have CPUs for the actors of one node, by name."""
         found = [
             ClusterNode(each["NodeID"], each.get("NodeManagerHostname") or each["NodeManagerAddress"], each["Resources"].get("CPU", 0.0))
-            for each in _machines()
+            for each in (self.roll.machines if self.roll is not None else [])
             if each["Alive"]
         ]
         return sorted((node for node in found if node.cpus >= self.actors_per_node), key=lambda node: (node.name, node.id))
@@ -136,7 +160,7 @@ class Cluster:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        kind: Any = ray.remote(concurrency_groups={"say": 1, "hear": 1})(Node)  # type: ignore[call-overload]
+        kind: Any = ray.remote(concurrency_groups={"say": 1, "hear": 1, "beat": 2})(Node)  # type: ignore[call-overload]
         placed = kind.options(
             num_cpus=self.actors_per_node,
             max_restarts=0,
@@ -151,6 +175,11 @@ class Cluster:
         """End what was started on the nodes, and the cluster where it is this run's own."""
         import ray
 
+        if self.roll is not None:
+            self.roll.close()
+            if self.roll.silent_seconds > CLOSE_SECONDS:  # Ray would wait for its head, which is not there; the nodes see this process end
+                atexit.unregister(ray.shutdown)
+                return
         closing = []
         for node in self._started:
             with contextlib.suppress(Exception):
@@ -194,8 +223,9 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
     except (ConnectionError, RuntimeError, ValueError) as error:
         done = "started on this machine" if secrets else f"joined at {address}"
         raise ConfigError(f"ray.address: no cluster could be {done}: {redact(' '.join(str(error).split()))[:300]}") from error
-    per_node = config.ray.actors_per_node or _cpus_of_the_smallest(_machines())
-    return Cluster(1 if secrets and config.ray.nodes is None else config.ray.nodes, per_node, secrets)
+    roll = Roll(_machines)
+    per_node = config.ray.actors_per_node or _cpus_of_the_smallest(roll.machines)
+    return Cluster(1 if secrets and config.ray.nodes is None else config.ray.nodes, per_node, secrets, roll)
 
 
 def _check_reachable(address: str) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from shoal.engines.fleet import MAX_ACTORS, Death, Fleet, Process
 from shoal.engines.messages import Word, from_json, place_of, to_json
 from shoal.engines.plan import Plan
 from shoal.engines.question import read_log
-from shoal.engines.ray_cluster import Cluster, ClusterNode, connect
+from shoal.engines.ray_cluster import HEAD_SECONDS, START_SECONDS, Cluster, ClusterNode, connect
 from shoal.engines.ray_link import NodeLink
 from shoal.engines.ray_node import ACTIVITY, versions
 from shoal.engines.ray_words import Frame, Kind
@@ -37,11 +38,13 @@ from shoal.experience.wire import unpack, unpack_part
 from shoal.supervision.channel import HasFileno, wait
 from shoal.supervision.heartbeat import RECORD
 from shoal.supervision.zygote import Exited, Lost, Role
+from shoal.types import ActivityRecord
 from shoal.weights.board import WeightBoard
 
 RENEW_SECONDS = 1.0  # between two looks for nodes that have come
 NODELESS_SECONDS = 60.0  # a run without any node waits so long for one
-REJOIN_SECONDS = 45.0  # a node that was lost may seem alive to Ray for so long; after that it is, as after a partition that healed
+REJOIN_SECONDS = 10.0  # until a node that was lost and seems alive to Ray is tried again: a fleet that died, a partition that healed
+SLOW_SECONDS = 1.0  # what takes longer to a node is not the fault of whom it is for
 STACK_SECONDS = 1.0
 _TIMES = ("begun_ns", "finished_ns")
 
@@ -89,6 +92,7 @@ class RayFleet(Fleet):
         self._events: list[Death | Lost] = []
         self._arrived: dict[int, tuple[Identity, bytes]] = {}  # rollouts by slot, until their word is heard
         self._states: dict[int, str] = {}
+        self._seen_at: dict[int, float] = {}  # when its node last said what an actor does, by its index
         self._clocks: dict[NodeLink, int] = {}  # ns to add to a node's monotonic clock
         self._setup: bytes = b""
         self._ring: Ring | None = None
@@ -97,6 +101,7 @@ class RayFleet(Fleet):
         self._newest: tuple[int, bytes] = (-1, b"")
         self._renewed_at = self._lost_at = 0.0
         self._left: dict[str, float] = {}  # nodes that were lost, by their id: when
+        self._starting: list[NodeLink] = []  # nodes that have come and have not answered yet: nothing waits for them
         self._num_groups = self._num_weights = 0
 
     # ---- start and end -------------------------------------------------------------------------------------------
@@ -170,10 +175,11 @@ class RayFleet(Fleet):
         Raises:
           ProcessError: there is no node now.
         """
-        if not self._links:
+        there = [link for link in self._links.values() if link not in self._starting]
+        if not there:
             raise ProcessError("no node of the cluster is there")
         homes = [self._homes[process.index] for process in self._living()]
-        return self._housed(index, min(self._links.values(), key=lambda link: (homes.count(link), link.name)))
+        return self._housed(index, min(there, key=lambda link: (homes.count(link), link.name)))
 
     # ---- roles ---------------------------------------------------------------------------------------------------
     def start(self, process: Process, setup: dict[str, Any], encode: Callable[[bytes], bytes] = lambda body: body) -> None:
@@ -295,9 +301,13 @@ class RayFleet(Fleet):
         self._left[node_id] = time.monotonic()
         link.close()
         link.node.end()
+        if link in self._starting:
+            self._starting.remove(link)
+            self._told("warning", message=f"node {link.name} did not come to take part: {link.lost}")
+            return
+        self._lost_at = time.monotonic()
         lived = [process for process in self._living() if self._homes[process.index] is link]
         self._told("node_lost", node=link.name, reason=link.lost, actors=[process.index for process in lived])
-        self._lost_at = time.monotonic()
         for process in lived:
             process.retired = True
             if process.up:
@@ -319,6 +329,7 @@ class RayFleet(Fleet):
             record["since_ns"] += offset
             self._activities.put(place_of("actor", index, self._activities.num_roles), record)
             self._states[index] = letter.decode()
+            self._seen_at[index] = time.monotonic()
 
     def collect(self, actor: Process, word: Word, newest_version: int) -> None:
         """Put the rollout that came with a word into its slot, which is leased to that actor.
@@ -335,26 +346,50 @@ class RayFleet(Fleet):
 
     # ---- nodes that come -------------------------------------------------------------------------------------------
     def renew(self) -> bool:
-        """Take in nodes that have come since, with actors; says whether there are any.
+        """Take in nodes that have come since, with actors once they have answered; says whether there are any.
 
         Raises:
-          ProcessError: no node has been left for NODELESS_SECONDS.
+          ProcessError: no node has been left for NODELESS_SECONDS, or the head is lost.
         """
         now = time.monotonic()
         if now - self._renewed_at < RENEW_SECONDS:
             return False
         self._renewed_at = now
+        if self.cluster.head_is_lost:
+            raise ProcessError(f"the head of the cluster has not answered for {HEAD_SECONDS:g} s: {self._how_to_go_on}")
         before = len(self.actors)
         left = {node_id for node_id, since in self._left.items() if now - since < REJOIN_SECONDS}
         for node in self.cluster.new_nodes(self._links, left):
-            link = self._join(node)
+            self._starting.append(self._join(node))
+        for link in [link for link in self._starting if link.answered]:
+            self._starting.remove(link)
             self._told("node_joined", node=link.name)
             self._populate(link)
-        if not self._links and now - self._lost_at > NODELESS_SECONDS:
-            raise ProcessError("no node of the cluster is left; `shoal resume` goes on from the newest checkpoint")
+        limit = NODELESS_SECONDS + (START_SECONDS if self._starting else 0.0)
+        if len(self._links) == len(self._starting) and now - self._lost_at > limit:
+            raise ProcessError(f"no node of the cluster is left: {self._how_to_go_on}")
         return len(self.actors) > before
 
+    @property
+    def _how_to_go_on(self) -> str:
+        return (
+            f"`shoal resume {self._directory}` goes on from the newest checkpoint, "
+            "with `--address HEAD:PORT` on another cluster, with `--engine local` on this machine alone"
+        )
+
     # ---- looking ---------------------------------------------------------------------------------------------------
+    def activities(self) -> list[ActivityRecord]:
+        """Nobody is judged by how long words are under way: an actor has been at something for as long as its node said last, and was told
+        what it was told once that was there."""
+        now, records = time.monotonic(), super().activities()
+        for at, process in enumerate(self.processes):
+            if process.name == "actor":
+                if self._homes[process.index].delivering_seconds > SLOW_SECONDS:
+                    process.told_at = now
+                unseen_seconds = now - self._seen_at.get(process.index, now)
+                records[at] = replace(records[at], age_seconds=max(0.0, records[at].age_seconds - unseen_seconds))
+        return records
+
     def state_of(self, process: Process) -> str | None:
         return super().state_of(process) if process.name != "actor" else self._states.get(process.index)
 

@@ -65,7 +65,7 @@ class _Hosted(Process):
 
 
 class Node:
-    """`say` and `hear` are called from two threads, `look` and `close` from any; a third one serves.
+    """`say` and `hear` are called from two threads, `look`, `beat` and `close` from any; a third one serves.
 
     Args:
       setup: JSON: config, fields and sizes (see `node_setup` of engines/ray_fleet.py).
@@ -114,6 +114,9 @@ class Node:
                 size += told[-1].size
         return encode(told)
 
+    def beat(self) -> None:
+        """It is there, whatever else is under way."""
+
     def look(self) -> bytes:
         """What this node is: JSON with host, pid and `versions`."""
         return to_json({"host": socket.gethostname(), "pid": os.getpid(), "versions": versions()})
@@ -158,9 +161,15 @@ class Node:
             self._hear(actor)
         for event in self._zygote.receive():
             self._happened(event)
-        if time.monotonic() - self._told_at >= POLL_SECONDS:
+        if time.monotonic() - self._told_at >= POLL_SECONDS and not self._behind:
             self._told_at = time.monotonic()
             self._tell_activities()
+
+    @property
+    def _behind(self) -> bool:
+        """Whether what was told last of activities and logs has not been heard yet: on a slow way there is never more of them than that."""
+        with self._something:
+            return any(frame.kind in (Kind.ACTIVITIES, Kind.LOG) for frame in self._reports)
 
     def _report(self, *frames: Frame) -> None:
         with self._something:
