@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ ENDLESS = ["--stop.updates", "10000000", "--checkpoint.every-updates", "10"]
 PARTITION_SECONDS = 60.0
 ENDS_SECONDS = 90.0  # a driver without a head; Ray's own processes end a minute after they lost it
 GONE_SECONDS = 100.0
+WAIT_SECONDS = 300.0  # for anything else, on a busy machine
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,16 @@ class Training:
             return -1 if progress is None else progress.update
         return -1
 
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        """Wait for something of a run that goes on."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not condition():
+            assert self.run.process.poll() is None, f"ended with {self.run.process.returncode} before {what}:\n{self.run.said[-4000:]}"
+            assert time.monotonic() < deadline, f"no {what}:\n{self.run.said[-4000:]}"
+            time.sleep(0.05)
+
     def until_updates(self, count: int) -> None:
-        self.run.until(lambda: self.updates >= count, f"update {count}")
+        self.until(lambda: self.updates >= count, f"update {count}")
 
     def absence(self, before: float, notice: str, role: str) -> Absence:
         """Waits until an update is made after an event `notice`: in sync mode it is made of rollouts of all groups."""
@@ -90,10 +99,10 @@ class Training:
         def back() -> list[dict[str, Any]]:
             return [event for event in self.events("recovered", before) if event["role"] == role]
 
-        self.run.until(noticed, f"event {notice}")
+        self.until(noticed, f"event {notice}")
         first = noticed()[0]
         self.until_updates(first["update"] + 2)
-        self.run.until(back, f"recovery of {role}")
+        self.until(back, f"recovery of {role}")
         return Absence(first["time"] - before, back()[-1]["time"] - before)
 
     def end(self) -> dict[str, Any]:
@@ -183,7 +192,7 @@ def kill_driver(training: Training, world: World) -> Absence:
     until(lambda: not world.is_left(), "end of the fleets", GONE_SECONDS)
     gone, reached = time.time(), training.updates
     training.resume()
-    training.run.until(lambda: training.events("resumed", gone), "event resumed")
+    training.until(lambda: training.events("resumed", gone), "event resumed")
     training.until_updates(training.events("resumed", gone)[-1]["update"] + 1)
     assert reached >= 0
     return Absence(gone - before, time.time() - before)
@@ -195,7 +204,7 @@ def join_again(training: Training, host: Host, since: float) -> float:
     def joined() -> list[dict[str, Any]]:
         return [event for event in training.events("node_joined", since) if event["node"] == host.name]
 
-    training.run.until(joined, f"node_joined of {host.name}")
+    training.until(joined, f"node_joined of {host.name}")
     until(lambda: [len(host.processes(name)) for name in ("shoal:actor", "ray::Node")] == [1, 1], f"single fleet on {host.name}")
     return float(joined()[0]["time"]) - since
 
@@ -229,7 +238,7 @@ def lose_head(training: Training, world: World) -> Absence:
     world.hosts.head(elsewhere)
     world.hosts.join({world.named["driver"]: 0, **dict.fromkeys(world.workers, 1)})
     training.resume("--address", world.hosts.address)
-    training.run.until(lambda: training.events("resumed", ended), "event resumed")
+    training.until(lambda: training.events("resumed", ended), "event resumed")
     training.until_updates(training.events("resumed", ended)[-1]["update"] + 1)
     return Absence(failed["time"] - before, time.time() - ended)
 

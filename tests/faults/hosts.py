@@ -26,7 +26,7 @@ from faults.living import SOURCES
 from shoal.engines.ray_security import AUTHORITY, CERTIFICATE, KEY, TOKEN, make_certificate, make_secrets
 
 PORT = 6379
-START_SECONDS = 120.0
+START_SECONDS = 240.0
 END_SECONDS = 20.0
 _TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux"}
 _RAY = Path("/tmp/ray")
@@ -256,6 +256,7 @@ class RayHosts:
             "RAY_TLS_SERVER_KEY": str(made.directory / "tls" / KEY),
             "RAY_TLS_CA_CERT": str(made.directory / "tls" / AUTHORITY),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_raylet_start_wait_time_s": "120",
         }
         return made
 

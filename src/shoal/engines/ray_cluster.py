@@ -5,13 +5,13 @@ The only module that imports Ray, when a run asks for it. Of Ray's objects only 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import importlib.util
 import os
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -35,6 +35,7 @@ QUIET_SECONDS, BEAT_SECONDS = (
 TRANSFER_SECONDS = 600.0  # for one message, as long as the node answers: a slow link
 HEAD_SECONDS = 30.0  # a cluster whose head answers nothing for so long is given up; Ray itself would end this process after 60
 CLOSE_SECONDS = 5.0
+ASK_SECONDS = 10.0  # for the head to say which machines there are
 CONNECT_SECONDS = 10.0
 POLL_SECONDS = 0.2
 
@@ -172,25 +173,31 @@ class Cluster:
         return started
 
     def close(self) -> None:
-        """End what was started on the nodes, and the cluster where it is this run's own."""
+        """End what was started on the nodes, and the cluster where it is this run's own. Where the head is gone, on which Ray would wait, no more than can be
+        done in a moment: whoever runs this process ends it then, and does not wait for Ray."""
         import ray
 
+        closing = threading.Thread(target=self._close_nodes, name="closing", daemon=True)
+        closing.start()
+        closing.join(2 * CLOSE_SECONDS)
         if self.roll is not None:
             self.roll.close()
-            if self.roll.silent_seconds > CLOSE_SECONDS:  # Ray would wait for its head, which is not there; the nodes see this process end
-                atexit.unregister(ray.shutdown)
-                return
+        if self.roll is None or self.roll.silent_seconds < HEAD_SECONDS:
+            for node in self._started:
+                node.end()
+            ray.shutdown()
+        if self.secrets is not None:
+            self.secrets.cleanup()
+
+    def _close_nodes(self) -> None:
+        import ray
+
         closing = []
         for node in self._started:
             with contextlib.suppress(Exception):
                 closing.append(node.close())
         with contextlib.suppress(Exception):
             ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS)
-        for node in self._started:
-            node.end()
-        ray.shutdown()
-        if self.secrets is not None:
-            self.secrets.cleanup()
 
 
 def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
@@ -251,10 +258,24 @@ def _own_signals() -> Iterator[None]:
 
 
 def _machines() -> list[dict[str, Any]]:
+    """As `ray.nodes`, which waits a minute for a head that is gone, and keeps this process from ending meanwhile; a driver by ray:// has nothing else."""
     import ray
+    from ray._private.worker import global_worker
 
-    machines: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return machines
+    client = getattr(global_worker, "gcs_client", None)
+    if client is None:
+        machines: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        return machines
+    return [
+        {
+            "NodeID": info.node_id.hex(),
+            "Alive": info.state == info.ALIVE,
+            "NodeManagerHostname": info.node_manager_hostname,
+            "NodeManagerAddress": info.node_manager_address,
+            "Resources": dict(info.resources_total),
+        }
+        for info in client.get_all_node_info(timeout=ASK_SECONDS).values()
+    ]
 
 
 def _cpus_of_the_smallest(nodes: list[dict[str, Any]]) -> int:

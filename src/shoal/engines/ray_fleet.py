@@ -101,7 +101,7 @@ class RayFleet(Fleet):
         self._newest: tuple[int, bytes] = (-1, b"")
         self._renewed_at = self._lost_at = 0.0
         self._left: dict[str, float] = {}  # nodes that were lost, by their id: when
-        self._starting: list[NodeLink] = []  # nodes that have come and have not answered yet: nothing waits for them
+        self._starting: list[NodeLink] = []  # nodes that have come and cannot start actors yet: nothing waits for them
         self._num_groups = self._num_weights = 0
 
     # ---- start and end -------------------------------------------------------------------------------------------
@@ -244,14 +244,21 @@ class RayFleet(Fleet):
             if frame.kind is Kind.ACTIVITIES:
                 self._take_activities(link, frame)
                 continue
-            if frame.kind is Kind.HAPPENED and not frame.index and from_json(frame.head)["is"] == "lost":
-                self._told("warning", message=f"node {link.name}: {from_json(frame.head)['reason'].splitlines()[0]}; it is started again")
+            if frame.kind is Kind.HAPPENED and self._is_of_helper(link, from_json(frame.head)):
                 continue
             process = self._actor_of(link, frame)
             if process is not None:
                 self._take(process, frame)
         if link.lost:
             self._lose(link)
+
+    def _is_of_helper(self, link: NodeLink, said: dict[str, Any]) -> bool:
+        """What a node tells of its helper process, from which its actors are forked."""
+        if said["is"] == "ready":
+            link.ready = True
+        if said["is"] == "lost":
+            self._told("warning", message=f"node {link.name}: {said['reason'].splitlines()[0]}; it is started again")
+        return said["is"] in ("ready", "lost")
 
     def _actor_of(self, link: NodeLink, frame: Frame) -> Process | None:
         """The living actor that a frame is of; None where it is of an earlier incarnation, or lives elsewhere by now."""
@@ -346,7 +353,7 @@ class RayFleet(Fleet):
 
     # ---- nodes that come -------------------------------------------------------------------------------------------
     def renew(self) -> bool:
-        """Take in nodes that have come since, with actors once they have answered; says whether there are any.
+        """Take in nodes that have come since, with actors once they can start some; says whether there are any.
 
         Raises:
           ProcessError: no node has been left for NODELESS_SECONDS, or the head is lost.
@@ -361,7 +368,7 @@ class RayFleet(Fleet):
         left = {node_id for node_id, since in self._left.items() if now - since < REJOIN_SECONDS}
         for node in self.cluster.new_nodes(self._links, left):
             self._starting.append(self._join(node))
-        for link in [link for link in self._starting if link.answered]:
+        for link in [link for link in self._starting if link.ready]:
             self._starting.remove(link)
             self._told("node_joined", node=link.name)
             self._populate(link)

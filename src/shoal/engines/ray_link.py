@@ -40,13 +40,13 @@ class NodeLink:
     Args:
       weights: called from a thread of this link.
     Attributes:
-      name: of the node, for people. lost: why it is gone; empty while it is there. answered: it has said something.
+      name: of the node, for people. lost: why it is gone; empty while it is there. ready: it can start actors at once; whoever takes its words sets it.
       bytes_said, bytes_heard, messages: since the beginning.
     """
 
     def __init__(self, name: str, node: NodeHandle, weights: Weights) -> None:
         self.name, self.node, self.lost = name, node, ""
-        self.answered = False
+        self.ready = False
         self.bytes_said = self.bytes_heard = self.messages = 0
         self._saying_since = 0.0
         self._weights = weights
@@ -145,7 +145,6 @@ class NodeLink:
     def _hear(self) -> None:
         while not self._closing:
             message = self.node.hear()
-            self.answered = True
             self.bytes_heard += len(message)
             self.messages += 1
             if frames := list(decode(message)):

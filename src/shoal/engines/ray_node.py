@@ -42,7 +42,7 @@ from shoal.supervision.channel import Channel, HasFileno, wait
 from shoal.supervision.heartbeat import ActivityBoard
 from shoal.supervision.memory import SharedMemory
 from shoal.supervision.processes import process_state
-from shoal.supervision.zygote import Exited, Forked, Lost, Zygote
+from shoal.supervision.zygote import Exited, Forked, Lost, Ready, Zygote
 from shoal.types import FieldSpec
 from shoal.weights.board import WeightBoard
 
@@ -239,6 +239,8 @@ class Node:
             self._report(Frame(Kind.WORD, actor.index, actor.incarnation, message, body))
 
     def _happened(self, event: object) -> None:
+        if isinstance(event, Ready):
+            self._report(Frame(Kind.HAPPENED, head=to_json({"is": "ready"})))
         if isinstance(event, Lost):
             self._report(Frame(Kind.HAPPENED, head=to_json({"is": "lost", "reason": event.reason})))
             time.sleep(RESTART_SECONDS)
