@@ -35,7 +35,7 @@ unit: lint
 	$(BIN)/pytest -m 'not soak' $(PYTEST_ARGS)
 
 soak: install
-	$(BIN)/python benchmarks/soak.py; first=$$?; $(BIN)/python benchmarks/soak_files.py && $(BIN)/python benchmarks/soak_faults.py && exit $$first
+	$(BIN)/python benchmarks/soak.py; first=$$?; $(BIN)/python benchmarks/soak_files.py && $(BIN)/python benchmarks/soak_faults.py && $(BIN)/python benchmarks/soak_hosts.py && exit $$first
 
 # Minutes of atheris on everything that reads bytes. FUZZ_ARGS="--seconds 600 word" for one decoder, longer.
 fuzz: install

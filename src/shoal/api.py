@@ -562,7 +562,7 @@ def _is_over(run: Run) -> bool:
 
 def _refuse_changes(before: RunConfig, now: RunConfig) -> None:
     """Only how a run ends, where its roles run and how it saves may change on the way."""
-    free = {"stop", "actors", "checkpoint", "evaluation", "run_dir", "preset", "device"}
+    free = {"stop", "engine", "ray", "actors", "checkpoint", "evaluation", "run_dir", "preset", "device"}
     old, new = (_flat({k: v for k, v in c.model_dump(mode="json", by_alias=True).items() if k not in free}) for c in (before, now))
     for key in old | new:
         if old.get(key) != new.get(key):

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from shoal.config import BUILT_IN, CustomConfig, OffPolicyConfig, RunConfig
+from shoal.config import BUILT_IN, CustomConfig, OffPolicyConfig, RayConfig, RunConfig
 from shoal.errors import ConfigError
 from shoal.imports import OPAQUE, load_object, nearest, object_path
 from shoal.keys import Tree, algorithm_model, check_keys, fields_by_key, section_of
@@ -379,7 +379,7 @@ def _complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> Run
         )
     sampling.groups = sampling.groups or DEFAULT_GROUPS
     sampling.group_size = sampling.group_size or DEFAULT_GROUP_SIZE
-    _check_engine(config, resumed)
+    _check_engine(config, asked_for, resumed)
     if config.actors is not None and config.actors > sampling.groups:
         raise ConfigError(
             f"actors: {config.actors} processes cannot share {sampling.groups} groups; give --actors {sampling.groups} or less, or --sampling.groups {config.actors}"
@@ -404,13 +404,14 @@ def _complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> Run
     return config
 
 
-def _check_engine(config: RunConfig, resumed: bool) -> None:
-    """Raise ConfigError for what the engine that was asked for does not take."""
-    ray = config.ray
+def _check_engine(config: RunConfig, asked_for: list[Tree], resumed: bool) -> None:
+    """Raise ConfigError for what the engine that was asked for does not take. A run that goes on without its cluster forgets where that was."""
     if config.engine == "local":
-        given = [key for key, default in (("address", None), ("nodes", None), ("actors_per_node", None)) if getattr(ray, key) != default]
+        asked = asked_for[-1:] if resumed else asked_for
+        given = [key for key in ("address", "nodes", "actors_per_node") if _asked(asked, "ray", key)]
         if given:
             raise ConfigError(f"ray.{given[0]} says where on a cluster a run is placed: give --engine ray with it")
+        config.ray = RayConfig()
         return
     if config.actors is not None and not resumed:
         raise ConfigError("actors: on a cluster they are counted by node; give --actors-per-node")

@@ -6,6 +6,7 @@ What is learned is what the local engine learns, whatever the number of nodes, a
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -13,15 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import shoal
-from shoal.engines import ray_fleet
+from shoal.engines import ray_cluster, ray_fleet, watch
 from shoal.engines.ray_cluster import Cluster, ClusterNode
 from shoal.engines.ray_link import NodeHandle
-from shoal.engines.ray_node import Node
+from shoal.engines.ray_node import ACTIVITY, Node
+from shoal.engines.ray_roll import Roll
 from shoal.engines.ray_words import Frame, Kind, decode, encode
 from shoal.errors import ConfigError, ProcessError
+from shoal.supervision.heartbeat import RECORD
+from shoal.types import Activity
 
 SETTINGS: dict[str, Any] = {
     "preset": "none",
@@ -31,6 +36,8 @@ SETTINGS: dict[str, Any] = {
     "checkpoint": {"every_updates": 4},
     "seed": 5,
 }
+
+SLEEPS = str(Path(__file__).parents[1] / "faults" / "simulated.py") + ":make"
 
 
 class NodeHere:
@@ -63,18 +70,18 @@ class NodeHere:
 
 
 class ClusterHere(Cluster):
-    """`names` are its nodes; more may be added while a run goes on."""
+    """`names` are its nodes; more may be added while a run goes on. `kinds`: of those that are not like the others."""
 
     def __init__(self, names: list[str], actors_per_node: int = 2, num_nodes: int | None = None) -> None:
         super().__init__(num_nodes, actors_per_node)
-        self.names, self.here = names, dict[str, NodeHere]()
+        self.names, self.here, self.kinds = names, dict[str, NodeHere](), dict[str, type[NodeHere]]()
         self.spoil: Callable[[Frame], Frame | None] = lambda frame: frame
 
     def nodes(self) -> list[ClusterNode]:
         return [ClusterNode(name, name, float(self.actors_per_node)) for name in self.names]
 
     def start(self, node: ClusterNode, setup: bytes, pickled: bytes | None) -> NodeHandle:
-        self.here[node.id] = NodeHere(setup, pickled, self.spoil)
+        self.here[node.id] = self.kinds.get(node.id, NodeHere)(setup, pickled, self.spoil)
         return self.here[node.id]
 
     def pull(self, name: str) -> None:
@@ -154,6 +161,105 @@ def test_a_node_that_comes_later_is_taken_in(run_on: Any) -> None:
     alone = run_on(None, stop={"updates": run.result["updates"]}, actors=2)
     assert run.result["weights_sha256"] == alone.result["weights_sha256"]
     assert [event["node"] for event in events(run, "node_joined")] == ["b"]
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_nothing_waits_for_a_node_that_comes_and_does_not_answer(run_on: Any) -> None:
+    answers = threading.Event()
+
+    class Mute(NodeHere):
+        def hear(self) -> bytes:
+            answers.wait()
+            raise ProcessError("it has not answered")
+
+        def look(self) -> bytes:
+            return self.hear()
+
+    cluster = ClusterHere(["a"])
+    cluster.kinds["b"] = Mute
+    threading.Thread(target=lambda: (wait_for(lambda: bool(cluster.here)), time.sleep(1.0), cluster.names.append("b"))).start()
+    run = run_on(cluster, stop={"updates": 150})
+    answers.set()
+    assert "b" in cluster.here
+    assert run.result["weights_sha256"] == run_on(None, stop={"updates": 150}, actors=2).result["weights_sha256"]
+    assert events(run, "node_joined") + events(run, "node_lost") == []
+
+
+def test_a_cluster_whose_head_is_lost_ends_the_run_with_a_word_and_it_goes_on_without(run_on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "HEAD_SECONDS", 1.0)
+    cluster, lost = ClusterHere(["a"]), threading.Event()
+    cluster.roll = Roll(lambda: [{"never": time.sleep(600.0)}] if lost.is_set() else [])
+    threading.Thread(target=lambda: (wait_for(lambda: bool(cluster.here)), time.sleep(2.0), lost.set())).start()
+    with pytest.raises(ProcessError, match=r"the head of the cluster has not answered .* goes on from") as raised:
+        run_on(cluster, stop={"updates": 100_000})
+    (path,) = re.findall("`shoal resume (.*?)`", str(raised.value))
+    updates = 10 + max(int(each.name.rpartition("-")[2]) for each in (Path(path) / "checkpoints").glob("update-*"))
+    resumed = shoal.resume(path, engine="local", actors=2, stop={"updates": updates})
+    assert (resumed.config.engine, resumed.config.ray.address) == ("local", None)
+    assert resumed.result["weights_sha256"] == run_on(None, stop={"updates": updates}, actors=2).result["weights_sha256"]
+
+
+def test_an_actor_is_not_blamed_for_words_that_are_long_under_way(run_on: Any, monkeypatch: pytest.MonkeyPatch, expected: str) -> None:
+    monkeypatch.setattr(watch, "UNHEARD_SECONDS", 1.5)
+    slow = []
+
+    class Slow(NodeHere):
+        def say(self, message: bytes) -> None:
+            if len(slow) < 2 and any(frame.kind is Kind.WEIGHTS for frame in decode(message)):
+                slow.append(message)
+                time.sleep(4.0)
+            super().say(message)
+
+    cluster = ClusterHere(["a", "b"])
+    cluster.kinds["b"] = Slow
+    run = run_on(cluster)
+    assert len(slow) == 2
+    assert (run.result["weights_sha256"], run.result["restarts"]) == (expected, 0)
+
+
+def test_an_actor_is_not_blamed_while_nobody_hears_of_it(run_on: Any) -> None:
+    silent = []
+    slow_steps = {"kwargs": {"seconds": 0.01, "simulators": False}, "form": "python", "step_timeout_seconds": 1.5}
+
+    class Silent(NodeHere):
+        def hear(self) -> bytes:
+            message = super().hear()
+            activities = [frame.body for frame in decode(message) if frame.kind is Kind.ACTIVITIES]
+            if not silent and any(np.frombuffer(body, RECORD, 1, ACTIVITY.size)["activity"][0] == Activity.STEPPING for body in activities):
+                silent.append(message)
+                time.sleep(4.0)
+            return message
+
+    cluster = ClusterHere(["a", "b"])
+    cluster.kinds["b"] = Silent
+    run = run_on(cluster, SLEEPS, env=slow_steps)
+    assert len(silent) == 1
+    assert run.result["restarts"] == 0
+    assert run.result["weights_sha256"] == run_on(None, SLEEPS, env=slow_steps, actors=2).result["weights_sha256"]
+
+
+def test_reports_of_a_node_that_nobody_hears_do_not_pile_up(run_on: Any) -> None:
+    quiet, waiting = threading.Event(), list[int]()
+
+    class Unheard(NodeHere):
+        def hear(self) -> bytes:
+            if not quiet.is_set() or len(waiting) == 40:
+                return super().hear()
+            time.sleep(0.1)
+            waiting.append(sum(frame.kind in (Kind.ACTIVITIES, Kind.LOG) for frame in list(self._node._reports)))
+            return b""
+
+    cluster = ClusterHere(["a"], actors_per_node=1)
+    cluster.kinds["a"] = Unheard
+    threading.Thread(target=lambda: (wait_for(lambda: bool(cluster.here)), time.sleep(2.0), quiet.set())).start()
+    run_on(cluster, stop={"updates": 500})
+    assert len(waiting) == 40
+    assert max(waiting) <= 2
 
 
 def test_a_rollout_that_was_changed_on_the_way_is_refused_and_made_again(run_on: Any, expected: str) -> None:

@@ -329,4 +329,14 @@ def _fail(error: Exception | None, message: str, code: int, args: list[str], *, 
     if "--json" in args:
         kind = type(error).__name__ if error is not None else "Interrupted"
         print_json({"error": {"kind": kind, "message": message, "exit_code": code, "report": getattr(error, "report", {})}})
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit. A Ray that was not shut down, since its head is gone, would wait for that on the way out, or crash."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)

@@ -103,6 +103,10 @@ class Coordinator:
         released, self.released = self.released, []
         return released
 
+    def groups_of(self, actor: int) -> list[int]:
+        """The groups that are on this actor now."""
+        return [index for index, group in enumerate(self.groups) if group.actor == actor]
+
     def hosts(self, actor: int) -> bool:
         """Whether any group is, or is to be, on this actor."""
         return any(actor in (group.actor, group.target) for group in self.groups)

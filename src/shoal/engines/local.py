@@ -420,6 +420,8 @@ class LocalEngine:
         if process.name != "learner" and self._end.begun:
             return  # what it was making is in flight still, and ends as such
         if process.retired:
+            for group in self._coordinator.groups_of(process.index):  # its node is lost: they move
+                self._recoveries.lost("group", group, death.how, time.monotonic())
             self._coordinator.lost(process.index)
             return
         if process.name == "learner" and self._divergence is not None:

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from shoal.config import RunConfig
-from shoal.engines.ray_link import NodeHandle
+from shoal.engines.ray_link import NodeHandle, UnfitNodeError
 from shoal.engines.ray_node import Node
+from shoal.engines.ray_roll import Roll
 from shoal.engines.ray_security import asks_for_token, check_cluster, local_environment, redact
 from shoal.errors import ConfigError, ProcessError
 from shoal.settings import available_cores
@@ -27,10 +29,17 @@ from shoal.settings import available_cores
 NODES_SECONDS = 60.0  # until as many nodes are there as were asked for
 START_SECONDS = 120.0  # a node's first answer: its imports, on a slow disk
 LOOK_SECONDS = 600.0  # until a node has imported what a run is made of, torch included
-SILENT_SECONDS = 15.0  # a node that answers nothing for so long is given up: a partition, a machine that stands still
+QUIET_SECONDS, BEAT_SECONDS = (
+    5.0,
+    10.0,
+)  # a node that says nothing for so long is asked whether it is there; given up where it does not answer that
+TRANSFER_SECONDS = 600.0  # for one message, as long as the node answers: a slow link
+HEAD_SECONDS = 30.0  # a cluster whose head answers nothing for so long is given up; Ray itself would end this process after 60
 CLOSE_SECONDS = 5.0
+ASK_SECONDS = 10.0  # for the head to say which machines there are
 CONNECT_SECONDS = 10.0
 POLL_SECONDS = 0.2
+_CREATION = "error raised in its creation task"  # Ray's words
 
 
 @dataclass(frozen=True)
@@ -50,13 +59,12 @@ class RemoteNode:
         self._heard: Any = None
 
     def say(self, message: bytes) -> None:
-        self._get(self._actor.say.options(concurrency_group="say").remote(message), SILENT_SECONDS)
+        self._wait(self._actor.say.options(concurrency_group="say").remote(message))
 
     def hear(self) -> bytes:
         """The next question is asked before this answer is looked at."""
         hear = self._actor.hear.options(concurrency_group="hear")
-        first = self._heard is None
-        answer: bytes = self._get(hear.remote() if first else self._heard, START_SECONDS if first else SILENT_SECONDS)
+        answer: bytes = self._get(hear.remote(), START_SECONDS) if self._heard is None else self._wait(self._heard)
         self._heard = hear.remote()
         return answer
 
@@ -75,6 +83,17 @@ class RemoteNode:
         with contextlib.suppress(Exception):  # it is gone already, or Ray is
             ray.kill(self._actor, no_restart=True)
 
+    def _wait(self, asked: Any) -> Any:
+        """What was asked for. It may take long to come over a slow link; meanwhile the node has to say that it is there."""
+        import ray
+
+        given_up_at = time.monotonic() + TRANSFER_SECONDS
+        while not ray.wait([asked], timeout=QUIET_SECONDS)[0]:
+            self._get(self._actor.beat.options(concurrency_group="beat").remote(), BEAT_SECONDS)
+            if time.monotonic() > given_up_at:
+                raise ProcessError(f"a message has been under way for {TRANSFER_SECONDS:g} s")
+        return self._get(asked, BEAT_SECONDS)
+
     def _get(self, asked: Any, timeout_seconds: float) -> Any:
         import ray
 
@@ -83,7 +102,8 @@ class RemoteNode:
         except ray.exceptions.GetTimeoutError as error:
             raise ProcessError(f"it has not answered for {timeout_seconds:g} s") from error
         except ray.exceptions.RayError as error:
-            raise ProcessError(redact(_why(str(error)))[:500] or type(error).__name__) from error
+            why = redact(_why(str(error)))[:500] or type(error).__name__
+            raise (UnfitNodeError if _CREATION in str(error) else ProcessError)(why) from error
 
 
 @dataclass
@@ -93,12 +113,19 @@ class Cluster:
     Attributes:
       num_nodes: that host actors; None: all that there are. actors_per_node: processes that host environments on each.
       secrets: of a cluster that was started for this run, and ends with it.
+      roll: of its machines.
     """
 
     num_nodes: int | None
     actors_per_node: int
     secrets: tempfile.TemporaryDirectory[str] | None = None
+    roll: Roll | None = None
     _started: list[RemoteNode] = field(default_factory=list)
+
+    @property
+    def head_is_lost(self) -> bool:
+        """Whether the head has not answered for HEAD_SECONDS."""
+        return self.roll is not None and self.roll.silent_seconds > HEAD_SECONDS
 
     def wait_for_nodes(self) -> list[ClusterNode]:
         """The nodes that the run takes.
@@ -122,7 +149,7 @@ class Cluster:
         """Those that are alive and have CPUs for the actors of one node, by name."""
         found = [
             ClusterNode(each["NodeID"], each.get("NodeManagerHostname") or each["NodeManagerAddress"], each["Resources"].get("CPU", 0.0))
-            for each in _machines()
+            for each in (self.roll.machines if self.roll is not None else [])
             if each["Alive"]
         ]
         return sorted((node for node in found if node.cpus >= self.actors_per_node), key=lambda node: (node.name, node.id))
@@ -137,7 +164,7 @@ class Cluster:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        kind: Any = ray.remote(concurrency_groups={"say": 1, "hear": 1})(Node)  # type: ignore[call-overload]
+        kind: Any = ray.remote(concurrency_groups={"say": 1, "hear": 1, "beat": 2})(Node)  # type: ignore[call-overload]
         placed = kind.options(
             num_cpus=self.actors_per_node,
             max_restarts=0,
@@ -149,7 +176,23 @@ class Cluster:
         return started
 
     def close(self) -> None:
-        """End what was started on the nodes, and the cluster where it is this run's own."""
+        """End what was started on the nodes, and the cluster where it is this run's own. Where the head is gone, on which Ray would wait, no more than can be
+        done in a moment: whoever runs this process ends it then, and does not wait for Ray."""
+        import ray
+
+        closing = threading.Thread(target=self._close_nodes, name="closing", daemon=True)
+        closing.start()
+        closing.join(2 * CLOSE_SECONDS)
+        if self.roll is not None:
+            self.roll.close()
+        if self.roll is None or self.roll.silent_seconds < HEAD_SECONDS:
+            for node in self._started:
+                node.end()
+            ray.shutdown()
+        if self.secrets is not None:
+            self.secrets.cleanup()
+
+    def _close_nodes(self) -> None:
         import ray
 
         closing = []
@@ -158,11 +201,6 @@ class Cluster:
                 closing.append(node.close())
         with contextlib.suppress(Exception):
             ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS)
-        for node in self._started:
-            node.end()
-        ray.shutdown()
-        if self.secrets is not None:
-            self.secrets.cleanup()
 
 
 def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
@@ -195,13 +233,14 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
     except (ConnectionError, RuntimeError, ValueError) as error:
         done = "started on this machine" if secrets else f"joined at {address}"
         raise ConfigError(f"ray.address: no cluster could be {done}: {redact(' '.join(str(error).split()))[:300]}") from error
-    per_node = config.ray.actors_per_node or _cpus_of_the_smallest(_machines())
-    return Cluster(1 if secrets and config.ray.nodes is None else config.ray.nodes, per_node, secrets)
+    roll = Roll(_machines)
+    per_node = config.ray.actors_per_node or _cpus_of_the_smallest(roll.machines)
+    return Cluster(1 if secrets and config.ray.nodes is None else config.ray.nodes, per_node, secrets, roll)
 
 
 def _why(text: str) -> str:
     """Ray's words of what became of an actor: what its own code raised as it was made, else the first paragraph."""
-    if "error raised in its creation task" in text:
+    if _CREATION in text:
         return f"it could not be started: {text.strip().splitlines()[-1]}"
     return " ".join(text.split("\n\n", maxsplit=1)[0].split())
 
@@ -229,10 +268,24 @@ def _own_signals() -> Iterator[None]:
 
 
 def _machines() -> list[dict[str, Any]]:
+    """As `ray.nodes`, which waits a minute for a head that is gone, and keeps this process from ending meanwhile; a driver by ray:// has nothing else."""
     import ray
+    from ray._private.worker import global_worker
 
-    machines: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return machines
+    client = getattr(global_worker, "gcs_client", None)
+    if client is None:
+        machines: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        return machines
+    return [
+        {
+            "NodeID": info.node_id.hex(),
+            "Alive": info.state == info.ALIVE,
+            "NodeManagerHostname": info.node_manager_hostname,
+            "NodeManagerAddress": info.node_manager_address,
+            "Resources": dict(info.resources_total),
+        }
+        for info in client.get_all_node_info(timeout=ASK_SECONDS).values()
+    ]
 
 
 def _cpus_of_the_smallest(nodes: list[dict[str, Any]]) -> int:

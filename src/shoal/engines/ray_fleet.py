@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from shoal.engines.messages import Word, from_json, place_of, to_json
 from shoal.engines.node_report import NodeReport, refusal, report_here
 from shoal.engines.plan import Plan
 from shoal.engines.question import read_log
-from shoal.engines.ray_cluster import Cluster, ClusterNode, connect
+from shoal.engines.ray_cluster import HEAD_SECONDS, Cluster, ClusterNode, connect
 from shoal.engines.ray_job import check_run_directory, passing_files
 from shoal.engines.ray_joining import Newcomers, report_of
 from shoal.engines.ray_link import NodeLink
@@ -42,11 +43,13 @@ from shoal.experience.wire import unpack, unpack_part
 from shoal.supervision.channel import HasFileno, wait
 from shoal.supervision.heartbeat import RECORD
 from shoal.supervision.zygote import Exited, Lost, Role
+from shoal.types import ActivityRecord
 from shoal.weights.board import WeightBoard
 
 RENEW_SECONDS = 1.0  # between two looks for nodes that have come
 NODELESS_SECONDS = 60.0  # a run without any node waits so long for one
-REJOIN_SECONDS = 45.0  # a node that was lost may seem alive to Ray for so long; after that it is, as after a partition that healed
+REJOIN_SECONDS = 10.0  # until a node that was lost and seems alive to Ray is tried again: a fleet that died, a partition that healed
+SLOW_SECONDS = 1.0  # what takes longer to a node is not the fault of whom it is for
 STACK_SECONDS = 1.0
 _TIMES = ("begun_ns", "finished_ns")
 
@@ -94,6 +97,7 @@ class RayFleet(Fleet):
         self._events: list[Death | Lost] = []
         self._arrived: dict[int, tuple[Identity, bytes]] = {}  # rollouts by slot, until their word is heard
         self._states: dict[int, str] = {}
+        self._seen_at: dict[int, float] = {}  # when its node last said what an actor does, by its index
         self._clocks: dict[NodeLink, int] = {}  # ns to add to a node's monotonic clock
         self._setup: bytes = b""
         self._ring: Ring | None = None
@@ -252,14 +256,19 @@ class RayFleet(Fleet):
             if frame.kind is Kind.ACTIVITIES:
                 self._take_activities(link, frame)
                 continue
-            if frame.kind is Kind.HAPPENED and not frame.index and from_json(frame.head)["is"] == "lost":
-                self._told("warning", message=f"node {link.name}: {from_json(frame.head)['reason'].splitlines()[0]}; it is started again")
+            if frame.kind is Kind.HAPPENED and self._is_of_helper(link, from_json(frame.head)):
                 continue
             process = self._actor_of(link, frame)
             if process is not None:
                 self._take(process, frame)
         if link.lost:
             self._lose(link)
+
+    def _is_of_helper(self, link: NodeLink, said: dict[str, Any]) -> bool:
+        """What a node tells of its helper process, from which its actors are forked."""
+        if said["is"] == "lost":
+            self._told("warning", message=f"node {link.name}: {said['reason'].splitlines()[0]}; it is started again")
+        return bool(said["is"] == "lost")
 
     def _actor_of(self, link: NodeLink, frame: Frame) -> Process | None:
         """The living actor that a frame is of; None where it is of an earlier incarnation, or lives elsewhere by now."""
@@ -309,9 +318,9 @@ class RayFleet(Fleet):
         self._left[node_id] = time.monotonic()
         link.close()
         link.node.end()
+        self._lost_at = time.monotonic()
         lived = [process for process in self._living() if self._homes[process.index] is link]
         self._told("node_lost", node=link.name, reason=link.lost, actors=[process.index for process in lived])
-        self._lost_at = time.monotonic()
         for process in lived:
             process.retired = True
             if process.up:
@@ -333,6 +342,7 @@ class RayFleet(Fleet):
             record["since_ns"] += offset
             self._activities.put(place_of("actor", index, self._activities.num_roles), record)
             self._states[index] = letter.decode()
+            self._seen_at[index] = time.monotonic()
 
     def collect(self, actor: Process, word: Word, newest_version: int) -> None:
         """Put the rollout that came with a word into its slot, which is leased to that actor.
@@ -349,38 +359,62 @@ class RayFleet(Fleet):
 
     # ---- nodes that come -------------------------------------------------------------------------------------------
     def renew(self) -> bool:
-        """Take in nodes that have come since, with actors; says whether there are any.
+        """Take in nodes that have come since, with actors once they can start some; says whether there are any.
 
         Raises:
-          ProcessError: no node has been left for NODELESS_SECONDS.
+          ProcessError: no node has been left for NODELESS_SECONDS, or the head is lost.
         """
         now = time.monotonic()
         if now - self._renewed_at < RENEW_SECONDS:
             return False
         self._renewed_at = now
+        if self.cluster.head_is_lost:
+            raise ProcessError(f"the head of the cluster has not answered for {HEAD_SECONDS:g} s: {self._how_to_go_on}")
         before = len(self.actors)
         left = {node_id for node_id, since in self._left.items() if now - since < REJOIN_SECONDS}
         for node in self.cluster.new_nodes({**self._links, **self._newcomers.asked}, left):
             self._newcomers.ask(node.id, self._link(node))
         for node_id, link, report in self._newcomers.answered():
-            if why := refusal([(link.name, report)], self._here):
-                self._refuse(node_id, link, why)
-                continue
-            self._links[node_id] = link
-            self._told("node_joined", node=link.name)
-            self._populate(link)
+            if report is None:
+                self._left[node_id] = now
+                self._give_back(link)
+            elif why := refusal([(link.name, report)], self._here):
+                self._left[node_id] = math.inf  # now and later; the run goes on without it
+                self._give_back(link)
+                self._told("node_refused", node=link.name, reason=why)
+            else:
+                self._links[node_id] = link
+                self._told("node_joined", node=link.name)
+                self._populate(link)
         if not self._links and not self._newcomers.asked and now - self._lost_at > NODELESS_SECONDS:
-            raise ProcessError("no node of the cluster is left; `shoal resume` goes on from the newest checkpoint")
+            raise ProcessError(f"no node of the cluster is left: {self._how_to_go_on}")
         return len(self.actors) > before
 
-    def _refuse(self, node_id: str, link: NodeLink, why: str) -> None:
-        """A node that came is not used, now and later; the run goes on without it."""
-        self._left[node_id] = math.inf
+    def _give_back(self, link: NodeLink) -> None:
+        """A node that came is not used."""
         link.close()
         link.node.end()
-        self._told("node_refused", node=link.name, reason=why)
+
+    @property
+    def _how_to_go_on(self) -> str:
+        return (
+            f"`shoal resume {self._directory}` goes on from the newest checkpoint, "
+            "with `--address HEAD:PORT` on another cluster, with `--engine local` on this machine alone"
+        )
 
     # ---- looking ---------------------------------------------------------------------------------------------------
+    def activities(self) -> list[ActivityRecord]:
+        """Nobody is judged by how long words are under way: an actor has been at something for as long as its node said last, and was told
+        what it was told once that was there."""
+        now, records = time.monotonic(), super().activities()
+        for at, process in enumerate(self.processes):
+            if process.name == "actor":
+                if self._homes[process.index].delivering_seconds > SLOW_SECONDS:
+                    process.told_at = now
+                unseen_seconds = now - self._seen_at.get(process.index, now)
+                records[at] = replace(records[at], age_seconds=max(0.0, records[at].age_seconds - unseen_seconds))
+        return records
+
     def state_of(self, process: Process) -> str | None:
         return super().state_of(process) if process.name != "actor" else self._states.get(process.index)
 

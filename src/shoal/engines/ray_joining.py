@@ -3,7 +3,7 @@
 consumes    the answer of each node that came while the run goes on
 waits for   nothing: a thread for each node asks, since a node imports first, which takes seconds
 unblocked   by the answer, or by the handle's error
-on failure  a node that gives no report is answered for with one that says why
+on failure  a node on which nothing can be made is answered for with a report that says why; for one that cannot be reached there is none
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import threading
 from collections import deque
 
 from shoal.engines.node_report import NodeReport
-from shoal.engines.ray_link import NodeHandle, NodeLink
+from shoal.engines.ray_link import NodeHandle, NodeLink, UnfitNodeError
 from shoal.errors import ProcessError
 
-Answer = tuple[str, NodeLink, NodeReport]  # the node's id, the way to it, what it is
+Answer = tuple[str, NodeLink, NodeReport | None]  # the node's id, the way to it, what it is
 
 
 class Newcomers:
@@ -42,7 +42,13 @@ class Newcomers:
             link.close()
 
     def _ask(self, node_id: str, link: NodeLink) -> None:
-        self._answers.append((node_id, link, report_of(link.node)))
+        try:
+            report: NodeReport | None = NodeReport.from_json(link.node.look())
+        except (UnfitNodeError, ValueError) as error:
+            report = NodeReport("", error=str(error))
+        except ProcessError:
+            report = None
+        self._answers.append((node_id, link, report))
 
 
 def report_of(node: NodeHandle) -> NodeReport:

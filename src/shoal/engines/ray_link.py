@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -18,10 +19,15 @@ from typing import Protocol
 from shoal.engines.messages import Kind as Told
 from shoal.engines.messages import Word
 from shoal.engines.ray_words import Frame, Kind, decode, encode
+from shoal.errors import ProcessError
 
 MESSAGE_BYTES = 4 << 20  # of orders in one message, but for a single frame that is larger
 
 Weights = Callable[[int], tuple[int, bytes]]  # a version -> that version or a newer one, and its bytes
+
+
+class UnfitNodeError(ProcessError):
+    """A machine that is there, and on which a node of this run cannot be made."""
 
 
 class NodeHandle(Protocol):
@@ -39,12 +45,14 @@ class NodeLink:
     Args:
       weights: called from a thread of this link.
     Attributes:
-      name: of the node, for people. lost: why it is gone; empty while it is there. bytes_said, bytes_heard, messages: since the beginning.
+      name: of the node, for people. lost: why it is gone; empty while it is there.
+      bytes_said, bytes_heard, messages: since the beginning.
     """
 
     def __init__(self, name: str, node: NodeHandle, weights: Weights) -> None:
         self.name, self.node, self.lost = name, node, ""
         self.bytes_said = self.bytes_heard = self.messages = 0
+        self._saying_since = 0.0
         self._weights = weights
         self._sent_version = -1
         self._out: deque[Frame] = deque()
@@ -58,6 +66,12 @@ class NodeLink:
     def fileno(self) -> int:
         """Ready when `take` has something, or the node was lost."""
         return self._ready
+
+    @property
+    def delivering_seconds(self) -> float:
+        """How long the message that is on its way to the node has been so; 0 where none is."""
+        since = self._saying_since
+        return time.monotonic() - since if since else 0.0
 
     def post(self, frame: Frame) -> None:
         """Have the node told; in order, some time soon."""
@@ -107,7 +121,9 @@ class NodeLink:
                     return
                 frames = self._next()
             message = encode(self._with_weights(frames))
+            self._saying_since = time.monotonic()
             self.node.say(message)
+            self._saying_since = 0.0
             self.bytes_said += len(message)
             self.messages += 1
 

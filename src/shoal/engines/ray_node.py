@@ -64,7 +64,7 @@ class _Hosted(Process):
 
 
 class Node:
-    """`say` and `hear` are called from two threads, `look` and `close` from any; a third one serves.
+    """`say` and `hear` are called from two threads, `look`, `beat` and `close` from any; a third one serves.
 
     Args:
       setup: JSON: config, fields, sizes and names of packages (see `node_setup` of engines/ray_fleet.py).
@@ -114,6 +114,9 @@ class Node:
                 told.append(self._reports.popleft())
                 size += told[-1].size
         return encode(told)
+
+    def beat(self) -> None:
+        """It is there, whatever else is under way."""
 
     def look(self) -> bytes:
         """What this node is: a `NodeReport`. Waits until it has imported what the run is made of, or could not."""
@@ -172,9 +175,15 @@ class Node:
             self._hear(actor)
         for event in self._zygote.receive():
             self._happened(event)
-        if time.monotonic() - self._told_at >= POLL_SECONDS:
+        if time.monotonic() - self._told_at >= POLL_SECONDS and not self._behind:
             self._told_at = time.monotonic()
             self._tell_activities()
+
+    @property
+    def _behind(self) -> bool:
+        """Whether what was told last of activities and logs has not been heard yet: on a slow way there is never more of them than that."""
+        with self._something:
+            return any(frame.kind in (Kind.ACTIVITIES, Kind.LOG) for frame in self._reports)
 
     def _report(self, *frames: Frame) -> None:
         with self._something:
