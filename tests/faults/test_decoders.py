@@ -25,7 +25,8 @@ values: Any = st.recursive(
     | st.dictionaries(
         st.sampled_from([
             "bytes", "sha256", "files", "update", "command", "ok", "actors", "hidden_sizes", "encoder", "network", "kind", "shape", "nvec", "path",
-            "dtype", "observation", "action", "mask_size", "action_mask", "low", "high", "start", "kwargs", "id", "state.json",
+            "dtype", "observation", "action", "mask_size", "action_mask", "low", "high", "start", "kwargs", "id", "state.json", "token",
+            "host", "pid", "place", "since", "renewed", "driver",
         ]),
         inner, max_size=4,
     ),
