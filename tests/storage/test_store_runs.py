@@ -63,11 +63,8 @@ def stored(shaky: Path) -> list[int]:
     return sorted(int(path.parent.name[7:16]) for path in shaky.glob(f"bucket/runs/x/checkpoints/*/{MANIFEST}"))
 
 
-@pytest.mark.parametrize("place", ["shaky", "file"])
-def test_a_run_goes_from_machine_to_machine_with_the_same_bits(
-    place: str, shaky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    url = URL if place == "shaky" else f"file://{shaky}/bucket/runs/x"
+def test_a_run_goes_from_machine_to_machine_with_the_same_bits(shaky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = URL
     first = done("train", "CartPole-v1", *TINY, *OFTEN, "--actors", "2", "--stop.updates", "5", "--run-dir", url, cwd=tmp_path)
     assert (first["run"], first["updates"], first["weights_sha256"]) == (url, 5, weights(5, tmp_path))
     assert stored(shaky)[-1] == 5
