@@ -19,10 +19,11 @@ from webhdfs_server import http_store
 
 import shoal
 from faults.living import SOURCES, TINY, command, living
+from shoal.cli import main
 from shoal.errors import ConfigError, NoRunError
 from shoal.files import MANIFEST, CheckpointDirectory
 from shoal.monitoring.live import SilentView
-from shoal.runs import find_run
+from shoal.runs import find_run, list_runs, show
 from shoal.storage.lock import NAME
 from shoal.urls import local_directory
 
@@ -72,7 +73,6 @@ def test_a_run_goes_from_machine_to_machine_with_the_same_bits(shaky: Path, tmp_
     assert {path.name for path in there.iterdir()} == {"config.yaml", "run.json", "run.db", "result.json", "checkpoints"}
 
     on_machine("b", tmp_path, monkeypatch)
-    assert done("resume", url, cwd=tmp_path)["weights_sha256"] == first["weights_sha256"]  # it is over
     second = done("resume", url, "--stop.updates", "9", cwd=tmp_path)
     assert (second["run"], second["weights_sha256"]) == (url, weights(9, tmp_path))
     balance = second["ledger"]
@@ -81,28 +81,35 @@ def test_a_run_goes_from_machine_to_machine_with_the_same_bits(shaky: Path, tmp_
     on_machine("a", tmp_path, monkeypatch)  # whose copy is older than the store's
     third = done("resume", url, "--stop.updates", "12", cwd=tmp_path)
     assert third["weights_sha256"] == weights(12, tmp_path)
-    assert done("resume", str(local_directory(url)), "--stop.updates", "13", cwd=tmp_path)["run"] == url  # its working copy stands for it
-    assert stored(shaky)[-1] == 13
+    assert stored(shaky)[-1] == 12
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_read_from_anywhere_and_its_working_copy_stands_for_it(
+    shaky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shoal.train("CartPole-v1", **INLINE, stop={"updates": 3}, run_dir=URL, progress=silent())
+    resumed = shoal.resume(run.path, **{"stop.updates": 5}, progress=silent())
+    assert (resumed.path, resumed.result["run"]) == (local_directory(URL), URL)
+    assert stored(shaky)[-1] == 5
 
     on_machine("c", tmp_path, monkeypatch)  # which only reads
-    shown = done("show", url, cwd=tmp_path)
-    assert (shown["run"], shown["status"], shown["process"], shown["results"]["updates"]) == (url, "updates", None, 13)
-    assert shown["checkpoint"]["update"] == 13
-    assert shown["checkpoint"]["path"].startswith(f"{url}/checkpoints/update-000000013")
-    assert shown["configuration"]["run_dir"] == url
+    shown = show(URL)
+    assert (shown["run"], shown["status"], shown["process"], shown["results"]["updates"]) == (URL, "updates", None, 5)
+    assert shown["checkpoint"]["update"] == 5
+    assert shown["checkpoint"]["path"].startswith(f"{URL}/checkpoints/update-000000005")
+    assert shown["configuration"]["run_dir"] == URL
     assert shown["warnings"] == []
     assert "upload_failed" not in shown["faults"]["counts"]
-    played = done("evaluate", url, "--episodes", "2", cwd=tmp_path)
-    assert played == done(
-        "evaluate", str(tmp_path / "machine-a" / "shoal" / "runs" / local_directory(url).name), "--episodes", "2", cwd=tmp_path
-    )
-    replayed = done("replay", url, cwd=tmp_path)
-    assert (replayed["run"], replayed["updates"], replayed["equal"]) == (url, 13, True)
-    (row,) = done("runs", url.removesuffix("/x"), cwd=tmp_path)["runs"]
-    assert (row["run"], row["env"], row["status"], row["updates"]) == (url, "CartPole-v1", "updates", 13)
-    assert command("show", url, cwd=tmp_path)[1].split()[:2] == ["run", url]
+    assert shoal.evaluate(URL, episodes=2) == shoal.evaluate(resumed, episodes=2)
+    replayed = shoal.replay(URL)
+    assert (replayed["run"], replayed["updates"], replayed["equal"]) == (URL, 5, True)
+    (row,) = list_runs(URL.removesuffix("/x"))
+    assert (row["run"], row["env"], row["status"], row["updates"]) == (URL, "CartPole-v1", "updates", 5)
     assert not (tmp_path / "machine-c").exists()
-    assert not list(Path(tmp_path / "runs").glob("*"))
+    over = shoal.resume(URL, progress=silent())  # it is over: nothing is trained
+    assert over.result == resumed.result
+    assert command("show", URL, cwd=tmp_path)[1].split()[:2] == ["run", URL]
 
 
 @pytest.mark.parametrize("half", [r"policy\.safetensors", r"run\.db"])
@@ -261,11 +268,16 @@ def test_a_run_that_never_began_leaves_nothing_anywhere(shaky: Path, tmp_path: P
     assert done("train", "CartPole-v1", *TINY, "--actors", "0", "--stop.updates", "1", "--run-dir", URL, cwd=tmp_path)["updates"] == 1
 
 
-def test_a_url_with_a_secret_is_refused_and_the_secret_is_nowhere(shaky: Path, tmp_path: Path) -> None:
+def test_a_url_with_a_secret_is_refused_and_the_secret_is_nowhere(
+    shaky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for args in (("train", "CartPole-v1", "--run-dir"), ("resume",), ("show",), ("evaluate",), ("runs",), ("replay",), ("control",)):
         for url in (f"shaky://me:{SECRET}@bucket/x", f"shaky://bucket/x?sig={SECRET}"):
-            code, out, said = command(*args, url, *(["state"] if args == ("control",) else []), "--json", "--debug", cwd=tmp_path)
-            assert code == 2, said
+            with pytest.raises(SystemExit) as ended:
+                main([*args, url, *(["state"] if args == ("control",) else []), "--json", "--debug"])
+            out, said = capfd.readouterr()
+            assert ended.value.code == 2, said
             assert SECRET not in out + said
             assert "may hold a secret" in said
     found = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".py" and SECRET.encode() in path.read_bytes()]
