@@ -16,7 +16,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt '$(TORCH)'
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[atari,box2d,mujoco,ray-jobs,plan,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[atari,box2d,mujoco,ray-jobs,plan,storage,dev]'
 	touch $(STAMP)
 
 demo: install

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.config import ReplayConfig, RunConfig
 from shoal.engines.coordinator import Coordinator
+from shoal.engines.elsewhere import Elsewhere
 from shoal.engines.fleet import Fleet
 from shoal.engines.local import LocalEngine
 from shoal.engines.plan import Plan
@@ -26,7 +27,7 @@ from shoal.engines.session import ATTEMPTS_PER_PART, Session
 from shoal.engines.sizes import check_memory
 from shoal.engines.snippets import with_snippet
 from shoal.environments.make import check_registered
-from shoal.errors import CheckpointError, ConfigError, EnvironmentFault, RunError, ShoalError
+from shoal.errors import CheckpointError, ConfigError, EnvironmentFault, RunError, ShoalError, StorageError
 from shoal.experience.limiter import Rate
 from shoal.experience.ring import Ring, allocate
 from shoal.experience.schema import Schema, rollout_schema
@@ -35,9 +36,10 @@ from shoal.locks import lock_run
 from shoal.monitoring.live import SilentView, View, open_view
 from shoal.monitoring.profile import TRACES, begin_profile, finish_profile
 from shoal.monitoring.recorder import Callback, Recorder, lag_summary
-from shoal.runs import find_run, new_run, read_result
+from shoal.runs import find_run, new_run, old_run, read_result
 from shoal.settings import adapt_actors, dump_config, load_config, resolve
 from shoal.types import EnvironmentSpec, FieldSpec
+from shoal.urls import is_url
 
 if TYPE_CHECKING:
     from shoal.environments.findings import CheckReport
@@ -51,7 +53,7 @@ class Run:
     """A training that was made.
 
     Attributes:
-      path: its directory.
+      path: its directory; of a run in a store, the working copy of this machine, or what `load` could fetch.
       result: how its last part ended (the keys of `shoal train --json`); empty if it never ended by itself.
     """
 
@@ -106,7 +108,7 @@ def train(
     config.preset = preset
     _check_callbacks(callbacks)
     with new_run(config) as run:
-        return execute(config, objects, run.directory, callbacks, progress, profile, run.discard)
+        return execute(config, objects, run.directory, callbacks, progress, profile, run.discard, run.elsewhere)
 
 
 def resume(
@@ -116,6 +118,7 @@ def resume(
     callbacks: Sequence[Callback] = (),
     progress: View | None = None,
     profile: bool = False,
+    take_over: bool = False,
     **settings: Any,
 ) -> Run:
     """Go on with a run from its newest whole checkpoint. `settings` may change how it ends and how many actors it has.
@@ -123,29 +126,32 @@ def resume(
     A run without a checkpoint begins again from the start, with a warning; one that met its stop condition is given back as it is.
 
     Args:
+      path: of the run, or its URL in a store.
       env: the environment's factory, where the run was started with an object that has no import path.
+      take_over: of a run in a store: also where its lock says that another driver is alive, because you know that it is not.
     Raises:
       RunError: no such run, or it is alive. CheckpointError: it has checkpoints, and none is whole. ConfigError: a setting that cannot change.
     """
     _check_callbacks(callbacks)
-    directory = find_run(path)
-    base = load_config(directory / "config.yaml")
-    objects, _, settings = _split_objects(env, settings)
-    if isinstance(path, Run):
-        objects = {**path.objects, **objects}
-    tree = base.model_dump(mode="json", by_alias=True)
-    if any(str(key).startswith("stop") for key in settings):
-        tree["stop"] = {}
-    config, _ = resolve(None, {**settings, "run_dir": str(directory), "preset": base.preset or "none"}, tree)
-    _refuse_changes(base, config)
-    before = load(directory)
-    if (config.stop, config.evaluation) == (base.stop, base.evaluation) and _is_over(before):
-        return Run(directory, before.result, objects)
-    return execute(config, objects, directory, callbacks, progress, profile)
+    with old_run(path, take_over=take_over) as (directory, elsewhere):
+        base = load_config(directory / "config.yaml")
+        objects, _, settings = _split_objects(env, settings)
+        if isinstance(path, Run):
+            objects = {**path.objects, **objects}
+        tree = base.model_dump(mode="json", by_alias=True)
+        if any(str(key).startswith("stop") for key in settings):
+            tree["stop"] = {}
+        config, _ = resolve(None, {**settings, "run_dir": elsewhere.url or str(directory), "preset": base.preset or "none"}, tree)
+        _refuse_changes(base, config)
+        before = load(directory)
+        if (config.stop, config.evaluation) == (base.stop, base.evaluation) and _is_over(before):
+            elsewhere.settle(int(_known_facts(directory).get("parts", 0)), config.checkpoint.keep)
+            return Run(directory, before.result, objects)
+        return execute(config, objects, directory, callbacks, progress, profile, elsewhere=elsewhere)
 
 
 def load(path: str | os.PathLike[str], *, env: Callable[..., Any] | None = None, network: Callable[..., Any] | None = None) -> Run:
-    """A run that was made earlier. Raises RunError.
+    """A run that was made earlier, on this disk or (by its URL) in a store. Raises RunError.
 
     Args:
       env, network: the environment's factory and the network, where the run was started with objects that have no import path.
@@ -256,7 +262,13 @@ def replay(
     finally:
         torch.set_num_threads(threads)
     wanted = expected["weights_sha256"]
-    return {"run": str(directory), "updates": expected["version"], "weights_sha256": sha, "expected_sha256": wanted, "equal": sha == wanted}
+    return {
+        "run": path if is_url(path) else str(directory),
+        "updates": expected["version"],
+        "weights_sha256": sha,
+        "expected_sha256": wanted,
+        "equal": sha == wanted,
+    }
 
 
 # ---- one training ----------------------------------------------------------------------------------------------------
@@ -268,11 +280,13 @@ def execute(
     progress: View | None,
     profile: bool = False,
     discard: Callable[[], None] | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> Run:
     """Train what is resolved, in a directory that is a run's; `objects` stand for what the configuration only names (env, network, algorithm).
 
-    `discard` is called where a new run was refused before anything ran.
+    `discard` is called where a new run was refused before anything ran. `elsewhere` is where else it is kept.
     """
+    elsewhere = elsewhere or Elsewhere()
     view = progress if progress is not None else open_view()
     with contextlib.ExitStack() as stack:
         if progress is None:
@@ -282,6 +296,7 @@ def execute(
         checkpoints = CheckpointDirectory(directory / "checkpoints")
         loaded = checkpoints.newest() if checkpoints.paths() else None
         recorder = stack.enter_context(contextlib.closing(Recorder(config, directory, view, callbacks)))
+        elsewhere.tell(recorder.event)
         if discard is None and loaded is None:
             recorder.event("warning", update=0, message="this run has no checkpoint: it begins again from the start")
         wants_end = stack.enter_context(_interrupts())
@@ -291,11 +306,12 @@ def execute(
             stack.callback(_finish_profile, directory, traces, recorder)
         execute = _run_inline if config.actors == 0 else _run_local
         try:
-            result = execute(config, objects, directory, loaded, recorder, wants_end, traces)
+            result = execute(config, objects, directory, loaded, recorder, wants_end, traces, elsewhere)
         except ShoalError as error:
             if isinstance(error, ConfigError) and discard is not None and not recorder.began:
                 discard()
             recorder.failed(error)
+            elsewhere.failed(recorder.event)
             raise
         except KeyboardInterrupt as interrupt:
             if discard is not None and not recorder.began:
@@ -307,7 +323,23 @@ def execute(
         except RunError as error:  # the run is made all the same, and its checkpoint is whole
             recorder.event("warning", message=str(error))
         recorder.finish(result)
+        _finish_elsewhere(elsewhere, recorder)
     return Run(directory, result, objects)
+
+
+def _finish_elsewhere(elsewhere: Elsewhere, recorder: Recorder) -> None:
+    """Nothing of the run is lost where this fails: it is whole on this disk."""
+    recorder.flush()
+    try:
+        elsewhere.finish(recorder.event)
+    except StorageError as error:
+        recorder.failed(error)
+        raise
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = (
+            f"interrupted while the end of the run was copied to {elsewhere.url}: it is whole on this disk, and `shoal resume {elsewhere.url}` on this machine copies it",
+        )
+        raise
 
 
 def _begin_profile(directory: Path, recorder: Recorder) -> str:
@@ -329,7 +361,14 @@ def _finish_profile(directory: Path, traces: str, recorder: Recorder) -> None:
 
 
 def _run_inline(
-    config: RunConfig, objects: dict[str, Any], directory: Path, loaded: Loaded | None, recorder: Recorder, wants_end: _Wants, traces: str
+    config: RunConfig,
+    objects: dict[str, Any],
+    directory: Path,
+    loaded: Loaded | None,
+    recorder: Recorder,
+    wants_end: _Wants,
+    traces: str,
+    elsewhere: Elsewhere,
 ) -> dict[str, Any]:
     if "env" not in objects:
         check_registered(config.env)
@@ -356,7 +395,7 @@ def _run_inline(
                 facts = look(config, handed, tell)
         except EnvironmentFault as fault:
             raise with_snippet(fault, config, directory, {0: played.episodes}) from fault
-        session, ring, run_id = _session(config, facts, directory, loaded, recorder, allocate_here)
+        session, ring, run_id = _session(config, facts, directory, loaded, recorder, allocate_here, elsewhere)
         blueprint = Blueprint(session.config, session.spec, handed, run_id, session.epoch)
         engine = InlineEngine(blueprint, session, ring, traces)
         wants_end.armed = True
@@ -373,7 +412,14 @@ def _run_inline(
 
 
 def _run_local(
-    config: RunConfig, objects: dict[str, Any], directory: Path, loaded: Loaded | None, recorder: Recorder, wants_end: _Wants, traces: str
+    config: RunConfig,
+    objects: dict[str, Any],
+    directory: Path,
+    loaded: Loaded | None,
+    recorder: Recorder,
+    wants_end: _Wants,
+    traces: str,
+    elsewhere: Elsewhere,
 ) -> dict[str, Any]:
     run_id = _run_id(directory)
     fleet = _fleet(config, _pickled(objects), directory, run_id, traces, recorder)
@@ -381,7 +427,7 @@ def _run_local(
         engine.open()
         if "env" not in objects:
             check_registered(config.env)  # while the helper process imports torch
-        session, _, _ = _session(config, engine.look(), directory, loaded, recorder, engine.allocate)
+        session, _, _ = _session(config, engine.look(), directory, loaded, recorder, engine.allocate, elsewhere)
         wants_end.armed = True
         result = _result(session, engine.run(session, wants_end, wants_end.take_asked), directory)
         wants_end.armed = False
@@ -431,6 +477,7 @@ def _session(
     loaded: Loaded | None,
     recorder: Recorder,
     make_ring: Callable[[Schema, Plan, int], Ring],
+    elsewhere: Elsewhere,
 ) -> tuple[Session, Ring, bytes]:
     """Everything that stands between what was found out about the environment and the first order."""
     spec = EnvironmentSpec.from_json(facts["spec"])
@@ -447,7 +494,7 @@ def _session(
     schema = rollout_schema(spec, fields, plan.rollout_length, plan.group_size)
     check_memory(plan, schema, facts["weights"], (config.actors or 0) + (config.policy.inference == "server"), replay, config.learners)
     ring = make_ring(schema, plan, facts["weights"])
-    session = Session(config, spec, Coordinator(plan, spec, ring, config.stop), directory, recorder)
+    session = Session(config, spec, Coordinator(plan, spec, ring, config.stop), directory, recorder, elsewhere=elsewhere)
     recorder.attach(session)
     if more_actors:
         recorder.event("scaled", actors=config.actors, reason="its environments wait")
@@ -478,6 +525,7 @@ def _session(
     )
     for key, value in (("spec", spec.to_json()), ("schema", schema.describe()), ("schema_hash", schema.hash.hex()), ("build", build)):
         recorder.store.set_meta(key, value)
+    elsewhere.begin(part, config.checkpoint.keep)
     return session, ring, run_id
 
 
@@ -487,7 +535,7 @@ def _result(session: Session, outcome: dict[str, Any], directory: Path) -> dict[
     seconds = session.seconds
     mean, p99, largest = lag_summary(c.lag)
     return {
-        "run": str(directory),
+        "run": session.elsewhere.url or str(directory),
         "reason": outcome["reason"],
         "env_steps": c.env_steps,
         "updates": c.version,

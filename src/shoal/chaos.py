@@ -123,7 +123,7 @@ def chaos(
         objects = _wrapped(config, path) if "nan" in every else {}
         with closing(Injector(every, seed, active, path)) as injector:
             injector.start()
-            run = execute(config, objects, begun.directory, [stretches], progress, discard=begun.discard)
+            run = execute(config, objects, begun.directory, [stretches], progress, discard=begun.discard, elsewhere=begun.elsewhere)
     return _report(run, config, every, injector.sent, stretches, compare and config.mode != "async")
 
 

@@ -436,7 +436,10 @@ class RunConfig(Section):
         4, description="async: no sample is trained that is more updates old; what learns from a replay samples those of any age"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the learner computes")
-    run_dir: str | None = Field(None, description="directory of this run (default: runs/{env}__{algorithm}__{seed}__{time})")
+    run_dir: str | None = Field(
+        None,
+        description="directory of this run, or a URL (s3://bucket/runs/x) of one in a store of objects (default: runs/{env}__{algorithm}__{seed}__{time})",
+    )
     preset: str | None = Field(None, description="the preset that was taken; `none` takes none")
 
     @model_validator(mode="before")

@@ -6,6 +6,7 @@
     ├── DivergedError               4   learning produced non-finite numbers, update after update
     ├── RunError                    1   a run directory that cannot be read, or is in use
     │   ├── NoRunError              2   what was named is no run
+    │   ├── StorageError            1   a store (run_dir is a URL) that cannot be reached or refuses, or a run in it that another driver has
     │   └── CheckpointError         1   a checkpoint that is missing, torn or of another format
     ├── LedgerError                 1   a rollout unaccounted for: a gap, a duplicate, two final attempts
     ├── SchemaError                 1   an array whose dtype, shape or name is not what the schema says
@@ -55,6 +56,10 @@ class NoRunError(RunError):
     """What was named does not exist or is not a run: bad usage."""
 
     exit_code = 2
+
+
+class StorageError(RunError):
+    """A store of objects refuses or cannot be reached, or another driver has the run in it; shows no secret."""
 
 
 class CheckpointError(RunError):

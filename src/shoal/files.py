@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -115,7 +115,7 @@ class Staging:
         manifest.write_bytes(_manifest_bytes({"format": FORMAT, "update": self.update, "files": files}))
         for path in [manifest, *reversed(directories)]:
             _sync(path)
-        final = self._root / _directory_name(self.update, self._next_revision())
+        final = self._root / checkpoint_name(self.update, self._next_revision())
         self.path.rename(final)
         self._active.discard(self.path)
         _sync(self._root)
@@ -201,7 +201,7 @@ class CheckpointDirectory:
         for path in reversed(self.paths()):
             try:
                 loaded = load_checkpoint(path)
-            except _TornError as error:
+            except TornError as error:
                 torn.append(f"checkpoint {path.name} is not whole ({error})")
                 continue
             return Loaded(loaded.path, loaded.update, loaded.files, tuple(f"{what}; taking the one before it" for what in torn))
@@ -211,20 +211,20 @@ class CheckpointDirectory:
             f"no whole checkpoint in {self.root}: {'; '.join(torn)}. Put a copy back; or move them away, and `shoal resume` begins again from the start"
         )
 
-    def sweep(self, keep: int) -> None:
-        """Remove all but the newest `keep` updates, superseded revisions, and what dead processes left half made.
+    def sweep(self, keep: int, spared: Collection[Path] = ()) -> None:
+        """Remove all but the newest `keep` updates, superseded revisions, and what dead processes left half made. Those spared stay in any case.
 
         A disk that refuses is left as it is: the next sweep tries again.
         """
         if self.root.is_dir():
             with contextlib.suppress(OSError):
-                self._sweep(keep)
+                self._sweep(keep, spared)
 
-    def _sweep(self, keep: int) -> None:
+    def _sweep(self, keep: int, spared: Collection[Path]) -> None:
         newest = {update: path for update, _, path in _committed(self.root)}
         kept = {newest[update] for update in sorted(newest)[-keep:]}
         for path in self.paths():
-            if path not in kept:
+            if path not in kept and path not in spared:
                 trash = path.with_name(f"{_TRASH}{path.name}-{os.getpid()}")
                 path.rename(trash)  # removal takes many steps; a kill between them must not leave a torn checkpoint
                 shutil.rmtree(trash, ignore_errors=True)
@@ -235,8 +235,8 @@ class CheckpointDirectory:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-class _TornError(CheckpointError):
-    """Not whole: the caller takes the one before."""
+class TornError(CheckpointError):
+    """A checkpoint that is not whole: the caller takes the one before."""
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Loaded:
@@ -245,10 +245,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Loaded:
     try:
         update, files = _read_manifest(path)
         for name, (size_bytes, sha256) in files.items():
-            _verify(path, name, size_bytes, sha256)
+            verify_file(path, name, size_bytes, sha256)
         return Loaded(path, update, files)
     except OSError as error:
-        raise _TornError(f"{error.filename}: {os.strerror(error.errno or errno.EIO)}") from error
+        raise TornError(f"{error.filename}: {os.strerror(error.errno or errno.EIO)}") from error
 
 
 @contextlib.contextmanager
@@ -333,8 +333,14 @@ def _committed(root: Path) -> list[tuple[int, int, Path]]:
     """(update, revision, path) of every committed checkpoint, oldest first."""
     if not root.is_dir():
         return []
-    matches = ((_COMMITTED.fullmatch(path.name), path) for path in root.iterdir())
-    return sorted((int(match[1]), int(match[2] or 0), path) for match, path in matches if match)
+    named = ((checkpoint_place(path.name), path) for path in root.iterdir())
+    return sorted((*place, path) for place, path in named if place)
+
+
+def checkpoint_place(name: str) -> tuple[int, int] | None:
+    """Update and revision of a checkpoint of this name; None where it is the name of none."""
+    match = _COMMITTED.fullmatch(name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
 
 
 def _committed_digests(root: Path) -> dict[tuple[int, int], tuple[int, str]]:
@@ -349,7 +355,8 @@ def _committed_digests(root: Path) -> dict[tuple[int, int], tuple[int, str]]:
     return known
 
 
-def _directory_name(update: int, revision: int) -> str:
+def checkpoint_name(update: int, revision: int) -> str:
+    """The inverse of `checkpoint_place`."""
     return f"update-{update:09d}" + (f".{revision}" if revision else "")
 
 
@@ -359,15 +366,18 @@ def _manifest_bytes(manifest: Mapping[str, object]) -> bytes:
 
 
 def _read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
-    """The update, and size and SHA-256 of every file."""
-    content = _bounded_bytes(path / MANIFEST)
+    return parse_manifest(_bounded_bytes(path / MANIFEST), path)
+
+
+def parse_manifest(content: bytes, path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
+    """The update, and size and SHA-256 of every file, of the manifest of the checkpoint at `path`. Raises TornError, or CheckpointError for another format."""
     try:
         manifest = json.loads(content)["manifest"]
         whole = _manifest_bytes(manifest) == content
     except (ValueError, TypeError, KeyError, RecursionError):
         whole = False
     if not whole or not isinstance(manifest, dict):
-        raise _TornError(f"{MANIFEST} is damaged")
+        raise TornError(f"{MANIFEST} is damaged")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} has checkpoint format {manifest.get('format')}; this version of shoal reads format {FORMAT}: use the version that wrote it"
@@ -376,10 +386,10 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
         update = int(manifest["update"])
         files = {_plain_name(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise _TornError(f"{MANIFEST} does not list update and files") from error
-    match = _COMMITTED.fullmatch(path.name)
-    if match and int(match[1]) != update:
-        raise _TornError(f"{MANIFEST} is that of update {update}")
+        raise TornError(f"{MANIFEST} does not list update and files") from error
+    place = checkpoint_place(path.name)
+    if place and place[0] != update:
+        raise TornError(f"{MANIFEST} is that of update {update}")
     return update, files
 
 
@@ -388,7 +398,7 @@ def _bounded_bytes(path: Path) -> bytes:
     with open(path, "rb") as file:
         content = file.read(_MANIFEST_BYTES + 1)
     if len(content) > _MANIFEST_BYTES:
-        raise _TornError(f"{path.name} is too long")
+        raise TornError(f"{path.name} is too long")
     return content
 
 
@@ -403,17 +413,18 @@ def _only_plain(path: Path) -> int:
     """Its size; a pipe in a file's place would be waited for without end."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise _TornError(f"{path.name} is no plain file")
+        raise TornError(f"{path.name} is no plain file")
     return status.st_size
 
 
-def _verify(directory: Path, name: str, size_bytes: int, sha256: str) -> None:
+def verify_file(directory: Path, name: str, size_bytes: int, sha256: str) -> None:
+    """Raise TornError where a file of a checkpoint is not what its manifest says, OSError where it cannot be read."""
     path = directory / name
     actual_bytes = _only_plain(path)
     if actual_bytes != size_bytes:
-        raise _TornError(f"{name} has {actual_bytes} bytes instead of {size_bytes}")
+        raise TornError(f"{name} has {actual_bytes} bytes instead of {size_bytes}")
     if _digest(path)[1] != sha256:
-        raise _TornError(f"{name} does not have the SHA-256 that the manifest says")
+        raise TornError(f"{name} does not have the SHA-256 that the manifest says")
 
 
 def _digest(path: Path, *, sync: bool = False) -> tuple[int, str]:

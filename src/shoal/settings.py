@@ -21,6 +21,7 @@ from shoal.config import BUILT_IN, CustomConfig, OffPolicyConfig, RayConfig, Run
 from shoal.errors import ConfigError
 from shoal.imports import OPAQUE, load_object, nearest, object_path
 from shoal.keys import Tree, algorithm_model, check_keys, fields_by_key, section_of
+from shoal.urls import check_url, is_url, local_directory
 
 __all__ = [
     "Raw",
@@ -251,7 +252,8 @@ def _read_target(target: str | Callable[..., Any] | None) -> tuple[str | None, P
 def _passed_back(file: Path) -> Tree:
     """A configuration file; where it is that of a run, the new run does not go into the same directory."""
     tree = read_yaml(file)
-    if tree.get("run_dir") and Path(str(tree["run_dir"])).resolve() == file.resolve().parent:
+    named = str(tree.get("run_dir") or "")
+    if named and (local_directory(named) if is_url(named) else Path(named).resolve()) == file.resolve().parent:
         del tree["run_dir"]
     return tree
 
@@ -362,6 +364,8 @@ def _complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> Run
 
     asked_for: what the user gave, layer by layer; the last was given by hand. resumed: the first of them is the run's own configuration.
     """
+    if is_url(config.run_dir):
+        config.run_dir = check_url(config.run_dir)
     algorithm, sampling = config.algorithm, config.sampling
     own = isinstance(algorithm, CustomConfig)  # whose modes its class says, once torch is there (engines.mains.look)
     if config.mode is None and not own:

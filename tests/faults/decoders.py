@@ -31,6 +31,7 @@ from shoal.experience.envelope import ENVELOPE
 from shoal.experience.group_state import from_bytes, to_bytes
 from shoal.experience.ring import allocate
 from shoal.networks.policy import build_policy, named_tensors
+from shoal.storage.lock import driver_of, parse_lock
 from shoal.supervision.control import MAX_LINE_BYTES, NAME, ControlServer, ask
 from shoal.types import CURSOR, GroupState
 
@@ -69,6 +70,15 @@ def arrays(content: bytes) -> None:
     for given in (content, len(content).to_bytes(8, "little") + content):
         with contextlib.suppress(CheckpointError):
             files.arrays_from_bytes(given)
+
+
+def store_lock(content: bytes) -> None:
+    """Who has a run in a store, and who drove it last."""
+    driver = parse_lock(content)
+    if driver is not None:
+        assert str(driver)
+        assert driver.lives in (True, False)
+    driver_of(content)
 
 
 class Envelope:
@@ -212,6 +222,7 @@ def decoders(directory: Path) -> dict[str, Decoder]:
         "node report": node_report,
         "group state": group_state,
         "safetensors": arrays,
+        "store lock": store_lock,
         "envelope": Envelope(),
         "control": Control(places["control"]),
         "answer": Answer(places["answer"]),
@@ -234,6 +245,7 @@ def examples() -> dict[str, list[bytes]]:
             save({"cursor": np.zeros((2, CURSOR.itemsize), np.uint8)}),
         ],
         "safetensors": [to_bytes(state)],
+        "store lock": [b'{"token": "a", "host": "b", "pid": 1, "place": "", "since": 1e9, "renewed": 1e9}', b'{"parts": 1, "driver": "a"}'],
         "envelope": [bytes(200), b"\xff" * 400],
         "control": [b'{"command": "scale", "actors": 4}', b'{"command": "state"}\n{"command": "stop"}'],
         "answer": [b'{"ok": true, "state": {}}', b'{"ok": false, "error": "no"}'],

@@ -26,6 +26,7 @@ values: Any = st.recursive(
         st.sampled_from([
             "bytes", "sha256", "files", "update", "command", "ok", "actors", "hidden_sizes", "encoder", "network", "kind", "shape", "nvec", "path",
             "host", "versions", "error", "dtype", "observation", "action", "mask_size", "action_mask", "low", "high", "start", "kwargs", "id", "state.json",
+            "token", "pid", "place", "since", "renewed", "driver",
         ]),
         inner, max_size=4,
     ),

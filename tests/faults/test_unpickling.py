@@ -42,8 +42,20 @@ run("show", "run")
 run("runs", ".")
 import shoal
 shoal.load("run").policy()
+url = "file://" + os.path.abspath("store/run")
+os.environ["XDG_CACHE_HOME"] = os.path.abspath("here")
+run("train", "CartPole-v1", *small, "--algorithm.minibatch-size", "64", "--actors", "0", "--stop.updates", "2", "--run-dir", url, "--view", "silent")
+for name in ("run.json", "run.lock", "result.json", "run.db"):
+    path = f"store/run/{name}"
+    whole = open(path, "rb").read() if os.path.exists(path) else b""
+    open(path, "wb").write(bomb)
+    run("show", url)
+    open(path, "wb").write(whole) if whole else os.remove(path)
+os.environ["XDG_CACHE_HOME"] = os.path.abspath("elsewhere")
+run("resume", url, "--stop.updates", "3", "--view", "silent")
+run("evaluate", url, "--episodes", "1")
 assert seen == [], seen
-assert codes == [0] * 14, codes
+assert codes == [0] * 21, codes
 assert not os.path.exists("exploded")
 print("nothing")
 """

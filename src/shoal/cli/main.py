@@ -23,7 +23,7 @@ from shoal.cli.chaos import chaos
 from shoal.cli.common import debug_option, give_answer, given_settings, json_option, say, work_on
 from shoal.cli.deploy import deploy
 from shoal.cli.options import ConfigCommand
-from shoal.cli.output import find_run, plain, print_json, print_table
+from shoal.cli.output import find_here, find_run, plain, print_json, print_table
 from shoal.cli.plan import plan
 from shoal.errors import ShoalError
 
@@ -44,7 +44,7 @@ run_argument = click.argument("run", metavar="RUN")
 def cli() -> None:
     """Distributed reinforcement learning: every sample accounted for, every run resumable and replayable.
 
-    RUN is a run's directory, its name in runs/, or `latest`.
+    RUN is a run's directory, its name in runs/, `latest`, or the URL of one in a store.
     """
 
 
@@ -89,19 +89,25 @@ def train(ctx: click.Context, env_or_config: str, as_json: bool, view: str, prof
 
 @cli.command(cls=ConfigCommand)
 @run_argument
+@click.option(
+    "--take-over",
+    is_flag=True,
+    help="Of a run in a store: also where its lock says that another driver is alive, because you know that it is not.",
+)
 @json_option
 @view_option
 @profile_option
 @debug_option
 @click.pass_context
-def resume(ctx: click.Context, run: str, as_json: bool, view: str, profile: bool, debug: bool) -> None:
+def resume(ctx: click.Context, run: str, take_over: bool, as_json: bool, view: str, profile: bool, debug: bool) -> None:
     """Go on with a run from its newest whole checkpoint, exactly."""
     settings = given_settings(ctx)
 
     def work() -> Any:
         import shoal
 
-        return _with_view(view, lambda progress: shoal.resume(find_run(run), progress=progress, profile=profile, **settings))
+        forced: dict[str, Any] = {"take_over": True} if take_over else {}
+        return _with_view(view, lambda progress: shoal.resume(find_run(run), progress=progress, profile=profile, **forced, **settings))
 
     _finish_training(work_on(work, as_json), as_json)
 
@@ -151,11 +157,11 @@ def check(ctx: click.Context, env: str, as_json: bool, debug: bool) -> None:
 
 
 @cli.command()
-@click.argument("directory", metavar="[DIR]", default="runs", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("directory", metavar="[DIR]", default="runs")
 @json_option
 @debug_option
-def runs(directory: Path, as_json: bool, debug: bool) -> None:
-    """List the runs in a directory."""
+def runs(directory: str, as_json: bool, debug: bool) -> None:
+    """List the runs in a directory, or right below a URL."""
 
     def work() -> Any:
         from shoal.runs import list_runs
@@ -168,7 +174,7 @@ def runs(directory: Path, as_json: bool, debug: bool) -> None:
     elif rows:
         print_table(rows, list(dict.fromkeys(column for row in rows for column in row)))
     else:
-        say(f"no runs in {directory}/", "lines")
+        say(f"no runs in {directory.rstrip('/')}/", "lines")
 
 
 @cli.command()
@@ -200,11 +206,14 @@ def replay(run: str, as_json: bool, debug: bool) -> None:
         from shoal.api import replay as replay_run
         from shoal.files import CheckpointDirectory
         from shoal.monitoring.live import CountView
+        from shoal.runs import find_run as directory_of
 
-        directory = find_run(run)
+        named = find_run(run)
+        directory = directory_of(named)
         total = CheckpointDirectory(directory / "checkpoints").newest().json("learner")["version"]
         with closing(CountView("replay: update", int(total))) as told:
-            return replay_run(directory, progress=told)
+            found = replay_run(directory, progress=told)
+        return {**found, "run": named if isinstance(named, str) else found["run"]}
 
     result = work_on(work, as_json)
     give_answer(result, as_json, "print_replay")
@@ -238,7 +247,7 @@ def control(run: str, command: str, number: int | None, as_json: bool, debug: bo
     def work() -> Any:
         from shoal.cli.control import tell_run
 
-        return tell_run(find_run(run), command, number)
+        return tell_run(find_here(run), command, number)
 
     answer = plain(work_on(work, as_json))
     give_answer(answer, as_json, "print_control", command=command)
@@ -254,7 +263,7 @@ def stalls(run: str, as_json: bool, debug: bool) -> None:
     def work() -> Any:
         from shoal.cli.control import tell_run
 
-        return tell_run(find_run(run), "stalls", timeout_seconds=STALLS_SECONDS)
+        return tell_run(find_here(run), "stalls", timeout_seconds=STALLS_SECONDS)
 
     give_answer(plain(work_on(work, as_json)), as_json, "print_stalls")
 

@@ -96,12 +96,29 @@ def word(value: Any) -> str:
     return str(value)
 
 
-def find_run(name: str, runs: Path = Path("runs")) -> Path:
-    """The directory of a run: a path to it or into it, its name in `runs`, or `latest`. Raises NoRunError."""
+def find_here(name: str) -> Path:
+    """The directory of a run on this disk; of a URL, its working copy. Raises NoRunError."""
+    from shoal.errors import NoRunError
+    from shoal.runs import find_run as run_at
+    from shoal.urls import is_url, local_directory
+
+    if not is_url(name):
+        return run_at(find_run(name))
+    directory = local_directory(name)
+    if not directory.is_dir():
+        raise NoRunError(f"{name} is not driven from this machine: give the command where it is, or `shoal show {name}` here")
+    return directory
+
+
+def find_run(name: str, runs: Path = Path("runs")) -> Path | str:
+    """The directory of a run: a path to it or into it, its name in `runs`, or `latest`; a URL as it is, once it was checked. Raises NoRunError, ConfigError."""
     from shoal.errors import NoRunError
     from shoal.imports import nearest
     from shoal.runs import find_run as run_at
+    from shoal.urls import check_url, is_url
 
+    if is_url(name):
+        return check_url(name)
     known = sorted(runs.glob("*/config.yaml"), key=lambda file: file.stat().st_mtime)
     if name == "latest" and not Path(name).exists():
         if not known:

@@ -99,7 +99,7 @@ def _presets() -> Iterator[str]:
 # ---- commands ------------------------------------------------------------------------------------------------------------
 def _commands() -> Iterator[str]:
     yield "\n## Commands\n"
-    yield "RUN is a run's directory, anything in it, its name in `runs/`, or `latest`. Every command takes `--json` and `--debug`.\n"
+    yield "RUN is a run's directory, anything in it, its name in `runs/`, `latest`, or the URL of one in a store. Every command takes `--json` and `--debug`.\n"
     with click.Context(cli, info_name="shoal") as parent:
         for name in cli.list_commands(parent):
             command = cli.get_command(parent, name)

@@ -86,7 +86,8 @@ def print_show(shown: Mapping[str, Any]) -> None:
     """A run: how it stands, its ledger, faults, checkpoint, what it is configured to, and its schema."""
     status = _REASONS.get(str(shown["status"]), str(shown["status"]))
     if shown.get("process"):
-        status += f" (process {shown['process']})"
+        where = f" on {shown['host']}" if shown.get("host") else ""
+        status += f" (process {shown['process']}{where})"
     elif shown["status"] == "stopped":
         status += ": it ended without a result; `shoal resume` goes on from its checkpoint"
     results = shown.get("results") or {}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from shoal.config import RunConfig
 from shoal.engines.coordinator import Coordinator
+from shoal.engines.elsewhere import Elsewhere
 from shoal.engines.plan import Episode
 from shoal.errors import CheckpointError, DivergedError
 from shoal.files import CheckpointDirectory, Loaded, Staging, whole_state
@@ -67,6 +68,7 @@ class Session:
     started: float | None = None  # first environment step, on the clock
     wanted_end: str | None = None  # "interrupted", or a reason that a caller gave
     checkpoint_path: Path | None = None  # of the newest checkpoint that this run made or began with
+    elsewhere: Elsewhere = field(default_factory=Elsewhere)
 
     def __post_init__(self) -> None:
         self.checkpoints = CheckpointDirectory(self.directory / "checkpoints")
@@ -88,7 +90,8 @@ class Session:
             self.started = min(self.clock(), begun_ns / 1e9)
 
     def finish_update(self, metrics: dict[str, float]) -> str | None:
-        """Account for an update that the learner finished. Returns the reason to stop, if there is one."""
+        """Account for an update that the learner finished. Returns the reason to stop, if there is one. Raises StorageError where the run is another driver's now."""
+        self.elsewhere.tell(self.observer.event)
         c = self.coordinator
         skipped, stepped = int(metrics.get("skipped_steps", 0.0)), int(metrics.get("optimizer_steps", 0.0))
         if skipped and self.may_save:
@@ -137,7 +140,8 @@ class Session:
     def commit(self, staging: Staging, arrays: Arrays, facts: dict[str, Any]) -> Path:
         self.observer.flush()  # the log of consumption is never behind a checkpoint
         path = staging.commit()
-        self.checkpoints.sweep(self.config.checkpoint.keep)
+        self.elsewhere.saved(path)
+        self.checkpoints.sweep(self.config.checkpoint.keep, self.elsewhere.held())
         self.checkpoint_path = path
         self._saved_at, self._saved_version = self.clock(), self.coordinator.version
         self.observer.event("checkpoint", update=self.coordinator.version, path=path.name)

@@ -26,6 +26,7 @@ from shoal.monitoring.store import EpisodeRow, RunStore
 from shoal.monitoring.tensorboard import TensorBoardWriter
 from shoal.monitoring.words import event_words
 from shoal.types import Activity, ActivityRecord
+from shoal.urls import is_url, name_of
 
 if TYPE_CHECKING:
     from shoal.engines.coordinator import Coordinator
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 RECORD_SECONDS = 0.5  # between two rows of metrics
 RATE_SECONDS = 5.0  # window of env steps per second, and of time by role
-_UNSPOKEN = frozenset({"checkpoint", "failed", "recovered"})  # whoever called says why it failed
+_UNSPOKEN = frozenset({"checkpoint", "failed", "recovered", "uploaded"})  # whoever called says why it failed
 _ROLE_OF = {
     Activity.STEPPING: "environment",
     Activity.RESTORING: "environment",
@@ -75,6 +76,7 @@ class Recorder:
         self._broken = self._board_broken = self._paused = False
         self._wanted_actors = config.actors or 0
         self._checkpoints: deque[int] = deque(maxlen=config.checkpoint.keep)
+        self._kept = "uploaded" if is_url(config.run_dir) else "checkpoint"  # what a run may go on from, wherever it does
 
     def attach(self, session: Session) -> None:
         self._session = session
@@ -121,7 +123,7 @@ class Recorder:
         self._keep(lambda: self.store.event(kind, update, **facts))
         if kind == "rolled_back":
             self._keep(lambda: self.store.rewind(update, self._coordinator.ledger.final))
-        if kind == "checkpoint" and self._coordinator.plan.mode == "sync":
+        if kind == self._kept and self._coordinator.plan.mode == "sync":
             self._keep(lambda: self._forget(update))
         if kind in ("pause", "continue"):
             self._paused = kind == "pause"
@@ -174,7 +176,7 @@ class Recorder:
         mean, p99, largest = lag_summary(c.lag)
         balance = c.ledger.balance()
         return Snapshot(
-            run=self._directory.name,
+            run=name_of(config.run_dir) if is_url(config.run_dir) else self._directory.name,
             env=config.env.id,
             algorithm=config.algorithm.name,
             mode=c.plan.mode,

@@ -312,3 +312,26 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset, tuple)):
         return sorted(value)
     return str(value)
+
+
+def copy_database(path: Path, to: Path) -> None:
+    """A copy of a run.db, which may be written meanwhile, as it was at one moment, in one file. Raises RunError."""
+    to.unlink(missing_ok=True)
+    try:
+        opened = f"{path.absolute().as_uri()}?mode=ro"
+        with contextlib.closing(sqlite3.connect(opened, uri=True, timeout=30.0)) as source, contextlib.closing(sqlite3.connect(to)) as copy:
+            source.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")  # else a reader would make a second file beside it
+    except sqlite3.Error as error:
+        raise RunError(f"cannot copy {path}: {error}; is the disk full?") from error
+
+
+def check_database(path: Path) -> None:
+    """Raise RunError where a run.db that came from elsewhere is not whole."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            found = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.Error as error:
+        raise RunError(f"{path} is damaged: {error}") from error
+    if found != ("ok",):
+        raise RunError(f"{path} is damaged: {found[0] if found else 'it says nothing'}")

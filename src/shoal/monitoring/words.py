@@ -107,4 +107,11 @@ _SENTENCES: dict[str, Callable[[_Facts], str]] = {
     "pause": lambda facts: "paused: no more rollouts are ordered until `shoal control RUN continue`",
     "continue": lambda facts: "going on",
     "checkpoint": lambda facts: f"checkpoint of update {facts['update']:,}",
+    "uploaded": lambda facts: f"the checkpoint of update {facts['update']:,} is in the store",
+    "upload_skipped": lambda facts: (
+        f"the store is slower than the run: {counted(int(facts['skipped']), 'checkpoint')} before that of update {facts['update']:,} went without a copy there"
+    ),
+    "upload_failed": lambda facts: (
+        f"warning: the checkpoint of update {facts['update']:,} could not be copied to the store ({facts['message']}); the run goes on, and the next one is tried"
+    ),
 }

@@ -1,0 +1,172 @@
+"""Checkpoints in a store: files first, the manifest last, which commits. What has none is nobody's, and is swept.
+
+A checkpoint there holds the same files under the same manifest as on the driver's disk. Its revision tells drivers apart: each part of a run numbers from
+`REVISIONS` times its own number, so that one that was given up, and is still writing, writes into no other's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from shoal.errors import CheckpointError, StorageError
+from shoal.files import MANIFEST, CheckpointDirectory, TornError, checkpoint_name, checkpoint_place, parse_manifest, verify_file
+from shoal.storage.objects import MissingError, Store, retried
+
+ROOT = "checkpoints"
+REVISIONS = 1000  # of an update, that one part of a run may number
+
+Files = Mapping[str, tuple[int, str]]  # size and SHA-256 by name
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint that is whole in the store, or was when it was looked at."""
+
+    name: str
+    update: int
+    files: Files
+
+
+def committed(store: Store) -> list[tuple[int, int]]:
+    """(update, revision) of every checkpoint that has a manifest, oldest first."""
+    return sorted(place for name, files in _directories(store).items() if MANIFEST in files and (place := checkpoint_place(name)))
+
+
+def _directories(store: Store) -> dict[str, dict[str, int]]:
+    """Sizes of the files below ROOT, by directory and name."""
+    found: dict[str, dict[str, int]] = {}
+    for name, size in store.files(ROOT).items():
+        directory, _, file = name.removeprefix(f"{ROOT}/").partition("/")
+        found.setdefault(directory, {})[file] = size
+    return found
+
+
+def upload(
+    store: Store,
+    path: Path,
+    part: int,
+    *,
+    before: Stored | None = None,
+    guard: Callable[[], None] = lambda: None,
+    moved: Callable[[], None] = lambda: None,
+) -> Stored:
+    """Copy a committed checkpoint of this disk.
+
+    Args:
+      part: of the run, which names the revision.
+      before: one that is whole in the store already: a file of it that is the same is copied within the store, where that can copy.
+      guard: called before the manifest is written; raises where the run is not this driver's any more.
+      moved: called after each file, and now and then while bytes move; may raise too.
+    Raises:
+      StorageError: the store refuses, or holds another size than was sent. TornError, OSError: the files here are not what the manifest says.
+    """
+    content = (path / MANIFEST).read_bytes()
+    update, files = parse_manifest(content, path)
+    name = _free_name(store, update, part)
+    for file, (size_bytes, sha256) in files.items():
+        target = f"{ROOT}/{name}/{file}"
+        same = before is not None and before.files.get(file) == (size_bytes, sha256)
+        if before is None or not same or not store.copy(f"{ROOT}/{before.name}/{file}", target):
+            verify_file(path, file, size_bytes, sha256)
+            store.put(target, path / file, moved)
+        moved()
+        if (there := store.size(target)) != size_bytes:
+            raise StorageError(f"{store.url}/{target} has {there} bytes after {size_bytes} were written")
+    guard()
+    store.write(f"{ROOT}/{name}/{MANIFEST}", content)
+    return Stored(name, update, files)
+
+
+def _free_name(store: Store, update: int, part: int) -> str:
+    """The first revision of this part that is not committed."""
+    taken = {revision for saved, revision in committed(store) if saved == update}
+    return checkpoint_name(update, next(number for number in range(part * REVISIONS, (part + 1) * REVISIONS) if number not in taken))
+
+
+def sweep(store: Store, newest: int, keep: int) -> None:
+    """Remove all but the newest `keep` updates, superseded revisions, whatever is of later updates (a roll-back undid them) or never had its manifest.
+
+    Args:
+      newest: update of the one that was uploaded last.
+    """
+    found = _directories(store)
+    places = {place: name for name, files in found.items() if MANIFEST in files and (place := checkpoint_place(name))}
+    by_update = {update: places[update, revision] for update, revision in sorted(places) if update <= newest}
+    kept = {by_update[update] for update in sorted(by_update)[-keep:]}
+    for name, files in found.items():
+        if name in kept or checkpoint_place(name) is None:
+            continue
+        if MANIFEST in files:  # first: what is removed in part is not committed any more
+            store.remove(f"{ROOT}/{name}/{MANIFEST}")
+        store.remove_all(f"{ROOT}/{name}")
+
+
+def newest_whole(store: Store) -> tuple[Stored | None, list[str]]:
+    """The newest checkpoint whose files all have the sizes of its manifest (their hashes are not read), and a line for each that was passed over."""
+    found, torn = _directories(store), list[str]()
+    for update, revision in reversed(committed(store)):
+        name = checkpoint_name(update, revision)
+        try:
+            stored = _stored(store, name)
+            for file, (size_bytes, _) in stored.files.items():
+                if (there := found.get(name, {}).get(file)) != size_bytes:
+                    raise TornError(f"{file} is missing" if there is None else f"{file} has {there} bytes instead of {size_bytes}")
+        except TornError as error:
+            torn.append(f"checkpoint {name} in {store.url} is not whole ({error})")
+            continue
+        return stored, torn
+    return None, torn
+
+
+def _stored(store: Store, name: str) -> Stored:
+    content = retried(partial(store.read, f"{ROOT}/{name}/{MANIFEST}"))
+    if content is None:
+        raise TornError(f"{MANIFEST} is missing")
+    return Stored(name, *parse_manifest(content, Path(name)))
+
+
+def fetch_newest(
+    store: Store, into: CheckpointDirectory, wanted: Callable[[str], bool] = lambda file: True
+) -> tuple[int | None, list[str]]:
+    """Bring the newest whole checkpoint to this disk, every hash verified, and commit it there with those of its files that are wanted.
+
+    Returns:
+      its update (None where the store has none), and a line for each newer one that was passed over.
+    Raises:
+      CheckpointError: there are some and none is whole, the newest is of another format, or this disk refuses. StorageError: the store cannot be read.
+    """
+    torn: list[str] = []
+    places = retried(partial(committed, store))
+    for update, revision in reversed(places):
+        name = checkpoint_name(update, revision)
+        try:
+            _fetch(store, _stored(store, name), into, wanted)
+        except (TornError, MissingError) as error:
+            torn.append(f"checkpoint {name} in {store.url} is not whole ({error})")
+            continue
+        return update, [f"{what}; taking the one before it" for what in torn]
+    if torn:
+        raise CheckpointError(
+            f"no whole checkpoint in {store.url}: {'; '.join(torn)}. Put a copy back; or move them away, and `shoal resume` begins again from the start"
+        )
+    return None, []
+
+
+def _fetch(store: Store, stored: Stored, into: CheckpointDirectory, wanted: Callable[[str], bool]) -> None:
+    with into.begin(stored.update) as staging:
+        for file, (size_bytes, sha256) in stored.files.items():
+            if not wanted(file):
+                continue
+            object_name = f"{ROOT}/{stored.name}/{file}"
+            there = retried(partial(store.size, object_name))
+            if there != size_bytes:  # before it is brought here, whatever its length
+                raise TornError(f"{file} is missing" if there is None else f"{file} has {there} bytes instead of {size_bytes}")
+            with staging.disk_errors():
+                (staging.path / file).parent.mkdir(parents=True, exist_ok=True)
+            retried(partial(store.get, object_name, staging.path / file))
+            with staging.disk_errors():
+                verify_file(staging.path, file, size_bytes, sha256)
+        staging.commit()
