@@ -257,6 +257,7 @@ class RayHosts:
             "RAY_TLS_CA_CERT": str(made.directory / "tls" / AUTHORITY),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_raylet_start_wait_time_s": "120",
+            "RAY_worker_niceness": "0",  # else a busy machine leaves nothing to actors
         }
         return made
 
