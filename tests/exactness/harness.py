@@ -57,6 +57,8 @@ TASKS = {
         "--policy.normalise-observations", "true", "--policy.normalise-rewards", "true",
     ],
 }  # fmt: skip
+# Of several learners that learn from replays: not among TASKS, since a whole run takes its time, and each test of all would make some of them.
+SEVERAL = {f"{name}, two learners": [*TASKS[name], "--learners", "2"] for name in ("dqn", "sac")}
 
 
 @dataclass
@@ -312,6 +314,6 @@ def reference(task: str, updates: int, shared: Path) -> Outcome:
         fcntl.flock(lock, fcntl.LOCK_EX)
         kept = place.with_suffix(".json")
         if not kept.exists():
-            outcome = train([*TASKS[task], "--stop.updates", str(updates), "--actors", "0"], place)
+            outcome = train([*(TASKS | SEVERAL)[task], "--stop.updates", str(updates), "--actors", "0"], place)
             kept.write_text(json.dumps(outcome.result))
         return Outcome(json.loads(kept.read_text()))
