@@ -37,8 +37,13 @@ class Alone(Algorithm):
 
 OWN = """
 from shoal.algorithms.dqn import DQN
+from shoal.config import DQNConfig
+
+class OwnConfig(DQNConfig):
+    name: str = "own"
 
 class Own(DQN):
+    Config = OwnConfig
     shares = False
 """
 
