@@ -358,7 +358,7 @@ class ReplayConfig(Section):
     learning_starts: Annotated[int, Field(ge=0)] = Field(1_000, description="env steps that are inserted before the first is sampled")
     shards: Positive = Field(
         1,
-        description="parts that the groups are spread over in memory, for several learners; with one learner it changes nothing but where arrays lie",
+        description="parts that the groups are spread over in memory, which changes nothing but where arrays lie; each of several learners has one",
     )
     sequence_length: Positive | None = Field(
         None,
@@ -426,7 +426,7 @@ class RunConfig(Section):
     )
     learners: Annotated[int, Field(ge=1, le=64)] = Field(
         1,
-        description="processes that learn together: each takes its part of every minibatch, and gradients are added up over all (PPO, APPO, IMPALA)",
+        description="processes that learn together: each takes its part of every batch, and gradients are added up over all; what learns from a replay divides that too",
     )
     mode: Literal["sync", "async"] | None = Field(
         None,

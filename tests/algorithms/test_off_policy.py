@@ -94,7 +94,7 @@ class Caught:
     def __init__(self, optimizer: Any) -> None:
         self.parameters, self.flat, self.steps, self.skipped = optimizer.parameters, optimizer.flat, 1, 0
 
-    def descend(self, gradients: Any, learning_rate: float, loss: Tensor) -> float:
+    def descend(self, gradients: Any, learning_rate: float, loss: Tensor, share: float | None = None) -> float:
         self.gradients, self.loss = [g.clone() for g in gradients], loss
         return 0.0
 

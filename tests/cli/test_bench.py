@@ -13,7 +13,7 @@ import pytest
 
 SMALL = ["--preset", "none", "--sampling.groups", "2", "--sampling.group-size", "2", "--sampling.rollout-length", "16", "--actors", "1"]
 PARTS = {
-    "settings", "date", "machine", "cores", "costs", "mixed", "crowding", "transport", "learning", "environment", "sizes", "ceilings", "references",
+    "settings", "date", "machine", "cores", "costs", "mixed", "crowding", "transport", "learning", "several", "environment", "sizes", "ceilings", "references",
 }  # fmt: skip
 
 
@@ -50,6 +50,7 @@ def test_costs_and_the_ceilings_that_follow(options: list[str], form: str, mode:
     assert set(found) == PARTS
     assert (found["settings"]["form"], found["settings"]["mode"], found["settings"]["batch_env_steps"]) == (form, mode, 64)
     ceilings_follow(found)
+    assert found["several"] is None
     assert found["ceilings"]["waiting"] is None
     assert found["crowding"] > 0.0
     assert found["ceilings"]["of_mode"] == found["ceilings"][mode]
@@ -58,6 +59,24 @@ def test_costs_and_the_ceilings_that_follow(options: list[str], form: str, mode:
     for beside in (found["references"][name] for name in ("environment", "inference", "learning")):
         assert beside["times"] == pytest.approx(beside["shoal_us"] / beside["bare_us"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_learners_are_measured_at_their_part_and_at_what_they_add_up(tmp_path: Path) -> None:
+    options = ["--algorithm", "ppo", "--algorithm.epochs", "2", "--algorithm.minibatch-size", "32", "--learners", "2"]
+    found = answer("bench", "costs", "CartPole-v1", *SMALL, *options, "--seconds", "0", cwd=tmp_path)
+    several = found["several"]
+    assert several["learners"] == 2
+    assert several["exchanges"] == 1 + 2 * 2  # values, and two minibatches of each epoch
+    assert 0 < several["share_us"] < 2 * found["costs"]["l"]
+    assert several["exchange_us"] > 0
+    whole = 2 * (several["share_us"] + several["exchange_us"]) + found["transport"]["consume"]
+    assert several["l_us"] == pytest.approx(whole)
+    acting = found["costs"]["e"] + found["costs"]["i"] + found["costs"]["x"]
+    assert found["ceilings"]["async"] == pytest.approx(found["cores"] * 1e6 / (acting + whole))
+    assert found["ceilings"]["sync"] == pytest.approx(1e6 / (acting / found["cores"] + whole / several["cores"]))
+    done = shoal("bench", "costs", "CartPole-v1", *SMALL, *options, "--seconds", "0", cwd=tmp_path)
+    assert "each of 2 learners: its part" in done.stdout
+    assert "5 exchanges an update" in done.stdout
 
 
 def test_a_network_that_bare_loops_have_not_is_measured_without_them(tmp_path: Path) -> None:

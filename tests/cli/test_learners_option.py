@@ -35,10 +35,31 @@ class Alone(Algorithm):
 """
 
 
+OWN = """
+from shoal.algorithms.dqn import DQN
+from shoal.config import DQNConfig
+
+class OwnConfig(DQNConfig):
+    name: str = "own"
+
+class Own(DQN):
+    Config = OwnConfig
+    shares = False
+"""
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--algorithm", "dqn", "--learners", "2"], "learners: dqn learns from a replay, which one learner holds"),
+        (
+            ["--algorithm", "dqn", "--learners", "3", "--algorithm.batch-size", "100"],
+            "algorithm.batch_size: 100 transitions of a batch cannot be dealt evenly to 3 learners (learners); 99 or 102 can",
+        ),
+        (
+            ["--algorithm", "dqn", "--learners", "2", "--algorithm.batch-size", "64", "--sampling.groups", "3"],
+            "sampling.groups: 3 groups (each learner keeps and samples the rollouts of its own) cannot be dealt evenly to 2 learners (learners); 2 or 4 can",
+        ),
+        (["--algorithm", "own.py:Own", "--learners", "2"], "own.py:Own does not divide its work, as the built-in algorithms do"),
         (["--algorithm", "alone.py:Alone", "--learners", "2"], "does not divide its work"),
         (["--learners", "2", "--algorithm.minibatch-size", "1"], "1 rows cannot be divided among 2 learners"),
         (["--learners", "0"], "learners: should be greater than or equal to 1"),
@@ -46,9 +67,21 @@ class Alone(Algorithm):
 )
 def test_what_several_learners_cannot_do_is_refused_before_anything_is_made(given: list[str], said: str, tmp_path: Path) -> None:
     (tmp_path / "alone.py").write_text(ALONE)
+    (tmp_path / "own.py").write_text(OWN)
     code, _, errors = command("train", "CartPole-v1", *given, "--stop.updates", "1", "--run-dir", "run", cwd=tmp_path)
     assert (code, said in errors) == (2, True), errors
     assert not (tmp_path / "run").exists()
+
+
+def test_several_learners_learn_from_a_replay_as_the_guide_says(tmp_path: Path) -> None:
+    args = ("train", "CartPole-v1", "--algorithm", "dqn", "--learners", "2", "--stop.updates", "20", "--run-dir", "run", "--json")
+    code, out, said = command(*args, cwd=tmp_path)
+    assert code == 0, said
+    result = json.loads(out)
+    assert (result["reason"], result["updates"], result["restarts"]) == ("updates", 20, 0)
+    assert result["ledger"]["replayed"] == result["env_steps"]
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    assert {path.name for path in (newest / "replay").iterdir()} == {"0-of-2", "1-of-2"}
 
 
 def test_each_learner_has_its_part_of_a_profile_and_of_what_control_says(tmp_path: Path) -> None:

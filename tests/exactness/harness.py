@@ -53,6 +53,8 @@ TASKS = {
         "--policy.normalise-observations", "true", "--policy.normalise-rewards", "true",
     ],
 }  # fmt: skip
+# Of several learners that learn from replays: not among TASKS, since a whole run takes its time, and each test of all would make some of them.
+SEVERAL = {f"{name}, two learners": [*TASKS[name], "--learners", "2"] for name in ("dqn", "sac")}
 
 
 @dataclass
@@ -193,4 +195,4 @@ def made_once(name: str, args: Sequence[str], shared: Path) -> Outcome:
 
 def reference(task: str, updates: int, shared: Path) -> Outcome:
     """The same training with all roles in one process."""
-    return made_once(f"{task}-{updates}", [*TASKS[task], "--stop.updates", str(updates)], shared)
+    return made_once(f"{task}-{updates}", [*(TASKS | SEVERAL)[task], "--stop.updates", str(updates)], shared)

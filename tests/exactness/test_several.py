@@ -16,9 +16,25 @@ from faults.living import TINY, living, saved
 from shoal.supervision.injector import roles_below
 
 from . import test_sync
-from .harness import HERE, SAVING, TASKS, Killer, balanced, noticed_deaths, reference, shoal, start, train, train_through_kills
+from .harness import (
+    HERE,
+    SAVING,
+    SEVERAL,
+    TASKS,
+    Killer,
+    Outcome,
+    balanced,
+    noticed_deaths,
+    reference,
+    shoal,
+    start,
+    train,
+    train_through_kills,
+)
 
 UPDATES = test_sync.UPDATES["learners"]
+REPLAYED = 20  # updates of what learns from replays
+replays = pytest.mark.parametrize("task", SEVERAL)
 APPO = [
     "CartPole-v1", "--preset", "none", "--algorithm", "appo", "--algorithm.epochs", "2", "--algorithm.minibatch-size", "128",
     "--sampling.groups", "4", "--sampling.group-size", "4", "--sampling.rollout-length", "24", *SAVING, "--learners", "2", "--actors", "2",
@@ -95,6 +111,56 @@ def test_weights_that_are_no_longer_the_same_end_the_run_and_name_the_learners(t
     said = log.read_text()
     assert "after update 10 the learners do not hold the same weights (learner-0 " in said
     assert ", learner-1 " in said
+
+
+def replayed(task: str, actors: int) -> list[str]:
+    return [*SEVERAL[task], "--stop.updates", str(REPLAYED), "--actors", str(actors)]
+
+
+def assert_same(outcome: Outcome, task: str, shared: Path) -> None:
+    expected = reference(task, REPLAYED, shared)
+    assert outcome.sha == expected.sha
+    for name in ("replayed", "evicted"):
+        assert outcome.result["ledger"][name] == expected.result["ledger"][name] > 0
+
+
+@replays
+def test_replays_of_several_are_the_same_for_any_number_of_actors(task: str, tmp_path: Path, shared: Path) -> None:
+    for actors in (1, 3):
+        outcome = train(replayed(task, actors), tmp_path / str(actors))
+        assert_same(outcome, task, shared)
+        assert outcome.result["ledger"]["dropped"] == {}
+
+
+@replays
+def test_a_learner_that_is_killed_leaves_its_replay_to_the_next(task: str, tmp_path: Path, shared: Path) -> None:
+    killer = Killer.of("shoal:learner", 3, REPLAYED, seed=46)
+    outcome = train(replayed(task, 2), tmp_path / "run", killer)
+    assert_same(outcome, task, shared)
+    assert outcome.noticed == outcome.sent > 1
+    assert outcome.result["ledger"]["dropped"] == {}
+    assert events(tmp_path / "run", "rolled_back") == []
+    back = events(tmp_path / "run", "recovered")
+    assert [event["role"] for event in back] == ["learner"] * outcome.sent
+    assert max(event["ready_seconds"] for event in back) < 10.0  # until all stand where they stood; then the update is made again
+
+
+@replays
+def test_replays_of_several_are_the_same_after_a_kill_of_the_whole_run(task: str, tmp_path: Path, shared: Path) -> None:
+    assert_same(train_through_kills(replayed(task, 2), tmp_path / "run", 1, REPLAYED, seed=47), task, shared)
+    assert {path.name for path in (tmp_path / "run").glob("checkpoints/*/replay/*")} == {"0-of-2", "1-of-2"}
+
+
+def test_an_async_run_with_replays_of_several_is_replayed_and_keeps_its_number(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    args = [*SEVERAL["dqn, two learners"], "--mode", "async", "--actors", "2", "--stop.updates", "30"]
+    outcome = train(args, run, Killer.of("shoal:learner", 2, 30, seed=48))
+    assert events(run, "rolled_back") == []
+    assert "rolled_back" not in outcome.result["ledger"]["dropped"]
+    assert shoal("replay", str(run), log=tmp_path / "replay.log")["equal"] is True
+    process = start(["resume", str(run), "--learners", "1", "--stop.updates", "40"], tmp_path / "run.log")
+    assert process.wait(120) == 2
+    assert "learners was 2 when the run began and cannot become 1" in (tmp_path / "run.log").read_text()
 
 
 def small(*more: str) -> list[str]:

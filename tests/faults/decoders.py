@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import socket
 from collections.abc import Callable
@@ -29,10 +30,12 @@ from shoal.errors import CheckpointError, RunError, SchemaError
 from shoal.evaluation.bundle import load_policy, save_bundle
 from shoal.experience.envelope import ENVELOPE
 from shoal.experience.group_state import from_bytes, to_bytes
+from shoal.experience.replay_memory import KeptMemory
 from shoal.experience.ring import allocate
 from shoal.networks.policy import build_policy, named_tensors
 from shoal.storage.lock import driver_of, parse_lock
 from shoal.supervision.control import MAX_LINE_BYTES, NAME, ControlServer, ask
+from shoal.supervision.memory import anonymous_file
 from shoal.types import CURSOR, GroupState
 
 Decoder = Callable[[bytes], None]
@@ -107,6 +110,21 @@ class Envelope:
         with contextlib.suppress(SchemaError, ValueError):
             coordinator.filled(0, lease.identity)
             coordinator.next_batch()
+
+
+def journal(content: bytes) -> None:
+    """What a learner that was killed left of its replay's journal; also with a length in front that is right."""
+    for head in (content[:16], (0).to_bytes(8, "little") + (max(0, len(content) - 16)).to_bytes(8, "little")):
+        fds = anonymous_file("rows"), anonymous_file("journal")
+        try:
+            memory = KeptMemory(*fds)
+            memory.array((4, 2), "float32")
+            os.pwrite(fds[1], head + content[16:], 0)
+            with contextlib.suppress(ValueError):
+                memory.back_to(0)
+        finally:
+            for fd in fds:
+                os.close(fd)
 
 
 class Control:
@@ -224,6 +242,7 @@ def decoders(directory: Path) -> dict[str, Decoder]:
         "safetensors": arrays,
         "store lock": store_lock,
         "envelope": Envelope(),
+        "journal": journal,
         "control": Control(places["control"]),
         "answer": Answer(places["answer"]),
         "manifest": Manifest(places["manifest"]),
@@ -247,6 +266,7 @@ def examples() -> dict[str, list[bytes]]:
         "safetensors": [to_bytes(state)],
         "store lock": [b'{"token": "a", "host": "b", "pid": 1, "place": "", "since": 1e9, "renewed": 1e9}', b'{"parts": 1, "driver": "a"}'],
         "envelope": [bytes(200), b"\xff" * 400],
+        "journal": [np.array([0, 56, 1, 2, 0, 1, 3, 0, 0], np.int64).tobytes()],
         "control": [b'{"command": "scale", "actors": 4}', b'{"command": "state"}\n{"command": "stop"}'],
         "answer": [b'{"ok": true, "state": {}}', b'{"ok": false, "error": "no"}'],
         "manifest": [files._manifest_bytes(manifest), json.dumps(manifest).encode(), json.dumps(manifest["files"]).encode()],

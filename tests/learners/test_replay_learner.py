@@ -107,8 +107,10 @@ def test_a_sequences_state_is_what_the_actor_had_and_its_priority_changes() -> N
     replay = world.learner.replay
     sample = replay.sample_sequences(8, np.random.default_rng(0), beta=1.0)
     rows = world.learner._sequences(sample)
-    assert rows.burn_in == 1
+    assert (rows.burn_in, rows.share) == (1, 1.0)
     for name, found in vars(rows).items():
+        if name == "share":  # is of this learner, not of the sample
+            continue
         sampled = getattr(sample, name)
         for key in sampled if isinstance(sampled, dict) else [None]:
             np.testing.assert_array_equal(found if key is None else found[key], sampled if key is None else sampled[key])

@@ -170,10 +170,15 @@ class Optimizer:
     def _one_vector(self, gradients: Sequence[Tensor]) -> Tensor:
         return self._gradient if gradients is self.gradients else torch.cat([g.reshape(-1) for g in gradients])
 
-    def descend(self, gradients: Sequence[Tensor], learning_rate: float, loss: Tensor | float) -> float:
+    def descend(self, gradients: Sequence[Tensor], learning_rate: float, loss: Tensor | float, share: float | None = None) -> float:
         """The same from the gradients of `parameters`, in their order and shapes. `loss` is only looked at: the step is refused where it is
-        not finite."""
-        return self.follow(self._one_vector(gradients), learning_rate, loss)
+        not finite. Of several learners: the same step for all, from what each found for its rows.
+
+        Args:
+          share: of these rows in those of all learners; by default all have as many.
+        """
+        gradient, said = self.gather(gradients, {"loss": loss}, 1.0 / self.ranks.size if share is None else share)
+        return self.follow(gradient, learning_rate, said["loss"])
 
     def follow(self, gradient: Tensor, learning_rate: float, loss: Tensor | float) -> float:
         """The same from one vector [P], which is overwritten."""

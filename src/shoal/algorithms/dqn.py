@@ -90,6 +90,7 @@ class DQN(OffPolicyAlgorithm[DQNConfig]):
     """The target network is part of the algorithm's state; the policy on the board is the online network."""
 
     Config = DQNConfig
+    shares = True
     policy: QPolicy
 
     def __init__(self, policy: QPolicy, config: DQNConfig) -> None:

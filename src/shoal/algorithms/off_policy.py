@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from shoal.algorithms.base import Optimizer, UpdateContext
+from shoal.algorithms.ranks import ALONE, Ranks
 from shoal.config import OffPolicyConfig, PolicyConfig, QConfig
 from shoal.networks.acting import NetworkKind
 from shoal.networks.policy import named_tensors
@@ -58,6 +60,7 @@ class SequenceRows:
       valid_LM: bool, what may be trained. return_LM, discount_LM: float32. successor_LM: int64, the row to bootstrap from.
       state: by name, [M, H], before row 0.
       weight_M: float32, of importance: at most 1.
+      share: of the valid rows behind the burn-in in those of all learners.
     """
 
     burn_in: int
@@ -71,6 +74,7 @@ class SequenceRows:
     successor_LM: Tensor
     state: dict[str, Tensor]
     weight_M: Tensor
+    share: float = 1.0
 
 
 class Beginning(NamedTuple):
@@ -97,11 +101,15 @@ class OffPolicyAlgorithm(Generic[ConfigT]):
     Attributes:
       Config: model of its settings. modes: of the engine, the default first.
       remembers: whether its policy has a memory, which it trains on sequences; `replay.sequence_length` and `replay.burn_in` say on which.
+      shares: whether several learners can divide its work: `learn` goes down gradients with `Optimizer.descend`, which adds up (and is given the
+        share of sequences); what is random for each row comes from `noise`. ranks: who of them this is.
     """
 
     Config: ClassVar[type[OffPolicyConfig]] = OffPolicyConfig
     modes: ClassVar[tuple[Literal["sync", "async"], ...]] = ("sync", "async")
     remembers: ClassVar[bool] = False
+    shares: ClassVar[bool] = False
+    ranks: Ranks = ALONE
 
     def __init__(self, policy: Any, config: ConfigT) -> None:
         self.policy = policy
@@ -131,6 +139,18 @@ class OffPolicyAlgorithm(Generic[ConfigT]):
             them beyond this call, metrics and priorities included, is in tensors of the algorithm's own.
         """
         raise NotImplementedError(f"{type(self).__name__}.learn")
+
+    def join(self, ranks: Ranks) -> None:
+        """Learn as one of several from now on."""
+        self.ranks = ranks
+        for optimizer in self.optimizers().values():
+            optimizer.ranks = ranks
+
+    def noise(self, context: UpdateContext, num: int, size: int, draws: int = 1) -> Tensor:
+        """Standard normal numbers for this learner's M rows, float32 [draws * M, size]: its part of those that one learner would draw for all rows, the
+        rows of each learner behind those of the one before."""
+        drawn = context.rng.standard_normal((draws, self.ranks.size * num, size), np.float32)
+        return torch.from_numpy(drawn[:, self.ranks.rank * num : (self.ranks.rank + 1) * num].reshape(-1, size))
 
     def optimizers(self) -> dict[str, Optimizer]:
         """All that it has, by what the names of their state begin with; the first is the one whose steps are counted."""

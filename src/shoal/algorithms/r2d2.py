@@ -87,7 +87,7 @@ class R2D2(OffPolicyAlgorithm[R2D2Config]):
     """The target network is part of the algorithm's state; the policy on the board is the online network. Both burn in on their own."""
 
     Config = R2D2Config
-    remembers = True
+    remembers = shares = True
     policy: RecurrentQPolicy
 
     def __init__(self, policy: RecurrentQPolicy, config: R2D2Config) -> None:
@@ -123,7 +123,7 @@ class R2D2(OffPolicyAlgorithm[R2D2Config]):
         loss = r2d2_loss(chosen_RM.detach(), target_RM, trained_RM, rows.weight_M, config.priority_eta)
         gradients = torch.autograd.grad(chosen_RM, self.optimizer.parameters, loss.gradient_RM, allow_unused=True, materialize_grads=True)
         learning_rate = schedule(config.learning_rate, config.learning_rate_schedule, context.progress)
-        grad_norm = self.optimizer.descend(gradients, learning_rate, loss.loss)
+        grad_norm = self.optimizer.descend(gradients, learning_rate, loss.loss, rows.share)
         self.target.follow_by(config, self.optimizer)
         metrics: Metrics = {"loss": loss.loss, "grad_norm": grad_norm, "td_error": loss.priority_M, "learning_rate": learning_rate}
         metrics["q_mean"] = chosen_RM.detach()[trained_RM]

@@ -1,13 +1,15 @@
 """Several learners of one run: which of them this one is, which part of the work is its, and what they add up.
 
-All hold the same policy and are given the same batch. Of every minibatch each evaluates its part; the gradients are added up over all, weighted by
-the parts, so that all make the same step. Nothing else has to travel: whatever is reckoned from what all hold is the same everywhere.
+All hold the same policy. Of every minibatch each evaluates its part; the gradients are added up over all, weighted by the parts, so that all make the
+same step. Where all are given the same batch nothing else has to travel: whatever is reckoned from what all hold is the same everywhere. What learns
+from a replay is dealt its rollouts, and samples its part of every batch from those: all tell each other what they need to know of the others'.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -31,6 +33,9 @@ class Ranks(Protocol):
         Waits for the others, who call this in the same order, with tensors of the same shape and dtype. Raises LostRank.
         """
 
+    def leave(self) -> None:
+        """The others miss this one at once, where they wait for it."""
+
 
 class Alone:
     """There is no other."""
@@ -41,8 +46,19 @@ class Alone:
     def sum(self, tensor: Tensor) -> None:
         """Nothing."""
 
+    def leave(self) -> None:
+        """Nothing."""
+
 
 ALONE: Ranks = Alone()
+
+
+def said_by_all(ranks: Ranks, numbers: list[float]) -> Tensor:
+    """What every learner says, exactly: float64 [N, numbers], by rank. An exchange, as `Ranks.sum` is."""
+    said = torch.zeros(ranks.size, len(numbers), dtype=torch.float64)
+    said[ranks.rank] = torch.tensor(numbers, dtype=torch.float64)
+    ranks.sum(said)
+    return said
 
 
 def share_of(num_rows: int, ranks: Ranks) -> tuple[slice, float]:

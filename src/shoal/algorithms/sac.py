@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -75,6 +74,7 @@ class SAC(OffPolicyAlgorithm[SACConfig]):
     """The policy on the board is the actor; critics, their targets and the temperature are the algorithm's state."""
 
     Config = SACConfig
+    shares = True
     policy: GaussianPolicy | CategoricalPolicy
 
     def __init__(self, policy: GaussianPolicy | CategoricalPolicy, config: SACConfig, critics: Critics) -> None:
@@ -110,19 +110,19 @@ class SAC(OffPolicyAlgorithm[SACConfig]):
         found: dict[Tensor, Tensor] = {}
         step = self._continuous if self.continuous else self._discrete
         taken = self.critic_optimizer.steps
-        metrics, priority_M = step(rows, context.rng, rate, critic_rate, found)
+        metrics, priority_M = step(rows, context, rate, critic_rate, found)
         if self.critic_optimizer.steps > taken:
             self.target.follow(self.critic_optimizer.flat, self.config.target_tau)
         return {**metrics, "learning_rate": rate}, priority_M
 
     def _continuous(
-        self, rows: Transitions, rng: np.random.Generator, rate: float, critic_rate: float, found: dict[Tensor, Tensor]
+        self, rows: Transitions, context: UpdateContext, rate: float, critic_rate: float, found: dict[Tensor, Tensor]
     ) -> tuple[Metrics, Tensor]:
         policy, critics, num = self.policy, self.critics, len(rows)
         assert isinstance(policy, GaussianPolicy)
         now, later = policy.inputs.forward(rows.observation), policy.inputs.forward(rows.next_observation)
         output, backward = policy.trunk.trace({name: torch.cat([value, later[name]]) for name, value in now.items()})
-        noise = torch.from_numpy(rng.standard_normal((2 * num, policy.size), np.float32)).to(output.device)
+        noise = self.noise(context, num, policy.size, draws=2).to(output.device)
         next_action = squash(output[num:], noise[num:])
         chosen = squash(output[:num], noise[:num])
         alpha, refused = self.alpha, self.critic_optimizer.skipped
@@ -141,7 +141,7 @@ class SAC(OffPolicyAlgorithm[SACConfig]):
         return {**metrics, **self._warm(chosen.log_prob.mean(), rate), "actor_loss": loss}, priority_M
 
     def _discrete(
-        self, rows: Transitions, rng: np.random.Generator, rate: float, critic_rate: float, found: dict[Tensor, Tensor]
+        self, rows: Transitions, context: UpdateContext, rate: float, critic_rate: float, found: dict[Tensor, Tensor]
     ) -> tuple[Metrics, Tensor]:
         policy, critics, num = self.policy, self.critics, len(rows)
         now, later = policy.inputs.forward(rows.observation), policy.inputs.forward(rows.next_observation)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +25,7 @@ class TD3(OffPolicyAlgorithm[TD3Config]):
     """The policy on the board is the actor; the critics and both target networks are the algorithm's state."""
 
     Config = TD3Config
+    shares = True
     policy: DeterministicPolicy
 
     def __init__(self, policy: DeterministicPolicy, config: TD3Config, critics: Critics) -> None:
@@ -49,7 +49,7 @@ class TD3(OffPolicyAlgorithm[TD3Config]):
         rate = schedule(config.learning_rate, config.learning_rate_schedule, context.progress)
         now, later = policy.inputs.forward(rows.observation), policy.inputs.forward(rows.next_observation)
         found: dict[Tensor, Tensor] = {}
-        noise = torch.from_numpy(context.rng.standard_normal((num, policy.size), np.float32)).to(rows.return_M.device)
+        noise = self.noise(context, num, policy.size).to(rows.return_M.device)
         raw = torch.tanh(self.target_policy.module.trunk.forward(later))
         next_action = smoothed(raw, noise, config.target_noise, config.target_noise_clip)
         next_value = self.target_critics.module.layers(later, next_action)[1][-1].squeeze(2).amin(0)

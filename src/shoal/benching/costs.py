@@ -30,7 +30,7 @@ def bench_costs(
       seconds: for the parts; each of the bare loops takes a fifth of it.
       told: called with what is done at the moment.
     Returns:
-      settings, machine, costs, mixed, crowding, transport, learning, environment, sizes, ceilings, references: see docs/performance.md.
+      settings, machine, costs, mixed, crowding, transport, learning, several, environment, sizes, ceilings, references: see docs/performance.md.
     Raises:
       ConfigError, EnvironmentFault: as `shoal.train`.
     """
@@ -54,8 +54,10 @@ def bench_costs(
     learning_cores = min(float(cores), max(1.0, one / many)) if many > 0 else 1.0
     costs = {"e": parts.environment, "i": parts.inference, "l": one if own_device else parts.learn, "x": parts.transport}
     plan = Plan.of(config)
+    several = _several(config.learners, cores, parts)
     bound = ceilings(
-        costs, plan.mode, cores=cores, learning_cores=learning_cores, num_envs=plan.num_groups * plan.group_size,
+        {**costs, "l": several["l_us"]} if several else costs, plan.mode, cores=cores,
+        learning_cores=several["cores"] if several else learning_cores, num_envs=plan.num_groups * plan.group_size,
         blocking_us=blocking["wall_us"] if blocking["waits"] else None, own_device=own_device,
     )  # fmt: skip
     return {
@@ -68,10 +70,26 @@ def bench_costs(
         "crowding": parts.crowding,
         "transport": {name: getattr(parts, name) for name in ("record", "words", "decide", "consume", "weights")},
         "learning": {"cores": learning_cores, "wall_us": {str(n): us for n, us in parts.learn_wall.items()}, "own_device": own_device},
+        "several": several,
         "environment": {**blocking, "episode_steps": parts.episode_steps, "updates_measured": parts.cycles},
         "sizes": _sizes(blueprint),
         "ceilings": bound.to_json(),
         "references": references,
+    }
+
+
+def _several(learners: int, cores: int, parts: PartCosts) -> dict[str, Any] | None:
+    """What several learners take, all together, in place of `l`: each its part, the exchanges, and a copy of the batch of its own."""
+    if learners == 1:
+        return None
+    whole = learners * (parts.share + parts.exchange) + (learners - 1) * parts.consume
+    return {
+        "learners": learners,
+        "share_us": parts.share,
+        "exchange_us": parts.exchange,
+        "exchanges": parts.exchanges,
+        "l_us": whole,
+        "cores": float(min(cores, learners)),
     }
 
 

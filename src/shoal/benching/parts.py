@@ -24,6 +24,7 @@ from shoal.actors.actor import Actor
 from shoal.benching.measuring import Spent, cpu_us, median, spend
 from shoal.benching.neighbours import crowding
 from shoal.benching.played import PlayedBehaviour, PlayedGroup
+from shoal.benching.shares import OneOf, exchange
 from shoal.engines.coordinator import Coordinator
 from shoal.engines.messages import Kind, Word, to_json
 from shoal.engines.plan import Lease, Plan
@@ -37,6 +38,7 @@ from shoal.weights.board import WeightBoard
 _MIN_CYCLES = 3  # with each number of threads
 _WARM_UP_SHARE = 0.2
 _CROWDED_SHARE = 0.5
+_EXCHANGED_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class PartCosts:
       learn_wall: by number of threads, wall time of an update.
       crowding: how many times as much an update costs while all cores make them (benching/neighbours.py).
       episode_steps: mean length of the episodes meanwhile.
+      share, exchange: of several learners, of each: its part of an update, and what it adds up with the others, in `exchanges` exchanges an update.
     """
 
     environment: float
@@ -65,6 +68,9 @@ class PartCosts:
     crowding: float
     episode_steps: float
     cycles: int
+    share: float = 0.0
+    exchange: float = 0.0
+    exchanges: int = 0
 
     @property
     def transport(self) -> float:
@@ -89,7 +95,8 @@ class _Counted:
 class Cycle:
     """Makes updates, one call of `run` each, and keeps what each part spent: {part: [(seconds, env steps)]}."""
 
-    def __init__(self, blueprint: Blueprint) -> None:
+    def __init__(self, blueprint: Blueprint, learners: int = 1) -> None:
+        """learners: where there are several, what one of them does is measured too."""
         config = blueprint.config
         policy = blueprint.policy()
         schema, plan = blueprint.schema(policy), Plan.of(config)
@@ -105,6 +112,7 @@ class Cycle:
         self._counted = _Counted(self._behaviour) if paced else None
         self._actor = blueprint.actor(ring, self._counted or self._behaviour)
         self._learner = blueprint.learner(ring, board, plan.max_policy_lag)
+        self.one_of = OneOf(blueprint, ring, plan.max_policy_lag, learners) if learners > 1 else None
         self._learner.publish()
         self._behaviour.refresh()
         self._again = blueprint.group(0)
@@ -142,6 +150,8 @@ class Cycle:
         with _adding(decided):
             batch = c.next_batch()
         assert batch is not None
+        if self.one_of is not None:
+            self.one_of.update(batch, self._learner)
         words = spend(lambda: self._pass_words(batch))
         begun = time.process_time(), time.perf_counter()
         consumed = self._learner.consume(batch)
@@ -253,21 +263,34 @@ def _adding(to: list[Spent]) -> Iterator[None]:
 
 def measure_parts(blueprint: Blueprint, cores: int, seconds: float, told: Callable[[str], None]) -> PartCosts:
     """Run updates for about `seconds` (and a few at least), learning with 1 thread and with `cores` threads in turn."""
-    cycle = Cycle(blueprint)
+    learners = blueprint.config.learners
+    cycle = Cycle(blueprint, learners)
     threads = torch.get_num_threads()
     wanted = [1] if cores == 1 else [1, cores]
     try:
         told("costs: warming up")
         _run_for(cycle, wanted, _WARM_UP_SHARE * seconds)
         cycle.found.clear()
+        if cycle.one_of is not None:
+            cycle.one_of.found.clear()
         told("costs: measuring the parts")
         number = _run_for(cycle, wanted, seconds)
         parts = _costs(cycle, wanted, number)
+        if cycle.one_of is not None:
+            told(f"costs: what {learners} learners add up")
+            parts = _of_several(parts, cycle.one_of, learners, _EXCHANGED_SHARE * seconds)
+            cycle.one_of = None
         told("costs: with all cores busy")
         return replace(parts, crowding=crowding(cycle, blueprint, cores, _CROWDED_SHARE * seconds))
     finally:
         torch.set_num_threads(threads)
         cycle.close()
+
+
+def _of_several(parts: PartCosts, one: OneOf, learners: int, seconds: float) -> PartCosts:
+    exchanged = exchange(one.lengths, learners, seconds)
+    steps = median([float(steps) for _, steps in one.found]) or 1.0
+    return replace(parts, share=cpu_us(one.found), exchange=1e6 * exchanged.cpu / steps, exchanges=len(one.lengths))
 
 
 def _run_for(cycle: Cycle, wanted: list[int], seconds: float) -> int:

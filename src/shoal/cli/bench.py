@@ -137,7 +137,8 @@ def _print_costs(found: Mapping[str, Any]) -> None:
     if found["references"]["missing"]:
         print(f"  no bare loop beside inference and learning: {found['references']['missing']}")
     bounds = found["ceilings"]
-    learning = found["learning"]["cores"]
+    several = found["several"]
+    learning = found["learning"]["cores"] if several is None else several["cores"]
     print(f"\nceilings for {found['cores']} cores, of which learning can use {learning:.2f} (env steps/s)")
     rows = [{"mode": name, "ceiling": round(bounds[name])} for name in ("async", "sync", "waiting") if bounds[name] is not None]
     print_table(rows, ["mode", "ceiling"], indent=2)
@@ -160,4 +161,7 @@ def _cost_rows(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             }
     for name, cost in found["transport"].items():
         yield {"part": f"  of it {name}", "shoal": round(cost, 2)}
+    if (several := found["several"]) is not None:
+        yield {"part": f"each of {several['learners']} learners: its part", "shoal": round(several["share_us"], 2)}
+        yield {"part": f"  {several['exchanges']} exchanges an update", "shoal": round(several["exchange_us"], 2)}
     yield {"part": "taking turns (in no ceiling)", "shoal": round(found["mixed"], 2)}

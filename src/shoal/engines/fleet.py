@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +39,7 @@ DEATHS_IN_A_ROW = 5  # of one role without a rollout or update in between: it is
 MAX_ACTORS = 1024
 MAX_TRACE_LINES = 80
 _PRELOAD = ["torch", "gymnasium", "shoal.engines.mains"]
+_REPLAY_FILES = ("rows", "journal", "state-0", "state-1")  # of what a learner samples from: experience/replay_memory.py, keeping.py
 
 
 class WordChannel(Protocol):
@@ -113,6 +115,7 @@ class Fleet:
         self._activities: ActivityBoard | None = None
         self.learners = [Process("learner", index) for index in range(config.learners)]
         self._kept: list[int] = []  # descriptors of several learners' memory (engines/keeping.py)
+        self._kept_replays: list[list[int]] = []  # of what each of them samples from: _REPLAY_FILES
         self._meeting: list[int] = []  # of the file through which those that are up found each other
         self.actors: list[Process] = []
         self.inference: Process | None = None  # where one process chooses the actions of all actors
@@ -149,8 +152,8 @@ class Fleet:
         for memory in (self._memory, self._activities):
             if memory is not None:
                 memory.close()
-        _close_all([*self._kept, *self._meeting])
-        self._kept, self._meeting = [], []
+        _close_all([*self._kept, *self._meeting, *chain.from_iterable(self._kept_replays)])
+        self._kept, self._meeting, self._kept_replays = [], [], []
 
     @property
     def zygote(self) -> Zygote:
@@ -168,6 +171,8 @@ class Fleet:
         self._memory = SharedMemory.create(memory_bytes)
         self._activities = ActivityBoard.create(self._common["num_roles"])
         self._kept = [anonymous_file("shoal-kept") for _ in range(2 if len(self.learners) > 1 else 0)]
+        if plan.rate is not None and len(self.learners) > 1:
+            self._kept_replays = [[anonymous_file(f"shoal-replay-{name}") for name in _REPLAY_FILES] for _ in self.learners]
         return Ring(schema, plan.num_slots, self._memory.buffer[:ring_bytes])
 
     def activities(self) -> list[ActivityRecord]:
@@ -217,7 +222,7 @@ class Fleet:
         assert self._memory is not None
         assert self._activities is not None
         config = self._config.model_dump(mode="json", by_alias=True)
-        memory_fds = (self._memory.fd, self._activities.fd, *(self._to_meet() if process.name == "learner" else ()))
+        memory_fds = (self._memory.fd, self._activities.fd, *(self._to_meet(process.index) if process.name == "learner" else ()))
         with os.fdopen(anonymous_file("shoal-setup"), "wb") as file:  # the bounds of a large space are more than a message holds
             file.write(to_json({"config": config, **self._common, **setup}))
             file.flush()
@@ -229,15 +234,15 @@ class Fleet:
             with suppress(EOFError):  # it was killed already; its death is told by `happened`
                 ours.send_with_fds(encode(b"{}"), [file.fileno()])
 
-    def _to_meet(self) -> list[int]:
-        """What several learners get more: the file through which those meet that are started together, and what they go on from."""
+    def _to_meet(self, index: int) -> list[int]:
+        """What several learners get more: the file through which those meet that are started together, and what they go on from: all, and each."""
         if len(self.learners) == 1:
             return []
         if not any(learner.up for learner in self.learners):
             _close_all(self._meeting)
             self._meeting = []
             self._meeting = [anonymous_file("shoal-meeting")]
-        return [*self._meeting, *self._kept]
+        return [*self._meeting, *self._kept, *(self._kept_replays[index] if self._kept_replays else ())]
 
     def end_learners(self, why: str) -> list[Death | Lost]:
         """Kill the learners that are left and wait until all are reaped; no other role is touched. Returns what else happened meanwhile."""

@@ -145,7 +145,7 @@ class InlineEngine:
     def _load(self) -> None:
         if self._session.checkpoint_path is not None:
             for learner in self._learners.all:
-                load_learner(learner, self._session.checkpoint_path)
+                load_learner(learner, self._session.checkpoint_path, len(self._learners.all))
         self.learner.publish()
         self._behaviour.refresh()
 
@@ -229,7 +229,8 @@ class InlineEngine:
         staging, arrays, facts = self._session.begin_checkpoint()
         with staging:
             with staging.disk_errors():
-                save_learner(self.learner, staging.path, self._blueprint, self._session.checkpoint_path)
+                for learner in self._learners.all:
+                    save_learner(learner, staging.path, self._blueprint, self._session.checkpoint_path)
             self._session.commit(staging, arrays, facts)
         self._trace.end()
 

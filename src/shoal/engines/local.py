@@ -215,10 +215,9 @@ class LocalEngine:
             self.tell_learner({"do": "train", "rollouts": rollouts, "optimizer_steps": self._coordinator.optimizer_steps})
 
     def tell_learner(self, order: dict[str, Any]) -> None:
-        """Of several, the first alone saves."""
         if order["do"] == "train":
             self._under_way = order
-        for learner in self._fleet.learners[: 1 if order["do"] == "save" else None]:
+        for learner in self._fleet.learners:
             learner.told_at = time.monotonic()
             tell(learner, to_json(order))
 
@@ -302,9 +301,9 @@ class LocalEngine:
             if self._reason is None and self._saves.due:
                 self._saves.begin()
         elif kind == "saved":
-            self._saves.saved(said["weights_sha256"])
+            self._saves.saved(learner.index, said["weights_sha256"])
         elif kind == "not_saved":
-            self._saves.not_saved(said["message"])
+            self._saves.not_saved(learner.index, said["message"])
         elif kind == "failed":
             error = rebuild_error(said)
             if not isinstance(error, DivergedError):
@@ -477,8 +476,8 @@ class LocalEngine:
         if self._kept is None or self._end.begun:
             self._return_to_checkpoint()
             return
-        self._saves.abandon()
         others = self._fleet.end_learners("another learner is lost")
+        self._saves.abandon()
         if not any(isinstance(event, Lost) for event in others):
             self._start_learner()
         self._bury(others)
@@ -554,7 +553,7 @@ class LocalEngine:
             self._saves.begin()
 
     def _situation(self, now: float) -> Situation:
-        return look(self._fleet, self._coordinator, saving=self._saves.under_way, paused=self._paused, now=now)
+        return look(self._fleet, self._coordinator, saving=self._saves.awaited, paused=self._paused, now=now)
 
     def _condemn(self, process: Process, record: ActivityRecord, verdict: Verdict) -> None:
         if verdict.kind == "environment":

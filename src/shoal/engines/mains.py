@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from shoal.algorithms.ranks import LostRank
 from shoal.config import RunConfig
 from shoal.engines.beginning import IDLE_SECONDS, Stopped, attach, read_and_close, receive_setup, user_objects
 from shoal.engines.inference import InferenceClient, InferenceServer, MailLayout
-from shoal.engines.keeping import keep, load_kept
+from shoal.engines.keeping import keep, keep_replay, load_kept, load_kept_replay
 from shoal.engines.messages import Kind, Word, to_json
 from shoal.engines.question import Answerer
 from shoal.engines.roles import Blueprint, UserObjects
@@ -35,9 +36,11 @@ from shoal.environments.probe import Tell, choose_form, probe, quiet
 from shoal.errors import ConfigError, EnvironmentFault, ShoalError
 from shoal.experience.envelope import Identity
 from shoal.experience.group_state import from_bytes
+from shoal.experience.replay_memory import OWN, KeptMemory, Memory
 from shoal.experience.ring import Ring
 from shoal.learners.distributed import TorchRanks, file_store, meet
 from shoal.learners.learner import Learner, Unpublished, WeightPublisher
+from shoal.learners.replay_learner import ReplayLearner
 from shoal.networks.policy import policy_size
 from shoal.supervision.channel import MAX_MESSAGE_BYTES, Channel, wait
 from shoal.supervision.trace import Span
@@ -279,7 +282,7 @@ def actor_main(context: ChildContext) -> int:
 
 # ---- learner ---------------------------------------------------------------------------------------------------------
 class _LearnerProcess:
-    """Serves a learner. Of several, all train, and the first speaks for them: it publishes, saves, and tells of what they made together.
+    """Serves a learner. Of several, all train, and the first speaks for them: it publishes, and tells of what they made together. All save their part.
 
     consumes    {"do": "train" | "save" | "stop", ...}
     waits for   the supervisor's next order; in an update, for the other learners
@@ -298,41 +301,63 @@ class _LearnerProcess:
         torch.set_num_threads(config.learner.threads)
         self._first, self._several = context.index == 0, config.learners > 1
         if self._several and self._blueprint.device().type == "cuda":
-            torch.cuda.set_device(context.index % torch.cuda.device_count())
+            torch.cuda.set_device(context.index)  # there is one for each (Blueprint.check_algorithm)
         if self._first and kept is None:  # else actors are reading it
             board.reset()
         publisher: WeightPublisher = board if self._first else Unpublished(self._blueprint.layout(self._blueprint.policy()).size)
-        self._learner: Learner = self._blueprint.learner(ring, publisher, setup["max_policy_lag"], self._heart)
+        memory = self._memory(context.memory_fds[5:], kept)
+        self._learner: Learner = self._blueprint.learner(ring, publisher, setup["max_policy_lag"], self._heart, memory)
         if self._several:
-            self._learner.join(self._meet(context))
+            ranks = self._meet(context)
+            self._learner.join(ranks)
             self._kept = (context.memory_fds[3], context.memory_fds[4])
         if kept is not None:
             load_kept(self._learner, self._kept, kept)  # it was published before it was told
+            if isinstance(self._learner, ReplayLearner):
+                load_kept_replay(self._learner.replay, self._kept_replay, kept)
         else:
             if setup["checkpoint"] is not None:
-                load_learner(self._learner, Path(setup["checkpoint"]))
+                load_learner(self._learner, Path(setup["checkpoint"]), config.learners)
+            if isinstance(self._learner, ReplayLearner):
+                self._learner.replay.begin(self._learner.version)
+            if self._several:
+                self._keep_and_agree()
             self._learner.publish()
-            self._keep()
+        if self._several:
+            ranks.recorder = self._heart
         self._say({"is": "ready", "version": self._learner.version})
 
+    def _memory(self, fds: Sequence[int], kept: int | None) -> Memory:
+        """Where its replay lies: where there are several, in files that outlive it."""
+        if not fds:
+            return OWN
+        memory = KeptMemory(fds[0], fds[1])
+        self._kept_replay = (fds[2], fds[3])
+        if kept is None:
+            memory.clear()
+        return memory
+
     def _meet(self, context: ChildContext) -> TorchRanks:
-        """Find the other learners. NCCL wants a GPU for each; those that share one add up on the processor."""
+        """Find the other learners."""
         import torch
 
         size, device = self._blueprint.config.learners, self._blueprint.device()
-        alone = device.type == "cuda" and torch.cuda.device_count() >= size
         return meet(
             file_store(context.memory_fds[2], size),
             context.index,
             size,
             timeout_seconds=self._blueprint.config.learner.timeout_seconds,
-            device=torch.device("cuda", context.index) if alone else None,
-            recorder=self._heart,
+            device=torch.device("cuda", context.index) if device.type == "cuda" else None,
         )
 
-    def _keep(self) -> None:
-        if self._first and self._several:
-            keep(self._learner, self._kept)
+    def _keep_and_agree(self) -> None:
+        """Once this returns all are at the same version, and each has kept what it would go on from."""
+        learner = self._learner
+        if isinstance(learner, ReplayLearner):
+            keep_replay(learner.replay, self._kept_replay, learner.version)
+        learner.agree()
+        if self._first:
+            keep(learner, self._kept)
 
     def run(self) -> None:
         while True:
@@ -352,7 +377,7 @@ class _LearnerProcess:
         except OSError as error:
             self._say({"is": "not_saved", "message": f"{error.strerror or error} ({error.filename or path})"})
         else:
-            self._say({"is": "saved", "weights_sha256": self._learner.weights_sha256})
+            self._say({"is": "saved", "weights_sha256": self._learner.weights_sha256 if self._first else ""})
 
     def _train(self, orders: list[tuple[int, Identity]], optimizer_steps: int) -> None:
         self._heart.enter(Activity.LEARNING)
@@ -371,9 +396,10 @@ class _LearnerProcess:
             metrics["update_seconds"] = time.monotonic() - begun
         trained = {"is": "trained", "version": self._learner.version, "metrics": metrics}
         if self._several:
-            self._learner.agree()
             if metrics:
-                self._keep()
+                self._keep_and_agree()
+            else:
+                self._learner.agree()
             trained["dropped"] = dropped  # no slot is free before all have made the update: should one be lost, it is made again
         if self._first:
             self._say(trained)

@@ -21,6 +21,7 @@ from shoal.engines.sizes import rate_of
 from shoal.environments.make import make_group
 from shoal.errors import ConfigError
 from shoal.experience.limiter import Rate
+from shoal.experience.replay_memory import OWN, Memory
 from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema, rollout_schema
 from shoal.learners.learner import Learner, Unpublished, WeightPublisher
@@ -48,6 +49,16 @@ def one_thread(threads: int) -> Iterator[None]:
     yield
     if threads != 1:
         torch.set_num_threads(threads)
+
+
+def _check_dealt(key: str, number: int, what: str, learners: int) -> None:
+    """Raise ConfigError where so many cannot be dealt evenly."""
+    rest = number % learners
+    if rest:
+        works = [each for each in (number - rest, number - rest + learners) if each]
+        raise ConfigError(
+            f"{key}: {number} {what} cannot be dealt evenly to {learners} learners (learners); {' or '.join(map(str, works))} can"
+        )
 
 
 @dataclass(frozen=True)
@@ -167,16 +178,32 @@ class Blueprint:
 
     def _check_shares(self) -> None:
         name, learners = self.config.algorithm.name, self.config.learners
-        if learns_from_replay(self.algorithm):
-            raise ConfigError(f"learners: {name} learns from a replay, which one learner holds; leave it at 1, or take ppo, appo or impala")
         if not getattr(self.algorithm, "shares", False):
+            whose = "off_policy.OffPolicyAlgorithm" if learns_from_replay(self.algorithm) else "base.Algorithm"
             raise ConfigError(
-                f"learners: {name} does not divide its work; ppo, appo and impala do (one of your own says `shares = True`, see "
-                "shoal.algorithms.base.Algorithm), or leave it at 1"
+                f"learners: {name} does not divide its work, as the built-in algorithms do (one of your own says `shares = True`, see "
+                f"shoal.algorithms.{whose}); leave it at 1"
+            )
+        self._check_gpus(learners)
+        if isinstance(self.settings, OffPolicyConfig) and self.replay is not None:
+            drawn = "sequences" if self.replay.sequence_length is not None else "transitions"
+            _check_dealt("algorithm.batch_size", self.settings.batch_size, f"{drawn} of a batch", learners)
+            _check_dealt(
+                "sampling.groups",
+                self.config.sampling.groups or 1,
+                "groups (each learner keeps and samples the rollouts of its own)",
+                learners,
             )
         size = getattr(self.settings, "minibatch_size", None)
         if size is not None and size < learners:
             raise ConfigError(f"algorithm.minibatch_size: {size} rows cannot be divided among {learners} learners (learners)")
+
+    def _check_gpus(self, learners: int) -> None:
+        gpus = torch.cuda.device_count() if self.device().type == "cuda" else learners
+        if gpus < learners:
+            raise ConfigError(
+                f"learners: {learners} learners take a GPU each, and torch sees {gpus} here; give --learners {gpus}, or --device cpu"
+            )
 
     def _check_sequences(self, replay: ReplayConfig) -> None:
         name = self.config.algorithm.name
@@ -271,15 +298,24 @@ class Blueprint:
             step_timeout_seconds=self.config.env.step_timeout_seconds, whole=self.config.mode != "async",
         )  # fmt: skip
 
-    def learner(self, ring: Ring, board: WeightPublisher, max_policy_lag: int, recorder: ActivityRecorder | None = None) -> Learner:
+    def learner(
+        self,
+        ring: Ring,
+        board: WeightPublisher,
+        max_policy_lag: int,
+        recorder: ActivityRecorder | None = None,
+        memory: Memory = OWN,
+    ) -> Learner:
+        """memory: where its replay's arrays are to lie, where it has one."""
         policy: Any = self.policy().to(self.device())
         self.compute(policy)
         publisher = board if recorder is None else _TimedPublisher(board, recorder)
         if self.replay is not None and learns_from_replay(self.algorithm):
             learns = self.algorithm.make(policy, self.settings, self.spec, self.config.policy, self._parameter_seed(1))
             return ReplayLearner(
-                self.config, self.spec, policy, learns, ring, publisher, run_id=self.run_id, replay=self.replay, epoch=self.epoch
-            )
+                self.config, self.spec, policy, learns, ring, publisher,
+                run_id=self.run_id, replay=self.replay, epoch=self.epoch, memory=memory,
+            )  # fmt: skip
         algorithm = build_algorithm(policy, self.config.algorithm, self.objects.algorithm)
         return Learner(
             self.config, self.spec, policy, algorithm, ring, publisher, run_id=self.run_id, max_policy_lag=max_policy_lag, epoch=self.epoch

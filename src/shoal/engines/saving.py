@@ -1,4 +1,7 @@
-"""The learner's part of a checkpoint: its state, and the policy as a bundle that can be used without anything else."""
+"""A learner's part of a checkpoint: its state, and the policy as a bundle that can be used without anything else.
+
+Of several learners the first writes what all hold alike, and each what it samples from.
+"""
 
 from __future__ import annotations
 
@@ -15,29 +18,45 @@ REPLAY = "replay"
 
 def save_learner(learner: Learner, directory: Path, blueprint: Blueprint, previous: Path | None = None) -> None:
     """Write `learner.safetensors`, `learner.json` and the bundle `policy/` into a checkpoint in the making, and what the learner samples from, in
-    `replay/`. Raises OSError.
+    `replay/` (of several learners: in a directory of its own there). Raises OSError.
 
     Args:
       previous: the checkpoint before, whose files of the replay are taken over where nothing changed in them.
     """
-    arrays, facts = learner.get_state()
-    write_arrays(directory / "learner.safetensors", arrays)
-    facts["weights_sha256"] = learner.weights_sha256
-    (directory / "learner.json").write_text(to_json(facts), encoding="utf-8")
-    save_bundle(
-        directory / "policy", learner.policy_arrays, blueprint.spec, blueprint.config.policy, blueprint.config.env, blueprint.network_kind
-    )
+    if learner.rank == 0:
+        arrays, facts = learner.get_state()
+        write_arrays(directory / "learner.safetensors", arrays)
+        facts["weights_sha256"] = learner.weights_sha256
+        (directory / "learner.json").write_text(to_json(facts), encoding="utf-8")
+        save_bundle(
+            directory / "policy",
+            learner.policy_arrays,
+            blueprint.spec,
+            blueprint.config.policy,
+            blueprint.config.env,
+            blueprint.network_kind,
+        )
     if isinstance(learner, ReplayLearner) and blueprint.config.checkpoint.replay:
-        before = None if previous is None else previous / REPLAY
-        (directory / REPLAY).mkdir(exist_ok=True)
-        learner.replay.save(directory / REPLAY, before if before is not None and before.is_dir() else None)
+        place = replay_place(learner.rank, blueprint.config.learners)
+        before = None if previous is None else previous / place
+        for made in (REPLAY, place):
+            (directory / made).mkdir(exist_ok=True)
+        learner.replay.save(directory / place, before if before is not None and before.is_dir() else None)
 
 
-def load_learner(learner: Learner, path: Path) -> None:
-    """Go on from a committed checkpoint, whose hashes are verified as it is read. Raises CheckpointError where it does not fit."""
+def load_learner(learner: Learner, path: Path, learners: int) -> None:
+    """Go on from a committed checkpoint, whose hashes are verified as it is read. Raises CheckpointError where it does not fit.
+
+    learners: of the run.
+    """
     loaded = load_checkpoint(path)
     arrays, facts = loaded.arrays("learner"), loaded.json("learner")
     with whole_state(loaded.path):
         learner.set_state(arrays, facts)
         if isinstance(learner, ReplayLearner) and (path / REPLAY).is_dir():
-            learner.replay.load(path / REPLAY)
+            learner.replay.load(path / replay_place(learner.rank, learners))
+
+
+def replay_place(rank: int, learners: int) -> str:
+    """Where in a checkpoint the replay of one of so many learners lies. One that was saved by another number of them is not found."""
+    return REPLAY if learners == 1 else f"{REPLAY}/{rank}-of-{learners}"

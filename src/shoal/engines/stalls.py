@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,17 +51,22 @@ class Situation:
     paused: bool = False
 
     @property
+    def saving(self) -> list[str]:
+        """Learners that write their part of a checkpoint."""
+        return [_name(seen) for seen in self.seen if seen.saving]
+
+    @property
     def actors(self) -> list[tuple[Seen, int]]:
         """With their process ids."""
         return [(seen, pid) for seen, pid in zip(self.seen, self.pids, strict=True) if seen.name == "actor"]
 
 
-def look(fleet: Fleet, coordinator: Coordinator, *, saving: bool, paused: bool, now: float) -> Situation:
-    """What all processes do at this moment, and who has an order. `saving`: the (first) learner's is a checkpoint."""
+def look(fleet: Fleet, coordinator: Coordinator, *, saving: Container[int], paused: bool, now: float) -> Situation:
+    """What all processes do at this moment, and who has an order. saving: learners whose order is a checkpoint."""
     seen: list[Seen] = []
     busy = {group.actor for group in coordinator.groups if group.leased}
     for process, record in zip(fleet.processes, fleet.activities(), strict=True):
-        saves = saving and process is fleet.learner
+        saves = process.name == "learner" and process.index in saving
         ordered = process.index in busy if process.name == "actor" else coordinator.learner_busy or saves
         state = fleet.state_of(process)
         order_seconds = now - process.told_at if ordered and process.up else None
@@ -119,7 +124,7 @@ def waits(situation: Situation) -> Iterator[Facts]:
 
 def _learner_waits(situation: Situation, learner: Seen) -> Iterator[Facts]:
     c = situation.coordinator
-    if c.learner_busy or learner.saving or _starting(learner, situation.pids[0]):
+    if c.learner_busy or situation.saving or _starting(learner, situation.pids[0]):
         return
     missing = [index for index, group in enumerate(c.groups) if group.leased]
     makers = list(dict.fromkeys(f"actor-{c.groups[index].actor}" for index in missing))
@@ -155,8 +160,8 @@ def _why_no_lease(situation: Situation, actor: Seen) -> tuple[list[str], str]:
         return [], "it hosts no group"
     if _starting(learner, situation.pids[0]):
         return [_name(learner)], "the learner is not ready"
-    if learner.saving:
-        return [_name(learner)], "a checkpoint is being saved"
+    if situation.saving:
+        return situation.saving, "a checkpoint is being saved"
     if c.learner_busy:
         if c.plan.mode == "sync":
             return [_name(learner)], "an update is being made"

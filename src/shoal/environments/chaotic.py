@@ -60,7 +60,7 @@ class Chaotic(gymnasium.Wrapper[Any, Any, Any, Any]):
     def __init__(self, env: gymnasium.Env[Any, Any], flags: Path) -> None:
         super().__init__(env)
         name = Path("/proc/self/comm").read_text().strip()
-        self._actor = int(name.partition("actor-")[2] or -1)  # -1: the process that looks at the environment first
+        self._actor = int(name.rpartition("-")[2]) if name.startswith("shoal:act") else -1  # -1: who looks at the environment first
         self._flags = _attach(flags)
         for offered in ("snapshot", "restore_snapshot", "snapshot_bytes"):
             if hasattr(env, offered):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from shoal.errors import SchemaError
+from shoal.experience.replay_memory import OWN, Memory
 from shoal.experience.sum_tree import SumTree
 from shoal.types import Array, Arrays
 
@@ -23,8 +24,8 @@ class Priorities:
     alpha: exponent (Schaul et al. 2016, eq. 1). most: the largest priority so far, which new entries get.
     """
 
-    def __init__(self, num_columns: int, ring_length: int, alpha: float) -> None:
-        self.tree = SumTree(num_columns * ring_length)
+    def __init__(self, num_columns: int, ring_length: int, alpha: float, memory: Memory = OWN) -> None:
+        self.tree = SumTree(num_columns * ring_length, memory)
         self.most = 1.0
         self._ring_length, self._alpha = ring_length, alpha
 
@@ -67,6 +68,11 @@ class Priorities:
     def set_state(self, state: Arrays) -> None:
         self.most = float(state["most"])
         self.tree.load(state["leaves"])
+
+    def go_on(self, most: float) -> None:
+        """Where the leaves are those of another, in a memory that outlived it."""
+        self.most = most
+        self.tree.load(self.tree.leaves)
 
     def _lap(self, place_M: Array, written_C: Array) -> Array:
         """How often the ring had been gone round when the entry at a place was written."""

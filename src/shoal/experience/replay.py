@@ -26,6 +26,8 @@ from shoal.experience.placing import BEGINS, STOP, TERMINATED, VALID, place
 from shoal.experience.priorities import Priorities
 from shoal.experience.replay_files import ReplayFiles
 from shoal.experience.replay_layout import Layout
+from shoal.experience.replay_memory import OWN, KeptMemory, Memory
+from shoal.experience.replay_rows import Rows
 from shoal.experience.replay_store import Store
 from shoal.experience.ring import Slot
 from shoal.experience.schema import Schema
@@ -73,9 +75,18 @@ class Replay:
       num_steps: steps that it holds within reach. inserted_steps, evicted_steps: over all time; the difference is num_steps.
     """
 
-    def __init__(self, schema: Schema, num_groups: int, config: ReplayConfig, *, gamma: float) -> None:
-        """Raises ConfigError where the configuration leaves room for nothing."""
+    def __init__(
+        self, schema: Schema, num_groups: int, config: ReplayConfig, *, gamma: float, dealt: int = 1, memory: Memory = OWN
+    ) -> None:
+        """One of `dealt` replays, to which the groups of a run are dealt in turn.
+
+        Args:
+          num_groups: its own. config: of this one, `capacity_*` too. memory: where its arrays are to lie; nobody else's.
+        Raises:
+          ConfigError: the configuration leaves room for nothing.
+        """
         self._schema, self._num_groups, self._config, self._gamma = schema, num_groups, config, gamma
+        self._dealt, self._memory = dealt, memory
         self._n_step = config.n_step or 1
         Layout.likely(schema, num_groups, config)
         num_columns = num_groups * schema.num_envs
@@ -102,29 +113,32 @@ class Replay:
 
     def _allocate(self, layout: Layout) -> None:
         """Raises ConfigError where it does not fit: what it takes was counted before by the shapes of images alone."""
-        if (free := available_bytes()) is not None and layout.size_bytes > free:
+        if (free := available_bytes()) is not None and self._dealt * layout.size_bytes > free:
             raise ConfigError(self._too_large(layout, free))
-        config, num_envs = self._config, self._schema.num_envs
+        self._take(layout)
+
+    def _take(self, layout: Layout) -> None:
+        config, num_envs, memory = self._config, self._schema.num_envs, self._memory
         alpha = config.alpha if config.prioritised else 0.0
-        self._store = Store(layout, self._num_groups, num_envs, config.shards)
+        self._store = Store(layout, self._num_groups, num_envs, config.shards, memory)
         self._starts: Starts | None = None
         if config.sequence_length is not None:
-            self._starts = Starts(layout, self._num_groups, num_envs, config, alpha)
+            self._starts = Starts(layout, self._num_groups, num_envs, config, alpha, memory)
             self._priorities, self._written_C = self._starts.priorities, self._starts.written_C
         else:
-            self._priorities, self._written_C = Priorities(len(self._newest_C), layout.num_rows, alpha), self._newest_C
+            self._priorities, self._written_C = Priorities(len(self._newest_C), layout.num_rows, alpha, memory), self._newest_C
         self._ready = True
 
     def _too_large(self, layout: Layout, free: int) -> str:
         likely = Layout.likely(self._schema, self._num_groups, self._config)
         whole = sorted(likely.stacks.keys() - layout.stacks.keys())
         why = (
-            f", since the first rollout does not show {', '.join(whole)} to be stacks of frames, which would take {in_words(likely.size_bytes)} "
+            f", since the first rollout does not show {', '.join(whole)} to be stacks of frames, which would take {in_words(self._dealt * likely.size_bytes)} "
             "(where they are and nothing moved yet, raise sampling.rollout_length)"
         )
         return (
-            f"replay.capacity_steps {self._config.capacity_steps:,} takes {in_words(layout.size_bytes)} of memory{why if whole else ''}; "
-            f"{in_words(free)} are free here: lower it, or say how much it may take with replay.capacity_bytes"
+            f"replay.capacity_steps {self._dealt * self._config.capacity_steps:,} takes {in_words(self._dealt * layout.size_bytes)} of memory"
+            f"{why if whole else ''}; {in_words(free)} are free here: lower it, or say how much it may take with replay.capacity_bytes"
         )
 
     # ---- insertion -----------------------------------------------------------------------------------------------
@@ -138,11 +152,11 @@ class Replay:
         """
         if not self._ready:
             self._allocate(Layout.of(slot, self._num_groups, self._config))
-        store, group, num_envs = self._store, int(slot.envelope["group"]), self._schema.num_envs
+        store, group, num_envs = self._store, int(slot.envelope["group"]) // self._dealt, self._schema.num_envs
         newest_B = self._newest_C[group * num_envs : (group + 1) * num_envs]
         goes_on_B = np.zeros(num_envs, np.bool_)
         if int(slot.envelope["sequence"]) == self._next_sequence_G[group]:
-            goes_on_B = store.goes_on(slot, newest_B)
+            goes_on_B = store.goes_on(slot, group, newest_B)
         begins_B = (store.rows.take("flags", store.places(group, newest_B)) & BEGINS) > 0
         placed = place(slot, goes_on_B, newest_B, begins_B, store.layout.stacks)
 
@@ -160,7 +174,7 @@ class Replay:
             self._priorities.clear(gone)
             self._priorities.enter(store.places(group, placed.row_T1B)[kept_T1B])
         else:
-            self._starts.add(slot, placed.row_T1B[0], goes_on_B)
+            self._starts.add(slot, group, placed.row_T1B[0], goes_on_B)
             self._enter_sequences(self._starts, group, newest_B)
         evicted += int(np.count_nonzero(step_T1B)) - int(np.count_nonzero(kept_T1B))
         self.evicted_steps += evicted
@@ -249,6 +263,11 @@ class Replay:
             raise ValueError(f"nothing can be sampled yet: {self.num_steps} env steps are in the replay")
         return self._priorities.draw(num, rng)
 
+    def least_probability(self, index_M: Array) -> float:
+        """With which that of these is drawn which is drawn least. They were sampled, and their priorities are as they were then."""
+        tree = self._priorities.tree
+        return float(tree.leaves[index_M % tree.num_leaves].min() / tree.total)
+
     def update_priorities(self, index_M: Array, priority_M: Array) -> None:
         """Give what was sampled new priorities (before the exponent alpha); those evicted meanwhile are ignored.
 
@@ -264,18 +283,28 @@ class Replay:
         Rows are in files of fixed ranges of positions; one that did not change since it was saved to `previous` (or loaded from there)
         is linked instead of written. The rest is small and always written.
         """
+        arrays, facts = self._get_state()
+        self._files.save(directory, previous, facts, arrays | (self._priorities.get_state() if self._ready else {}), self._parts())
+
+    def _parts(self) -> dict[str, Rows]:
+        if not self._ready:
+            return {}
+        return {"rows": self._store.rows} | ({"starts": self._starts.rows} if self._starts else {})
+
+    def _get_state(self) -> tuple[Arrays, dict[str, Any]]:
+        """Everything but rows and priorities."""
         facts: dict[str, Any] = {"inserted": self.inserted_steps, "evicted": self.evicted_steps, "version": self._version, "layout": None}
-        arrays: Arrays = {}
-        parts = {}
-        if self._ready:
-            layout = self._store.layout
-            facts["layout"] = {"num_rows": layout.num_rows, "axes": {name: stack.axis for name, stack in layout.stacks.items()}}
-            arrays = {"newest_C": self._newest_C, "next_sequence_G": self._next_sequence_G, **self._priorities.get_state()}
-            parts["rows"] = self._store.rows
-            if self._starts is not None:
-                arrays |= self._starts.get_state()
-                parts["starts"] = self._starts.rows
-        self._files.save(directory, previous, facts, arrays, parts)
+        if not self._ready:
+            return {}, facts
+        layout = self._store.layout
+        facts["layout"] = {"num_rows": layout.num_rows, "axes": {name: stack.axis for name, stack in layout.stacks.items()}}
+        starts = self._starts.get_state() if self._starts else {}
+        return {"newest_C": self._newest_C, "next_sequence_G": self._next_sequence_G, **starts}, facts
+
+    def _set_state(self, arrays: Arrays) -> None:
+        self._newest_C[:], self._next_sequence_G[:] = arrays["newest_C"], arrays["next_sequence_G"]
+        if self._starts is not None:
+            self._starts.set_state(arrays)
 
     def load(self, directory: Path) -> None:
         """Go on from `save`, bit for bit; the number of shards may be another. Every byte is checked before it is used.
@@ -285,12 +314,9 @@ class Replay:
         """
         facts, arrays = self._files.read_state(directory)
         with whole_state(directory):
-            self.inserted_steps, self.evicted_steps = int(facts["inserted"]), int(facts["evicted"])
-            self._version = int(facts["version"])
-            if facts["layout"] is None:
+            layout = self._set_facts(facts)
+            if layout is None:
                 return
-            axes = {str(name): int(axis) for name, axis in facts["layout"]["axes"].items()}
-            layout = Layout.restored(self._schema, self._num_groups, self._config, axes)
             saved_rows = int(facts["layout"]["num_rows"])
         if saved_rows != layout.num_rows:
             raise CheckpointError(
@@ -299,11 +325,49 @@ class Replay:
             )
         self._allocate(layout)
         with whole_state(directory):
-            self._newest_C[:], self._next_sequence_G[:] = arrays["newest_C"], arrays["next_sequence_G"]
-            if self._starts is not None:
-                self._starts.set_state(arrays)
+            self._set_state(arrays)
             self._priorities.set_state(arrays)
-            self._files.load(directory, {"rows": self._store.rows} | ({"starts": self._starts.rows} if self._starts else {}))
+            self._files.load(directory, self._parts())
+
+    def _set_facts(self, facts: dict[str, Any]) -> Layout | None:
+        """Returns the layout that it had, None where nothing was in it yet."""
+        self.inserted_steps, self.evicted_steps = int(facts["inserted"]), int(facts["evicted"])
+        self._version = int(facts["version"])
+        if facts["layout"] is None:
+            return None
+        axes = {str(name): int(axis) for name, axis in facts["layout"]["axes"].items()}
+        return Layout.restored(self._schema, self._num_groups, self._config, axes)
+
+    # ---- a memory that outlives this process -----------------------------------------------------------------------
+    def begin(self, version: int) -> None:
+        """Before the first change of the update that is made of this version."""
+        self._memory.begin(version)
+
+    def kept_state(self) -> tuple[Arrays, dict[str, Any]]:
+        """What another replay over the same memory needs to go on from here: named arrays, and JSON-able facts."""
+        arrays, facts = self._get_state()
+        used = {f"used/{name}": rows.used | rows.touched for name, rows in self._parts().items()}
+        most = {"most": np.array(self._priorities.most)} if self._ready else {}
+        return {**arrays, **used, **most}, facts
+
+    def go_on(self, arrays: Arrays, facts: dict[str, Any], version: int) -> None:
+        """Go on, bit for bit, where the replay that had this memory, a KeptMemory, kept its state once `version` was made.
+
+        Raises:
+          KeyError, ValueError, ...: what is there does not fit (see `files.whole_state`).
+        """
+        memory, layout = self._memory, self._set_facts(facts)
+        assert isinstance(memory, KeptMemory)
+        if layout is None:
+            memory.clear()
+            memory.begin(version)
+            return
+        self._take(layout)
+        memory.back_to(version)
+        self._set_state(arrays)
+        self._priorities.go_on(float(arrays["most"]))
+        for name, rows in self._parts().items():
+            rows.used[:] = rows.touched[:] = arrays[f"used/{name}"]  # where they lie in files is not known: all are written again
 
     def check_valid(self) -> None:
         """Raise AssertionError where an invariant is broken."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from shoal.experience.replay_memory import OWN, Memory
 from shoal.types import Array, Arrays
 
 RowFields = Mapping[str, tuple[str, tuple[int, ...]]]  # dtype and shape of one row, by name
@@ -24,20 +25,20 @@ def row_bytes(fields: RowFields) -> int:
 
 
 class Rows:
-    """`num_groups * num_envs` columns of `num_rows` rows, all zero (memory that was never written is not there yet).
+    """`num_groups * num_envs` columns of `num_rows` rows, all zero at first, in `memory`.
 
     touched: bool by chunk, whether it was written since whoever saves it has cleared this. used: whether it ever was.
     """
 
-    def __init__(self, fields: RowFields, num_groups: int, num_envs: int, num_rows: int, num_shards: int) -> None:
+    def __init__(self, fields: RowFields, num_groups: int, num_envs: int, num_rows: int, num_shards: int, memory: Memory = OWN) -> None:
         self.num_groups, self.num_envs, self.num_rows = num_groups, num_envs, num_rows
         self.fields = fields
-        self._num_shards = num_shards
+        self._num_shards, self._memory = num_shards, memory
         self._shards: list[Arrays] = []
         for shard in range(num_shards):
             groups = len(range(shard, num_groups, num_shards))
             rows = groups * num_envs * num_rows
-            self._shards.append({name: np.zeros((rows, *shape), dtype) for name, (dtype, shape) in fields.items()})
+            self._shards.append({name: memory.array((rows, *shape), dtype) for name, (dtype, shape) in fields.items()})
         group_G = np.arange(num_groups)
         self._shift_G = (group_G // num_shards - group_G) * (num_envs * num_rows)  # from a global place to the one in its shard
         size = num_groups * num_envs * num_rows * row_bytes(fields)
@@ -59,12 +60,17 @@ class Rows:
         return found
 
     def put(self, group: int, name: str, place: Array, value: Array | int) -> None:
-        """Write rows of one group, whose positions are told to `touch`."""
+        """Write rows of one group, whose positions `touch` was told."""
         self._shards[group % self._num_shards][name][place + self._shift_G[group]] = value
 
     def touch(self, place: Array) -> None:
-        """These are about to be written, or were."""
+        """These are about to be written."""
         self.touched[place % self.num_rows // self.chunk_rows] = True
+        if self._memory.journals:
+            group = place // (self.num_envs * self.num_rows)
+            local, shard = place + self._shift_G[group], group % self._num_shards
+            for index, part in enumerate(self._shards):
+                self._memory.changing([*part.values()], local[shard == index])
 
     def block(self, name: str, group: int, begin: int, end: int) -> Array:
         """A view of one group's rows at positions `begin` to `end`: [num_envs, end - begin, ...]."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from shoal.experience.placing import STOP, TERMINATED, TRUNCATED, VALID, Placed
 from shoal.experience.replay_layout import Layout
+from shoal.experience.replay_memory import OWN, Memory
 from shoal.experience.replay_rows import Rows
 from shoal.experience.ring import Slot
 from shoal.types import Array, Arrays
@@ -17,9 +18,9 @@ from shoal.types import Array, Arrays
 class Store:
     """Rows of all columns, as `layout` says. Rows have numbers that go on for ever; `place` says where in its ring one lies."""
 
-    def __init__(self, layout: Layout, num_groups: int, num_envs: int, num_shards: int) -> None:
+    def __init__(self, layout: Layout, num_groups: int, num_envs: int, num_shards: int, memory: Memory = OWN) -> None:
         self.layout = layout
-        self.rows = Rows(layout.fields, num_groups, num_envs, layout.num_rows, num_shards)
+        self.rows = Rows(layout.fields, num_groups, num_envs, layout.num_rows, num_shards, memory)
         self._num_envs = num_envs
 
     def place(self, group: int, env: Array, row: Array) -> Array:
@@ -62,9 +63,9 @@ class Store:
     def action_mask(self, place: Array) -> Array | None:
         return self.rows.take("action_mask", place) if self.layout.masked else None
 
-    def goes_on(self, slot: Slot, newest_B: Array) -> Array:
+    def goes_on(self, slot: Slot, group: int, newest_B: Array) -> Array:
         """Whether each environment's first observation is the newest that is stored: bool [B]."""
-        newest = self.observation(self.places(int(slot.envelope["group"]), newest_B))
+        newest = self.observation(self.places(group, newest_B))
         same_B = np.ones(len(newest_B), np.bool_)
         for name, stored in newest.items():
             same_B &= (stored == slot.arrays[name][0]).reshape(len(newest_B), -1).all(axis=1)

@@ -22,6 +22,7 @@ from shoal.experience.nstep import n_step
 from shoal.experience.placing import BEGINS, BREAK, STOP, TERMINATED, VALID
 from shoal.experience.priorities import Priorities
 from shoal.experience.replay_layout import Layout
+from shoal.experience.replay_memory import Memory
 from shoal.experience.replay_rows import Rows
 from shoal.experience.ring import Slot
 from shoal.types import Array, Arrays
@@ -115,17 +116,17 @@ class Starts:
     come too late for its first rows. Then the oldest are pushed out before their rows.
     """
 
-    def __init__(self, layout: Layout, num_groups: int, num_envs: int, config: ReplayConfig, alpha: float) -> None:
-        self.rows = Rows(layout.start_fields, num_groups, num_envs, layout.num_starts, config.shards)
-        self.priorities = Priorities(num_groups * num_envs, layout.num_starts, alpha)
+    def __init__(self, layout: Layout, num_groups: int, num_envs: int, config: ReplayConfig, alpha: float, memory: Memory) -> None:
+        self.rows = Rows(layout.start_fields, num_groups, num_envs, layout.num_starts, config.shards, memory)
+        self.priorities = Priorities(num_groups * num_envs, layout.num_starts, alpha, memory)
         self.written_C = np.zeros(num_groups * num_envs, np.int64)
         self.length, self.burn_in = config.sequence_length or 1, config.burn_in
         self._names = layout.state_fields
         self._newest_C = np.full(num_groups * num_envs, -1, np.int64)  # row of the last start, -1 before the first
 
-    def add(self, slot: Slot, row_B: Array, goes_on_B: Array) -> None:
+    def add(self, slot: Slot, group: int, row_B: Array, goes_on_B: Array) -> None:
         """A rollout begins at these rows."""
-        group, num_envs = int(slot.envelope["group"]), self.rows.num_envs
+        num_envs = self.rows.num_envs
         columns = slice(group * num_envs, (group + 1) * num_envs)
         newest_B = self._newest_C[columns]
         whole, since_B = slot.schema.num_rows, row_B - newest_B
@@ -153,8 +154,8 @@ class Starts:
         self.priorities.clear(place_BZ[~there_BZ & (self.priorities.tree.leaves[place_BZ] > 0)])
         seen_BZ = self.rows.block("seen", group, 0, num_starts)
         whole_BZ = there_BZ & (row_BZ + self.length <= newest_B[:, None]) & (seen_BZ == 0)
-        seen_BZ[whole_BZ] = 1
         self.rows.touch(place_BZ[whole_BZ])
+        seen_BZ[whole_BZ] = 1
         return place_BZ[whole_BZ], row_BZ[whole_BZ]
 
     def state(self, place_M: Array) -> Arrays:

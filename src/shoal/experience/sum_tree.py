@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from shoal.experience.replay_memory import OWN, Memory
 from shoal.types import Array
 
 FAN_OUT = 16
@@ -18,13 +19,13 @@ _WIDEST_TOP = 2048  # nodes that are searched at once, without a tree
 
 
 class SumTree:
-    """`num_leaves` priorities, float64, all 0 in the beginning. A leaf of priority 0 is never sampled."""
+    """`num_leaves` priorities, float64, all 0 in the beginning, in `memory`. A leaf of priority 0 is never sampled."""
 
-    def __init__(self, num_leaves: int) -> None:
-        self.num_leaves = num_leaves
-        self._levels = [_level(num_leaves)]  # leaves first; all padded with zeros to whole nodes
+    def __init__(self, num_leaves: int, memory: Memory = OWN) -> None:
+        self.num_leaves, self._memory = num_leaves, memory
+        self._levels = [memory.array((_padded(num_leaves),), "float64")]  # leaves first; all padded with zeros to whole nodes
         while len(self._levels[-1]) > _WIDEST_TOP:
-            self._levels.append(_level(len(self._levels[-1]) // FAN_OUT))
+            self._levels.append(np.zeros(_padded(len(self._levels[-1]) // FAN_OUT), np.float64))
         self._nodes = [level.reshape(-1, FAN_OUT) for level in self._levels]
         self._top: Array | None = None  # running sums of the highest level, made when they are asked for
 
@@ -40,6 +41,7 @@ class SumTree:
 
     def set(self, index_M: Array, priority_M: Array | float) -> None:
         """Give leaves their priorities, finite and >= 0. Of a leaf that is named twice the last counts."""
+        self._memory.changing(self._levels[:1], index_M)
         self._levels[0][index_M] = priority_M
         self._top = None
         for nodes, above in zip(self._nodes, self._levels[1:], strict=False):
@@ -84,8 +86,8 @@ class SumTree:
         return self._top
 
 
-def _level(num_nodes: int) -> Array:
-    return np.zeros(-(-num_nodes // FAN_OUT) * FAN_OUT, np.float64)
+def _padded(num_nodes: int) -> int:
+    return -(-num_nodes // FAN_OUT) * FAN_OUT
 
 
 def _distinct(index_M: Array) -> Array:

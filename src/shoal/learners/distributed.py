@@ -24,15 +24,20 @@ _c10d: Any = torch.distributed  # whose stores and groups have no types of their
 
 
 class TorchRanks:
-    """One learner of a group; `meet` makes it."""
+    """One learner of a group; `meet` makes it.
 
-    def __init__(self, group: Any, rank: int, size: int, device: torch.device, recorder: ActivityRecorder) -> None:
+    Attributes:
+      recorder: is told of each exchange, in which this learner may wait for the others.
+    """
+
+    def __init__(self, group: Any, rank: int, size: int, device: torch.device) -> None:
         """device: where the group adds up; tensors elsewhere are copied there and back."""
         self.rank, self.size = rank, size
-        self._group, self._device, self._recorder = group, device, recorder
+        self.recorder: ActivityRecorder = NullRecorder()
+        self._group, self._device = group, device
 
     def sum(self, tensor: Tensor) -> None:
-        self._recorder.enter(Activity.SHARING)
+        self.recorder.enter(Activity.SHARING)
         there = tensor.to(self._device)
         try:
             self._group.allreduce([there]).wait()
@@ -40,7 +45,10 @@ class TorchRanks:
             raise LostRank(f"learner-{self.rank} lost the others: {error}") from error
         if there is not tensor:
             tensor.copy_(there)
-        self._recorder.enter(Activity.LEARNING)
+        self.recorder.enter(Activity.LEARNING)
+
+    def leave(self) -> None:
+        self._group = None  # its connections close with it
 
 
 def meet(
@@ -51,7 +59,6 @@ def meet(
     timeout_seconds: float,
     device: torch.device | None = None,
     address: str = LOOPBACK,
-    recorder: ActivityRecorder | None = None,
 ) -> TorchRanks:
     """Find the other learners through a store that all of them have; returns once all are there.
 
@@ -67,12 +74,12 @@ def meet(
     if device is not None and device.type == "cuda" and torch.distributed.is_nccl_available():
         options = _c10d.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        return TorchRanks(_c10d.ProcessGroupNCCL(store, rank, size, options), rank, size, device, recorder or NullRecorder())
+        return TorchRanks(_c10d.ProcessGroupNCCL(store, rank, size, options), rank, size, device)
     options = _c10d.ProcessGroupGloo._Options()
     options._devices = [_c10d.ProcessGroupGloo.create_device(hostname=address)]
     options._timeout = timeout
     group = _c10d.ProcessGroupGloo(store, rank, size, options)
-    return TorchRanks(group, rank, size, torch.device("cpu"), recorder or NullRecorder())
+    return TorchRanks(group, rank, size, torch.device("cpu"))
 
 
 def file_store(fd: int, size: int) -> Any:

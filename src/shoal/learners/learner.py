@@ -105,6 +105,20 @@ class Learner:
         self._ranks = ranks
         self._algorithm.join(ranks)
 
+    @property
+    def rank(self) -> int:
+        """Which of several it is."""
+        return self._ranks.rank
+
+    def leave(self) -> None:
+        """The others miss this one at once."""
+        self._ranks.leave()
+
+    @property
+    def held_sha256(self) -> str:
+        """Of all that several learners hold alike."""
+        return self.weights_sha256
+
     def agree(self) -> None:
         """After an update: wait for the other learners, and see every CHECK_EVERY updates that all hold the same weights.
 
@@ -115,7 +129,7 @@ class Learner:
             return
         compared = self.version % CHECK_EVERY == 0
         held = torch.zeros(self._ranks.size, dtype=torch.int64)
-        held[self._ranks.rank] = int(self.weights_sha256[:15], 16) if compared else self.version
+        held[self._ranks.rank] = int(self.held_sha256[:15], 16) if compared else self.version
         self._ranks.sum(held)
         found = held.tolist()
         if len(set(found)) > 1:

@@ -17,6 +17,7 @@ from functools import partial
 
 import torch
 
+from shoal.algorithms.ranks import LostRank
 from shoal.experience.envelope import Identity
 from shoal.learners.distributed import meet, memory_store
 from shoal.learners.learner import Consumed, Learner
@@ -35,10 +36,9 @@ class _Companion:
     def begin(self, work: Callable[[], None]) -> None:
         self._given.put(work)
 
-    def finish(self) -> None:
-        """Wait for what was begun; raises what that raised."""
-        if (error := self._done.get()) is not None:
-            raise error
+    def finish(self) -> BaseException | None:
+        """Wait for what was begun. Returns what it raised."""
+        return self._done.get()
 
     def _run(self, threads: int) -> None:
         torch.set_num_threads(threads)  # a thread has a number of its own
@@ -75,8 +75,10 @@ class Together:
         self._finish()
 
     def _finish(self) -> None:
-        for companion in self._companions:
-            companion.finish()
+        """Wait for all; raises what one of them did, rather than what came of that for the others."""
+        errors = [error for companion in self._companions if (error := companion.finish()) is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, LostRank)):
+            raise error
 
     def consume(self, orders: Orders) -> Consumed:
         """As the first learner does; the slots are free once `update` returns, where there is one."""
@@ -86,12 +88,22 @@ class Together:
     def update(self, consumed: Consumed, optimizer_steps: int = 0) -> dict[str, float]:
         for companion, learner in zip(self._companions, self.all[1:], strict=True):
             companion.begin(partial(_follow, learner, self._orders, optimizer_steps))
-        metrics = self.first.update(consumed, optimizer_steps)
-        self.first.agree()
+        try:
+            metrics = self.first.update(consumed, optimizer_steps)
+            self.first.agree()
+        except BaseException as error:
+            self.first.leave()  # else the others would wait for it
+            if isinstance(error, LostRank):
+                self._finish()  # which raises why
+            raise
         self._finish()
         return metrics
 
 
 def _follow(learner: Learner, orders: Orders, optimizer_steps: int) -> None:
-    learner.update(learner.consume(orders), optimizer_steps)
-    learner.agree()
+    try:
+        learner.update(learner.consume(orders), optimizer_steps)
+        learner.agree()
+    except BaseException:
+        learner.leave()  # else the others would wait for it
+        raise

@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from shoal.supervision.processes import role_of
+
 TICK_SECONDS = 0.01
 SLOW_SECONDS, PULSE_STOPPED_SECONDS, PULSE_RUNNING_SECONDS = (
     1.0,
@@ -50,10 +52,9 @@ def roles_below(pid: int) -> dict[tuple[str, int], int]:
             continue
         for child in children:
             with contextlib.suppress(OSError, ValueError):
-                name = Path(f"/proc/{child}/comm").read_text(encoding="utf-8").strip()
-                if name.startswith("shoal:") and "-" in name:
-                    role, _, index = name.removeprefix("shoal:").rpartition("-")
-                    found[role, int(index)] = child
+                who = role_of(Path(f"/proc/{child}/comm").read_text(encoding="utf-8").strip())
+                if who is not None:
+                    found[who] = child
                 else:
                     todo.append(child)
     return found

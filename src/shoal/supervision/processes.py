@@ -15,6 +15,8 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
+NAME_BYTES = 15  # of a process's name, as far as the kernel keeps it
+ROLES = ("actor", "learner", "inference")
 
 
 @functools.cache
@@ -47,8 +49,22 @@ def adopt_orphans() -> None:
 
 
 def name_process(name: str) -> None:
-    """Show `name` (cut to 15 bytes) in ps and top."""
-    _prctl(PR_SET_NAME, name.encode()[:15])
+    """Show `name` (cut to NAME_BYTES) in ps and top."""
+    _prctl(PR_SET_NAME, name.encode()[:NAME_BYTES])
+
+
+def role_name(role: str, index: int) -> str:
+    """What the process of a role is shown as: `shoal:actor-0`. Where that is too long for the kernel, the role is cut and the index stays whole
+    (`shoal:learne-10`), but for the first of a role (`shoal:inference`)."""
+    number = f"-{index}"
+    return f"shoal:{role}-0"[:NAME_BYTES] if not index else f"shoal:{role}"[: NAME_BYTES - len(number)] + number
+
+
+def role_of(name: str) -> tuple[str, int] | None:
+    """The inverse of `role_name`: role and index, None for what is no role of ROLES."""
+    number = name.rpartition("-")[2]
+    index = int(number) if number.isdecimal() else 0
+    return next(((role, index) for role in ROLES if role_name(role, index) == name), None)
 
 
 def _stat_fields(pid: int) -> list[str] | None:

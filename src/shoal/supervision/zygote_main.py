@@ -36,6 +36,7 @@ from shoal.supervision.processes import (
     children_of_this_process,
     kill_quietly,
     name_process,
+    role_name,
     signal_me_when_parent_dies,
 )
 
@@ -219,7 +220,7 @@ class _Zygote:
             os.setpgid(0, 0)
             signal_me_when_parent_dies(signal.SIGKILL, self._pid)
             adopt_orphans()
-            name_process(f"shoal:{request['name']}-{request['index']}")
+            name_process(role_name(request["name"], request["index"]))
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
