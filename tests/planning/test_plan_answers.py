@@ -19,7 +19,7 @@ from shoal.planning.inputs import Asked, check_same, learning_speed, measured_of
 from shoal.planning.levers import LEVERS, bottleneck, moves
 from shoal.planning.pipeline import simulate
 from shoal.planning.plan import breaking_size, plan
-from shoal.planning.system import System
+from shoal.planning.system import System, Way
 from shoal.settings import resolve
 
 
@@ -64,6 +64,17 @@ def test_what_is_asked_for_goes_before_what_was_measured() -> None:
     )
     assert (s.plan.batch_rollouts, s.plan.max_policy_lag, s.rollout_bytes, s.optimizer_steps) == (6, 2, 20_000, 1)
     assert system_of(given={"actors": 3}).actors == 3
+
+
+def test_on_ray_the_actors_of_every_node_are_reached_by_messages() -> None:
+    given = {"engine": "ray", "ray.actors_per_node": 3}
+    s = system_of(1, asked=Asked(message_us=50.0, one_machine=True), given=given, crossing={"pack": 1.0, "unpack": 2.0})
+    assert s.way is not None
+    assert (s.way.message, s.way.pack, s.way.unpack) == pytest.approx((50e-6, 256e-6, 512e-6))
+    assert (s.actors, s.one_machine) == (3, True)
+    assert system_of(1).way is None, "the local engine has no messages but those through channels"
+    assert isinstance(system_of(2).way, Way)
+    assert system_of(1, given={"engine": "ray"}).actors == 2, "one for each core"
 
 
 def test_waiting_environments_have_an_actor_for_each_group() -> None:

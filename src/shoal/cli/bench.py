@@ -161,3 +161,5 @@ def _cost_rows(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for name, cost in found["transport"].items():
         yield {"part": f"  of it {name}", "shoal": round(cost, 2)}
     yield {"part": "taking turns (in no ceiling)", "shoal": round(found["mixed"], 2)}
+    for name, cost in found["crossing"].items():
+        yield {"part": f"{name} (on a cluster; in no ceiling)", "shoal": round(cost, 2)}

@@ -12,6 +12,7 @@ import signal
 import socket
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ SILENT_SECONDS = 15.0  # a node that answers nothing for so long is given up: a 
 CLOSE_SECONDS = 5.0
 CONNECT_SECONDS = 10.0
 POLL_SECONDS = 0.2
+ASKED_AHEAD = 2  # questions that wait at a node: what happens while an answer travels finds the next one there
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,20 @@ class RemoteNode:
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
-        self._heard: Any = None
+        self._asked: deque[Any] = deque()
 
     def say(self, message: bytes) -> None:
         self._get(self._actor.say.options(concurrency_group="say").remote(message), SILENT_SECONDS)
 
     def hear(self) -> bytes:
-        """The next question is asked before this answer is looked at."""
+        """The next questions are asked before this answer is looked at; they are answered in their order, one at a time."""
         hear = self._actor.hear.options(concurrency_group="hear")
-        first = self._heard is None
-        answer: bytes = self._get(hear.remote() if first else self._heard, START_SECONDS if first else SILENT_SECONDS)
-        self._heard = hear.remote()
+        first = not self._asked
+        while len(self._asked) < ASKED_AHEAD:
+            self._asked.append(hear.remote())
+        answer: bytes = self._get(self._asked[0], START_SECONDS if first else SILENT_SECONDS)
+        self._asked.popleft()
+        self._asked.append(hear.remote())
         return answer
 
     def look(self) -> bytes:

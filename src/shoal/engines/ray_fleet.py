@@ -29,6 +29,7 @@ from shoal.engines.ray_cluster import Cluster, ClusterNode, connect
 from shoal.engines.ray_link import NodeLink
 from shoal.engines.ray_node import ACTIVITY, versions
 from shoal.engines.ray_words import Frame, Kind
+from shoal.engines.traffic import summary
 from shoal.errors import ConfigError, ProcessError, SchemaError
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring
@@ -97,6 +98,7 @@ class RayFleet(Fleet):
         self._newest: tuple[int, bytes] = (-1, b"")
         self._renewed_at = self._lost_at = 0.0
         self._left: dict[str, float] = {}  # nodes that were lost, by their id: when
+        self._gone: list[NodeLink] = []  # to nodes that were lost
         self._num_groups = self._num_weights = 0
 
     # ---- start and end -------------------------------------------------------------------------------------------
@@ -293,6 +295,7 @@ class RayFleet(Fleet):
         node_id = next(node_id for node_id, each in self._links.items() if each is link)
         del self._links[node_id]
         self._left[node_id] = time.monotonic()
+        self._gone.append(link)
         link.close()
         link.node.end()
         lived = [process for process in self._living() if self._homes[process.index] is link]
@@ -330,6 +333,7 @@ class RayFleet(Fleet):
         identity, body = self._arrived.pop(word.slot, (word.identity, b""))
         slot = self._ring.slots[word.slot]
         unpack(body if identity == word.identity else b"", slot, self._run_id, word.identity, newest_version)
+        self._homes[actor.index].env_steps += int(slot.envelope["num_env_steps"])
         for name in _TIMES:
             slot.envelope[name] += self._clocks.get(self._homes[actor.index], 0)
 
@@ -379,6 +383,9 @@ class RayFleet(Fleet):
             wait([link], 0.1)
             self._take_in(link)
         return read_log(log, begin)
+
+    def network(self) -> dict[str, Any]:
+        return summary([link.traffic for link in (*self._gone, *self._links.values())])
 
     # ---- weights -------------------------------------------------------------------------------------------------
     def _weights_for(self, version: int) -> tuple[int, bytes]:

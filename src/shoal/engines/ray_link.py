@@ -18,6 +18,7 @@ from typing import Protocol
 from shoal.engines.messages import Kind as Told
 from shoal.engines.messages import Word
 from shoal.engines.ray_words import Frame, Kind, decode, encode
+from shoal.engines.traffic import Counted, Traffic
 
 MESSAGE_BYTES = 4 << 20  # of orders in one message, but for a single frame that is larger
 
@@ -39,12 +40,13 @@ class NodeLink:
     Args:
       weights: called from a thread of this link.
     Attributes:
-      name: of the node, for people. lost: why it is gone; empty while it is there. bytes_said, bytes_heard, messages: since the beginning.
+      name: of the node, for people. lost: why it is gone; empty while it is there.
+      said, heard: what went there and came from there, since the beginning. env_steps: of the rollouts that came; counted by the supervisor.
     """
 
     def __init__(self, name: str, node: NodeHandle, weights: Weights) -> None:
         self.name, self.node, self.lost = name, node, ""
-        self.bytes_said = self.bytes_heard = self.messages = 0
+        self.said, self.heard, self.env_steps = Counted(), Counted(), 0
         self._weights = weights
         self._sent_version = -1
         self._out: deque[Frame] = deque()
@@ -54,6 +56,10 @@ class NodeLink:
         self._ready = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         for work in (self._say, self._hear):
             threading.Thread(target=self._guard, args=(work,), name=f"link-{name}", daemon=True).start()
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic(self.name, self.said, self.heard, self.env_steps)
 
     def fileno(self) -> int:
         """Ready when `take` has something, or the node was lost."""
@@ -108,8 +114,7 @@ class NodeLink:
                 frames = self._next()
             message = encode(self._with_weights(frames))
             self.node.say(message)
-            self.bytes_said += len(message)
-            self.messages += 1
+            self.said = self.said.plus(message)
 
     def _next(self) -> list[Frame]:
         frames = [self._out.popleft()]
@@ -133,8 +138,7 @@ class NodeLink:
     def _hear(self) -> None:
         while not self._closing:
             message = self.node.hear()
-            self.bytes_heard += len(message)
-            self.messages += 1
+            self.heard = self.heard.plus(message)
             if frames := list(decode(message)):
                 self._in.extend(frames)
                 os.eventfd_write(self._ready, 1)
