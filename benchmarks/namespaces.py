@@ -33,7 +33,7 @@ def why_not() -> str:
     probe = f"shoal-{os.getpid()}-probe"
     try:
         _ip("netns", "add", probe)
-        _ip("-n", probe, "link", "add", "a", "type", "veth", "peer", "name", "b")
+        _ip("-n", probe, "link", "add", "name", "left", "type", "veth", "peer", "name", "right")
     except CommandError as error:
         return f"network namespaces are not permitted: {error}"
     finally:
@@ -59,12 +59,12 @@ def hosts(number: int, cpus: int) -> Iterator[Place]:
 
 def _connect(bridge: str, names: Sequence[str], addresses: Sequence[str]) -> None:
     _ip("netns", "add", bridge)
-    _ip("-n", bridge, "link", "add", "bridge", "type", "bridge")
+    _ip("-n", bridge, "link", "add", "name", "bridge", "type", "bridge")
     _ip("-n", bridge, "link", "set", "bridge", "up")
     for number, (name, address) in enumerate(zip(names, addresses, strict=True)):
         _ip("netns", "add", name)
         _ip("-n", name, "link", "set", "lo", "up")
-        _ip("-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", f"port{number}", "netns", bridge)
+        _ip("-n", name, "link", "add", "name", "eth0", "type", "veth", "peer", "name", f"port{number}", "netns", bridge)
         _ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
         _ip("-n", name, "link", "set", "eth0", "up")
         _ip("-n", bridge, "link", "set", f"port{number}", "master", "bridge", "up")

@@ -202,6 +202,9 @@ def test_hosts_reach_each_other_and_nothing_else_and_are_removed_with_what_runs_
     finally:
         for name in (*names, "shoal-test-bridge"):
             namespaces._remove(name)
+    assert listening.stdin is not None
+    listening.stdin.close()
+    listening.stdout.close()
     assert listening.wait(10.0) == -9
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     assert "shoal-test" not in left
