@@ -284,6 +284,7 @@ class LocalEngine:
             tell_of_weights(
                 self._session, self._fleet.actors, said["version"]
             )  # before anything that may take its time, as a callback does
+            self._fleet.push()
             if "dropped" in said:  # several learners, who say both at once
                 self._consumed(said)
             try:

@@ -212,6 +212,7 @@ class RayFleet(Fleet):
         for process in own:
             self.flush(process)
         waiting: list[HasFileno] = [*(p.channel for p in own if p.channel is not None), self.zygote, *self._links.values(), *also]
+        self.push()
         if self._events or any(self._said(actor) for actor in self.actors):
             timeout_seconds = 0.0
         ready = wait(waiting, timeout_seconds)
@@ -227,13 +228,20 @@ class RayFleet(Fleet):
         return isinstance(actor.channel, RemoteChannel) and bool(actor.channel.said)
 
     def happened(self) -> list[Death | Lost]:
+        self.push()
         for link in list(self._links.values()):
             self._take_in(link)
         events, self._events = self._events, []
         return super().happened() + events
 
     def sources(self) -> list[HasFileno]:
+        self.push()
         return [self.zygote, *self._links.values()]
+
+    def push(self) -> None:
+        """Also before every wait: what was posted meanwhile goes to the nodes, as one message each."""
+        for link in self._links.values():
+            link.flush()
 
     def _take_in(self, link: NodeLink) -> None:
         for frame in link.take():
@@ -379,6 +387,7 @@ class RayFleet(Fleet):
         self.dump(process)
         deadline = time.monotonic() + STACK_SECONDS
         link = self._homes[process.index]
+        link.flush()
         while time.monotonic() < deadline and not link.lost:
             wait([link], 0.1)
             self._take_in(link)

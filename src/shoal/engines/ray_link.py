@@ -35,7 +35,7 @@ class NodeHandle(Protocol):
 
 
 class NodeLink:
-    """One node as the supervisor sees it. `post`, `take` and `close` are for the supervisor's thread.
+    """One node as the supervisor sees it. `post`, `flush`, `take` and `close` are for the supervisor's thread.
 
     Args:
       weights: called from a thread of this link.
@@ -49,6 +49,7 @@ class NodeLink:
         self.said, self.heard, self.env_steps = Counted(), Counted(), 0
         self._weights = weights
         self._sent_version = -1
+        self._posted: list[Frame] = []
         self._out: deque[Frame] = deque()
         self._in: deque[Frame] = deque()
         self._room = threading.Condition()
@@ -66,10 +67,16 @@ class NodeLink:
         return self._ready
 
     def post(self, frame: Frame) -> None:
-        """Have the node told; in order, some time soon."""
-        with self._room:
-            self._out.append(frame)
-            self._room.notify_all()
+        """Have the node told, in order, from the next `flush` on: what is posted at one moment goes there as one message."""
+        self._posted.append(frame)
+
+    def flush(self) -> None:
+        """Whoever posts and then waits calls it in between."""
+        if self._posted:
+            with self._room:
+                self._out.extend(self._posted)
+                self._room.notify_all()
+            self._posted.clear()
 
     def forget_weights(self) -> None:
         """The versions begin again: the run goes back to a checkpoint."""
