@@ -36,7 +36,7 @@ def system_of(
 
 @pytest.fixture
 def free_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("DRIVER_UPDATE_US", "DRIVER_LOOK_US"):
+    for name in ("DRIVER_UPDATE_US", "DRIVER_LOOK_US", "MESSAGE_US"):
         monkeypatch.setattr(inputs, name, 0.0)
 
 

@@ -55,7 +55,7 @@ _positive = click.FloatRange(min=0.0, min_open=True)
     "--message-us",
     type=click.FloatRange(min=0.0),
     metavar="US",
-    help="Microseconds of a core that a message through Ray takes at each end. [measured]",
+    help="Microseconds of a core that a message through Ray takes at each end. [measured once]",
 )
 @click.option("--one-machine", is_flag=True, help="All nodes share the cores of one machine, as while a cluster is tried.")
 @json_option
@@ -90,14 +90,14 @@ def plan(
     settings = given_settings(ctx)
 
     def work() -> Any:
-        from shoal.planning.inputs import MESSAGE_US, Asked
+        from shoal.planning.inputs import Asked
         from shoal.planning.plan import TABLE
         from shoal.planning.plan import plan as predict
 
         asked = Asked(
             sizes=TABLE if table else nodes or (1,), cores=cores, learners=learners, link_latency_us=link_latency,
             link_gbit=link_bandwidth, learner_gbit=learner_bandwidth, driver_us=driver_us,
-            message_us=MESSAGE_US if message_us is None else message_us, one_machine=one_machine,
+            message_us=message_us, one_machine=one_machine,
         )  # fmt: skip
         return predict(env, settings, asked, costs_file=costs, seconds=seconds, told=lambda text: say(f"{text} ...", "lines"))
 

@@ -24,7 +24,7 @@ from shoal.settings import WAITING_ACTORS_PER_CORE
 # `shoal bench costs` measures.
 DRIVER_UPDATE_US = 1200.0  # metrics, rows of run.db, files of TensorBoard: of each update
 DRIVER_LOOK_US = 0.4  # of each group, whenever the driver looks what may be begun
-MESSAGE_US = 0.0  # of a core, at each end of a message through Ray
+MESSAGE_US = 460.0  # of a core, at each end of a message through Ray: `benchmarks/clusters.py --link`, three times (455 to 480) while other programs ran
 _AGAIN = "measure anew: shoal bench costs ENV --json > FILE"
 
 
@@ -101,7 +101,7 @@ class Asked:
       sizes: numbers of nodes. cores: of a node; None: as many as the machine has where the costs were measured.
       learners: one a node at most. link_gbit, learner_gbit: Gbit/s each way, of a node and of a node with a learner (None: as a node).
       driver_us: microseconds of the driver for each rollout; None: as measured.
-      message_us: microseconds of a core at each end of a message, on Ray.
+      message_us: microseconds of a core at each end of a message, on Ray; None: as measured once.
       one_machine: all nodes share the cores of one.
     """
 
@@ -112,7 +112,7 @@ class Asked:
     link_gbit: float = 10.0
     learner_gbit: float | None = None
     driver_us: float | None = None
-    message_us: float = MESSAGE_US
+    message_us: float | None = None
     one_machine: bool = False
 
 
@@ -206,7 +206,8 @@ def _system(config: RunConfig, measured: Measured, asked: Asked, nodes: int) -> 
 
 
 def _way(measured: Measured, asked: Asked, rollout_steps: int) -> Way:
-    return Way(1e-6 * asked.message_us, *(1e-6 * rollout_steps * us for us in (measured.crossing.pack, measured.crossing.unpack)))
+    message_us = MESSAGE_US if asked.message_us is None else asked.message_us
+    return Way(1e-6 * message_us, *(1e-6 * rollout_steps * us for us in (measured.crossing.pack, measured.crossing.unpack)))
 
 
 def _actors(config: RunConfig, mode: str, form: str, cores: int) -> int:
