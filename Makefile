@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: install demo test lint unit soak fuzz bench-learning bench-peers bench-async bench-speed bench-plan bench-gpu mutants docs clean
+.PHONY: install demo test lint unit soak fuzz bench-learning bench-peers bench-async bench-speed bench-plan bench-gpu bench-scaling mutants docs clean
 
 install: $(STAMP)
 
@@ -65,6 +65,12 @@ bench-speed: install
 
 bench-plan: install
 	$(BIN)/python benchmarks/planning.py
+	$(BIN)/python benchmarks/summary.py
+
+# Clusters of Ray on this machine. Rows on hosts need root and iproute2; without them they are left out, and the table says why.
+bench-scaling: install
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/summary.py
 
 mutants: install
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutants]'

@@ -1,10 +1,11 @@
 """What `make bench-plan` measures: trainings beside what `shoal plan` predicts for them, and what the driver takes that `shoal bench costs` does not measure.
 
 A row's training is `shoal bench train`, whose answer has the costs of its parts, measured after it; `shoal plan` is given these costs and nothing of the
-training. Every measurement is appended to `results/planning.jsonl` at once; `results/planning.md` is written from all of it.
+training. scaling/* are the runs of scaling.py on clusters on this machine, and table/* the plan for 1 to 10,000 nodes (planned.py). Every measurement
+is appended to `results/planning.jsonl` at once; `results/planning.md` is written from all of it.
 
     python benchmarks/planning.py                                  what is missing
-    python benchmarks/planning.py --rows 'known/*' 'driver/*'     some rows
+    python benchmarks/planning.py --rows 'known/*' 'scaling/*'    some rows
     python benchmarks/planning.py --again                          measure anew
     python benchmarks/planning.py --list | --table                 what there is, what is done | only the table
 
@@ -23,8 +24,11 @@ from functools import partial
 from statistics import median
 from typing import Any, Literal
 
+import planned
+from namespaces import why_not
 from observing import steady_rate
 from peers import EPOCHS, MATCHED
+from planned import TARGET
 from rows import Entry, Measurement, Store, chosen, digest, line, measure_all, parser_of, scratch, shoal, where_and_when
 from speed import WAITING
 from waiting import blocking_seconds, fixed
@@ -39,7 +43,6 @@ from shoal.planning.pipeline import simulate
 from shoal.planning.system import Driver, Links, StepCosts, System
 from shoal.types import EnvironmentSpec, FieldSpec, LeafSpec
 
-TARGET = 0.10
 REPEATS = 3
 LOOK_SECONDS = 1.0
 GROUPS = (40, 400, 4000)
@@ -204,7 +207,11 @@ def looks(groups: int) -> Figures:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     store = Store(options.results, "planning", lambda entry: (entry["row"], entry["seed"]), page)
-    names = chosen([*(row.name for row in (*ROWS, *KNOWN)), *map(_driver_row, GROUPS)], options.rows)
+    clusters = {f"scaling/{row.name}": row for row in planned.ROWS}
+    names = chosen([*(row.name for row in (*ROWS, *KNOWN)), *map(_driver_row, GROUPS), *clusters, *planned.TABLES], options.rows)
+    if any(row.on_hosts for name, row in clusters.items() if name in names) and (why := why_not()):
+        print(f"rows on hosts are left out: {why}", file=sys.stderr)
+        clusters = {name: row for name, row in clusters.items() if not row.on_hosts}
     settings = [options.seconds, options.costs_seconds]
     wanted = [
         Measurement(row.name, n, (row.name, n), digest([row.command, *settings]), partial(_training, row, n, options), _brief)
@@ -223,6 +230,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Measurement(row.name, 0, (row.name, 0), digest([*row.options, options.known_seconds]), partial(_known, row, options), _brief)
         for row in KNOWN
         if row.name in names
+    ]
+    wanted += [
+        Measurement(name, n, (name, n), digest([row.command, row.on_hosts, *settings]), partial(_on_cluster, name, row, n, options), _brief)
+        for name, row in clusters.items()
+        if name in names
+        for n in range(options.repeats)
+    ]
+    wanted += [
+        Measurement(
+            name,
+            0,
+            (name, 0),
+            digest([planned.TABLE, learners, options.costs_seconds]),
+            partial(_table, name, learners, options),
+            _brief_table,
+        )
+        for name, learners in planned.TABLES.items()
+        if name in names
     ]
     return measure_all(wanted, store, options)
 
@@ -250,6 +275,18 @@ def _known(row: Known, options: argparse.Namespace) -> Entry:
 
 def _driver(groups: int) -> Entry:
     return {"row": _driver_row(groups), "seed": 0, "command": "benchmarks/planning.py", "figures": looks(groups)}
+
+
+def _on_cluster(name: str, row: planned.scaling.Row, repeat: int, options: argparse.Namespace) -> Entry:
+    return {"row": name, "seed": repeat, "command": row.command, "figures": planned.beside_cluster(row, repeat, options)}
+
+
+def _table(name: str, learners: int, options: argparse.Namespace) -> Entry:
+    return {"row": name, "seed": 0, "command": " ".join(planned.TABLE), "figures": planned.table(learners, options)}
+
+
+def _brief_table(entry: Entry) -> str:
+    return planned.broken(entry["figures"]["breaks"])
 
 
 def _brief(entry: Entry) -> str:
@@ -281,6 +318,14 @@ def page(store: Store) -> Iterator[str]:
     loads = [entry["load"] for key, entry in store.entries.items() if key[0] in {row.name for row in ROWS}]
     if loads:
         yield f"\nLoad of the machine, this bench's own part (about 2) included: {min(loads):.1f} to {max(loads):.1f}. Rows that are missing are not measured yet.\n"
+    yield "\n## Clusters on this machine\n"
+    yield (
+        "The runs of [scaling](scaling.md), beside what `shoal plan --engine ray --one-machine` says from the means of the costs that were measured right before and right after them, and from the link of "
+        "their cluster: latency is half of a small call, Gbit/s of messages of 4 MiB, us a message the processor time of a call at one end.\n"
+    )
+    yield from planned.cluster_lines(store.entries.values())
+    yield "\n## 1 to 10,000 nodes\n"
+    yield from planned.table_lines(list(store.entries.values()))
     yield "\n## Known times\n"
     yield (
         f"Steps sleep for {STEP_MS:g} ms and updates for a known share of that for each of their env steps, {ACTORS} actors, groups of 2, rollouts of 8: what is predicted is the pipeline alone, who "

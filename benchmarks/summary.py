@@ -1,9 +1,9 @@
-"""The README's tables of results, made from what the benches wrote: no figure in them is entered by hand.
+"""The tables of results in README.md and docs/scaling.md, made from what the benches wrote: no figure in them is entered by hand.
 
-    python benchmarks/summary.py             writes them between the two markers of README.md
+    python benchmarks/summary.py             writes them, each between its two markers
     python benchmarks/summary.py --print     shows them
 
-Rows whose bench has not run are left out. A test compares the README with what this makes.
+Rows whose bench has not run are left out. Tests compare the pages with what this makes.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import peers
+import planned
 import rows
+import scaling
 import speed
 from rows import RESULTS, ROOT, Entry, day, from_to, line, loads, read
 
-README = ROOT / "README.md"
-BEGIN, END = "<!-- results: benchmarks/summary.py -->\n", "<!-- end of results -->\n"
+README, SCALING = ROOT / "README.md", ROOT / "docs" / "scaling.md"
+NOTHING = "Not measured yet."
 
 
 def entries(name: str) -> list[Entry]:
@@ -87,20 +90,57 @@ def short(cpu: str) -> str:
     return " ".join(re.sub(r"\(R\)|\(TM\)|\b(Processor|CPU)\b", " ", cpu).split())
 
 
-def written(text: str) -> str:
-    """`text` of a README with the tables in their place."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + "\n".join(table()) + "\n" + END + after
+def scaling_lines() -> Iterator[str]:
+    """What was measured of clusters on one machine, and when and where."""
+    found = rows.newest(entries("scaling"), lambda entry: (entry["row"], entry["seed"])).values()
+    yield from _with_circumstances(list(found), scaling.lines)
+
+
+def planned_lines() -> Iterator[str]:
+    """Predictions beside those runs."""
+    found = [entry for entry in newest(entries("planning"), "row", "seed").values() if entry["row"].startswith("scaling/")]
+    yield from _with_circumstances(found, planned.cluster_lines)
+
+
+def plan_lines() -> Iterator[str]:
+    """1 to 10,000 nodes."""
+    found = [entry for entry in newest(entries("planning"), "row", "seed").values() if entry["row"].startswith("table/")]
+    yield from planned.table_lines(found) if found else [NOTHING]
+
+
+def _with_circumstances(found: Sequence[Entry], lines: Callable[[Iterable[Entry]], Iterator[str]]) -> Iterator[str]:
+    if not found:
+        yield NOTHING
+        return
+    yield f"{circumstances(found)}.\n"
+    yield from lines(found)
+
+
+PAGES: dict[Path, dict[str, Callable[[], Iterator[str]]]] = {
+    README: {"results": table},
+    SCALING: {"scaling": scaling_lines, "predictions": planned_lines, "plan": plan_lines},
+}
+
+
+def written(text: str, page: Path = README) -> str:
+    """`text` of a page with its tables in their places."""
+    for name, lines in PAGES[page].items():
+        begin, end = f"<!-- {name}: benchmarks/summary.py -->\n", f"<!-- end of {name} -->\n"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = before + begin + "\n".join(lines()) + "\n" + end + after
+    return text
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--print", action="store_true", help="show the tables only")
-    if parser.parse_args().print:
-        print("\n".join(table()))
-    else:
-        README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
+    shown = parser.parse_args().print
+    for page, tables in PAGES.items():
+        if shown:
+            print("\n\n".join("\n".join(lines()) for lines in tables.values()))
+        else:
+            page.write_text(written(page.read_text(encoding="utf-8"), page), encoding="utf-8")
     return 0
 
 

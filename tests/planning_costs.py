@@ -23,6 +23,7 @@ def costs(algorithm: str = "ppo", **changes: Any) -> dict[str, Any]:
         "mixed": 0.0,
         "crowding": 1.0,
         "transport": {"record": 8.0, "words": 0.0, "decide": 0.0, "consume": 0.0, "weights": 0.0},
+        "crossing": {"pack": 0.0, "unpack": 0.0},
         "learning": {"cores": 1.6, "wall_us": {"1": 40.0, "2": 25.0}, "own_device": False},
         "environment": {"wall_us": 20.0, "cpu_us": 20.0, "waits": False, "episode_steps": 100.0, "updates_measured": 9},
         "sizes": {"rollout_bytes": 10_000, "weights_bytes": 40_000},

@@ -151,3 +151,14 @@ def test_reading_runs_brings_no_torch(tmp_path: Path) -> None:
     source = str(Path(runs.__file__).parents[1])
     code = "import sys; import shoal.runs; sys.exit('torch' in sys.modules or 'gymnasium' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": source}, check=False).returncode == 0
+
+
+def test_what_crossed_the_network_is_shown_of_a_run_on_a_cluster_and_of_no_other(tmp_path: Path) -> None:
+    path = finished(tmp_path)
+    assert runs.show(path)["network"] is None
+    network = {"messages": 3, "nodes": {}}
+    result = runs.read_result(path)
+    write_text_atomically(path / "result.json", to_json({**result, "network": network}))
+    shown = runs.show(path)
+    assert shown["network"] == network
+    assert "network" not in shown["results"]

@@ -549,6 +549,7 @@ def _result(session: Session, outcome: dict[str, Any], directory: Path) -> dict[
         "restarts": session.restarts,
         "skipped_steps": session.skipped_steps,
         **({"replay": c.replay_facts} if c.limiter is not None else {}),
+        **({"network": network} if (network := session.network()) else {}),
     }
 
 

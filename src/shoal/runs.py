@@ -260,8 +260,8 @@ def show(run: str | Path) -> dict[str, Any]:
     """Everything that is known of a run.
 
     Returns:
-      run, status, process (of a living run; and its host, of one in a store), configuration, environment and schema (the fields of a rollout), results, ledger, lag,
-      dropped (by reason, from the log), faults {counts by kind, newest}, recovery (by role), checkpoint {update, path, bytes, files}, warnings.
+      run, status, process (of a living run; and its host, of one in a store), configuration, environment and schema (the fields of a rollout), results,
+      ledger, lag, network (of a cluster), dropped (by reason, from the log), faults {counts by kind, newest}, recovery (by role), checkpoint {update, path, bytes, files}, warnings.
     Raises:
       RunError: `run` is no run.
     """
@@ -300,9 +300,13 @@ def _shown(path: Path, holder: int | None) -> dict[str, Any]:
     except ShoalError as error:
         warnings.append(str(error))
     if result and shown["process"] is None:
-        shown["results"] = {name: value for name, value in result.items() if name not in ("ledger", "lag")}
-        meta = {name: result[name] for name in ("ledger", "lag") if name in result} | meta
-    shown |= {"environment": meta.get("spec"), "schema": meta.get("schema"), "ledger": meta.get("ledger"), "lag": meta.get("lag")}
+        shown["results"] = {name: value for name, value in result.items() if name not in ("ledger", "lag", "network")}
+        meta = {name: result[name] for name in ("ledger", "lag", "network") if name in result} | meta
+    shown |= {
+        "environment": meta.get("spec"),
+        **{name: meta.get(name) for name in ("schema", "ledger", "lag")},
+        "network": meta.get("network") or None,
+    }
     return shown | {"checkpoint": None, "warnings": warnings}
 
 

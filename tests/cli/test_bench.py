@@ -13,7 +13,8 @@ import pytest
 
 SMALL = ["--preset", "none", "--sampling.groups", "2", "--sampling.group-size", "2", "--sampling.rollout-length", "16", "--actors", "1"]
 PARTS = {
-    "settings", "date", "machine", "cores", "costs", "mixed", "crowding", "transport", "learning", "several", "environment", "sizes", "ceilings", "references",
+    "settings", "date", "machine", "cores", "costs", "mixed", "crowding", "transport", "crossing", "learning", "several", "environment", "sizes",
+    "ceilings", "references",
 }  # fmt: skip
 
 
@@ -35,6 +36,7 @@ def ceilings_follow(found: dict[str, Any]) -> None:
     costs, cores = found["costs"], found["cores"]
     assert all(cost > 0 for cost in costs.values())
     assert costs["x"] == pytest.approx(sum(found["transport"].values()))
+    assert min(found["crossing"]["pack"], found["crossing"]["unpack"]) > 0
     acting = costs["e"] + costs["i"] + costs["x"]
     assert found["ceilings"]["async"] == pytest.approx(cores * 1e6 / (acting + costs["l"]))
     assert found["ceilings"]["sync"] == pytest.approx(1e6 / (acting / cores + costs["l"] / found["learning"]["cores"]))

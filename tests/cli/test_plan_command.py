@@ -13,7 +13,7 @@ import pytest
 
 from planning_costs import OPTIONS, costs
 
-ANSWER = {"settings", "costs", "links", "driver", "rows", "breaks"}
+ANSWER = {"settings", "costs", "links", "driver", "way", "rows", "breaks"}
 ROW = {
     "nodes", "learners", "env_steps_per_second", "env_steps_per_second_and_node", "updates_per_second", "batch_env_steps", "lag", "over_lag",
     "utilisation", "learner_bytes", "bottleneck", "moves",
@@ -43,6 +43,19 @@ def test_a_plan_from_a_file_as_json(file: str, tmp_path: Path) -> None:
     assert 0.9e6 / (38 / 2 + 40) < one["env_steps_per_second"] <= 1e6 / (38 / 2 + 40)  # the driver takes the rest
     assert found["breaks"]["name"] == "learner"
     assert [entry.name for entry in tmp_path.iterdir()] == ["costs.json"]
+
+
+def test_a_cluster_on_one_machine_has_its_cores_once_and_its_messages(file: str, tmp_path: Path) -> None:
+    small = [*OPTIONS, "--costs", file, "--engine", "ray", "--actors-per-node", "2", "--nodes", "1,2", "--link-latency", "0", "--json"]
+    apart, together, dear = (
+        json.loads(shoal(*small, *more, cwd=tmp_path).stdout)
+        for more in (["--message-us", "0"], ["--message-us", "0", "--one-machine"], ["--message-us", "5000", "--one-machine"])
+    )
+    assert (dear["way"]["message"], dear["settings"]["engine"], dear["settings"]["one_machine"]) == (0.005, "ray", True)
+    rates = [[row["env_steps_per_second"] for row in found["rows"]] for found in (apart, together, dear)]
+    assert rates[0][0] == rates[1][0]
+    assert rates[0][1] > rates[1][1], "nodes on machines of their own have more cores"
+    assert rates[1][0] > 1.1 * rates[2][0]
 
 
 def test_a_table_for_a_person(file: str, tmp_path: Path) -> None:

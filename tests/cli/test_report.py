@@ -98,3 +98,23 @@ def test_a_training_from_a_replay_is_summed_up_with_what_was_sampled(capsys: pyt
     out = " ".join(capsys.readouterr().out.split())
     assert "90 produced = 80 replayed + 10 shutdown + 0 in flight; 30 of those replayed were evicted since (env steps)" in out
     assert "80 env steps in, 160 sampled (2.00 for each); age in the last update: 2.5 updates, 12 env steps" in out
+
+
+def test_a_run_on_a_cluster_is_shown_with_what_crossed_the_network_of_each_node(capsys: pytest.CaptureFixture[str]) -> None:
+    node = {
+        "env_steps": 1000,
+        "messages": 20,
+        "bytes_said": 4000,
+        "bytes_heard": 60_000,
+        "bytes_per_env_step": 64.0,
+        "messages_per_env_step": 0.02,
+    }
+    network = {**node, "nodes": {"one": node}}
+    print_training({**RESULT, "network": network})
+    assert "64.0 bytes and 0.02 messages for each env step; 60 kB from 1 node, 4 kB there" in said(capsys)
+    configuration = RunConfig.model_validate({"env": {"id": "CartPole-v1"}}).model_dump(mode="json", by_alias=True)
+    print_show({"run": "runs/x", "status": "updates", "configuration": configuration, "network": network})
+    lines = [line.split() for line in said(capsys).splitlines()]
+    assert [line[1:] for line in lines if line[:1] in (["one"], ["all"])] == [["1,000", "60", "kB", "4", "kB", "20", "64.0", "0.02"]] * 2
+    print_show({"run": "runs/x", "status": "updates", "configuration": configuration, "network": None})
+    assert "network" not in said(capsys)

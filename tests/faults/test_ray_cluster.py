@@ -159,15 +159,22 @@ def test_a_driver_that_is_killed_leaves_nothing_on_the_nodes_and_is_resumed(mach
 def test_a_run_in_a_store_whose_driver_is_killed_is_resumed_by_another_machine(
     machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted, url = expected(tmp_path, 60), f"file://{tmp_path}/store/run"
+    wanted, url = expected(tmp_path, UPDATES), f"file://{tmp_path}/store/run"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "first"))
     machines.be(2)
     where = ("--engine", "ray", "--address", machines.address, "--allow-insecure-cluster", "--actors-per-node", "1")
+    ends = ("--checkpoint.every-updates", "5", "--stop.updates", str(UPDATES), "--run-dir", url)
     log = tmp_path / "run"
-    process = start(log, "train", *SMALL, *where, "--checkpoint.every-updates", "10", "--stop.updates", "60", "--run-dir", url)
-    wait_for(lambda: any((tmp_path / "store/run/checkpoints").glob("update-*[1-9]0*/manifest.json")), process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    with contextlib.closing(Line()) as line:
+        process = start(log, "train", *SMALL, *where, *ends, line=line)
+        line.reach(UPDATES // 2, process, log.with_suffix(".log"))
+        line.go_on()
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while not any((tmp_path / "store/run/checkpoints").glob("update-*[1-9]*/manifest.json")):
+            assert time.monotonic() < deadline, "no checkpoint came to the store"
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "second"))
     result = answer(start(log, "resume", url), log)
     assert (result["run"], result["weights_sha256"]) == (url, wanted)

@@ -62,3 +62,18 @@ def test_a_replay_has_tags_of_its_own() -> None:
     named = {name: value for name, value in values.items() if name.startswith(("replay/", "ledger/replayed", "ledger/evicted"))}
     assert named == {"ledger/replayed": 7, "ledger/evicted": 2, "replay/age_updates_mean": 3.5, "replay/surplus": -1.0}
     assert not [name for name in scalars(a_snapshot()) if name.startswith("replay/")]
+
+
+def test_a_cluster_has_tags_for_what_crosses_its_network_in_all_and_by_node() -> None:
+    node = {
+        "env_steps": 10,
+        "messages": 5,
+        "bytes_said": 100,
+        "bytes_heard": 900,
+        "bytes_per_env_step": 100.0,
+        "messages_per_env_step": 0.5,
+    }
+    values = scalars(a_snapshot(network={**node, "nodes": {"a": node}}))
+    named = {name.removeprefix("network/"): value for name, value in values.items() if name.startswith("network/")}
+    assert named == {**node, "a/bytes_per_env_step": 100.0, "a/messages_per_env_step": 0.5}
+    assert not [name for name in scalars(a_snapshot()) if name.startswith("network/")]

@@ -19,7 +19,7 @@ from shoal.planning.inputs import Asked, check_same, learning_speed, measured_of
 from shoal.planning.levers import LEVERS, bottleneck, moves
 from shoal.planning.pipeline import simulate
 from shoal.planning.plan import breaking_size, plan
-from shoal.planning.system import System
+from shoal.planning.system import System, Way
 from shoal.settings import resolve
 
 
@@ -36,7 +36,7 @@ def system_of(
 
 @pytest.fixture
 def free_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("DRIVER_UPDATE_US", "DRIVER_LOOK_US"):
+    for name in ("DRIVER_UPDATE_US", "DRIVER_LOOK_US", "MESSAGE_US"):
         monkeypatch.setattr(inputs, name, 0.0)
 
 
@@ -64,6 +64,17 @@ def test_what_is_asked_for_goes_before_what_was_measured() -> None:
     )
     assert (s.plan.batch_rollouts, s.plan.max_policy_lag, s.rollout_bytes, s.optimizer_steps) == (6, 2, 20_000, 1)
     assert system_of(given={"actors": 3}).actors == 3
+
+
+def test_on_ray_the_actors_of_every_node_are_reached_by_messages() -> None:
+    given = {"engine": "ray", "ray.actors_per_node": 3}
+    s = system_of(1, asked=Asked(message_us=50.0, one_machine=True), given=given, crossing={"pack": 1.0, "unpack": 2.0})
+    assert s.way is not None
+    assert (s.way.message, s.way.pack, s.way.unpack) == pytest.approx((50e-6, 256e-6, 512e-6))
+    assert (s.actors, s.one_machine) == (3, True)
+    assert system_of(1).way is None, "the local engine has no messages but those through channels"
+    assert isinstance(system_of(2).way, Way)
+    assert system_of(1, given={"engine": "ray"}).actors == 2, "one for each core"
 
 
 def test_waiting_environments_have_an_actor_for_each_group() -> None:
@@ -145,7 +156,7 @@ def test_twice_the_bottleneck_gives_twice_the_run_where_nothing_else_counts() ->
     gains = {move.lever.name: move.gain for move in moves(system, simulate(system).env_steps_per_second, simulate)}
     assert gains["cores"] == pytest.approx(1.0, abs=0.05)
     assert all(abs(gain) < 0.05 for name, gain in gains.items() if name != "cores")
-    assert set(gains) == {lever.name for lever in LEVERS} - {"waiting", "turns"}
+    assert set(gains) == {lever.name for lever in LEVERS} - {"waiting", "turns", "messages"}
 
 
 def test_in_sync_mode_it_is_said_what_taking_turns_costs() -> None:

@@ -12,8 +12,9 @@ from cluster import US, cluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.planning.levers import moves
 from shoal.planning.pipeline import REPRESENTATIVES, Prediction, simulate, spread
-from shoal.planning.system import System
+from shoal.planning.system import System, Way
 
 costs = st.integers(1, 200).map(float)
 
@@ -137,6 +138,44 @@ def test_learners_share_the_batch_and_add_their_gradients_in_a_ring(learners: in
     assert rate(with_latency) == pytest.approx(8 * 256 / (alone + lease_and_rollout + with_latency.all_reduce_seconds))
     ring = replace(system, weights_bytes=10**6)
     assert ring.all_reduce_seconds == pytest.approx(32 * 2 * (learners - 1) / learners * 1e6 / 1e9)
+
+
+# ---- through messages ------------------------------------------------------------------------------------------------
+def test_sync_a_lease_goes_there_and_a_rollout_comes_back_also_where_the_learner_is() -> None:
+    alone = cluster("sync", groups=1, cores=1, links__latency=0.002)
+    steps, made, learned = 256, 256 * 40 * US, 256 * 20 * US
+    assert rate(alone) == pytest.approx(steps / (made + learned)), "in shared memory there is no way"
+    through = replace(alone, way=Way(0.0))
+    assert rate(through) == pytest.approx(steps / (made + learned + 2 * 0.002))
+    packed = replace(alone, way=Way(0.0, pack=0.001, unpack=0.003))
+    assert rate(packed) == pytest.approx(steps / (made + learned + 2 * 0.002 + 0.004))
+
+
+def test_messages_take_of_the_cores_at_both_ends() -> None:
+    system = cluster("async", groups=4, cores=1, actors=1, learning=10.0, way=Way(0.001))
+    version = 2 * 0.001 / system.plan.batch_rollouts  # of each rollout's share in it
+    of_a_rollout = 256 * 50 * US + 2 * 0.001 + 2 * 0.001 + version
+    assert rate(system) == pytest.approx(256 / of_a_rollout, rel=0.03)
+    gains = {move.lever.name: move.gain for move in moves(system, rate(system), simulate)}
+    assert gains["messages"] > 0.1
+    assert "messages" not in {move.lever.name for move in moves(cluster("async"), 1.0, simulate)}
+
+
+def test_nodes_of_one_machine_share_its_cores_and_do_not_share_their_waits() -> None:
+    busy, wide = cluster("async", nodes=4, groups=2, learning=1.0, one_machine=True), cluster("async", groups=8, learning=1.0)
+    found = simulate(busy)
+    assert found.env_steps_per_second == pytest.approx(rate(wide), rel=0.02)
+    assert found.utilisation["cores"] == pytest.approx(1.0, abs=0.01)
+    waiting = {"groups": 1, "actors": 1, "size": 32, "acting": 1.0, "learning": 0.5, "blocking": 10_000.0}
+    one, four = (rate(cluster("async", nodes=n, one_machine=True, **waiting)) for n in (1, 4))
+    assert four == pytest.approx(4 * one, rel=0.01)
+    slow = {**waiting, "acting": 200.0}
+    assert rate(cluster("async", nodes=4, one_machine=True, **slow)) < 0.9 * rate(cluster("async", nodes=4, **slow))
+
+
+def test_on_one_machine_every_node_is_simulated() -> None:
+    many = cluster("async", nodes=12, groups=1, learning=0.5, one_machine=True)
+    assert simulate(many, representatives=2).env_steps_per_second == pytest.approx(simulate(many, representatives=12).env_steps_per_second)
 
 
 # ---- policy lag ------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def bench_costs(
       seconds: for the parts; each of the bare loops takes a fifth of it.
       told: called with what is done at the moment.
     Returns:
-      settings, machine, costs, mixed, crowding, transport, learning, several, environment, sizes, ceilings, references: see docs/performance.md.
+      settings, machine, costs, mixed, crowding, transport, crossing, learning, several, environment, sizes, ceilings, references: see docs/performance.md.
     Raises:
       ConfigError, EnvironmentFault: as `shoal.train`.
     """
@@ -69,6 +69,7 @@ def bench_costs(
         "mixed": parts.mixed,
         "crowding": parts.crowding,
         "transport": {name: getattr(parts, name) for name in ("record", "words", "decide", "consume", "weights")},
+        "crossing": {"pack": parts.pack, "unpack": parts.unpack},
         "learning": {"cores": learning_cores, "wall_us": {str(n): us for n, us in parts.learn_wall.items()}, "own_device": own_device},
         "several": several,
         "environment": {**blocking, "episode_steps": parts.episode_steps, "updates_measured": parts.cycles},

@@ -31,6 +31,7 @@ from shoal.engines.plan import Lease, Plan
 from shoal.engines.roles import Blueprint
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Slot, allocate
+from shoal.experience.wire import pack, unpack
 from shoal.supervision.channel import Channel, wait
 from shoal.types import Acted, Array, Arrays, Behaviour
 from shoal.weights.board import WeightBoard
@@ -49,6 +50,7 @@ class PartCosts:
       record: writing a rollout down, with the environments' snapshots where they offer them. mixed: what a rollout costs more than environment,
         inference and record alone, because they take turns at every row (caches, branches); no part of the ceilings. words: messages between the processes.
       decide: the coordinator. consume: checking and copying a batch. weights: publishing, and reading by every actor.
+      pack, unpack: of a rollout that crosses a network (experience/wire.py), at its node and where it comes; no part of the ceilings.
       learn_wall: by number of threads, wall time of an update.
       crowding: how many times as much an update costs while all cores make them (benching/neighbours.py).
       episode_steps: mean length of the episodes meanwhile.
@@ -64,6 +66,8 @@ class PartCosts:
     decide: float
     consume: float
     weights: float
+    pack: float
+    unpack: float
     learn_wall: dict[int, float]
     crowding: float
     episode_steps: float
@@ -120,6 +124,7 @@ class Cycle:
         self._recording = Actor(ring, self._chosen, lambda index: self._played, run_id=blueprint.run_id)
         self._paced = paced
         self._actors = max(1, config.actors or 1)
+        self._run_id = blueprint.run_id
         self._ends = Channel.pair()
         self.found: defaultdict[str, list[tuple[Spent, int]]] = defaultdict(list)
 
@@ -147,6 +152,7 @@ class Cycle:
                 c.filled(lease.slot, lease.identity)
             if lease.identity.group == 0:
                 self._repeat(slot)
+                self._cross(slot)
         with _adding(decided):
             batch = c.next_batch()
         assert batch is not None
@@ -225,6 +231,13 @@ class Cycle:
             record = spend(lambda: self._recording.fill(self._scratch.index, identity))
             snapshots = spend(self._again.snapshots) if "snapshot" in slot.arrays else Spent(0.0, 0.0)
             self.found["record"].append((Spent(record.cpu + snapshots.cpu, record.wall + snapshots.wall), steps))
+
+    def _cross(self, slot: Slot) -> None:
+        """The rollout as bytes, and back."""
+        steps, packed = int(slot.envelope["num_env_steps"]), list[bytes]()
+        self.found["pack"].append((spend(lambda: packed.append(pack(slot))), steps))
+        newest = int(slot.envelope["version_max"])
+        self.found["unpack"].append((spend(lambda: unpack(packed[0], self._scratch, self._run_id, slot.identity, newest)), steps))
 
     def _pass_words(self, batch: list[tuple[int, Identity]]) -> None:
         """Every message of one update through a channel, there and back, as the supervisor and its roles say them."""
@@ -321,6 +334,8 @@ def _costs(cycle: Cycle, wanted: list[int], cycles: int) -> PartCosts:
         decide=cpu_us(found["decide"]),
         consume=cpu_us(found["consume"]),
         weights=cpu_us(found["weights"]),
+        pack=cpu_us(found["pack"]),
+        unpack=cpu_us(found["unpack"]),
         learn_wall=wall,
         crowding=1.0,
         episode_steps=cycle.episode_steps,

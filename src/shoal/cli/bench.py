@@ -165,3 +165,5 @@ def _cost_rows(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"part": f"each of {several['learners']} learners: its part", "shoal": round(several["share_us"], 2)}
         yield {"part": f"  {several['exchanges']} exchanges an update", "shoal": round(several["exchange_us"], 2)}
     yield {"part": "taking turns (in no ceiling)", "shoal": round(found["mixed"], 2)}
+    for name, cost in found["crossing"].items():
+        yield {"part": f"{name} (on a cluster; in no ceiling)", "shoal": round(cost, 2)}

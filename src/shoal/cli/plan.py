@@ -51,6 +51,13 @@ _positive = click.FloatRange(min=0.0, min_open=True)
 @click.option(
     "--driver-us", type=click.FloatRange(min=0.0), metavar="US", help="Microseconds of the driver for each rollout. [as the costs say]"
 )
+@click.option(
+    "--message-us",
+    type=click.FloatRange(min=0.0),
+    metavar="US",
+    help="Microseconds of a core that a message through Ray takes at each end. [measured once]",
+)
+@click.option("--one-machine", is_flag=True, help="All nodes share the cores of one machine, as while a cluster is tried.")
 @json_option
 @debug_option
 @click.pass_context
@@ -67,12 +74,16 @@ def plan(
     link_bandwidth: float,
     learner_bandwidth: float | None,
     driver_us: float | None,
+    message_us: float | None,
+    one_machine: bool,
     as_json: bool,
     debug: bool,
 ) -> None:
     """Predict throughput, policy lag and bottleneck of a training on any number of nodes, and what would move them.
 
     A simulation of the pipeline under the rules of a run, fed with measured costs. --sampling.groups and --actors are those of each node.
+
+    Several nodes are a cluster of Ray; --engine ray plans one of a single node too.
     """
     if nodes and table:
         raise click.UsageError("--table is --nodes with sizes of its own; give one of them")
@@ -86,6 +97,7 @@ def plan(
         asked = Asked(
             sizes=TABLE if table else nodes or (1,), cores=cores, learners=learners, link_latency_us=link_latency,
             link_gbit=link_bandwidth, learner_gbit=learner_bandwidth, driver_us=driver_us,
+            message_us=message_us, one_machine=one_machine,
         )  # fmt: skip
         return predict(env, settings, asked, costs_file=costs, seconds=seconds, told=lambda text: say(f"{text} ...", "lines"))
 
@@ -99,7 +111,7 @@ def plan(
 def _print(found: Mapping[str, Any]) -> None:
     what, links, costs = found["settings"], found["links"], found["costs"]
     print(
-        f"{what['env']} ({what['form']}), {what['algorithm']} {what['mode']}; a node: {what['cores']} cores, {what['actors']} actors, {what['groups']} groups "
+        f"{what['env']} ({what['form']}), {what['algorithm']} {what['mode']}; a node: {what['cores']} cores{_shared(what)}, {what['actors']} actors, {what['groups']} groups "
         f"of {what['group_size']}, rollouts of {what['rollout_length']}"
     )
     print(
@@ -117,6 +129,10 @@ def _print(found: Mapping[str, Any]) -> None:
         print(f"\n{_broken(found['breaks'])}")
     else:
         print(f"\nnothing breaks up to {rows[-1]['nodes']:,} nodes: each gives more than half of what it gives with {rows[0]['nodes']:,}")
+
+
+def _shared(what: Mapping[str, Any]) -> str:
+    return " of one machine that all share" if what["one_machine"] else ""
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, Any]:

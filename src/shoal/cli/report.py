@@ -41,6 +41,8 @@ def print_training(result: Mapping[str, Any]) -> None:
     rows += _accounts(result.get("ledger"), result.get("lag"))
     if result.get("replay"):
         rows.append(("replay", _replay(result["replay"])))
+    if result.get("network"):
+        rows.append(("network", _network(result["network"])))
     if result.get("restarts"):
         rows.append(("restarts", word(result["restarts"])))
     rows += [("weights", f"version {word(result.get('policy_version'))}, sha256 {result.get('weights_sha256')}"), ("run", path)]
@@ -104,6 +106,7 @@ def print_show(shown: Mapping[str, Any]) -> None:
     rows += [("warning", warning) for warning in shown.get("warnings", ())]
     _print_rows(rows)
     _print_groups(ledger.get("groups"))
+    _print_network(shown.get("network") or {})
     _print_faults(shown.get("faults") or {})
     _print_recovery(shown.get("recovery") or {})
     print("\nconfiguration (what differs from the defaults; config.yaml has all of it)")
@@ -138,6 +141,31 @@ def _spread(group: int, by_environment: Mapping[str, list[int]]) -> dict[str, An
         "most trained": f"{trained[most]:,} (environment {most})",
         "too late": ", ".join(f"{steps:,} of environment {b}" for b, steps in enumerate(late) if steps) or "0",
     }
+
+
+def _network(figures: Mapping[str, Any]) -> str:
+    """What an env step takes of the way between driver and nodes."""
+    each = f"{figures['bytes_per_env_step']:,.1f} bytes and {figures['messages_per_env_step']:.2g} messages for each env step"
+    return f"{each}; {_bytes(figures['bytes_heard'])} from {counted(len(figures['nodes']), 'node')}, {_bytes(figures['bytes_said'])} there"
+
+
+def _print_network(network: Mapping[str, Any]) -> None:
+    if not network:
+        return
+    print("\nnetwork (between the driver and each node, since this part of the run began)")
+    rows = [
+        {
+            "node": name,
+            "env steps": f"{node['env_steps']:,}",
+            "from it": _bytes(node["bytes_heard"]),
+            "to it": _bytes(node["bytes_said"]),
+            "messages": f"{node['messages']:,}",
+            "bytes/env step": f"{node['bytes_per_env_step']:,.1f}",
+            "messages/env step": f"{node['messages_per_env_step']:.2g}",
+        }
+        for name, node in {**network["nodes"], "all": network}.items()
+    ]
+    print_table(rows, list(rows[0]), indent=2)
 
 
 def _print_faults(faults: Mapping[str, Any]) -> None:

@@ -275,6 +275,13 @@ class Fleet:
     def collect(self, actor: Process, word: Word, newest_version: int) -> None:
         """The rollout that a word tells of is in its slot: shared memory needs nothing for that."""
 
+    def push(self) -> None:
+        """Let what actors were told go at once: on a single machine it has gone."""
+
+    def network(self) -> dict[str, Any]:
+        """What crossed a network (engines/traffic.py): nothing on a single machine."""
+        return {}
+
     def renew(self) -> bool:
         """Whether there is more room for actors than before; a single machine does not grow."""
         return False

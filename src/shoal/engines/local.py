@@ -106,6 +106,7 @@ class LocalEngine:
           interrupted: whether the user wants it to end. asked: whether somebody wants to see on standard error who waits for whom.
         """
         self._session, self._coordinator = session, session.coordinator
+        session.network = self._fleet.network
         self._trace = open_trace(self._traces, "supervisor", warn=session.warn)
         self._saves = Saves(session, self.tell_learner, self._trace)
         self._faults = EnvironmentFaults(session)
@@ -282,6 +283,7 @@ class LocalEngine:
             tell_of_weights(
                 self._session, self._fleet.actors, said["version"]
             )  # before anything that may take its time, as a callback does
+            self._fleet.push()
             if "dropped" in said:  # several learners, who say both at once
                 self._consumed(said)
             try:

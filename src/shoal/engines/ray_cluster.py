@@ -13,6 +13,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,7 @@ ASK_SECONDS = 10.0  # for the head to say which machines there are
 CONNECT_SECONDS = 10.0
 POLL_SECONDS = 0.2
 _CREATION = "error raised in its creation task"  # Ray's words
+ASKED_AHEAD = 2  # questions that wait at a node: what happens while an answer travels finds the next one there
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,20 @@ class RemoteNode:
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
-        self._heard: Any = None
+        self._asked: deque[Any] = deque()
 
     def say(self, message: bytes) -> None:
         self._wait(self._actor.say.options(concurrency_group="say").remote(message))
 
     def hear(self) -> bytes:
-        """The next question is asked before this answer is looked at."""
+        """The next questions are asked before this answer is looked at; they are answered in their order, one at a time."""
         hear = self._actor.hear.options(concurrency_group="hear")
-        answer: bytes = self._get(hear.remote(), START_SECONDS) if self._heard is None else self._wait(self._heard)
-        self._heard = hear.remote()
+        first = not self._asked
+        while len(self._asked) < ASKED_AHEAD:
+            self._asked.append(hear.remote())
+        answer: bytes = self._get(self._asked[0], START_SECONDS) if first else self._wait(self._asked[0])
+        self._asked.popleft()
+        self._asked.append(hear.remote())
         return answer
 
     def look(self) -> bytes:

@@ -35,6 +35,7 @@ from shoal.engines.ray_joining import Newcomers, report_of
 from shoal.engines.ray_link import NodeLink
 from shoal.engines.ray_node import ACTIVITY
 from shoal.engines.ray_words import Frame, Kind
+from shoal.engines.traffic import summary
 from shoal.errors import ConfigError, ProcessError, SchemaError
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring
@@ -108,6 +109,7 @@ class RayFleet(Fleet):
         self._left: dict[str, float] = {}  # nodes that were lost, by their id: when; those that are never taken: infinity
         self._newcomers = Newcomers()
         self._here = NodeReport("")
+        self._gone: list[NodeLink] = []  # to nodes that were lost
         self._num_groups = self._num_weights = 0
 
     # ---- start and end -------------------------------------------------------------------------------------------
@@ -228,6 +230,7 @@ class RayFleet(Fleet):
         for process in own:
             self.flush(process)
         waiting: list[HasFileno] = [*(p.channel for p in own if p.channel is not None), self.zygote, *self._links.values(), *also]
+        self.push()
         if self._events or any(self._said(actor) for actor in self.actors):
             timeout_seconds = 0.0
         ready = wait(waiting, timeout_seconds)
@@ -243,13 +246,20 @@ class RayFleet(Fleet):
         return isinstance(actor.channel, RemoteChannel) and bool(actor.channel.said)
 
     def happened(self) -> list[Death | Lost]:
+        self.push()
         for link in list(self._links.values()):
             self._take_in(link)
         events, self._events = self._events, []
         return super().happened() + events
 
     def sources(self) -> list[HasFileno]:
+        self.push()
         return [self.zygote, *self._links.values()]
+
+    def push(self) -> None:
+        """Also before every wait: what was posted meanwhile goes to the nodes, as one message each."""
+        for link in self._links.values():
+            link.flush()
 
     def _take_in(self, link: NodeLink) -> None:
         for frame in link.take():
@@ -316,6 +326,7 @@ class RayFleet(Fleet):
         node_id = next(node_id for node_id, each in self._links.items() if each is link)
         del self._links[node_id]
         self._left[node_id] = time.monotonic()
+        self._gone.append(link)
         link.close()
         link.node.end()
         self._lost_at = time.monotonic()
@@ -354,6 +365,7 @@ class RayFleet(Fleet):
         identity, body = self._arrived.pop(word.slot, (word.identity, b""))
         slot = self._ring.slots[word.slot]
         unpack(body if identity == word.identity else b"", slot, self._run_id, word.identity, newest_version)
+        self._homes[actor.index].env_steps += int(slot.envelope["num_env_steps"])
         for name in _TIMES:
             slot.envelope[name] += self._clocks.get(self._homes[actor.index], 0)
 
@@ -435,10 +447,14 @@ class RayFleet(Fleet):
         self.dump(process)
         deadline = time.monotonic() + STACK_SECONDS
         link = self._homes[process.index]
+        link.flush()
         while time.monotonic() < deadline and not link.lost:
             wait([link], 0.1)
             self._take_in(link)
         return read_log(log, begin)
+
+    def network(self) -> dict[str, Any]:
+        return summary([link.traffic for link in (*self._gone, *self._links.values())])
 
     # ---- weights -------------------------------------------------------------------------------------------------
     def _weights_for(self, version: int) -> tuple[int, bytes]:

@@ -19,6 +19,7 @@ from typing import Protocol
 from shoal.engines.messages import Kind as Told
 from shoal.engines.messages import Word
 from shoal.engines.ray_words import Frame, Kind, decode, encode
+from shoal.engines.traffic import Counted, Traffic
 from shoal.errors import ProcessError
 
 MESSAGE_BYTES = 4 << 20  # of orders in one message, but for a single frame that is larger
@@ -40,21 +41,22 @@ class NodeHandle(Protocol):
 
 
 class NodeLink:
-    """One node as the supervisor sees it. `post`, `take` and `close` are for the supervisor's thread.
+    """One node as the supervisor sees it. `post`, `flush`, `take` and `close` are for the supervisor's thread.
 
     Args:
       weights: called from a thread of this link.
     Attributes:
       name: of the node, for people. lost: why it is gone; empty while it is there.
-      bytes_said, bytes_heard, messages: since the beginning.
+      said, heard: what went there and came from there, since the beginning. env_steps: of the rollouts that came; counted by the supervisor.
     """
 
     def __init__(self, name: str, node: NodeHandle, weights: Weights) -> None:
         self.name, self.node, self.lost = name, node, ""
-        self.bytes_said = self.bytes_heard = self.messages = 0
+        self.said, self.heard, self.env_steps = Counted(), Counted(), 0
         self._saying_since = 0.0
         self._weights = weights
         self._sent_version = -1
+        self._posted: list[Frame] = []
         self._out: deque[Frame] = deque()
         self._in: deque[Frame] = deque()
         self._room = threading.Condition()
@@ -62,6 +64,10 @@ class NodeLink:
         self._ready = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         for work in (self._say, self._hear):
             threading.Thread(target=self._guard, args=(work,), name=f"link-{name}", daemon=True).start()
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic(self.name, self.said, self.heard, self.env_steps)
 
     def fileno(self) -> int:
         """Ready when `take` has something, or the node was lost."""
@@ -74,10 +80,16 @@ class NodeLink:
         return time.monotonic() - since if since else 0.0
 
     def post(self, frame: Frame) -> None:
-        """Have the node told; in order, some time soon."""
-        with self._room:
-            self._out.append(frame)
-            self._room.notify_all()
+        """Have the node told, in order, from the next `flush` on: what is posted at one moment goes there as one message."""
+        self._posted.append(frame)
+
+    def flush(self) -> None:
+        """Whoever posts and then waits calls it in between."""
+        if self._posted:
+            with self._room:
+                self._out.extend(self._posted)
+                self._room.notify_all()
+            self._posted.clear()
 
     def forget_weights(self) -> None:
         """The versions begin again: the run goes back to a checkpoint."""
@@ -124,8 +136,7 @@ class NodeLink:
             self._saying_since = time.monotonic()
             self.node.say(message)
             self._saying_since = 0.0
-            self.bytes_said += len(message)
-            self.messages += 1
+            self.said = self.said.plus(message)
 
     def _next(self) -> list[Frame]:
         frames = [self._out.popleft()]
@@ -149,8 +160,7 @@ class NodeLink:
     def _hear(self) -> None:
         while not self._closing:
             message = self.node.hear()
-            self.bytes_heard += len(message)
-            self.messages += 1
+            self.heard = self.heard.plus(message)
             if frames := list(decode(message)):
                 self._in.extend(frames)
                 os.eventfd_write(self._ready, 1)

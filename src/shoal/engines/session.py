@@ -69,6 +69,7 @@ class Session:
     wanted_end: str | None = None  # "interrupted", or a reason that a caller gave
     checkpoint_path: Path | None = None  # of the newest checkpoint that this run made or began with
     elsewhere: Elsewhere = field(default_factory=Elsewhere)
+    network: Callable[[], dict[str, Any]] = dict  # what crossed a network so far (engines/traffic.py)
 
     def __post_init__(self) -> None:
         self.checkpoints = CheckpointDirectory(self.directory / "checkpoints")

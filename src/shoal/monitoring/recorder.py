@@ -206,6 +206,7 @@ class Recorder:
             in_flight=balance["in_flight"],
             actors=self._health(),
             restarts=session.restarts,
+            network=session.network(),
             train=self._metrics,
             eta_seconds=eta_seconds(config.stop, c.version, c.env_steps, session.seconds),
             stop_return=config.stop.return_,
@@ -284,6 +285,7 @@ class Recorder:
         ledger = self._coordinator.ledger
         self.store.set_meta("ledger", {"steps": ledger.balance(), "rollouts": ledger.balance_rollouts(), "groups": ledger.by_group()})
         self.store.set_meta("lag", {"mean": snapshot.lag_mean, "p99": snapshot.lag_p99, "max": snapshot.lag_max})
+        self.store.set_meta("network", snapshot.network)
         self._show(lambda: self._board.scalars(snapshot.env_steps, values))
 
     def finish(self, result: Mapping[str, Any]) -> None:

@@ -47,6 +47,7 @@ class Snapshot:
       produced, trained, replayed, in_flight, dropped (by reason): the ledger in env steps; `produced` is the sum of the others. evicted: of those
         replayed.
       replay: of a run that learns from a replay, see `Coordinator.replay_facts`; empty for the others.
+      network: of a run on a cluster, see engines/traffic.py; empty for the others.
       train: the algorithm's metrics of the last update, names without prefix (`approx_kl`).
       eta_seconds: until the nearest stop condition whose distance is known; None where none is.
     """
@@ -81,6 +82,7 @@ class Snapshot:
     replay: Mapping[str, float] = field(default_factory=dict)
     actors: tuple[ActorHealth, ...] = ()
     restarts: int = 0
+    network: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, float] = field(default_factory=dict)
     eta_seconds: float | None = None
     stop_return: float | None = None
@@ -145,7 +147,16 @@ def scalars(snapshot: Snapshot) -> dict[str, float]:
         values |= {f"replay/{name}": value for name, value in snapshot.replay.items()}
     values |= {f"ledger/dropped_{reason}": count for reason, count in snapshot.dropped.items()}
     values |= {f"train/{name}": value for name, value in snapshot.train.items()}
+    values |= _network_scalars(snapshot.network)
     total = sum(snapshot.time_by_role.values())
     if total > 0:
         values |= {f"share/{role}": spent / total for role, spent in snapshot.time_by_role.items()}
     return {name: float(value) for name, value in values.items() if math.isfinite(value)}
+
+
+def _network_scalars(network: Mapping[str, Any]) -> dict[str, float]:
+    """All figures of all nodes together, and of each node what an env step takes."""
+    values = {f"network/{name}": value for name, value in network.items() if name != "nodes"}
+    for node, figures in network.get("nodes", {}).items():
+        values |= {f"network/{node}/{name}": figures[name] for name in ("bytes_per_env_step", "messages_per_env_step")}
+    return values

@@ -17,13 +17,14 @@ from pydantic import BaseModel, Field, ValidationError
 from shoal.config import PositiveFloat, RunConfig, Weight
 from shoal.engines.plan import Plan
 from shoal.errors import ConfigError
-from shoal.planning.system import Driver, Links, StepCosts, System
+from shoal.planning.system import Driver, Links, StepCosts, System, Way
 from shoal.settings import WAITING_ACTORS_PER_CORE
 
 # Measured by benchmarks/planning.py: the first of two trainings (1,222 and 1,146), the second in the rows driver/*. What a rollout takes of the driver besides,
 # `shoal bench costs` measures.
 DRIVER_UPDATE_US = 1200.0  # metrics, rows of run.db, files of TensorBoard: of each update
 DRIVER_LOOK_US = 0.4  # of each group, whenever the driver looks what may be begun
+MESSAGE_US = 460.0  # of a core, at each end of a message through Ray: `benchmarks/clusters.py --link`, three times (455 to 480) while other programs ran
 _AGAIN = "measure anew: shoal bench costs ENV --json > FILE"
 
 
@@ -55,6 +56,11 @@ class _Transport(BaseModel):
     weights: Weight
 
 
+class _Crossing(BaseModel):
+    pack: Weight
+    unpack: Weight
+
+
 class _Learning(BaseModel):
     wall_us: dict[int, Weight] = Field(min_length=1)
     own_device: bool
@@ -81,6 +87,7 @@ class Measured(BaseModel):
     mixed: Weight
     crowding: PositiveFloat
     transport: _Transport
+    crossing: _Crossing
     learning: _Learning
     environment: _Environment
     sizes: _Sizes
@@ -94,6 +101,8 @@ class Asked:
       sizes: numbers of nodes. cores: of a node; None: as many as the machine has where the costs were measured.
       learners: one a node at most. link_gbit, learner_gbit: Gbit/s each way, of a node and of a node with a learner (None: as a node).
       driver_us: microseconds of the driver for each rollout; None: as measured.
+      message_us: microseconds of a core at each end of a message, on Ray; None: as measured once.
+      one_machine: all nodes share the cores of one.
     """
 
     sizes: tuple[int, ...] = (1,)
@@ -103,6 +112,8 @@ class Asked:
     link_gbit: float = 10.0
     learner_gbit: float | None = None
     driver_us: float | None = None
+    message_us: float | None = None
+    one_machine: bool = False
 
 
 def measured_of(answer: Mapping[str, Any], source: str) -> Measured:
@@ -189,12 +200,21 @@ def _system(config: RunConfig, measured: Measured, asked: Asked, nodes: int) -> 
         weights_bytes=measured.sizes.weights_bytes,
         epochs=measured.settings.epochs,
         minibatch_size=measured.settings.minibatch_size,
+        way=_way(measured, asked, plan.rollout_length * plan.group_size) if nodes > 1 or config.engine == "ray" else None,
+        one_machine=asked.one_machine,
     )
+
+
+def _way(measured: Measured, asked: Asked, rollout_steps: int) -> Way:
+    message_us = MESSAGE_US if asked.message_us is None else asked.message_us
+    return Way(1e-6 * message_us, *(1e-6 * rollout_steps * us for us in (measured.crossing.pack, measured.crossing.unpack)))
 
 
 def _actors(config: RunConfig, mode: str, form: str, cores: int) -> int:
     """Of a node: those asked for, else as settings.py chooses them on a machine with so many cores."""
     groups = config.sampling.groups or 1
+    if config.engine == "ray":
+        return min(groups, config.ray.actors_per_node or cores)
     if "actors" in config.model_fields_set and config.actors:
         return config.actors
     actors = min(groups, cores if mode == "sync" else max(2, cores))

@@ -47,7 +47,7 @@ def _cores(s: System) -> System:
 
 
 def _learner_cores(s: System) -> System | None:
-    return None if s.nodes == 1 else replace(s, learner_cores=2 * s.cores)
+    return None if s.nodes == 1 or s.one_machine else replace(s, learner_cores=2 * s.cores)
 
 
 def _learner(s: System) -> System:
@@ -69,7 +69,13 @@ def _node_links(s: System) -> System | None:
 
 
 def _latency(s: System) -> System | None:
-    return None if s.nodes == 1 else replace(s, links=replace(s.links, latency=s.links.latency / 2))
+    return None if s.nodes == 1 and s.way is None else replace(s, links=replace(s.links, latency=s.links.latency / 2))
+
+
+def _messages(s: System) -> System | None:
+    return (
+        None if s.way is None else replace(s, way=replace(s.way, message=s.way.message / 2, pack=s.way.pack / 2, unpack=s.way.unpack / 2))
+    )
 
 
 def _waiting(s: System) -> System | None:
@@ -100,6 +106,8 @@ LEVERS = (
     Lever("learner_link", "the link of the learner's node", "twice the bandwidth",
           "a faster link there (--learner-bandwidth), more learners, smaller observations and networks", _learner_link),
     Lever("node_links", "the nodes' links", "twice the bandwidth", "faster links (--link-bandwidth), smaller observations and networks", _node_links),
+    Lever("messages", "what messages between driver and nodes take of the cores", "half of it",
+          "fewer and larger rollouts: --sampling.rollout-length, --sampling.group-size", _messages),
     Lever("latency", "the way between nodes", "half the latency", "longer rollouts (--sampling.rollout-length), async mode", _latency),
     Lever("driver", "the driver (words and decisions)", "one that is twice as fast",
           "fewer and larger rollouts: --sampling.rollout-length, --sampling.group-size", _driver),

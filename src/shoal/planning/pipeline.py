@@ -64,6 +64,8 @@ def simulate(system: System, *, representatives: int = REPRESENTATIVES, updates:
     Args:
       representatives: how many nodes of a kind are simulated; with as many as there are nodes, all of them.
     """
+    if system.one_machine:  # where no node has cores of its own, none stands for others
+        representatives = max(representatives, system.nodes)
     return _Pipeline(system, representatives, updates, warm_up).run()
 
 
@@ -74,12 +76,11 @@ def spread(number: int, parts: int) -> list[int]:
 
 
 class _Node:
-    """A node that stands for `amount` alike; `fetches` of them get weights when it does."""
+    """A node that stands for `amount` alike; `fetches` of them get weights when it does. far: it shares no memory with driver and learner."""
 
-    def __init__(self, env: Environment, system: System, amount: int, fetches: float, learns: bool) -> None:
-        self.env, self.amount, self.fetches, self.learns = env, amount, fetches, learns
-        cores = (system.learner_cores if learns else None) or system.cores
-        self.cores = Cores(env, cores, system.costs.crowding)
+    def __init__(self, env: Environment, system: System, cores: Cores, amount: int, fetches: float, learns: bool) -> None:
+        self.env, self.cores, self.amount, self.fetches, self.learns = env, cores, amount, fetches, learns
+        self.far = not learns or system.way is not None
         self.up, self.down = (Link(env, system.links.node_bandwidth) for _ in range(2))
         self.leases = [Store(env) for _ in range(system.actors)]
         self.version = 0
@@ -122,7 +123,7 @@ class _Pipeline:
         for node in self._nodes:
             for leases in node.leases:
                 env.process(self._act(node, leases))
-            if not node.learns:
+            if node.far:
                 env.process(self._fetch(node))
         env.process(self._drive())
         env.process(self._learn())
@@ -172,11 +173,24 @@ class _Pipeline:
         return work & waiting
 
     def _deliver(self, node: _Node, rollout: Rollout) -> _Process:
+        system = self._system
+        share, seconds = rollout.env_steps / system.rollout_steps, system.driver.rollout / 2
+        if system.way is not None:
+            yield node.cores.work(share * system.way.pack)
+            seconds += share * system.way.unpack
         if not node.learns:
-            size = self._system.rollout_bytes * rollout.env_steps / self._system.rollout_steps
+            size = share * system.rollout_bytes
             yield node.up.send(size) & self._learners_in.send(size * rollout.amount)
-            yield self._env.timeout(self._system.links.latency)
-        self._tell(rollout.amount * self._system.driver.rollout / 2, partial(self._arrived, rollout))
+        if node.far:
+            self._pass_message(node, rollout.amount)
+            yield self._env.timeout(system.links.latency)
+        self._tell(rollout.amount * seconds, partial(self._arrived, rollout))
+
+    def _pass_message(self, node: _Node, amount: float) -> None:
+        """What a message takes of the cores at both ends, beside all else: how long it takes is the latency."""
+        if self._system.way is not None:
+            node.cores.work(self._system.way.message)
+            self._nodes[0].cores.work(amount * self._system.way.message)
 
     def _arrived(self, rollout: Rollout) -> None:
         self._rules.filled(rollout)
@@ -213,9 +227,10 @@ class _Pipeline:
     def _send(self, rollout: Rollout) -> None:
         node = self._nodes[rollout.group % len(self._nodes)]
         leases = node.leases[rollout.group // len(self._nodes) % len(node.leases)]
-        if node.learns:
+        if not node.far:
             leases.put(rollout)
         else:
+            self._pass_message(node, rollout.amount)
             call_after(self._env, self._system.links.latency, lambda _: leases.put(rollout), None)
 
     # ---- learners ------------------------------------------------------------------------------------------------
@@ -262,7 +277,7 @@ class _Pipeline:
         self._rules.trained(counted=steps > 0)
         version = self._rules.version
         for node in self._nodes:
-            if node.learns:
+            if not node.far:
                 node.take_version(version)
         published, self._published = self._published, self._env.event()
         published.succeed()
@@ -280,8 +295,12 @@ class _Pipeline:
             while node.version == self._rules.version:
                 yield self._published
             version = self._rules.version
-            yield self._learners_out.send(size * node.fetches) & node.down.send(size)
+            if not node.learns:
+                yield self._learners_out.send(size * node.fetches) & node.down.send(size)
+            self._pass_message(node, node.fetches)
             yield self._env.timeout(self._system.links.latency)
+            if self._system.way is not None:  # into the node's own memory, where its actors read it
+                yield node.cores.work(self._system.publish)
             node.take_version(version)
 
     # ---- clocks --------------------------------------------------------------------------------------------------
@@ -290,6 +309,8 @@ class _Pipeline:
         system = self._system
         there = (system.nodes - system.learners) * system.cores + system.learners * (system.learner_cores or system.cores)
         cores = sum(node.amount * node.cores.busy for node in self._nodes) / there
+        if system.one_machine:
+            cores = self._nodes[0].cores.busy / system.cores
         far = [node for node in self._nodes if not node.learns]
         busy = {
             "cores": cores,
@@ -306,6 +327,12 @@ def _nodes(env: Environment, system: System, representatives: int) -> list[_Node
     busy = min(system.nodes, system.learners + math.ceil(system.in_flight_limit))
     learning, acting = spread(system.learners - 1, representatives), spread(busy - system.learners, representatives)
     each = (system.nodes - system.learners) / max(1, busy - system.learners)
-    nodes = [_Node(env, system, 1, 0.0, True)]
-    nodes += [_Node(env, system, amount, 0.0, True) for amount in learning]
-    return nodes + [_Node(env, system, amount, amount * each, False) for amount in acting]
+    shared = Cores(env, system.cores, system.costs.crowding) if system.one_machine else None
+
+    def node(amount: int, fetches: float, learns: bool) -> _Node:
+        cores = (system.learner_cores if learns else None) or system.cores
+        return _Node(env, system, shared or Cores(env, cores, system.costs.crowding), amount, fetches, learns)
+
+    nodes = [node(1, 1.0, True)]
+    nodes += [node(amount, amount, True) for amount in learning]
+    return nodes + [node(amount, amount * each, False) for amount in acting]

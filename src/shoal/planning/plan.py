@@ -37,7 +37,7 @@ def plan(
       settings: as of a training on one node: `sampling.groups` and `actors` are those of each node.
       costs_file: an answer of `shoal bench costs --json`; None: they are measured here, for `seconds`.
     Returns:
-      settings, costs, links, driver, rows (one for each size), breaks: see docs/performance.md.
+      settings, costs, links, driver, way, rows (one for each size), breaks: see docs/performance.md.
     Raises:
       ConfigError: SimPy is missing, or the costs are of something else; otherwise as `shoal bench costs`.
     """
@@ -46,7 +46,10 @@ def plan(
     if costs_file is None:
         from shoal.benching.costs import bench_costs
 
-        measured = measured_of(bench_costs(target, settings, seconds=seconds, told=told), "shoal bench costs")
+        alone = {
+            key: value for key, value in settings.items() if key.partition(".")[0] not in ("engine", "ray")
+        }  # costs are those of one machine
+        measured = measured_of(bench_costs(target, alone, seconds=seconds, told=told), "shoal bench costs")
     else:
         measured = read_costs(costs_file)
     check_same(config, measured, "shoal bench costs" if costs_file is None else str(costs_file))
@@ -83,6 +86,7 @@ def predict(config: RunConfig, measured: Measured, asked: Asked, told: Callable[
         "costs": {**asdict(first.costs), "measured_on": measured.machine, "date": measured.date},
         "links": asdict(first.links),
         "driver": asdict(first.driver),
+        "way": None if (way := next(reversed(planned.values())).way) is None else asdict(way),
         "rows": rows,
         "breaks": _breaks(sized, found),
     }
@@ -93,8 +97,10 @@ def _described(config: RunConfig, measured: Measured, system: System, asked: Ask
         "env": config.env.id,
         "form": measured.settings.form,
         "algorithm": config.algorithm.name,
+        "engine": config.engine,
         "mode": system.plan.mode,
         "cores": system.cores,
+        "one_machine": system.one_machine,
         "actors": system.actors,
         "groups": system.groups_of_node,
         "group_size": system.plan.group_size,

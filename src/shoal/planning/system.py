@@ -2,7 +2,8 @@
 
 N nodes of C cores, each with A actors and its share of the run's groups. Node 0 is the head: the driver, which is the coordinator, and the first learner live
 there. Of several learners each has a node of its own. A node without a learner sends its rollouts over its link, and gets every version of
-the weights once; with one node everything is in shared memory.
+the weights once. On the local engine everything is in shared memory; on Ray the driver speaks with the actors of its own node as with those of all others
+(`Way`), only that no link is in between.
 """
 
 from __future__ import annotations
@@ -53,6 +54,16 @@ class Driver:
 
 
 @dataclass(frozen=True)
+class Way:
+    """What the way between the driver and the actors of a node takes of a core, the links apart: of each message (a lease, a rollout, a version of the weights)
+    at both ends; of each rollout where it is packed, and of the driver, which unpacks and checks it."""
+
+    message: float
+    pack: float = 0.0
+    unpack: float = 0.0
+
+
+@dataclass(frozen=True)
 class System:
     """A whole run.
 
@@ -63,6 +74,8 @@ class System:
       publish, refresh: seconds of one core for each version: of a learner, and of each actor.
       epochs, minibatch_size: how many optimizer steps an update has; None: the whole batch in one.
       learner_cores: cores of a node with a learner; None: as many as the others have.
+      way: to the actors of every node, those of the learner's own too; None: these are in shared memory, and what the others send costs no core.
+      one_machine: all nodes share the cores of one.
     """
 
     plan: Plan
@@ -80,6 +93,8 @@ class System:
     epochs: int = 1
     minibatch_size: int | None = None
     learner_cores: int | None = None
+    way: Way | None = None
+    one_machine: bool = False
 
     @property
     def groups_of_node(self) -> int:
