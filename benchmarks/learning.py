@@ -99,7 +99,14 @@ ROWS = (
     *(Row("LunarLander-v3", algorithm, 200, env_steps_limit=1_000_000) for algorithm in ("ppo", "appo")),
     Row("LunarLander-v3", "dqn", 200, env_steps_limit=500_050),
     Row("LunarLanderContinuous-v3", "sac", 200, options=("--stop.return", "240", "--stop.env-steps", "300000")),
-    Row("HalfCheetah-v5", "sac", 5000, options=("--stop.seconds", "3600"), note="within 300,000 env steps or an hour"),
+    Row(
+        "HalfCheetah-v5",
+        "sac",
+        5000,
+        options=("--stop.seconds", "3600"),
+        env_steps_limit=300_050,
+        note="within 300,000 env steps or an hour",
+    ),
     Row(HIDDEN, "ppo", 400, options=HIDDEN_OPTIONS, memory="lstm"),
     Row(HIDDEN, "ppo", None, options=HIDDEN_OPTIONS, memory="none", ceiling=200),
     Row(HIDDEN, "r2d2", 400, options=HIDDEN_R2D2),
@@ -216,6 +223,9 @@ def _page(store: Store) -> Iterable[str]:
     yield "| environment | algorithm | seed | mean return | 95 % interval | min | max | env steps | ended by | wall seconds | env steps/s | mean lag |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     yield from (_seed_line(entry) for entry in known)
+    for entry in known:
+        if "gpu" in entry:
+            yield f"\n{entry['environment']}/{entry['algorithm']}, seed {entry['seed']}: `{entry['command']}`, with {entry['gpu']}."
     for row in ROWS:
         for entry in _of(store, row):
             if entry.get("curve"):
