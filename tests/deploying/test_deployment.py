@@ -124,10 +124,9 @@ def test_a_run_in_an_object_store_stays_there_and_its_needs_are_told(tmp_path: P
 
 @pytest.mark.parametrize("url", ["s3://key:secret@bucket/x", "s3://bucket/x?token=secret", "s3://bucket/$(secret)", "s3://bucket/a secret"])
 def test_secrets_in_the_url_of_a_run_are_refused_and_not_shown(url: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^run_dir: not the URL of a run") as said:
+    with pytest.raises(ConfigError, match=r"^run_dir: not the URL of a run|may hold a secret|names no directory") as said:
         plan_deployment(written(tmp_path, f"env: CartPole-v1\nrun_dir: '{url}'\n"))
-    assert "secret)" not in str(said.value)
-    assert "@" not in str(said.value)
+    assert not any(shown in str(said.value) for shown in ("secret)", "secret@", "=secret", "key:"))
 
 
 def test_the_run_whose_configuration_is_taken_is_left_alone(tmp_path: Path) -> None:

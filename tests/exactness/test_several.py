@@ -60,7 +60,8 @@ def test_one_that_is_killed_costs_no_update_and_no_rollout(victim: int, tmp_path
     assert outcome.result["ledger"]["dropped"] == {}
     assert events(tmp_path / "run", "rolled_back") == []
     back = events(tmp_path / "run", "recovered")
-    assert [(event["role"], event["index"]) for event in back] == [("learner", victim)] * outcome.sent
+    assert {(event["role"], event["index"]) for event in back} == {("learner", victim)}
+    assert 1 <= len(back) <= outcome.sent  # one that is killed again before it is back comes back once
     assert max(event["seconds"] for event in back) < 10.0
 
 

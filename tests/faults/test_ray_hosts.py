@@ -86,6 +86,7 @@ def test_nothing_of_a_host_is_left_where_a_test_fails_on_it(tmp_path: Path) -> N
     assert [holder.wait(10.0) != 0 for holder in holders] == [True, True]
 
 
+@pytest.mark.soak  # Ray's own limits: a busy machine's raylets are taken for dead
 def test_kills_of_every_process_of_a_run_cost_no_bit(tmp_path: Path) -> None:
     with world(tmp_path, "a", "b") as there:
         a, b = there.workers
@@ -101,6 +102,7 @@ def test_kills_of_every_process_of_a_run_cost_no_bit(tmp_path: Path) -> None:
     assert result["weights_sha256"] == training.expected(result["updates"])
 
 
+@pytest.mark.soak  # Ray's own limits: a busy machine's raylets are taken for dead
 def test_a_head_that_is_lost_ends_the_run_with_a_word_and_it_goes_on_at_another(tmp_path: Path) -> None:
     with world(tmp_path, "a") as there:
         training = there.train()

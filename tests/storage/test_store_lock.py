@@ -20,12 +20,16 @@ from shoal.storage.lock import NAME, Driver, LostError, StoreLock, living_driver
 from shoal.storage.objects import Store
 
 URL = "shaky://bucket/run"
-ELSEWHERE = Driver("theirs", "otherhost", 17, "another boot", time.time(), time.time())
 
 
 @pytest.fixture(autouse=True)
 def store(shaky: Path) -> Store:
     return Store(URL)
+
+
+def elsewhere() -> Driver:
+    """A driver of another machine, that renewed its lease just now."""
+    return Driver("theirs", "otherhost", 17, "another boot", time.time(), time.time())
 
 
 def left_by(store: Store, driver: Driver) -> None:
@@ -45,10 +49,10 @@ def test_one_driver_has_the_run_and_leaves_nothing(store: Store) -> None:
 
 
 def test_a_driver_elsewhere_has_it_until_its_lease_is_over(store: Store) -> None:
-    left_by(store, ELSEWHERE)
+    left_by(store, elsewhere())
     with pytest.raises(StorageError, match="in use by process 17 on otherhost"):
         StoreLock(URL)
-    left_by(store, replace(ELSEWHERE, renewed=time.time() - lock.LEASE_SECONDS - 1))
+    left_by(store, replace(elsewhere(), renewed=time.time() - lock.LEASE_SECONDS - 1))
     assert living_driver(store) is None
     told: list[str] = []
     with StoreLock(URL, told=told.append):
@@ -60,7 +64,7 @@ def test_a_driver_of_this_machine_that_is_dead_has_it_no_more(store: Store) -> N
     if not this_place():
         pytest.skip("processes cannot be told apart here")
     dead = subprocess.Popen([sys.executable, "-c", ""])
-    mine = replace(ELSEWHERE, place=this_place(), pid=dead.pid, renewed=time.time())
+    mine = replace(elsewhere(), place=this_place(), pid=dead.pid, renewed=time.time())
     os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
     left_by(store, mine)
     assert living_driver(store) is None  # a zombie
