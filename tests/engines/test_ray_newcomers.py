@@ -90,6 +90,17 @@ def gone(node: NodeHere) -> bytes:
     raise ProcessError("it has not answered for 120 s")
 
 
+def test_a_node_that_is_gone_before_it_took_part_is_left_out(run_on: Any) -> None:
+    cluster = MixedCluster(["a", "b"], {"b": gone})
+    run = run_on(cluster, stop={"updates": 4})
+    assert run.result["weights_sha256"] == run_on(None, stop={"updates": 4}).result["weights_sha256"]
+
+
+def test_a_cluster_where_no_node_answers_is_refused(run_on: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^ray: node a gives no report: it has not answered"):
+        run_on(MixedCluster(["a"], {"a": gone}))
+
+
 def test_all_nodes_that_differ_are_named_before_anything_runs(run_on: Any, tmp_path: Path) -> None:
     cluster = MixedCluster(["a", "b", "c"], {"b": other_torch, "c": gone})
     with pytest.raises(

@@ -43,17 +43,15 @@ class Newcomers:
 
     def _ask(self, node_id: str, link: NodeLink) -> None:
         try:
-            report: NodeReport | None = NodeReport.from_json(link.node.look())
-        except (UnfitNodeError, ValueError) as error:
-            report = NodeReport("", error=str(error))
+            report: NodeReport | None = report_of(link.node)
         except ProcessError:
             report = None
         self._answers.append((node_id, link, report))
 
 
 def report_of(node: NodeHandle) -> NodeReport:
-    """What a node says of itself. Waits for its imports, as long as its handle lets it."""
+    """What a node says of itself. Waits for its imports, as long as its handle lets it. Raises ProcessError where it cannot be reached."""
     try:
         return NodeReport.from_json(node.look())
-    except (ProcessError, ValueError) as error:
+    except (UnfitNodeError, ValueError) as error:
         return NodeReport("", error=str(error))
