@@ -30,10 +30,8 @@ from shoal.settings import available_cores
 NODES_SECONDS = 60.0  # until as many nodes are there as were asked for
 START_SECONDS = 120.0  # a node's first answer: its imports, on a slow disk
 LOOK_SECONDS = 600.0  # until a node has imported what a run is made of, torch included
-QUIET_SECONDS, BEAT_SECONDS = (
-    5.0,
-    10.0,
-)  # a node that says nothing for so long is asked whether it is there; given up where it does not answer that
+QUIET_SECONDS = 5.0  # a node that says nothing for so long is asked whether it is there
+BEAT_SECONDS = 10.0  # and given up where it has not answered that after so long
 TRANSFER_SECONDS = 600.0  # for one message, as long as the node answers: a slow link
 HEAD_SECONDS = 30.0  # a cluster whose head answers nothing for so long is given up; Ray itself would end this process after 60
 CLOSE_SECONDS = 5.0

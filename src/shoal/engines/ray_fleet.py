@@ -169,16 +169,15 @@ class RayFleet(Fleet):
     def _check_nodes(self) -> None:
         """Raise ConfigError where nodes are not as this machine is, in what the run needs. One that is gone meanwhile is left out, where others are there."""
         here, gone = [], []
-        for link in self._links.values():
+        for node_id, link in self._links.items():
             try:
                 here.append((link.name, report_of(link.node)))
             except ProcessError as error:
-                gone.append((link, str(error)))
-        silent = [(link.name, NodeReport("", error=why)) for link, why in gone]
+                gone.append((node_id, link, str(error)))
+        silent = [(link.name, NodeReport("", error=why)) for _, link, why in gone]
         if not here or refusal(here, self._here):
             raise ConfigError(refusal([*here, *silent], self._here))
-        for link, why in gone:
-            node_id = next(node_id for node_id, each in self._links.items() if each is link)
+        for node_id, link, why in gone:
             del self._links[node_id]
             self._left[node_id] = time.monotonic()
             self._give_back(link)
