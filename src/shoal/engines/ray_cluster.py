@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any
 
 from shoal.config import RunConfig
 from shoal.engines.ray_link import NodeHandle
-from shoal.engines.ray_node import Node
+from shoal.engines.ray_node import SignalledNode
 from shoal.engines.ray_security import asks_for_token, check_cluster, local_environment, redact
 from shoal.errors import ConfigError, ProcessError
 from shoal.settings import available_cores
@@ -74,6 +75,15 @@ class RemoteNode:
         with contextlib.suppress(Exception):  # it is gone already, or Ray is
             ray.kill(self._actor, no_restart=True)
 
+    def leave(self) -> None:
+        """Have it end its processes, and then itself; returns at once."""
+        threading.Thread(target=self._leave, name="leaving", daemon=True).start()
+
+    def _leave(self) -> None:
+        with contextlib.suppress(Exception):  # it is gone already, or Ray is
+            self._get(self.close(), CLOSE_SECONDS)
+        self.end()
+
     def _get(self, asked: Any, timeout_seconds: float) -> Any:
         import ray
 
@@ -107,7 +117,8 @@ class Cluster:
         """
         deadline = time.monotonic() + NODES_SECONDS
         while True:
-            nodes = self.nodes()
+            draining = self.draining() or {}
+            nodes = [node for node in self.nodes() if node.id not in draining]
             if nodes and (self.num_nodes is None or len(nodes) >= self.num_nodes):
                 return nodes[: self.num_nodes]
             if self.secrets or time.monotonic() > deadline:
@@ -126,6 +137,17 @@ class Cluster:
         ]
         return sorted((node for node in found if node.cpus >= self.actors_per_node), key=lambda node: (node.name, node.id))
 
+    def draining(self) -> dict[str, float | None] | None:
+        """Nodes that Ray is about to take away (a preemption, `ray drain-node`, SIGTERM of `ray start --block`), by id: in how many seconds, None where
+        nobody said. None instead of all that: this Ray, or the way to it (ray://), does not tell."""
+        try:
+            from ray._private.state import state  # what Ray Serve asks, too; there is no public way
+
+            deadlines_ms: dict[str, int] = state.get_draining_nodes()
+        except Exception:
+            return None
+        return {node: max(0.0, at / 1000 - time.time()) if at else None for node, at in deadlines_ms.items()}
+
     def new_nodes(self, known: Collection[str], left: Collection[str] = ()) -> list[ClusterNode]:
         """Nodes that have come and are wanted; `known` are those that the run has, `left` those that it does not take now."""
         room = None if self.num_nodes is None else max(0, self.num_nodes - len(known))
@@ -136,7 +158,7 @@ class Cluster:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        kind: Any = ray.remote(concurrency_groups={"say": 1, "hear": 1})(Node)  # type: ignore[call-overload]
+        kind: Any = ray.remote(concurrency_groups={"say": 1, "hear": 1})(SignalledNode)  # type: ignore[call-overload]
         placed = kind.options(
             num_cpus=self.actors_per_node,
             max_restarts=0,

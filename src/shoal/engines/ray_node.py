@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import socket
 import struct
 import tempfile
@@ -90,7 +91,7 @@ class Node:
         self._something = threading.Condition()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = False
-        self._failure = ""
+        self._failure = self._leaving = ""
         self._told_at = 0.0
         self._thread = threading.Thread(target=self._run, name="node", daemon=True)
         self._thread.start()
@@ -117,6 +118,11 @@ class Node:
     def look(self) -> bytes:
         """What this node is: JSON with host, pid and `versions`."""
         return to_json({"host": socket.gethostname(), "pid": os.getpid(), "versions": versions()})
+
+    def announce(self, why: str) -> None:
+        """This node is soon to end: the driver is told, and moves what lives here. May be called from a signal handler."""
+        self._leaving = why
+        os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
         """End all processes. Returns when nothing is left."""
@@ -152,6 +158,9 @@ class Node:
         wait([*channels, self._zygote, _Fd(self._wake)], POLL_SECONDS)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
+        if self._leaving:
+            self._report(Frame(Kind.LEAVING, head=self._leaving.encode()))
+            self._leaving = ""
         while self._orders:
             self._obey(self._orders.popleft())
         for actor in self._actors.values():
@@ -284,6 +293,14 @@ class Node:
                 written = file.read(LOG_BYTES)
             actor.log_at += len(written)
             self._report(Frame(Kind.LOG, actor.index, actor.incarnation, body=written))
+
+
+class SignalledNode(Node):
+    """A `Node` in a process of its own, whose SIGTERM is a notice: what lives here is to move before the process ends. Made in its main thread."""
+
+    def __init__(self, setup: bytes, pickled: bytes | None) -> None:
+        super().__init__(setup, pickled)
+        signal.signal(signal.SIGTERM, lambda number, frame: self.announce("its process got SIGTERM"))
 
 
 def versions() -> dict[str, str]:
