@@ -32,7 +32,7 @@ def test_what_is_wanted_is_within_the_bounds_and_in_the_direction_of_the_load(
     assert counts == sorted(set(counts))
     assert min(least, groups) == counts[0]
     assert counts[-1] <= min(least + more, groups)
-    wanted = decide(Load(10.0, learner_waits, actors_wait), actors, counts)
+    wanted = decide(Load(10.0, learner_waits, actors_wait), actors, counts, in_turn=in_turn)
     if wanted is None:
         assert counts[0] <= actors <= counts[-1]
         return
@@ -40,7 +40,9 @@ def test_what_is_wanted_is_within_the_bounds_and_in_the_direction_of_the_load(
     assert counts[0] <= wanted.actors <= counts[-1]
     assert wanted.actors != actors
     if counts[0] <= actors <= counts[-1]:
-        assert (wanted.actors > actors) == (learner_waits >= GROW)
+        if wanted.actors > actors:
+            assert learner_waits >= GROW
+            assert in_turn or 1 - actors_wait >= BUSY
         assert actors / 2 <= wanted.actors
         if wanted.actors < actors:  # those that stay can do what all did
             assert (1 - actors_wait) * actors / wanted.actors <= BUSY
@@ -58,14 +60,16 @@ def test_where_an_update_waits_for_all_groups_no_actor_has_fewer_than_another_fo
 
 
 def test_a_reason_has_its_figures() -> None:
-    more = decide(Load(8.0, 0.62, 0.0), 2, [1, 2, 3, 4, 5, 6])
+    more = decide(Load(8.0, 0.62, 0.0), 2, [1, 2, 3, 4, 5, 6], in_turn=False)
     assert (more and (more.actors, more.reason)) == (4, "the learner waited for data 62% of 8 s")
-    fewer = decide(Load(8.0, 0.01, 0.75), 4, [1, 2, 3, 4])
+    fewer = decide(Load(8.0, 0.01, 0.75), 4, [1, 2, 3, 4], in_turn=True)
     assert (fewer and (fewer.actors, fewer.reason)) == (
         2,
         "data waited for the learner: actors were idle 75% of 8 s, the learner 1%",
     )
-    assert decide(Load(8.0, 0.2, 0.2), 3, [1, 2, 3, 4]) is None
+    assert decide(Load(8.0, 0.2, 0.2), 3, [1, 2, 3, 4], in_turn=False) is None
+    assert decide(Load(8.0, 0.5, 0.4), 3, [1, 2, 3, 4], in_turn=False) is None  # both wait, for something else
+    assert decide(Load(8.0, 0.5, 0.5), 3, [1, 2, 3, 4], in_turn=True) is not None  # for each other
 
 
 # ---- a run in closed form --------------------------------------------------------------------------------------------
@@ -160,7 +164,7 @@ def test_a_load_that_cannot_be_met_between_two_numbers_is_followed_less_and_less
     world = World(Autoscaler(1, 2, 4, in_turn=False), 1)
     world.go_on(7200.0, lambda actors: Load(1.0, 0.9, 0.0) if actors == 1 else Load(1.0, 0.0, 0.9))
     times = [at for at, _ in world.made]
-    gaps = [round(b - a) for a, b in pairwise(times)]
+    gaps = [int(b - a) for a, b in pairwise(times)]
     assert gaps[:6] == [10, 20, 40, 80, 160, 320]
     assert all(gap >= LONGEST_SECONDS for gap in gaps[6:])
 
@@ -188,6 +192,13 @@ def test_no_more_are_asked_for_than_there_is_room_for() -> None:
 
 
 # ---- what it is decided on -------------------------------------------------------------------------------------------
+def test_what_one_window_shows_and_the_next_does_not_is_no_reason() -> None:
+    world = World(Autoscaler(1, 8, 8, in_turn=False), 4)
+    for _ in range(30):
+        assert world.go_on(5.0, side_by_side(8.0)) == []
+        assert world.go_on(5.0, lambda actors: Load(1.0, 0.2, 0.2)) == []
+
+
 def test_nothing_is_decided_while_somebody_comes_or_goes_nor_within_an_update() -> None:
     world = World(Autoscaler(1, 8, 8, in_turn=False), 1)
     for _ in range(20):
@@ -206,11 +217,11 @@ def test_a_measurement_covers_whole_updates_however_long_they_are() -> None:
         learning = (world.now % 30.0) > 30.0 * stepped
         return Load(1.0, 0.0, 1.0) if learning else Load(1.0, 1.0, 0.0)
 
-    world.go_on(100.0, load, updates_per_second=1 / 30)
+    world.go_on(200.0, load, updates_per_second=1 / 30)
     ((_, first), *_) = world.made
     assert first.load is not None
     assert first.load.learner_waits == pytest.approx(stepped, abs=0.02)
-    assert first.load.seconds == pytest.approx(60.0, abs=1.0)
+    assert first.load.seconds == pytest.approx(180.0, abs=1.0)
 
 
 def record(**seconds: float) -> ActivityRecord:

@@ -67,7 +67,7 @@ def test_a_run_whose_learner_waits_has_more_actors_and_the_same_bits(tmp_path: P
     assert [event["actors"] for event in made] == [2, 4]
     assert [event["before"] for event in made] == [1, 2]
     assert all(event["autoscale"] == "1:4" and event["reason"].startswith("the learner waited for data") for event in made)
-    assert all(event["learner_waits"] >= autoscale.GROW and event["window_seconds"] >= autoscale.WINDOW_SECONDS for event in made)
+    assert all(event["learner_waits"] >= autoscale.GROW and event["window_seconds"] >= 2 * autoscale.WINDOW_SECONDS for event in made)
     ledger = run.result["ledger"]
     assert (ledger["trained"], ledger["in_flight"], ledger["dropped"]) == (ledger["produced"], 0, {})
     assert run.result["restarts"] == 0
@@ -78,13 +78,14 @@ def test_a_run_whose_actors_wait_has_fewer_and_the_same_bits_and_says_why(tmp_pa
     slow = {**PPO, "name": SLOW_ALGORITHM}
     run = train(tmp_path / "run", algorithm=slow, actors=4, autoscale="1:4", stop={"updates": 40})
     made = events(run.path, "scaled")
-    assert [event["actors"] for event in made] == [2, 1]
+    counts = [event["actors"] for event in made]
+    assert counts in ([2], [2, 1])  # the second goes only where the machine is quiet enough
     assert all(event["reason"].startswith("data waited for the learner") for event in made)
     assert run.result["ledger"]["dropped"] == {}
     assert run.result["restarts"] == 0
     assert run.result["weights_sha256"] == weights_of_one_process(tmp_path, 40)
     shown = show(run.path)["faults"]
-    assert shown["counts"]["scaled"] == 2
+    assert shown["counts"]["scaled"] == len(made)
     assert [event["reason"] for event in shown["newest"] if event["kind"] == "scaled"] == [event["reason"] for event in made]
 
 
