@@ -332,6 +332,7 @@ class RayFleet(Fleet):
 
     def scale(self, actors: int) -> None:
         """Go on with this many, on as many nodes as that takes, evenly; where there are too few nodes for it, each gets more than its CPUs."""
+        self._find_nodes(time.monotonic())
         nodes = len(self._staying()) + len(self._candidates)
         self._wanted, self._crowd = actors, -(-actors // max(1, nodes))
         self._settle()
