@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -153,6 +154,14 @@ def test_what_follows_from_other_keys_is_filled_in() -> None:
         ({3: 4}, ["3 is no text"]),
         ({"seed": 2**64}, ["seed", "less than 9223372036854775808"]),
         ({"actors": 3, "sampling.groups": 2}, ["actors: 3 processes cannot share 2 groups", "--sampling.groups 3"]),
+        ({"autoscale": "3"}, ["autoscale: should be MIN:MAX", "got '3'"]),
+        ({"autoscale": "4:2"}, ["autoscale: should be MIN:MAX", "got '4:2'"]),
+        ({"autoscale": "0:2"}, ["autoscale: should be MIN:MAX"]),
+        ({"autoscale": 68}, ["autoscale: should be MIN:MAX", "got 68"]),
+        ({"autoscale": "1:2000"}, ["autoscale: should be MIN:MAX", "1024"]),
+        ({"autoscale": "2:9"}, ["autoscale: 9 processes cannot share 4 groups", "--autoscale 2:4", "--sampling.groups 9"]),
+        ({"autoscale": "2:4", "actors": 1}, ["actors: 1 is outside of --autoscale 2:4", "from 2 to 4"]),
+        ({"autoscale": "1:4", "actors": 0}, ["actors: 0 runs all roles in one process", "--autoscale none"]),
         ({"algorithm.minibatch_size": 5000}, ["algorithm.minibatch_size: 5000 is more than the 1024 env steps", "sampling.groups"]),
         ({"sampling.batch_rollouts": 3}, ["sampling.batch_rollouts belongs to async mode", "appo or impala"]),
         ({"max_policy_lag": 3}, ["max_policy_lag belongs to async mode"]),
@@ -349,6 +358,40 @@ def test_what_a_users_file_raises_is_one_line(ends: str, tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"mine\.py raised \w+ while it was imported: first") as caught:
         load_object(f"{tmp_path / 'mine.py'}:make")
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_follows_the_load_begins_within_its_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.settings.available_cores", lambda: 3)
+    assert resolve("Blackjack-v1", {"autoscale": "1:2"})[0].actors == 2
+    assert resolve("Blackjack-v1", {"autoscale": "4:4"})[0].actors == 4
+    assert resolve("Blackjack-v1", {"autoscale": "1:4"})[0].actors == 3
+    config, _ = resolve("Blackjack-v1", {"autoscale": "1:4", "actors": 1})
+    assert (config.actors, config.autoscale) == (1, "1:4")
+    assert resolve("Blackjack-v1", {"engine": "ray", "autoscale": "1:4"})[0].actors is None
+    file = tmp_path / "config.yaml"
+    file.write_text("env: Blackjack-v1\nautoscale: 1:4\nactors: 2\n")  # which other readers of YAML take for 64
+    assert resolve(str(file))[0].autoscale == "1:4"
+    file.write_text(dump_config(config))
+    assert load_config(file) == config
+    assert yaml.safe_load(file.read_text())["autoscale"] == "1:4"
+
+
+def test_a_resumed_run_follows_the_load_as_it_is_told_and_begins_within_its_bounds() -> None:
+    base = resolve("Blackjack-v1", {"autoscale": "1:4", "actors": 1})[0].model_dump(mode="json", by_alias=True)
+    assert resolve(None, {}, base)[0].autoscale == "1:4"
+    assert resolve(None, {"autoscale": Raw("none")}, base)[0].autoscale is None
+    config, _ = resolve(None, {"autoscale": "3:4"}, base)
+    assert (config.actors, config.autoscale) == (3, "3:4")
+    with pytest.raises(ConfigError, match="actors: 4 is outside of --autoscale 1:2"):
+        resolve(None, {"autoscale": "1:2", "actors": 4}, base)
+
+
+def test_environments_that_wait_get_no_more_actors_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.settings.available_cores", lambda: 1)
+    config, _ = resolve("Blackjack-v1", {"sampling.groups": 6, "autoscale": "1:3"})
+    config.env.form = "threads"
+    assert adapt_actors(config)
+    assert config.actors == 3
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.config import ReplayConfig, RunConfig
+from shoal.config import ReplayConfig, RunConfig, actor_bounds
 from shoal.engines.coordinator import Coordinator
 from shoal.engines.elsewhere import Elsewhere
 from shoal.engines.fleet import Fleet
@@ -492,7 +492,10 @@ def _session(
     (directory / "result.json").unlink(missing_ok=True)  # of an earlier part, which may have had another configuration
     write_text_atomically(directory / "config.yaml", dump_config(config))
     schema = rollout_schema(spec, fields, plan.rollout_length, plan.group_size)
-    check_memory(plan, schema, facts["weights"], (config.actors or 0) + (config.policy.inference == "server"), replay, config.learners)
+    actors = config.actors or 0
+    if actors and config.autoscale is not None:
+        actors = actor_bounds(config.autoscale)[1]
+    check_memory(plan, schema, facts["weights"], actors + (config.policy.inference == "server"), replay, config.learners)
     ring = make_ring(schema, plan, facts["weights"])
     session = Session(config, spec, Coordinator(plan, spec, ring, config.stop), directory, recorder, elsewhere=elsewhere)
     recorder.attach(session)
@@ -611,7 +614,7 @@ def _is_over(run: Run) -> bool:
 
 def _refuse_changes(before: RunConfig, now: RunConfig) -> None:
     """Only how a run ends, where its roles run and how it saves may change on the way."""
-    free = {"stop", "engine", "ray", "actors", "checkpoint", "evaluation", "run_dir", "preset", "device"}
+    free = {"stop", "engine", "ray", "actors", "autoscale", "checkpoint", "evaluation", "run_dir", "preset", "device"}
     old, new = (_flat({k: v for k, v in c.model_dump(mode="json", by_alias=True).items() if k not in free}) for c in (before, now))
     for key in old | new:
         if old.get(key) != new.get(key):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -17,6 +17,22 @@ FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+MAX_ACTORS = 1024
+
+
+def actor_bounds(text: str) -> tuple[int, int]:
+    """MIN and MAX of `autoscale`. Raises ValueError."""
+    least, _, most = text.partition(":")
+    if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most) <= MAX_ACTORS):
+        raise ValueError(f"should be MIN:MAX with 1 <= MIN <= MAX <= {MAX_ACTORS}, such as 1:8")
+    return int(least), int(most)
+
+
+def _checked_bounds(value: Any) -> Any:
+    if value is None or value == "none":
+        return None
+    actor_bounds(value if isinstance(value, str) else "")
+    return value
 
 
 class Section(BaseModel):
@@ -419,10 +435,15 @@ class RunConfig(Section):
     engine: Literal["local", "ray"] = Field("local", description="where roles run: processes of this machine, or a Ray cluster")
     ray: RayConfig = Field(default_factory=RayConfig)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="names every random stream of the run")
-    actors: Annotated[int, Field(ge=0, le=1024)] | None = Field(
+    actors: Annotated[int, Field(ge=0, le=MAX_ACTORS)] | None = Field(
         None,
         description="processes that host environments; 0 runs all in this process, which an environment that crashes takes along "
         "(default: one per core; where environments wait, one per group)",
+    )
+    autoscale: Annotated[str | None, BeforeValidator(_checked_bounds)] = Field(
+        None,
+        description="MIN:MAX: the number of actors follows the load between these: more while the learner waits for data, fewer while data waits for the learner "
+        "(default: it stays as it is, unless `shoal scale` says otherwise)",
     )
     learners: Annotated[int, Field(ge=1, le=64)] = Field(
         1,

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from shoal.config import BUILT_IN, CustomConfig, OffPolicyConfig, RayConfig, RunConfig
+from shoal.config import BUILT_IN, CustomConfig, OffPolicyConfig, RayConfig, RunConfig, actor_bounds
 from shoal.errors import ConfigError
 from shoal.imports import OPAQUE, load_object, nearest, object_path
 from shoal.keys import Tree, algorithm_model, check_keys, fields_by_key, section_of
@@ -67,6 +67,8 @@ class _Dumper(yaml.SafeDumper):
 
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+for _digit in "0123456789":  # YAML 1.1 takes 1:8 for 68, in sixties
+    _Loader.yaml_implicit_resolvers[_digit].insert(0, ("tag:yaml.org,2002:str", re.compile(r"^[0-9]+:[0-9]+$")))
 
 
 def read_yaml(path: Path) -> Tree:
@@ -351,7 +353,7 @@ def _expected(fault: str, message: str) -> str:
     kind, _, how = fault.partition("_")
     if how in ("type", "parsing", "from_float") and kind in _KINDS:
         return f"should be {_KINDS[kind]}"
-    return message.replace("Input should be", "should be")
+    return message.removeprefix("Value error, ").replace("Input should be", "should be")
 
 
 def _asked(trees: list[Tree], section: str, key: str) -> bool:
@@ -394,6 +396,9 @@ def _complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> Run
             config.actors = max(1, min(available_cores() + 1 - config.learners, sampling.groups))
             config.actors = max(config.actors, min(2, sampling.groups))
         config.model_fields_set.discard("actors")  # nobody asked for it
+    if config.autoscale is not None:
+        said = asked_for[-1:] if resumed else asked_for
+        _fit_to_bounds(config, config.autoscale, any(tree.get("actors") is not None for tree in said))
     schedules = [key for key in ("learning_rate_schedule", "clip_range_schedule") if getattr(algorithm, key, "constant") == "linear"]
     if schedules and algorithm.schedule_env_steps is None:
         if config.stop.env_steps is None:
@@ -424,13 +429,34 @@ def _check_engine(config: RunConfig, asked_for: list[Tree], resumed: bool) -> No
     config.policy.inference, config.actors = "actor", None
 
 
+def _fit_to_bounds(config: RunConfig, bounds: str, wanted: bool) -> None:
+    """A run that follows the load begins between its bounds; wanted: somebody said with how many actors. Raises ConfigError."""
+    (least, most), groups = actor_bounds(bounds), config.sampling.groups or 1
+    if most > groups:
+        raise ConfigError(
+            f"autoscale: {most} processes cannot share {groups} groups; give --autoscale {min(least, groups)}:{groups} or less, or --sampling.groups {most}"
+        )
+    if config.actors is None:
+        return
+    if wanted and not least <= config.actors <= most:
+        outside = "runs all roles in one process" if config.actors == 0 else f"is outside of --autoscale {bounds}"
+        raise ConfigError(
+            f"actors: {config.actors} {outside}; it says with how many actors a run begins: give one from {least} to {most}, or --autoscale none"
+        )
+    asked = "actors" in config.model_fields_set
+    config.actors = min(max(config.actors, least), most)
+    if not asked:
+        config.model_fields_set.discard("actors")
+
+
 def adapt_actors(config: RunConfig) -> bool:
     """Once its form is known: environments that wait leave the cores idle, and a process steps one group at a time, so each group gets a process
     of its own, up to `WAITING_ACTORS_PER_CORE`, unless somebody asked for another number. Returns whether that changed it."""
     if config.env.form != "threads" or "actors" in config.model_fields_set or config.engine != "local":
         return False
     before = config.actors
-    config.actors = max(before or 0, min(config.sampling.groups or 1, WAITING_ACTORS_PER_CORE * available_cores()))
+    most = config.sampling.groups or 1 if config.autoscale is None else actor_bounds(config.autoscale)[1]
+    config.actors = max(before or 0, min(most, WAITING_ACTORS_PER_CORE * available_cores()))
     return config.actors != before
 
 

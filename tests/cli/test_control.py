@@ -71,6 +71,12 @@ def test_a_living_run_does_what_it_is_told(alive: tuple[Path, subprocess.Popen[s
     while tell_run(directory, "state")["state"]["update"] <= first:
         time.sleep(0.05)
     assert answer("scale", "1") == {"ok": True, "actors": 1}
+    for asked, said in ((("--actors", "2"), {"actors": 2}), (("--autoscale", "1:2"), {"actors": 2, "autoscale": "1:2"})):
+        assert ends_with("scale", run, *asked, "--json") == 0
+        assert json.loads(capfd.readouterr().out) == {"ok": True, **said}
+    assert answer("state")["state"]["autoscale"] == "1:2"
+    assert ends_with("scale", run, "--autoscale", "2:1") == 1
+    assert "MIN:MAX" in capfd.readouterr().err
     assert ends_with("control", run, "scale", "99") == 1
     assert "the number of groups" in capfd.readouterr().err
     assert ends_with("control", run, "state") == 0
@@ -104,6 +110,12 @@ def settled(directory: Path) -> int:
 def test_wrong_usage_ends_with_two(args: list[str], part: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert ends_with("control", "latest", *args) == 2
     assert part in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("args", [[], ["--actors", "2", "--autoscale", "1:2"], ["--actors", "0"]])
+def test_scale_takes_either_a_number_or_bounds(args: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert ends_with("scale", "latest", *args) == 2
+    assert "--actors" in capfd.readouterr().err
 
 
 def test_a_run_in_one_process_takes_no_requests(tmp_path: Path) -> None:

@@ -85,9 +85,11 @@ def test_findings_come_worst_first_each_with_what_to_do_once(capsys: pytest.Capt
 
 def test_answers_and_replays_are_said_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     print_control({"ok": True, "update": 7}, "save")
+    print_control({"ok": True, "actors": 4, "autoscale": "1:8", "nodes": {"a": 3, "b": 1}}, "scale")
     print_replay({"run": "runs/x", "updates": 3, "weights_sha256": "ab", "expected_sha256": "cd", "equal": False})
     text = said(capsys)
     assert "saved: checkpoint of update 7" in text
+    assert "now 4 actors (3 on a, 1 on b), and it follows the load (1:8)" in text
     assert "OTHER weights: the run has cd" in text
 
 

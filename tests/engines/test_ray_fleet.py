@@ -46,6 +46,7 @@ class NodeHere:
     def __init__(self, setup: bytes, pickled: bytes | None, spoil: Callable[[Frame], Frame | None]) -> None:
         self._node, self._spoil = Node(setup, pickled), spoil
         self.dead = threading.Event()
+        self.left = False  # as it was told to
 
     def _live(self) -> None:
         if self.dead.is_set():
@@ -68,6 +69,13 @@ class NodeHere:
         self.dead.set()
         self._node.close()
 
+    def leave(self) -> None:
+        self.left = True
+        self.end()
+
+    def announce(self, why: str) -> None:
+        self._node.announce(why)
+
 
 class ClusterHere(Cluster):
     """`names` are its nodes; more may be added while a run goes on. `kinds`: of those that are not like the others."""
@@ -75,10 +83,14 @@ class ClusterHere(Cluster):
     def __init__(self, names: list[str], actors_per_node: int = 2, num_nodes: int | None = None) -> None:
         super().__init__(num_nodes, actors_per_node)
         self.names, self.here, self.kinds = names, dict[str, NodeHere](), dict[str, type[NodeHere]]()
+        self.going: dict[str, float | None] = {}  # nodes that Ray is about to take away
         self.spoil: Callable[[Frame], Frame | None] = lambda frame: frame
 
     def nodes(self) -> list[ClusterNode]:
         return [ClusterNode(name, name, float(self.actors_per_node)) for name in self.names]
+
+    def draining(self) -> dict[str, float | None] | None:
+        return dict(self.going)
 
     def start(self, node: ClusterNode, setup: bytes, pickled: bytes | None) -> NodeHandle:
         self.here[node.id] = self.kinds.get(node.id, NodeHere)(setup, pickled, self.spoil)

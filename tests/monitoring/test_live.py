@@ -147,6 +147,15 @@ def test_a_run_without_lag_shows_none_and_one_that_is_done_no_living_actors() ->
     assert "1:15 in all" in text
 
 
+def test_a_run_that_follows_the_load_shows_its_bounds_and_why_it_last_changed() -> None:
+    snapshot = dataclasses.replace(a_snapshot(), autoscale="1:8", scaled="the learner waited for data 62% of 8 s")
+    assert "1 running, 1 dead, autoscale 1:8, 1 restart |" in line(snapshot)
+    shown = "\n".join(drawn(snapshot, 100))
+    assert "autoscale 1:8" in shown
+    assert "the learner waited for data 62% of 8 s" in shown
+    assert "autoscale" not in "\n".join(drawn(dataclasses.replace(snapshot, phase="done"), 100))
+
+
 def all_of(screen: io.RawIOBase) -> str:
     """What was shown until the other side closed: a terminal hands it over in pieces."""
     pieces: list[bytes] = []

@@ -54,3 +54,21 @@ def test_each_role_is_told_by_its_name(actors: int, learners: int, served: bool,
     assert [(role.role, role.pid) for role in watcher._roles()] == [(name, place) for place, name in enumerate(names)]
     assert [record.pid for record in watcher._of_actors] == [place for place, name in enumerate(names) if name.startswith("actor")]
     watcher.store.close()
+
+
+def test_an_actor_without_groups_is_dead_where_it_is_wanted_and_else_it_was_let_go(tmp_path) -> None:
+    watcher = Recorder(RunConfig(actors=4), tmp_path, SilentView(io.StringIO()))
+    hosts = [0, 2, 0, 2]  # by group
+    watcher._session = Session(coordinator=SimpleNamespace(version=0, groups=[SimpleNamespace(actor=actor) for actor in hosts]))  # type: ignore[assignment]
+    activities = [ActivityRecord(Activity.STEPPING, 0, -1, -1, -1, 0.0, 0, {})] * 5
+    expected = [
+        ("running", "dead", "running", "dead"),
+        ("running", "dead", "running", "stopped"),
+        ("running", "stopped", "running", "stopped"),
+    ]
+    for wanted, states in zip((4, 3, 2), expected, strict=True):
+        watcher.event("scaled", actors=wanted, reason="x", autoscale="1:4")
+        watcher._activities = activities
+        assert tuple(actor.state for actor in watcher._health()) == states
+    assert (watcher._autoscale, watcher._scaled) == ("1:4", "x")
+    watcher.store.close()

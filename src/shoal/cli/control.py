@@ -1,7 +1,8 @@
-"""`shoal control` and `shoal stalls`: one request to a living run, through the socket in its directory."""
+"""`shoal control`, `shoal scale` and `shoal stalls`: one request to a living run, through the socket in its directory."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from shoal.supervision.control import NAME, ask
 from shoal.supervision.processes import process_state
 
 
-def tell_run(directory: Path, command: str, number: int | None = None, timeout_seconds: float = 60.0) -> dict[str, Any]:
-    """The run's answer. Raises RunError where it is not alive, takes no requests, or refuses."""
+def tell_run(directory: Path, command: str, what: Mapping[str, Any] | None = None, timeout_seconds: float = 60.0) -> dict[str, Any]:
+    """The run's answer to a command; `what` goes with it. Raises RunError where it is not alive, takes no requests, or refuses."""
     holder = run_holder(directory)
     if holder is None:
         raise RunError(f"{directory.name} is not running, so there is nobody to tell; `shoal resume {directory}` goes on with it")
@@ -20,9 +21,7 @@ def tell_run(directory: Path, command: str, number: int | None = None, timeout_s
         raise RunError(
             f"{directory.name} (process {holder}) takes no requests: it is starting or ending, or runs all roles in its own process (actors: 0)"
         )
-    request: dict[str, Any] = {"command": command}
-    if number is not None:
-        request["actors"] = number
+    request: dict[str, Any] = {"command": command, **(what or {})}
     _refuse_stopped(directory, holder)
     try:
         return ask(directory, request, timeout_seconds)

@@ -247,10 +247,36 @@ def control(run: str, command: str, number: int | None, as_json: bool, debug: bo
     def work() -> Any:
         from shoal.cli.control import tell_run
 
-        return tell_run(find_here(run), command, number)
+        return tell_run(find_here(run), command, {} if number is None else {"actors": number})
 
     answer = plain(work_on(work, as_json))
     give_answer(answer, as_json, "print_control", command=command)
+
+
+@cli.command()
+@run_argument
+@click.option("--actors", type=click.IntRange(min=1), metavar="N", help="Go on with N actors; it follows the load no more.")
+@click.option(
+    "--autoscale",
+    metavar="MIN:MAX",
+    help="Follow the load from now on, between these numbers of actors; `none`: no more, and stay as it is.",
+)
+@json_option
+@debug_option
+def scale(run: str, actors: int | None, autoscale: str | None, as_json: bool, debug: bool) -> None:
+    """Have a living run go on with more or fewer actors.
+
+    Groups move to others once what they are making is finished, with their random streams and states. On a cluster actors are spread evenly over its nodes.
+    """
+    if (actors is None) == (autoscale is None):
+        raise click.UsageError("give either --actors N or --autoscale MIN:MAX")
+
+    def work() -> Any:
+        from shoal.cli.control import tell_run
+
+        return tell_run(find_here(run), "scale", {"actors": actors} if autoscale is None else {"autoscale": autoscale})
+
+    give_answer(plain(work_on(work, as_json)), as_json, "print_control", command="scale")
 
 
 @cli.command()
@@ -276,7 +302,8 @@ def _count(config: Any) -> str:
         return (
             f"on {'all nodes' if config.ray.nodes is None else config.ray.nodes} of a cluster" if config.ray.address else "on a local Ray"
         )
-    return "all in this process" if not config.actors else "1 actor" if config.actors == 1 else f"{config.actors} actors"
+    bounds = f" (autoscale {config.autoscale})" if config.autoscale else ""
+    return "all in this process" if not config.actors else f"1 actor{bounds}" if config.actors == 1 else f"{config.actors} actors{bounds}"
 
 
 def _with_view(kind: Any, work: Callable[[Any], Any]) -> Any:

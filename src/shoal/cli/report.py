@@ -342,7 +342,9 @@ def print_control(answer: Mapping[str, Any], command: str) -> None:
         "pause": lambda: "paused; `shoal control RUN continue` lets it go on",
         "continue": lambda: "going on",
         "stop": lambda: "it ends after this update, with a checkpoint",
-        "scale": lambda: f"now {counted(int(answer['actors']), 'actor')}",
+        "scale": lambda: (
+            event_words("scaled", answer) + (f", and it follows the load ({answer['autoscale']})" if answer.get("autoscale") else "")
+        ),
     }
     print(said[command]())
 

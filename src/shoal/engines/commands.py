@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from shoal.engines.fleet import MAX_ACTORS
+from shoal.engines.scaling import Scaling
 from shoal.engines.session import Session
 from shoal.supervision.control import Reply
 
@@ -16,10 +16,11 @@ class Commanded(Protocol):
 
     @property
     def session(self) -> Session: ...
+    @property
+    def scaling(self) -> Scaling: ...
     def pause(self, paused: bool) -> None: ...
     def save(self, reply: Reply) -> None: ...
     def explain(self, reply: Reply) -> None: ...
-    def scale(self, actors: int) -> None: ...
 
 
 def obey(engine: Commanded, request: dict[str, Any], reply: Reply) -> None:
@@ -38,15 +39,23 @@ def obey(engine: Commanded, request: dict[str, Any], reply: Reply) -> None:
         engine.session.wanted_end = "interrupted"
         reply({"ok": True})
     elif command == "scale":
-        _scale(engine, request.get("actors"), reply)
+        _scale(engine.scaling, request, reply)
     else:
         reply({"ok": False, "error": f"no command {command!r}; there are {', '.join(COMMANDS)}"})
 
 
-def _scale(engine: Commanded, wanted: object, reply: Reply) -> None:
-    groups = engine.session.coordinator.plan.num_groups
-    if not isinstance(wanted, int) or not 1 <= wanted <= min(MAX_ACTORS, groups):
-        reply({"ok": False, "error": f"actors must be 1 to {groups} (the number of groups), got {wanted!r}"})
+def _scale(scaling: Scaling, request: dict[str, Any], reply: Reply) -> None:
+    actors, bounds = request.get("actors"), request.get("autoscale")
+    try:
+        if (bounds is None) == (actors is None):
+            raise ValueError("either actors (a number) or autoscale (MIN:MAX, or none) was expected")
+        if bounds is not None:
+            facts = scaling.follow(str(bounds))
+        elif isinstance(actors, int):
+            facts = scaling.fix(actors)
+        else:
+            raise ValueError(f"actors must be a number, got {actors!r}")
+    except ValueError as error:
+        reply({"ok": False, "error": str(error)})
         return
-    engine.scale(wanted)
-    reply({"ok": True, "actors": wanted})
+    reply({"ok": True, **facts})

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from shoal.config import StopConfig
+from shoal.engines.placement import NOBODY, spread
 from shoal.engines.plan import Episode, Lease, Plan, Restore
 from shoal.engines.poison import ANY_ROW, CERTAIN, UNNAMED, WHILE_RESTORED, Suspects
 from shoal.experience.envelope import Fate, Identity
@@ -39,8 +40,8 @@ EPISODES_KEPT = 100  # the window of `stop.return`
 class _Group:
     history: GroupHistory
     free: deque[int]
-    actor: int = -1  # nobody
-    target: int = -1  # where it is to live once its leases are done
+    actor: int = NOBODY
+    target: int = NOBODY  # where it is to live once its leases are done
     hosted: bool = False  # its actor has it, standing at `next_sequence` once its leases are done
     attempt: int = 0
     next_sequence: int = 0
@@ -86,10 +87,10 @@ class Coordinator:
 
     # ---- placement -----------------------------------------------------------------------------------------------
     def place(self, actors: Sequence[int]) -> None:
-        """Spread the groups over `actors`. A group that is being stepped moves once its leases are done."""
-        for index, group in enumerate(self.groups):
-            group.target = actors[index % len(actors)] if actors else -1
-            self._move(index, group)
+        """Spread the groups evenly over `actors`, with as few moves as can be. One that is being stepped moves once its leases are done."""
+        for index, target in enumerate(spread([group.target for group in self.groups], actors)):
+            self.groups[index].target = target
+            self._move(index, self.groups[index])
 
     def _move(self, index: int, group: _Group) -> None:
         if group.actor == group.target or group.leased:
@@ -426,7 +427,7 @@ class Coordinator:
             group.history.reset_to(saved["sequence"], unpack(mine))
             group.next_sequence = saved["sequence"]
             group.attempt = max(saved["attempt"], attempts[index]) + 1
-            group.actor = group.target = actors[index] if live else -1
+            group.actor = group.target = actors[index] if live else NOBODY
         self.ready, self.training, self._episodes, self._shares = [], [], [], {}
         self.learner_busy, self.optimizer_steps = False, 0
         if self.limiter is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shoal import errors
-from shoal.config import RunConfig
+from shoal.config import MAX_ACTORS, RunConfig
 from shoal.engines.messages import Word, place_of, to_json
 from shoal.engines.plan import Plan
 from shoal.engines.question import Question, stack_of
@@ -36,7 +36,6 @@ START_SECONDS = 120.0  # the zygote's imports, on a slow disk
 STOP_SECONDS = 10.0
 POLL_SECONDS = 0.25
 DEATHS_IN_A_ROW = 5  # of one role without a rollout or update in between: it is gone for good
-MAX_ACTORS = 1024
 MAX_TRACE_LINES = 80
 _PRELOAD = ["torch", "gymnasium", "shoal.engines.mains"]
 _REPLAY_FILES = ("rows", "journal", "state-0", "state-1")  # of what a learner samples from: experience/replay_memory.py, keeping.py
@@ -65,7 +64,8 @@ class Process:
     asked_at: float = 0.0  # when its start was ordered
     told_at: float = 0.0  # when its last order was given
     doomed_at: float = 0.0
-    retired: bool = False  # it is to end and not to come again
+    retired: bool = False  # it is to end, and comes again only where more are wanted
+    dismissed: bool = False  # it was told to end
     node: str = ""  # of a cluster, where it lives on another machine
     deaths: int = 0  # since it last achieved something
     not_before: float = 0.0  # back-off of its next start
@@ -283,12 +283,28 @@ class Fleet:
         return {}
 
     def renew(self) -> bool:
-        """Whether there is more room for actors than before; a single machine does not grow."""
+        """Whether actors came or went since the last call, or places for them; on a single machine only `scale` does that."""
         return False
 
-    def add_actor(self, index: int) -> Process:
-        """One more place for an actor."""
-        return Process("actor", index)
+    @property
+    def living(self) -> list[Process]:
+        """The actors that are to be there."""
+        return [actor for actor in self.actors if not actor.retired]
+
+    @property
+    def room(self) -> int:
+        """Actors that there is room for."""
+        return MAX_ACTORS
+
+    def scale(self, actors: int) -> None:
+        """Go on with this many: others come at the end, or those at the end retire."""
+        self.actors += [Process("actor", index) for index in range(len(self.actors), actors)]
+        for actor in self.actors:
+            actor.retired = actor.index >= actors
+
+    def by_node(self) -> dict[str, int]:
+        """How many actors are to be on each node of a cluster, by its name."""
+        return {}
 
     def flush(self, process: Process) -> None:
         flush(process)

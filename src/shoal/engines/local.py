@@ -29,6 +29,7 @@ from shoal.engines.plan import Plan
 from shoal.engines.poison import CERTAIN, DOUBTFUL, WHILE_RESTORED
 from shoal.engines.recovery import Recoveries
 from shoal.engines.saves import Saves
+from shoal.engines.scaling import Scaling
 from shoal.engines.session import Session
 from shoal.engines.stalls import Inquiry, Situation, in_words, look
 from shoal.engines.watch import Verdict, Watch
@@ -111,6 +112,7 @@ class LocalEngine:
         self._saves = Saves(session, self.tell_learner, self._trace)
         self._faults = EnvironmentFaults(session)
         self._end = Ending(session, self._fleet, self._saves, self)
+        self._scaling = Scaling(session, self._fleet, self._place)
         wanted_since = 0.0
         self._first_epoch = session.epoch
         try:
@@ -201,12 +203,12 @@ class LocalEngine:
         """Order what may be ordered now. Groups are put back also while the learner is at work, or not there yet."""
         if self._reason is not None:
             return
-        available = {p.index for p in self._fleet.actors if p.up and not p.doomed}
+        available = {p.index for p in self._fleet.actors if p.up and not p.doomed and not p.dismissed}
+        for index, group in self._coordinator.take_released():  # before orders: one that went and came back is put back after it is let go
+            tell(self._fleet.actors[index], Word(Kind.RELEASE, identity=Identity(group, 0, 0)).encode())
         if self._fleet.learner.ready and not self._paused:
             for lease in self._coordinator.next_leases(available):
                 send_lease(self._fleet.actors[lease.actor], lease, self._coordinator.version)
-            for index, group in self._coordinator.take_released():
-                tell(self._fleet.actors[index], Word(Kind.RELEASE, identity=Identity(group, 0, 0)).encode())
         for restore in self._coordinator.next_restores(available):
             send_restore(self._fleet.actors[restore.actor], restore.identity, restore.state)
         if not self._fleet.learner.ready:
@@ -381,6 +383,7 @@ class LocalEngine:
                 )
             return False
         self._short.discard(process.name)
+        process.dismissed = False
         return True
 
     def _connect(self, actor: Process) -> None:
@@ -423,6 +426,7 @@ class LocalEngine:
         if process.retired:
             for group in self._coordinator.groups_of(process.index):  # its node is lost: they move
                 self._recoveries.lost("group", group, death.how, time.monotonic())
+        if process.retired or process.dismissed:
             self._coordinator.lost(process.index)
             return
         if process.name == "learner" and self._divergence is not None:
@@ -537,19 +541,22 @@ class LocalEngine:
         self._watch_zygote(now)
         self._start_learner()
         if not self._end.begun:
-            self._renew()
+            self._renew(situation, now)
         self._session.observer.tick([seen.record for seen in situation.seen])
 
-    def _renew(self) -> None:
-        """Start who may start again, end who is to end, and save for whoever asked."""
+    def _renew(self, situation: Situation, now: float) -> None:
+        """Start who may start again, end who is to end, have as many actors as the load asks for, and save for whoever asked."""
         self._serve()
+        self._scaling.watch(situation, now)
         for actor in self._fleet.actors:
             if actor.retired and actor.up and not self._coordinator.hosts(actor.index):
+                actor.dismissed = True
                 tell(actor, Word(Kind.STOP).encode())
-        if self._fleet.renew():
+        changed = self._fleet.renew()
+        if changed:
             for actor in self._fleet.actors:
                 actor.deaths = 0
-        if any(not a.up and not a.gone_for_good for a in self._fleet.actors):
+        if changed or any(a.up == a.gone_for_good for a in self._fleet.actors):  # one may start, or is to let go of what it has finished
             self._place()
         if self._saves.wanted and self._saves.due and not self._coordinator.learner_busy and self._fleet.learner.ready:
             self._saves.begin()
@@ -593,6 +600,10 @@ class LocalEngine:
     def session(self) -> Session:
         return self._session
 
+    @property
+    def scaling(self) -> Scaling:
+        return self._scaling
+
     def pause(self, paused: bool) -> None:
         """Order no more rollouts, or go on."""
         self._paused = paused
@@ -603,16 +614,6 @@ class LocalEngine:
 
     def explain(self, reply: Reply) -> None:
         self._inquire(lambda found: reply({"ok": True, "stalls": found}))
-
-    def scale(self, actors: int) -> None:
-        """Go on with this many actors."""
-        mine = self._fleet.actors
-        mine += [self._fleet.add_actor(index) for index in range(len(mine), actors)]
-        for actor in mine:
-            actor.retired = actor.index >= actors
-            actor.deaths = 0
-        self._place()
-        self._session.observer.event("scaled", actors=actors)
 
 
 def _call(record: ActivityRecord) -> str:

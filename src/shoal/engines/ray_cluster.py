@@ -21,7 +21,7 @@ from typing import Any
 
 from shoal.config import RunConfig
 from shoal.engines.ray_link import NodeHandle, UnfitNodeError
-from shoal.engines.ray_node import Node
+from shoal.engines.ray_node import SignalledNode
 from shoal.engines.ray_roll import Roll
 from shoal.engines.ray_security import asks_for_token, check_cluster, local_environment, redact
 from shoal.errors import ConfigError, ProcessError
@@ -38,6 +38,7 @@ CLOSE_SECONDS = 5.0
 ASK_SECONDS = 10.0  # for the head to say which machines there are
 CONNECT_SECONDS = 10.0
 POLL_SECONDS = 0.2
+_DRAINS = "Drains"  # of a machine: when it is taken away, in seconds since the epoch; 0 where nobody said, negative where it is not; None: Ray does not tell
 _CREATION = "error raised in its creation task"  # Ray's words
 ASKED_AHEAD = 2  # questions that wait at a node: what happens while an answer travels finds the next one there
 
@@ -86,6 +87,15 @@ class RemoteNode:
 
         with contextlib.suppress(Exception):  # it is gone already, or Ray is
             ray.kill(self._actor, no_restart=True)
+
+    def leave(self) -> None:
+        """Have it end its processes, and then itself; returns at once."""
+        threading.Thread(target=self._leave, name="leaving", daemon=True).start()
+
+    def _leave(self) -> None:
+        with contextlib.suppress(Exception):  # it is gone already, or Ray is
+            self._get(self.close(), CLOSE_SECONDS)
+        self.end()
 
     def _wait(self, asked: Any) -> Any:
         """What was asked for. It may take long to come over a slow link; meanwhile the node has to say that it is there."""
@@ -139,7 +149,8 @@ class Cluster:
         """
         deadline = time.monotonic() + NODES_SECONDS
         while True:
-            nodes = self.nodes()
+            draining = self.draining() or {}
+            nodes = [node for node in self.nodes() if node.id not in draining]
             if nodes and (self.num_nodes is None or len(nodes) >= self.num_nodes):
                 return nodes[: self.num_nodes]
             if self.secrets or time.monotonic() > deadline:
@@ -158,6 +169,17 @@ class Cluster:
         ]
         return sorted((node for node in found if node.cpus >= self.actors_per_node), key=lambda node: (node.name, node.id))
 
+    def draining(self) -> dict[str, float | None] | None:
+        """Nodes that Ray is about to take away (a preemption, `ray drain-node`, SIGTERM of `ray start --block`), by id: in how many seconds, None where
+        nobody said. None instead of all that: this Ray, or the way to it (ray://), does not tell."""
+        found: dict[str, float | None] = {}
+        for each in self.roll.machines if self.roll is not None else []:
+            if (at := each.get(_DRAINS)) is None:
+                return None
+            if at >= 0.0:
+                found[each["NodeID"]] = max(0.0, at - time.time()) if at else None
+        return found
+
     def new_nodes(self, known: Collection[str], left: Collection[str] = ()) -> list[ClusterNode]:
         """Nodes that have come and are wanted; `known` are those that the run has, `left` those that it does not take now."""
         room = None if self.num_nodes is None else max(0, self.num_nodes - len(known))
@@ -168,7 +190,7 @@ class Cluster:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        kind: Any = ray.remote(concurrency_groups={"say": 1, "hear": 1, "beat": 2})(Node)  # type: ignore[call-overload]
+        kind: Any = ray.remote(concurrency_groups={"say": 1, "hear": 1, "beat": 2})(SignalledNode)  # type: ignore[call-overload]
         placed = kind.options(
             num_cpus=self.actors_per_node,
             max_restarts=0,
@@ -280,16 +302,30 @@ def _machines() -> list[dict[str, Any]]:
     if client is None:
         machines: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
         return machines
+    found = client.get_all_node_info(timeout=ASK_SECONDS).values()
+    drains = _draining()  # after the head has answered: this question has no limit
     return [
         {
             "NodeID": info.node_id.hex(),
+            _DRAINS: None if drains is None else drains.get(info.node_id.hex(), -1.0),
             "Alive": info.state == info.ALIVE,
             "NodeManagerHostname": info.node_manager_hostname,
             "NodeManagerAddress": info.node_manager_address,
             "Resources": dict(info.resources_total),
         }
-        for info in client.get_all_node_info(timeout=ASK_SECONDS).values()
+        for info in found
     ]
+
+
+def _draining() -> dict[str, float] | None:
+    """Nodes that Ray is about to take away, by id: when, in seconds since the epoch, 0 where nobody said. None: this Ray does not tell."""
+    try:
+        from ray._private.state import state  # what Ray Serve asks, too; there is no public way
+
+        deadlines_ms: dict[str, int] = state.get_draining_nodes()
+    except Exception:
+        return None
+    return {node: at / 1000 for node, at in deadlines_ms.items()}
 
 
 def _cpus_of_the_smallest(nodes: list[dict[str, Any]]) -> int:

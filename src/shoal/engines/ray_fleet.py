@@ -5,6 +5,9 @@ machine is done on the way: weights go before the first word that names their ve
 tells of it, and is checked before it is put into its slot here. So every decision, and with it every bit of a sync run, is that of the local engine.
 
 What is under way is bounded by what is leased: a slot's rollout crosses once, and one version of the weights per node.
+
+Nodes come and go while a run goes on. One is taken in where there are groups for more actors, and left where no actor is to live. One that is to be taken away
+(engines/ray_cluster.py says so, or the node itself) gets no more groups: those it has move once their leases are done, as actors retire, and then it is left.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import os
 import struct
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from shoal.config import RunConfig
-from shoal.engines.fleet import MAX_ACTORS, Death, Fleet, Process
+from shoal.config import MAX_ACTORS, RunConfig, actor_bounds
+from shoal.engines.fleet import Death, Fleet, Process
 from shoal.engines.importing import try_imports
 from shoal.engines.messages import Word, from_json, place_of, to_json
 from shoal.engines.node_report import NodeReport, refusal, report_here
+from shoal.engines.placement import shares
 from shoal.engines.plan import Plan
 from shoal.engines.question import read_log
 from shoal.engines.ray_cluster import HEAD_SECONDS, Cluster, ClusterNode, connect
@@ -106,10 +110,15 @@ class RayFleet(Fleet):
         self._weights_lock = threading.Lock()
         self._newest: tuple[int, bytes] = (-1, b"")
         self._renewed_at = self._lost_at = 0.0
-        self._left: dict[str, float] = {}  # nodes that were lost, by their id: when; those that are never taken: infinity
+        self._left: dict[str, float] = {}  # nodes that were lost, or taken away, by their id: when; those that are never taken: infinity
         self._newcomers = Newcomers()
         self._here = NodeReport("")
-        self._gone: list[NodeLink] = []  # to nodes that were lost
+        self._gone: list[NodeLink] = []  # to nodes that were lost, or taken away
+        self._leaving: dict[NodeLink, str] = {}  # nodes that are to be taken away: who said so
+        self._candidates: deque[ClusterNode] = deque()  # nodes that may be taken in
+        self._wanted = MAX_ACTORS
+        self._crowd = 0  # actors that each node is to have, where that is more than its part of the cluster
+        self._changed = self._told_blind = False
         self._num_groups = self._num_weights = 0
 
     # ---- start and end -------------------------------------------------------------------------------------------
@@ -138,11 +147,12 @@ class RayFleet(Fleet):
         self._setup = node_setup(self._config, self._common, schema, weights, packages)
         self.actors = []
         self._num_groups = plan.num_groups
+        if self._config.autoscale is not None:
+            self._wanted = actor_bounds(self._config.autoscale)[1]
         for node in self.cluster.wait_for_nodes():
             self._links[node.id] = self._link(node)
         self._check_nodes()
-        for link in self._links.values():
-            self._populate(link)
+        self._settle()
         return ring
 
     def close(self) -> None:
@@ -182,30 +192,6 @@ class RayFleet(Fleet):
             self._left[node_id] = time.monotonic()
             self._give_back(link)
             self._told("node_lost", node=link.name, reason=why, actors=[])
-
-    def _living(self) -> list[Process]:
-        return [process for process in self.actors if not process.retired]
-
-    def _populate(self, link: NodeLink) -> None:
-        """Places for actors on a node, as long as there is a group for each."""
-        for _ in range(self.cluster.actors_per_node):
-            if len(self._living()) < self._num_groups and len(self.actors) < MAX_ACTORS:
-                self.actors.append(self._housed(len(self.actors), link))
-
-    def _housed(self, index: int, link: NodeLink) -> Process:
-        self._homes[index] = link
-        return Process("actor", index, node=link.name)
-
-    def add_actor(self, index: int) -> Process:
-        """On the node that has the fewest.
-
-        Raises:
-          ProcessError: there is no node now.
-        """
-        if not self._links:
-            raise ProcessError("no node of the cluster is there")
-        homes = [self._homes[process.index] for process in self._living()]
-        return self._housed(index, min(self._links.values(), key=lambda link: (homes.count(link), link.name)))
 
     # ---- roles ---------------------------------------------------------------------------------------------------
     def start(self, process: Process, setup: dict[str, Any], encode: Callable[[bytes], bytes] = lambda body: body) -> None:
@@ -278,6 +264,9 @@ class RayFleet(Fleet):
             if frame.kind is Kind.ACTIVITIES:
                 self._take_activities(link, frame)
                 continue
+            if frame.kind is Kind.LEAVING:
+                self._notice(link, frame.head.decode(errors="replace"), None)
+                continue
             if frame.kind is Kind.HAPPENED and self._is_of_helper(link, from_json(frame.head)):
                 continue
             process = self._actor_of(link, frame)
@@ -341,9 +330,11 @@ class RayFleet(Fleet):
         self._gone.append(link)
         link.close()
         link.node.end()
-        self._lost_at = time.monotonic()
-        lived = [process for process in self._living() if self._homes[process.index] is link]
-        self._told("node_lost", node=link.name, reason=link.lost, actors=[process.index for process in lived])
+        notice = self._leaving.pop(link, "")
+        lived = [process for process in self.actors if self._homes[process.index] is link and (process.up or not process.retired)]
+        reason = f"preempted ({notice}), and gone before all was moved: {link.lost}" if notice else link.lost
+        self._told("node_lost", node=link.name, reason=reason, actors=[process.index for process in lived])
+        self._lost_at, self._changed = time.monotonic(), True
         for process in lived:
             process.retired = True
             if process.up:
@@ -381,38 +372,135 @@ class RayFleet(Fleet):
         for name in _TIMES:
             slot.envelope[name] += self._clocks.get(self._homes[actor.index], 0)
 
-    # ---- nodes that come -------------------------------------------------------------------------------------------
+    # ---- nodes and actors that come and go -------------------------------------------------------------------------
+    @property
+    def room(self) -> int:
+        """Actors that there is room for: on the nodes that are here to stay, and those that may be taken in."""
+        return self.cluster.actors_per_node * (len(self._staying()) + len(self._candidates))
+
+    def scale(self, actors: int) -> None:
+        """Go on with this many, on as many nodes as that takes, evenly; where there are too few nodes for it, each gets more than its CPUs."""
+        self._find_nodes(time.monotonic())
+        nodes = len(self._staying()) + len(self._candidates)
+        self._wanted, self._crowd = actors, -(-actors // max(1, nodes))
+        self._settle()
+
+    def by_node(self) -> dict[str, int]:
+        names = Counter(link.name for link in self._links.values())
+        named = {link: link.name if names[link.name] == 1 else f"{link.name} {node_id[:6]}" for node_id, link in self._links.items()}
+        living = Counter(self._homes[process.index] for process in self.living)
+        return {name: living[link] for link, name in named.items()}
+
+    def _staying(self) -> list[NodeLink]:
+        return [link for link in self._links.values() if link not in self._leaving]
+
+    def _settle(self) -> None:
+        """Take in nodes, and have actors there, as far as they are wanted; retire those that are too many, and those of nodes that are to be left."""
+        wanted = min(self._wanted, self._num_groups, MAX_ACTORS)
+        per_node = max(self.cluster.actors_per_node, self._crowd)
+        while self._candidates and (len(self._staying()) + len(self._newcomers.asked)) * per_node < wanted:
+            node = self._candidates.popleft()
+            self._newcomers.ask(node.id, self._link(node))
+        lives: dict[NodeLink, list[Process]] = {link: [] for link in self._staying()}
+        if not lives:  # there is nowhere to go: work goes on as long as it is let
+            return
+        for process in self.living:
+            home = self._homes[process.index]
+            if home in lives:
+                lives[home].append(process)
+            else:
+                self._retire(process)
+        for link, count in shares({link: len(here) for link, here in lives.items()}, wanted, per_node).items():
+            for process in lives[link][count:]:
+                self._retire(process)
+            for _ in range(count - len(lives[link])):
+                self._house(link)
+
+    def _retire(self, process: Process) -> None:
+        process.retired = self._changed = True
+
+    def _house(self, link: NodeLink) -> None:
+        """One more actor on a node: one that lives there still, one that ended, wherever that was, or a new one."""
+        retired = [process for process in self.actors if process.retired and (not process.up or self._homes[process.index] is link)]
+        if retired:
+            process = max(retired, key=lambda process: process.up)
+        elif len(self.actors) < MAX_ACTORS:
+            process = Process("actor", len(self.actors))
+            self.actors.append(process)
+        else:
+            return
+        process.retired, process.deaths, process.not_before, process.node = False, 0, 0.0, link.name
+        self._homes[process.index], self._changed = link, True
+        self._states.pop(process.index, None)
+
     def renew(self) -> bool:
-        """Take in nodes that have come since, with actors once they can start some; says whether there are any.
+        """Look which nodes have come or are to go, about once a second; says whether actors came or went since the last call.
 
         Raises:
           ProcessError: no node has been left for NODELESS_SECONDS, or the head is lost.
         """
         now = time.monotonic()
-        if now - self._renewed_at < RENEW_SECONDS:
-            return False
-        self._renewed_at = now
-        if self.cluster.head_is_lost:
-            raise ProcessError(f"the head of the cluster has not answered for {HEAD_SECONDS:g} s: {self._how_to_go_on}")
-        before = len(self.actors)
-        left = {node_id for node_id, since in self._left.items() if now - since < REJOIN_SECONDS}
-        for node in self.cluster.new_nodes({**self._links, **self._newcomers.asked}, left):
-            self._newcomers.ask(node.id, self._link(node))
+        if now - self._renewed_at >= RENEW_SECONDS:
+            self._renewed_at = now
+            if self.cluster.head_is_lost:
+                raise ProcessError(f"the head of the cluster has not answered for {HEAD_SECONDS:g} s: {self._how_to_go_on}")
+            self._find_nodes(now)
+            self._greet(now)
+            self._settle()
+            self._leave_nodes(now)
+            if not self._links and not self._newcomers.asked and now - self._lost_at > NODELESS_SECONDS:
+                raise ProcessError(f"no node of the cluster is left: {self._how_to_go_on}")
+        changed, self._changed = self._changed, False
+        return changed
+
+    def _find_nodes(self, now: float) -> None:
+        draining = self.cluster.draining()
+        if draining is None and not self._told_blind:
+            self._told_blind = True
+            self._told(
+                "warning",
+                message="Ray does not tell here which nodes it takes away: what lives on one is made again elsewhere once it is lost",
+            )
+        for node_id, seconds in (draining or {}).items():
+            if node_id in self._links:
+                self._notice(self._links[node_id], "Ray takes the node away", seconds)
+        absent = {node_id for node_id, since in self._left.items() if now - since < REJOIN_SECONDS} | set(draining or ())
+        staying = [node_id for node_id, link in self._links.items() if link not in self._leaving] + list(self._newcomers.asked)
+        self._candidates = deque(node for node in self.cluster.new_nodes(staying, absent) if node.id not in self._links)
+
+    def _greet(self, now: float) -> None:
+        """Take in the nodes that have said what they are, but for those that are not as this machine is."""
         for node_id, link, report in self._newcomers.answered():
-            if report is None:
+            if report is None:  # it cannot be reached; perhaps it can later
                 self._left[node_id] = now
                 self._give_back(link)
             elif why := refusal([(link.name, report)], self._here):
-                self._left[node_id] = math.inf  # now and later; the run goes on without it
+                self._left[node_id] = math.inf
                 self._give_back(link)
                 self._told("node_refused", node=link.name, reason=why)
             else:
                 self._links[node_id] = link
                 self._told("node_joined", node=link.name)
-                self._populate(link)
-        if not self._links and not self._newcomers.asked and now - self._lost_at > NODELESS_SECONDS:
-            raise ProcessError(f"no node of the cluster is left: {self._how_to_go_on}")
-        return len(self.actors) > before
+
+    def _notice(self, link: NodeLink, notice: str, seconds: float | None) -> None:
+        """A node is to be taken away, in so many seconds where somebody said: whoever lives there moves, with the next look at the nodes."""
+        if link not in self._leaving:
+            self._leaving[link] = notice
+            lives = [process.index for process in self.living if self._homes[process.index] is link]
+            self._told("node_draining", node=link.name, reason="preempted", notice=notice, seconds=seconds, actors=lives)
+
+    def _leave_nodes(self, now: float) -> None:
+        """Those where no actor is to live, and none is left."""
+        lived_in = {self._homes[process.index] for process in self.actors if process.up or not process.retired}
+        for node_id, link in [(node_id, link) for node_id, link in self._links.items() if link not in lived_in]:
+            del self._links[node_id]
+            preempted = self._leaving.pop(link, "") != ""
+            if preempted:
+                self._left[node_id] = now
+            self._gone.append(link)
+            link.close()
+            link.node.leave()
+            self._told("node_left", node=link.name, reason="preempted" if preempted else "no actor is to live there")
 
     def _give_back(self, link: NodeLink) -> None:
         """A node that came is not used."""

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import struct
 import tempfile
 import threading
@@ -89,7 +90,7 @@ class Node:
         self._something = threading.Condition()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = False
-        self._failure = ""
+        self._failure = self._leaving = ""
         self._packages: list[str] = facts["packages"]
         self._import_error: str | None = None  # not known yet
         self._told_at = 0.0
@@ -123,6 +124,11 @@ class Node:
         with self._something:
             self._something.wait_for(lambda: self._import_error is not None or self._failure)
         return report_here(self._packages, self._failure or self._import_error or "").to_json()
+
+    def announce(self, why: str) -> None:
+        """This node is soon to end: the driver is told, and moves what lives here. May be called from a signal handler."""
+        self._leaving = why
+        os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
         """End all processes. Returns when nothing is left."""
@@ -169,6 +175,9 @@ class Node:
         wait([*channels, self._zygote, _Fd(self._wake)], POLL_SECONDS)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
+        if self._leaving:
+            self._report(Frame(Kind.LEAVING, head=self._leaving.encode()))
+            self._leaving = ""
         while self._orders:
             self._obey(self._orders.popleft())
         for actor in self._actors.values():
@@ -307,6 +316,14 @@ class Node:
                 written = file.read(LOG_BYTES)
             actor.log_at += len(written)
             self._report(Frame(Kind.LOG, actor.index, actor.incarnation, body=written))
+
+
+class SignalledNode(Node):
+    """A `Node` in a process of its own, whose SIGTERM is a notice: what lives here is to move before the process ends. Made in its main thread."""
+
+    def __init__(self, setup: bytes, pickled: bytes | None) -> None:
+        super().__init__(setup, pickled)
+        signal.signal(signal.SIGTERM, lambda number, frame: self.announce("its process got SIGTERM"))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class Kind(IntEnum):
     PARTIAL = 18  # head: slot, uint32; body: the rollout as far as it was when its actor died
     ACTIVITIES = 19  # head: this machine's monotonic clock, int64 ns; body: activity records of all processes, and their states
     LOG = 20  # body: what a process wrote since
+    LEAVING = 21  # head: why this node is soon to end, text; it goes on until it is told to
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def _name(seen: Seen) -> str:
     return f"{seen.name}-{seen.index}"
 
 
-def _starting(seen: Seen, pid: int) -> bool:
+def is_starting(seen: Seen, pid: int) -> bool:
     return not pid or seen.record.incarnation != seen.incarnation or seen.record.activity is Activity.STARTING
 
 
@@ -97,7 +97,7 @@ def doing(seen: Seen, pid: int) -> tuple[str, float]:
         return "not there", seen.up_seconds
     if seen.state == "T":
         return "stopped (SIGSTOP); nothing moves it but SIGCONT", seen.record.age_seconds
-    if _starting(seen, pid):
+    if is_starting(seen, pid):
         return "starting", seen.up_seconds
     record = seen.record
     if seen.name == "inference" and record.activity is Activity.WAITING_FOR_BATCH:
@@ -116,7 +116,7 @@ def waits(situation: Situation) -> Iterator[Facts]:
         if pid and _asks(actor):
             why = f"it is to choose actions for group {actor.record.group}, row {actor.record.row}"
             yield {"who": _name(actor), "for": ["inference-0"], "seconds": actor.record.age_seconds, "why": why}
-        idle = pid and not _starting(actor, pid) and actor.record.activity is Activity.WAITING_FOR_LEASE and actor.order_seconds is None
+        idle = pid and not is_starting(actor, pid) and actor.record.activity is Activity.WAITING_FOR_LEASE and actor.order_seconds is None
         if idle:
             blockers, why = _why_no_lease(situation, actor)
             yield {"who": _name(actor), "for": blockers, "seconds": actor.record.age_seconds, "why": why}
@@ -124,7 +124,7 @@ def waits(situation: Situation) -> Iterator[Facts]:
 
 def _learner_waits(situation: Situation, learner: Seen) -> Iterator[Facts]:
     c = situation.coordinator
-    if c.learner_busy or situation.saving or _starting(learner, situation.pids[0]):
+    if c.learner_busy or situation.saving or is_starting(learner, situation.pids[0]):
         return
     missing = [index for index, group in enumerate(c.groups) if group.leased]
     makers = list(dict.fromkeys(f"actor-{c.groups[index].actor}" for index in missing))
@@ -158,7 +158,7 @@ def _why_no_lease(situation: Situation, actor: Seen) -> tuple[list[str], str]:
         return [], "the run is paused"
     if not mine:
         return [], "it hosts no group"
-    if _starting(learner, situation.pids[0]):
+    if is_starting(learner, situation.pids[0]):
         return [_name(learner)], "the learner is not ready"
     if situation.saving:
         return situation.saving, "a checkpoint is being saved"

@@ -307,6 +307,8 @@ def _actor_dots(snapshot: Snapshot) -> RenderableType:
     for actor in snapshot.actors[:32] if snapshot.phase != "done" else ():
         text.append("● ", style=_STATE_COLOURS[actor.state])
     text.append(_actor_words(snapshot))
+    if snapshot.autoscale and snapshot.scaled and snapshot.phase != "done":
+        text.append(f"\n{snapshot.scaled}", style="dim")
     return text
 
 
@@ -316,9 +318,9 @@ def _actor_words(snapshot: Snapshot) -> str:
         state = "ended" if snapshot.phase == "done" else actor.state
         counts[state] = counts.get(state, 0) + 1
     restarts = [counted(snapshot.restarts, "restart")] if snapshot.restarts else []
-    return ", ".join([f"{count} {state}" for state, count in counts.items()] or ["all roles in this process"]) + "".join(
-        f", {r}" for r in restarts
-    )
+    states = [f"{count} {state}" for state, count in counts.items()] or ["all roles in this process"]
+    bounds = [f"autoscale {snapshot.autoscale}"] if snapshot.autoscale and snapshot.phase != "done" else []
+    return ", ".join([*states, *bounds, *restarts])
 
 
 def _spread(snapshot: Snapshot) -> str:

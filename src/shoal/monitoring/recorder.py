@@ -75,6 +75,7 @@ class Recorder:
         self._activities: list[ActivityRecord] = []
         self._broken = self._board_broken = self._paused = False
         self._wanted_actors = config.actors or 0
+        self._autoscale, self._scaled = config.autoscale or "", ""
         self._checkpoints: deque[int] = deque(maxlen=config.checkpoint.keep)
         self._kept = "uploaded" if is_url(config.run_dir) else "checkpoint"  # what a run may go on from, wherever it does
 
@@ -129,6 +130,7 @@ class Recorder:
             self._paused = kind == "pause"
         if kind == "scaled":
             self._wanted_actors = int(details["actors"])
+            self._autoscale, self._scaled = details.get("autoscale", self._autoscale), details.get("reason", "")
         if kind not in _UNSPOKEN and not (kind == "died" and details.get("reason")):
             self._view.message(event_words(kind, details))
 
@@ -205,6 +207,8 @@ class Recorder:
             dropped=balance["dropped"],
             in_flight=balance["in_flight"],
             actors=self._health(),
+            autoscale=self._autoscale,
+            scaled=self._scaled,
             restarts=session.restarts,
             network=session.network(),
             train=self._metrics,
@@ -230,10 +234,10 @@ class Recorder:
     @property
     def _num_learners(self) -> int:
         """How many of the first activities are learners': those of one process, where all roles are in it, are one."""
-        return self._config.learners if self._config.actors else 1
+        return self._config.learners if self._config.actors != 0 else 1
 
     def _roles(self) -> tuple[RoleTime, ...]:
-        names = ["learner" if self._config.actors else "all roles", *(f"learner {n}" for n in range(1, self._num_learners))]
+        names = ["learner" if self._config.actors != 0 else "all roles", *(f"learner {n}" for n in range(1, self._num_learners))]
         names += [f"actor {n}" for n in range(len(self._of_actors))]
         names += ["inference"] if self._served else []
         return tuple(
@@ -244,10 +248,14 @@ class Recorder:
     def _health(self) -> tuple[ActorHealth, ...]:
         limit = self._config.env.step_timeout_seconds
         actors = []
+        hosted: dict[int, list[int]] = {}
+        for index, group in enumerate(self._coordinator.groups):
+            hosted.setdefault(group.actor, []).append(index)
+        missing = self._wanted_actors - sum(actor >= 0 for actor in hosted)
         for index, record in enumerate(self._of_actors):
-            groups = tuple(g for g, group in enumerate(self._coordinator.groups) if group.actor == index)
+            groups = tuple(hosted.get(index, ()))
             if not groups:
-                state = "dead" if index < self._wanted_actors else "stopped"
+                state, missing = "dead" if missing > 0 else "stopped", missing - 1
             elif record.activity is Activity.STARTING:
                 state = "starting"
             else:

@@ -48,6 +48,7 @@ class Snapshot:
         replayed.
       replay: of a run that learns from a replay, see `Coordinator.replay_facts`; empty for the others.
       network: of a run on a cluster, see engines/traffic.py; empty for the others.
+      autoscale: the bounds between which the number of actors follows the load, MIN:MAX; empty where it does not. scaled: why it last changed.
       train: the algorithm's metrics of the last update, names without prefix (`approx_kl`).
       eta_seconds: until the nearest stop condition whose distance is known; None where none is.
     """
@@ -81,6 +82,8 @@ class Snapshot:
     in_flight: int = 0
     replay: Mapping[str, float] = field(default_factory=dict)
     actors: tuple[ActorHealth, ...] = ()
+    autoscale: str = ""
+    scaled: str = ""
     restarts: int = 0
     network: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, float] = field(default_factory=dict)

@@ -81,6 +81,18 @@ def _fault(facts: _Facts) -> str:
     return f"environment fault{spent}: {str(facts['message']).splitlines()[0]}" + (f" ({where})" if where else "")
 
 
+def _scaled(facts: _Facts) -> str:
+    nodes = ", ".join(f"{count} on {node}" for node, count in (facts.get("nodes") or {}).items())
+    before = f" instead of {facts['before']}" if facts.get("before") not in (None, facts["actors"]) else ""
+    why = f": {facts['reason']}" if facts.get("reason") else ""
+    return f"now {counted(int(facts['actors']), 'actor')}{before}{f' ({nodes})' if nodes else ''}{why}"
+
+
+def _node_draining(facts: _Facts) -> str:
+    when = "soon" if facts["seconds"] is None else f"in {facts['seconds']:.0f} s"
+    return f"node {facts['node']} is to go {when} ({facts['reason']}: {facts['notice']}); what lives there moves to others first"
+
+
 _SENTENCES: dict[str, Callable[[_Facts], str]] = {
     "died": _died,
     "killed": lambda facts: f"{_role(facts)} {facts['reason']}: it is killed and made anew",
@@ -103,7 +115,11 @@ _SENTENCES: dict[str, Callable[[_Facts], str]] = {
     ),
     "failed": lambda facts: f"the run ended with {facts['error']}: {str(facts['message']).splitlines()[0]}",
     "warning": lambda facts: f"warning: {facts['message']}",
-    "scaled": lambda facts: f"now {counted(int(facts['actors']), 'actor')}" + (f": {facts['reason']}" if facts.get("reason") else ""),
+    "scaled": _scaled,
+    "node_joined": lambda facts: f"node {facts['node']} is taken in",
+    "node_lost": lambda facts: f"node {facts['node']} is lost ({facts['reason']}); what lived there is made again elsewhere",
+    "node_draining": _node_draining,
+    "node_left": lambda facts: f"node {facts['node']} is left: {facts['reason']}",
     "pause": lambda facts: "paused: no more rollouts are ordered until `shoal control RUN continue`",
     "continue": lambda facts: "going on",
     "checkpoint": lambda facts: f"checkpoint of update {facts['update']:,}",

@@ -4,7 +4,8 @@
     {"command": "stalls"}                -> {"ok": true, "stalls": {...}}, once every process wrote its stack
     {"command": "save"}                  -> {"ok": true, "update": 123}, once the checkpoint is whole
     {"command": "pause"} / "continue"    -> {"ok": true}; a paused run orders no more rollouts
-    {"command": "scale", "actors": 4}    -> {"ok": true, "actors": 4}
+    {"command": "scale", "actors": 4}    -> {"ok": true, "actors": 4}; on a cluster also {"nodes": {name: actors}}
+    {"command": "scale", "autoscale": "1:8"} or "none" -> {"ok": true, "actors": 4, "autoscale": "1:8"}
     {"command": "stop"}                  -> {"ok": true}; the run ends as after Ctrl-C
     anything wrong                       -> {"ok": false, "error": "..."}
 

@@ -1,0 +1,255 @@
+"""Nodes and actors that come and go while a run goes on, without Ray: the nodes are in this process (test_ray_fleet.py).
+
+Whatever moves, nothing of it is lost, and the weights are those of the local engine.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_ray_fleet import SETTINGS, ClusterHere, events
+
+import shoal
+from shoal.cli.control import tell_run
+from shoal.engines import autoscale, ray_fleet
+from shoal.engines.fleet import Process
+from shoal.engines.ray_cluster import ClusterNode
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+class Scene:
+    """A run on nodes in this process, and what a thread beside it does with them."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+        self.run = directory / "run"
+
+    def train(self, cluster: ClusterHere, beside: Callable[[], Any], **settings: Any) -> shoal.Run:
+        """`beside` begins once the run has made three updates; when it is done, the run makes three more and ends. What it raises is raised."""
+        failed: list[BaseException] = []
+
+        def do() -> None:
+            try:
+                wait_for((self.run / "control.sock").exists)
+                self.until_updates(3)
+                beside()
+                self.until_updates(3)
+            except BaseException as error:
+                failed.append(error)
+            tell_run(self.run, "stop")
+
+        self._monkeypatch.setattr(ray_fleet, "connect", lambda config, warn: cluster)
+        thread = threading.Thread(target=do)
+        thread.start()
+        run = shoal.train("CartPole-v1", run_dir=str(self.run), **{**SETTINGS, "engine": "ray", "stop": {"updates": 10**6}, **settings})
+        thread.join()
+        if failed:
+            raise failed[0]
+        return run
+
+    def until_updates(self, more: int) -> None:
+        before = self.state()["update"]
+        wait_for(lambda: self.state()["update"] >= before + more)
+
+    def state(self) -> dict[str, Any]:
+        found: dict[str, Any] = tell_run(self.run, "state")["state"]
+        return found
+
+    def scale(self, **what: Any) -> dict[str, Any]:
+        return tell_run(self.run, "scale", what)
+
+    def hosting(self) -> int:
+        """Actors that have groups."""
+        return sum(bool(actor["groups"]) for actor in self.state()["actors"])
+
+
+def learned_as_on_one_machine(run: shoal.Run) -> None:
+    """As in one process, which makes the same updates again."""
+    assert shoal.replay(run.path)["equal"]
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    return Scene(tmp_path, monkeypatch)
+
+
+def nothing_was_lost(run: shoal.Run) -> None:
+    """But for what was being made as the run ended."""
+    ledger = run.result["ledger"]
+    assert set(ledger["dropped"]) <= {"shutdown"}
+    assert (ledger["trained"] + sum(ledger["dropped"].values()), ledger["in_flight"]) == (ledger["produced"], 0)
+    assert run.result["restarts"] == 0
+    assert events(run, "died") == []
+
+
+def test_actors_are_scaled_evenly_over_the_nodes_down_and_up_again_with_the_same_bits(scene: Scene) -> None:
+    def beside() -> None:
+        assert scene.scale(actors=2) == {"ok": True, "actors": 2, "nodes": {"a": 1, "b": 1}}
+        wait_for(lambda: scene.hosting() == 2)
+        assert scene.scale(actors=3)["nodes"] in ({"a": 2, "b": 1}, {"a": 1, "b": 2})
+        wait_for(lambda: scene.hosting() == 3)
+
+    run = scene.train(ClusterHere(["a", "b"]), beside)
+    assert [(event["before"], event["actors"]) for event in events(run, "scaled")] == [(4, 2), (2, 3)]
+    nothing_was_lost(run)
+    learned_as_on_one_machine(run)
+
+
+def test_a_node_without_actors_is_given_back_and_taken_again_when_they_come_back(scene: Scene) -> None:
+    cluster = ClusterHere(["a", "b"], actors_per_node=1)
+
+    def beside() -> None:
+        first = dict(cluster.here)
+        scene.scale(actors=1)
+        wait_for(lambda: any(node.left for node in first.values()))
+        assert sum(node.left for node in first.values()) == 1
+        scene.scale(actors=2)
+        wait_for(lambda: scene.hosting() == 2)
+
+    run = scene.train(cluster, beside)
+    (left,), (joined,) = events(run, "node_left"), events(run, "node_joined")
+    assert (left["node"], left["reason"]) == (joined["node"], "no actor is to live there")
+    nothing_was_lost(run)
+    learned_as_on_one_machine(run)
+
+
+class Twins(ClusterHere):
+    """Nodes of one name."""
+
+    def nodes(self) -> list[ClusterNode]:
+        return [ClusterNode(node.id, "same", node.cpus) for node in super().nodes()]
+
+
+def test_more_actors_than_the_nodes_have_cpus_are_spread_evenly_and_nodes_of_one_name_are_told_apart(scene: Scene) -> None:
+    run = scene.train(Twins(["first-node", "second-node"], actors_per_node=1), lambda: scene.scale(actors=4))
+    (event,) = events(run, "scaled")
+    assert event["nodes"] == {"same first-": 2, "same second": 2}
+    nothing_was_lost(run)
+
+
+@pytest.mark.parametrize("how", ["Ray", "SIGTERM"])
+def test_a_node_that_is_to_go_is_drained_first_and_nothing_is_lost(scene: Scene, how: str) -> None:
+    cluster = ClusterHere(["a", "b"])
+
+    def beside() -> None:
+        if how == "Ray":
+            cluster.going["b"] = 30.0
+        else:
+            cluster.here["b"].announce("its process got SIGTERM")
+        wait_for(lambda: cluster.here["b"].left)
+        time.sleep(1.5)  # it is there still, and not taken again
+
+    run = scene.train(cluster, beside)
+    (noticed,), (left,) = events(run, "node_draining"), events(run, "node_left")
+    assert (noticed["node"], noticed["reason"], len(noticed["actors"])) == ("b", "preempted", 2)
+    assert noticed["seconds"] == (30.0 if how == "Ray" else None)
+    assert (left["node"], left["reason"]) == ("b", "preempted")
+    assert events(run, "node_lost") == events(run, "node_joined") == []
+    nothing_was_lost(run)
+    learned_as_on_one_machine(run)
+
+
+def test_actors_of_a_drained_node_are_made_anew_on_another_that_takes_its_part(scene: Scene) -> None:
+    cluster = ClusterHere(["a", "b"], num_nodes=2)
+
+    def beside() -> None:
+        cluster.names.append("c")  # beyond --nodes, until another one goes
+        time.sleep(1.5)
+        assert "c" not in cluster.here
+        cluster.going["b"] = None
+        wait_for(lambda: cluster.here["b"].left and "c" in cluster.here)
+        wait_for(lambda: scene.hosting() == 4)
+
+    run = scene.train(cluster, beside)
+    assert [event["node"] for event in events(run, "node_joined")] == ["c"]
+    nothing_was_lost(run)
+    learned_as_on_one_machine(run)
+
+
+def test_the_last_node_goes_on_until_another_comes_and_then_is_drained(scene: Scene) -> None:
+    cluster = ClusterHere(["a"])
+
+    def beside() -> None:
+        cluster.going["a"] = 60.0
+        time.sleep(1.5)
+        scene.until_updates(5)
+        cluster.names.append("b")
+        wait_for(lambda: cluster.here["a"].left)
+
+    run = scene.train(cluster, beside)
+    assert [event["node"] for event in events(run, "node_left")] == ["a"]
+    nothing_was_lost(run)
+    learned_as_on_one_machine(run)
+
+
+def test_a_node_that_is_gone_before_all_was_moved_is_lost_and_its_rollouts_are_made_again(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = ClusterHere(["a", "b"])
+    retire = ray_fleet.RayFleet._retire
+
+    def pull_as_it_retires(fleet: ray_fleet.RayFleet, process: Process) -> None:
+        retire(fleet, process)
+        if "b" in cluster.names:
+            cluster.pull("b")
+
+    monkeypatch.setattr(ray_fleet.RayFleet, "_retire", pull_as_it_retires)
+
+    def beside() -> None:
+        cluster.going["b"] = 0.0
+        wait_for(lambda: scene.hosting() == 2)
+
+    run = scene.train(cluster, beside)
+    (lost,) = events(run, "node_lost")
+    assert lost["reason"].startswith("preempted (Ray takes the node away), and gone before all was moved: ")
+    assert len(lost["actors"]) == 2
+    assert set(run.result["ledger"]["dropped"]) <= {"shutdown", "actor_died"}
+    learned_as_on_one_machine(run)
+
+
+def test_a_ray_that_does_not_tell_which_nodes_go_is_warned_of_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = ClusterHere(["a"])
+    monkeypatch.setattr(cluster, "draining", lambda: None)
+    run = scene.train(cluster, lambda: time.sleep(2.5))
+    assert sum("which nodes it takes away" in event["message"] for event in events(run, "warning")) == 1
+
+
+def test_the_load_is_followed_up_to_the_room_that_nodes_have(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoscale, "GROW", 0.0)  # on a machine of any speed the learner waits for too long
+    monkeypatch.setattr(autoscale, "WINDOW_SECONDS", 0.3)
+    monkeypatch.setattr(autoscale, "COOL_DOWN_SECONDS", 0.5)
+    cluster = ClusterHere(["a"])
+
+    def beside() -> None:
+        scene.scale(actors=1)
+        wait_for(lambda: scene.hosting() == 1)
+        scene.scale(autoscale="1:4")
+        wait_for(lambda: scene.hosting() == 2)
+        cluster.names.append("b")
+        wait_for(lambda: scene.hosting() == 4)
+
+    run = scene.train(cluster, beside)
+    by_load = [event for event in events(run, "scaled") if "learner_waits" in event]
+    assert [(event["before"], event["actors"]) for event in by_load] == [(1, 2), (2, 4)]
+    assert [event["node"] for event in events(run, "node_joined")] == ["b"]  # which had to say first what it is
+    nothing_was_lost(run)
+    learned_as_on_one_machine(run)
+
+
+def test_a_run_that_follows_the_load_begins_with_no_more_than_its_bound(scene: Scene) -> None:
+    def beside() -> None:
+        assert (len(scene.state()["actors"]), scene.hosting()) == (2, 2)
+
+    run = scene.train(ClusterHere(["a", "b"]), beside, autoscale="1:2")
+    learned_as_on_one_machine(run)
