@@ -12,12 +12,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray.cluster_utils
+from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 
 from faults.living import SOURCES
 from held import Line
@@ -53,8 +54,15 @@ class Machines:
         self.cluster.wait_for_nodes()
 
     def kill_one(self) -> None:
-        """kill -9 of a raylet, and of all that it started."""
-        self.cluster.remove_node(self.others.pop(), allow_graceful=False)
+        """kill -9 of a raylet. What it started ends when it sees that, which is waited for."""
+        raylet = self.others.pop()
+        started = descendants([raylet])
+        self.cluster.remove_node(raylet, allow_graceful=False)
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
+
+    def named(self, prefix: str) -> list[int]:
+        """Processes that the nodes have started, whose name begins so."""
+        return [pid for pid, name in descendants([self.cluster.head_node, *self.others]).items() if name.startswith(prefix)]
 
     def close(self) -> None:
         self.cluster.shutdown()
@@ -65,6 +73,38 @@ def machines() -> Iterator[Machines]:
     made = Machines()
     yield made
     made.close()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    """process: who has to live meanwhile."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not condition():
+        assert process is None or process.poll() is None, f"the run ended with {process.returncode}"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def descendants(raylets: list[Any]) -> dict[int, str]:
+    """Names of all processes that nodes of a `Cluster` have started, by their ids; zombies are none."""
+    parents, names = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                before, _, after = (entry / "stat").read_text().rpartition(")")
+            except OSError:
+                continue
+            state, parent = after.split()[:2]
+            if state != "Z":
+                parents[int(entry.name)], names[int(entry.name)] = int(parent), before.partition("(")[2]
+    roots = {raylet.all_processes[PROCESS_TYPE_RAYLET][0].process.pid for raylet in raylets}
+    found: dict[int, str] = {}
+    for pid in parents:
+        at = pid
+        while at := parents.get(at, 0):
+            if at in roots:
+                found[pid] = names[pid]
+                break
+    return found
 
 
 def start(run: Path, *arguments: str, line: Line | None = None) -> subprocess.Popen[str]:
@@ -148,10 +188,7 @@ def test_a_driver_that_is_killed_leaves_nothing_on_the_nodes_and_is_resumed(mach
         process = begun_on_two_nodes(machines, run, line)
         os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    deadline = time.monotonic() + 60.0
-    while left := named("shoal:actor"):
-        assert time.monotonic() < deadline, f"{left} are left"
-        time.sleep(0.1)
+    wait_for(lambda: not machines.named("shoal:actor"))
     result = answer(start(run, "resume", str(run)), run)
     assert result["weights_sha256"] == wanted
 
@@ -178,20 +215,6 @@ def test_a_run_in_a_store_whose_driver_is_killed_is_resumed_by_another_machine(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "second"))
     result = answer(start(log, "resume", url), log)
     assert (result["run"], result["weights_sha256"]) == (url, wanted)
-
-
-def named(prefix: str) -> list[int]:
-    """Processes of this machine whose name begins so."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                name = (entry / "comm").read_text()
-            except OSError:
-                continue
-            if name.startswith(prefix):
-                found.append(int(entry.name))
-    return found
 
 
 def test_a_run_that_asks_for_more_nodes_than_there_are_is_told_so(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from faults.test_ray_cluster import LIMIT_SECONDS, SMALL, Machines, answer, events, named, start, train, wait_for
+from faults.test_ray_cluster import LIMIT_SECONDS, SMALL, Machines, answer, events, start, train, wait_for
 from shoal.cli.control import tell_run
 
 
@@ -78,7 +78,7 @@ def test_actors_are_scaled_over_two_nodes_and_one_without_any_is_given_back(mach
         wait_for(lambda: hosting(run) == 2, process)
         answer(start(run, "scale", str(run), "--actors", "1"), run)
         wait_for(lambda: len(events(run, "node_left")) == 1, process)
-        wait_for(lambda: len(named("shoal:actor")) == 1, process)
+        wait_for(lambda: len(machines.named("shoal:actor")) == 1, process)
         said = answer(start(run, "scale", str(run), "--actors", "4"), run)
         assert said["actors"] == 4
         wait_for(lambda: hosting(run) == 4, process)
@@ -118,7 +118,7 @@ def test_a_fleet_whose_process_gets_sigterm_is_left_with_nothing_lost(machines: 
 
     def do(run: Path, process: subprocess.Popen[str]) -> None:
         seen.append(run)
-        fleets = [parent for parent in map(parent_of, named("shoal:zygote")) if parent != process.pid]
+        fleets = [parent_of(pid) for pid in machines.named("shoal:zygote")]
         assert len(fleets) == 2
         os.kill(fleets[-1], signal.SIGTERM)
         wait_for(lambda: len(events(run, "node_left")) == 1, process)
