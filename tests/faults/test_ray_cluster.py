@@ -64,6 +64,10 @@ class Machines:
         """Processes that the nodes have started, whose name begins so."""
         return [pid for pid, name in descendants([self.cluster.head_node, *self.others]).items() if name.startswith(prefix)]
 
+    def niceness(self) -> set[int]:
+        """Of all actors on the nodes."""
+        return {os.getpriority(os.PRIO_PROCESS, pid) for pid in self.named("shoal:actor")}
+
     def close(self) -> None:
         self.cluster.shutdown()
 
@@ -175,6 +179,9 @@ def test_a_raylet_that_is_killed_costs_no_bit(machines: Machines, tmp_path: Path
     wanted, run = expected(tmp_path, UPDATES), tmp_path / "run"
     with contextlib.closing(Line()) as line:
         process = begun_on_two_nodes(machines, run, line)
+        assert machines.niceness() == (
+            {os.getpriority(os.PRIO_PROCESS, 0)} if os.geteuid() == 0 else {15}
+        )  # Ray's own, where nobody may change it
         machines.kill_one()
         line.reach(UPDATES // 2 + 1, process, run.with_suffix(".log"))
         line.go_on(for_good=True)

@@ -60,6 +60,7 @@ rm -rf "$SHOAL_SECRETS"
 shoal deploy secrets "$SHOAL_SECRETS" > /dev/null
 unset RAY_AUTH_TOKEN
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$SHOAL_SECRETS/token
+export RAY_worker_niceness=0 # actors are no nicer than a learner beside them
 export RAY_USE_TLS=1 RAY_TLS_CA_CERT=$SHOAL_SECRETS/ca.crt
 export RAY_TLS_SERVER_CERT=$SHOAL_SECRETS/driver/tls.crt RAY_TLS_SERVER_KEY=$SHOAL_SECRETS/driver/tls.key
 shoal deploy certificate "$SHOAL_SECRETS" --out "$SHOAL_SECRETS/driver" > /dev/null

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ from shoal.weights.board import WeightBoard
 
 POLL_SECONDS = 0.25
 HEAR_SECONDS = 1.0  # an answer comes at least so often, if an empty one
+HOLD_SECONDS = (
+    0.02  # a rollout waits so long for others that are being made here, to go with them: what a message costs is hardly its bytes
+)
 REPORT_BYTES = 8 << 20  # of one answer, but for a single rollout that is larger
 LOG_BYTES = 1 << 16  # of a process's log in one frame
 RESTART_SECONDS = 1.0  # between two zygotes
@@ -75,6 +79,7 @@ class Node:
     def __init__(self, setup: bytes, pickled: bytes | None) -> None:
         facts = from_json(setup)
         self._config, self._pickled = facts["config"], pickled
+        self._asynchronous = self._config["mode"] == "async"
         fields = tuple(FieldSpec(f["name"], f["dtype"], tuple(f["shape"]), f["axis"]) for f in facts["fields"])
         schema = Schema(fields, facts["num_rows"], facts["num_envs"])
         self._memory = SharedMemory.create(facts["memory_bytes"])
@@ -107,6 +112,7 @@ class Node:
         """What happened since the last call, in one message: waits HEAR_SECONDS at most. Raises RuntimeError where this node serves no more."""
         with self._something:
             self._something.wait_for(lambda: self._reports or self._failure, HEAR_SECONDS)
+            self._something.wait_for(lambda: self._failure or self._in_a_hurry(), HOLD_SECONDS)
             if self._failure:
                 raise RuntimeError(self._failure)
             told: list[Frame] = []
@@ -115,6 +121,10 @@ class Node:
                 told.append(self._reports.popleft())
                 size += told[-1].size
         return encode(told)
+
+    def _in_a_hurry(self) -> bool:
+        idle = [not actor.leases for actor in list(self._actors.values()) if actor.up]
+        return is_urgent(self._reports, idle, asynchronous=self._asynchronous)
 
     def beat(self) -> None:
         """It is there, whatever else is under way."""
@@ -322,8 +332,24 @@ class SignalledNode(Node):
     """A `Node` in a process of its own, whose SIGTERM is a notice: what lives here is to move before the process ends. Made in its main thread."""
 
     def __init__(self, setup: bytes, pickled: bytes | None) -> None:
+        _be_no_nicer_than_ray()
         super().__init__(setup, pickled)
         signal.signal(signal.SIGTERM, lambda number, frame: self.announce("its process got SIGTERM"))
+
+
+def is_urgent(reports: Collection[Frame], idle: Sequence[bool], *, asynchronous: bool) -> bool:
+    """Whether more is told than rollouts, or somebody waits for them: in sync mode the learner, once all are made; in async mode an actor that has
+    nothing to make. idle: of each actor, whether that is so."""
+    if not reports or any(not frame.body or frame.kind is not Kind.WORD for frame in reports):
+        return True
+    return any(idle) if asynchronous else all(idle)
+
+
+def _be_no_nicer_than_ray() -> None:
+    """Ray has its workers yield to every other program (RAY_worker_niceness, 15): beside a learner, actors would be interrupted at each of its wakes.
+    This thread, and all that it starts, gets the priority of the raylet again, where that is permitted."""
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, os.getppid()))
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,8 @@ def _write_private(path: Path, content: bytes) -> None:
 
 # ---- starting and joining ------------------------------------------------------------------------------------------------------
 def local_environment(directory: Path) -> dict[str, str]:
-    """What the environment of a Ray cluster must say that shoal starts on this host, and that of its drivers: token and TLS on.
+    """What the environment of a Ray cluster must say that shoal starts on this host, and that of its drivers: token and TLS on, and workers as
+    important as any other program.
 
     The secrets are made in `directory`, which is a private one that lasts as long as the cluster, and no part of a run.
     """
@@ -195,6 +196,7 @@ def local_environment(directory: Path) -> dict[str, str]:
         "RAY_TLS_SERVER_CERT": str(node / CERTIFICATE),
         "RAY_TLS_SERVER_KEY": str(node / KEY),
         "RAY_TLS_CA_CERT": str(node / AUTHORITY),
+        "RAY_worker_niceness": "0",
     }
 
 
