@@ -13,8 +13,7 @@ ROLLOUT = Frame(Kind.WORD, 0, 1, b"filled", b"rows")
 @pytest.mark.parametrize(
     ("idle", "asynchronous", "urgent"),
     [
-        ([False, False], False, False),
-        ([True, False], False, False),  # the learner needs the other one's, too
+        ([False, False], False, True),  # the learner waits
         ([True, True], False, True),
         ([False, False], True, False),
         ([True, False], True, True),  # it could make more

@@ -50,7 +50,7 @@ from shoal.weights.board import WeightBoard
 POLL_SECONDS = 0.25
 HEAR_SECONDS = 1.0  # an answer comes at least so often, if an empty one
 HOLD_SECONDS = (
-    0.02  # a rollout waits so long for others that are being made here, to go with them: what a message costs is hardly its bytes
+    0.02  # async: a rollout waits so long for others that are being made here, to go with them: what a message costs is hardly its bytes
 )
 REPORT_BYTES = 8 << 20  # of one answer, but for a single rollout that is larger
 LOG_BYTES = 1 << 16  # of a process's log in one frame
@@ -338,11 +338,9 @@ class SignalledNode(Node):
 
 
 def is_urgent(reports: Collection[Frame], idle: Sequence[bool], *, asynchronous: bool) -> bool:
-    """Whether more is told than rollouts, or somebody waits for them: in sync mode the learner, once all are made; in async mode an actor that has
-    nothing to make. idle: of each actor, whether that is so."""
-    if not reports or any(not frame.body or frame.kind is not Kind.WORD for frame in reports):
-        return True
-    return any(idle) if asynchronous else all(idle)
+    """Whether more is told than rollouts, or somebody waits for them: in sync mode the learner, in async mode an actor that has nothing to make.
+    idle: of each actor, whether that is so."""
+    return not asynchronous or any(idle) or not reports or any(not frame.body or frame.kind is not Kind.WORD for frame in reports)
 
 
 def _be_no_nicer_than_ray() -> None:
