@@ -24,7 +24,7 @@ from shoal.engines.fleet import Fleet
 from shoal.engines.local import LocalEngine
 from shoal.engines.plan import Plan
 from shoal.engines.session import ATTEMPTS_PER_PART, Session
-from shoal.engines.sizes import check_memory
+from shoal.engines.sizes import check_memory, check_replay
 from shoal.engines.snippets import with_snippet
 from shoal.environments.make import check_registered
 from shoal.errors import CheckpointError, ConfigError, EnvironmentFault, RunError, ShoalError, StorageError
@@ -495,6 +495,8 @@ def _session(
     actors = config.actors or 0
     if actors and config.autoscale is not None:
         actors = actor_bounds(config.autoscale)[1]
+    if replay is not None:
+        check_replay(plan, schema, replay)
     check_memory(plan, schema, facts["weights"], actors + (config.policy.inference == "server"), replay, config.learners)
     ring = make_ring(schema, plan, facts["weights"])
     session = Session(config, spec, Coordinator(plan, spec, ring, config.stop), directory, recorder, elsewhere=elsewhere)
