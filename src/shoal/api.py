@@ -177,7 +177,7 @@ def evaluate(
     Args:
       run: a run, or its path; `shoal.load(path, env=factory)` where it was trained on an object that has no import path.
       video: an mp4 of the first episode is written here.
-      deterministic: the most probable action of every step; else actions are drawn.
+      deterministic: the best action of every step; else actions are drawn, as `LoadedPolicy.predict` says.
       max_episode_steps: episodes are cut here. Without it, one of more than 200,000 steps is an EnvironmentFault.
     Returns:
       episodes, mean_return, std_return, iqm, ci95 [low, high], min, max, mean_length.
