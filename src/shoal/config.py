@@ -277,7 +277,7 @@ class ActorCriticConfig(OffPolicyConfig):
 
     defaults: ClassVar[dict[str, dict[str, Any]]] = {
         "policy": {"activation": "relu", "hidden_sizes": [256, 256]},
-        "sampling": {"groups": 2, "group_size": 2, "rollout_length": 8},
+        "sampling": {"groups": 4, "group_size": 1, "rollout_length": 8},
     }
 
     adam_epsilon: PositiveFloat = Field(1e-8, description="of Adam, for numerical stability")
