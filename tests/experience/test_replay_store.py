@@ -11,7 +11,7 @@ from replay_world import IMAGE, VECTOR, Kind, World
 from shoal.config import ReplayConfig
 from shoal.errors import ConfigError, SchemaError
 from shoal.experience.replay import Replay
-from shoal.experience.replay_layout import Layout
+from shoal.experience.replay_layout import Layout, check_learning_starts
 from shoal.experience.stacks import Stack, is_stacked, likely_stack, possible_stacks
 from shoal.types import LeafSpec
 
@@ -328,6 +328,35 @@ def test_memory_is_looked_at_again_once_images_that_look_like_stacks_are_none(se
     for free in (truth, None):
         monkeypatch.setattr("shoal.experience.replay.available_bytes", lambda free=free: free)
         assert Replay(world.schema, kind.groups, config, gamma=0.9).insert(slot, 0) == 0
+
+
+def test_what_fewer_bytes_hold_is_looked_at_again_once_images_that_look_like_stacks_are_none():
+    world = World(IMAGES)
+    slot, _ = world.rollout(0)
+    config = ReplayConfig(capacity_steps=60_000, capacity_bytes=200_000, learning_starts=0)
+    told, truth = (
+        layout.capacity_steps for layout in (Layout.likely(world.schema, IMAGES.groups, config), Layout.of(slot, IMAGES.groups, config))
+    )
+    assert truth < told < 60_000
+    check_learning_starts(Layout.likely(world.schema, IMAGES.groups, config), config.model_copy(update={"learning_starts": told}))
+    replay = Replay(world.schema, IMAGES.groups, config.model_copy(update={"learning_starts": told}), gamma=0.9)
+    assert replay.capacity_steps == told
+    with pytest.raises(
+        ConfigError, match=rf"^replay\.learning_starts: the replay holds {truth:,} env steps in 200,000 bytes .* never hold the {told:,} "
+    ):
+        replay.insert(slot, 0)
+    replay = Replay(world.schema, IMAGES.groups, config.model_copy(update={"learning_starts": truth}), gamma=0.9)
+    assert replay.insert(slot, 0) == 0
+    assert replay.capacity_steps == truth
+
+
+def test_what_several_replays_hold_together_is_what_learning_waits_for():
+    world = World(IMAGES)
+    layout = Layout.likely(world.schema, IMAGES.groups, ReplayConfig(capacity_bytes=200_000))
+    together = ReplayConfig(capacity_bytes=200_000, learning_starts=3 * layout.capacity_steps)
+    check_learning_starts(layout, together, 3)
+    with pytest.raises(ConfigError, match=r"in 400,000 bytes .*lower it, or raise the other$"):
+        check_learning_starts(layout, together, 2)
 
 
 def test_a_replay_that_does_not_fit_any_more_when_it_is_loaded_is_refused(tmp_path, monkeypatch):
