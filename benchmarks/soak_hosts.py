@@ -12,10 +12,11 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from injected import Found  # first: it finds the tests' helpers
 from rows import Entry, Measurement, Store, chosen, code_line, codes, digest, hold_all, line, parser_of, where_and_when
@@ -25,28 +26,32 @@ from faults.host_faults import Absence, Training, World, world
 from faults.hosts import missing
 
 STEM = "soak_hosts"
+SAME = "the weights are those of the local engine"
+SECONDS = {"noticed": "noticed, s", "back": "back, s", "again": "host takes part again, s"}  # an Absence's, and the table's columns
 Strike = Callable[[Training, World], Absence]
+Work = Callable[[Found, list[Absence], Path], None]
 
 
 @dataclass(frozen=True)
 class Row:
+    """`within`: seconds that no figure may pass: noticed, back, and where a host comes back: until it takes part again."""
+
     fault: str
     wanted: str
-    work: Callable[[Found, Path], list[Absence]]
+    within: tuple[float, ...]
+    work: Work
 
 
-def strikes(strike: Strike, times: int, *workers: str) -> Callable[[Found, Path], list[Absence]]:
+def strikes(strike: Strike, times: int) -> Work:
     """One run, struck so often, each time once it has got over the last."""
 
-    def work(found: Found, place: Path) -> list[Absence]:
-        with world(place, *(workers or ("a", "b"))) as there:
+    def work(found: Found, absences: list[Absence], place: Path) -> None:
+        with world(place, "a", "b") as there:
             training = there.train()
-            absences = []
             for _ in range(times):
                 absences.append(strike(training, there))
                 found.times += 1
             compare(found, training, training.end())
-        return absences
 
     return work
 
@@ -59,78 +64,75 @@ def compare(found: Found, training: Training, result: Entry) -> None:
     )
 
 
-def and_back(strike: Callable[..., Absence]) -> Strike:
+def and_again(strike: Callable[[Training, Any], Absence]) -> Strike:
     """The host takes part again before it is struck again."""
 
     def struck(training: Training, there: World) -> Absence:
-        before = time.time()
-        absence = strike(training, there.workers[1])
-        host_faults.join_again(training, there.workers[1], before)
-        return absence
+        before, host = time.time(), there.workers[1]
+        absence = strike(training, host)
+        return replace(absence, again=host_faults.join_again(training, host, before))
 
     return struck
 
 
-def partition(found: Found, place: Path) -> list[Absence]:
-    with world(place, "a", "b") as there:
-        training = there.train()
-        absence, again = host_faults.part(training, there.workers[1])
-        found.times, found.figure = 1, f"the host takes part again {again:.1f} s after the link is there again; "
-        compare(found, training, training.end())
-    return [absence]
-
-
-def slow(found: Found, place: Path) -> list[Absence]:
+def slow(found: Found, absences: list[Absence], place: Path) -> None:
     with world(place, "a", "b") as there:
         slowness = host_faults.slow_down(there)
-        megabytes = [carried / 1e6 for carried in slowness.carried]
-        found.times, found.figure = (
-            1,
-            f"{slowness.seconds:.0f} s an update; {megabytes[0]:.0f} MB to the host, {megabytes[1]:.1f} MB from it; ",
-        )
+        absences.append(Absence(slowness.said_after, slowness.seconds))
+        to_it, from_it = (carried / 1e6 for carried in slowness.carried)
+        found.times = 1
+        found.figure = f"{to_it:.1f} MB to the host, {from_it:.1f} MB from it; `shoal stalls` says: {slowness.blamed}; "
         compare(found, slowness.training, slowness.result)
-    return []
 
 
-SAME = "the weights are those of the local engine"
 ROWS = {
     "actor": Row(
-        "SIGKILL of an actor on a host", f"replaced there; {SAME}",
+        "SIGKILL of an actor on a host", f"replaced there; {SAME}", (1.0, 5.0),
         strikes(lambda training, there: host_faults.kill_actor(training, there.workers[0]), 5),
     ),
-    "learner": Row("SIGKILL of the learner", f"back to the last checkpoint; {SAME}", strikes(lambda training, _: host_faults.kill_learner(training), 5)),
+    "learner": Row(
+        "SIGKILL of the learner", f"back to the last checkpoint; {SAME}", (1.0, 10.0),
+        strikes(lambda training, _: host_faults.kill_learner(training), 5),
+    ),
     "fleet": Row(
-        "SIGKILL of the process that holds a host's fleet", f"its groups move, the host takes part again; {SAME}",
-        strikes(and_back(host_faults.kill_fleet), 3),
+        "SIGKILL of the process that holds a host's fleet", f"its groups move; nothing of it is left on its host, which takes part again; {SAME}",
+        (5.0, 10.0, 45.0), strikes(and_again(host_faults.kill_fleet), 3),
     ),
     "raylet": Row(
-        "SIGKILL of a host's raylet", f"its groups move, the host takes part again once Ray is up there; {SAME}",
-        strikes(and_back(host_faults.kill_raylet), 3),
+        "SIGKILL of a host's raylet", f"its groups move; nothing of it is left on its host, which takes part again once Ray is up there; {SAME}",
+        (20.0, 25.0, 60.0), strikes(and_again(host_faults.kill_raylet), 3),
     ),
-    "driver": Row("SIGKILL of the driver, then `shoal resume`", f"nothing is left on the hosts; {SAME}", strikes(host_faults.kill_driver, 3)),
+    "driver": Row(
+        "SIGKILL of the driver, then `shoal resume`", f"nothing of it is left on any host; {SAME}", (20.0, 45.0),
+        strikes(host_faults.kill_driver, 3),
+    ),
     "partition": Row(
-        f"a host that nobody reaches for {host_faults.PARTITION_SECONDS:g} s", f"its groups move, it takes part again later; {SAME}", partition
-    ),
-    "slow": Row(
-        f"a host behind a link of {host_faults.SLOW_RATE[:-4]} Mbit/s, with weights of {host_faults.LARGE_BYTES / 1e6:.0f} MB",
-        f"nobody is given up, nothing is dropped, the link carries what is needed; {SAME}", slow,
+        f"a host that nobody reaches for {host_faults.PARTITION_SECONDS:g} s", f"its groups move, the run goes on meanwhile; it takes part again; {SAME}",
+        (20.0, 25.0, 60.0), strikes(lambda training, there: host_faults.part(training, there.workers[1]), 1),
     ),
     "head": Row(
-        "the head's power fails, then a head elsewhere and `shoal resume`", f"code 1, `shoal resume RUN` in the message; {SAME}",
+        "the head's power fails, then a head elsewhere and `shoal resume`", f"code 1, `shoal resume RUN` in the message; {SAME}", (45.0, 60.0),
         strikes(host_faults.lose_head, 1),
+    ),
+    "slow": Row(
+        f"a host behind a link of {host_faults.SLOW_MBIT} Mbit/s, which takes {host_faults.LARGE_SECONDS:.0f} s for the weights ({host_faults.LARGE_BYTES / 1e6:.0f} MB)",
+        f"nobody is given up, nothing is dropped, no weights go twice; `shoal stalls` names who is waited for, and why; {SAME}",
+        (host_faults.LARGE_SECONDS, 1.25 * host_faults.LARGE_SECONDS), slow,
     ),
 }  # fmt: skip
 
 
 def measure(name: str, directory: Path) -> Entry:
-    found, absences = Found(), list[Absence]()
+    row, found, absences = ROWS[name], Found(), list[Absence]()
     with tempfile.TemporaryDirectory(dir=directory) as place:
         try:
-            absences = ROWS[name].work(found, Path(place))
+            row.work(found, absences, Path(place))
         except AssertionError as error:
             found.expect(False, str(error))
-    noticed, back = ([round(getattr(one, which), 2) for one in absences] for which in ("noticed", "back"))
-    return {"row": name, "times": found.times, "noticed": noticed, "back": back, "figure": found.figure, "wrong": found.wrong}
+    seconds = {name: [round(getattr(one, name), 2) for one in absences if getattr(one, name) is not None] for name in SECONDS}
+    for (figure, measured), limit in zip(seconds.items(), row.within, strict=False):
+        found.expect(max(measured, default=0.0) <= limit, f"{SECONDS[figure]}: {max(measured, default=0.0):.1f}, {limit:.4g} wanted")
+    return {"row": name, "times": found.times, **seconds, "figure": found.figure, "wrong": found.wrong}
 
 
 def spread(seconds: list[float]) -> str:
@@ -140,15 +142,32 @@ def spread(seconds: list[float]) -> str:
     return f"{median(seconds):.1f}" + (f" ({min(seconds):.1f} to {max(seconds):.1f})" if len(seconds) > 1 else "")
 
 
+def cells(entry: Entry) -> list[str]:
+    """Seconds as they were, and what they may not pass."""
+    within = ROWS[entry["row"]].within
+    limits = [f", limit {within[at]:.0f}" if at < len(within) else "" for at in range(len(SECONDS))]
+    return [spread(entry[name]) + limit for name, limit in zip(SECONDS, limits, strict=True)]
+
+
 def said(entry: Entry) -> str:
     return "; ".join([entry["figure"], *entry["wrong"]]).replace("|", "/")
 
 
+def held(entry: Entry) -> str:
+    return "**no**" if entry["wrong"] else "yes"
+
+
 def brief(entry: Entry) -> str:
-    state = "not held" if entry["wrong"] else "held"
-    return (
-        f"{entry['times']} times, {state}: noticed after {spread(entry['noticed'])} s, back after {spread(entry['back'])} s; {said(entry)}"
-    )
+    seconds = "; ".join(f"{name} after {spread(entry[name])} s" for name in SECONDS)
+    return f"{entry['times']} times, {'not held' if entry['wrong'] else 'held'}: {seconds}; {said(entry)}"
+
+
+def lines(entries: Iterable[Entry]) -> Iterator[str]:
+    """The table of docs/guide.md: what each fault costs."""
+    yield line("fault", "times", *SECONDS.values(), "held")
+    yield line("---", "---:", *["---"] * len(SECONDS), "---")
+    for entry in sorted(entries, key=lambda entry: list(ROWS).index(entry["row"])):
+        yield line(ROWS[entry["row"]].fault, entry["times"], *cells(entry), held(entry))
 
 
 def page(store: Store) -> Iterator[str]:
@@ -156,20 +175,20 @@ def page(store: Store) -> Iterator[str]:
     yield "# Soak: faults on several hosts"
     yield ""
     yield "`make soak` (benchmarks/soak_hosts.py). Hosts are network namespaces of one machine, with a Ray node each, token and TLS: a head, the driver's, and"
-    yield "two with one actor each. The run is CartPole-v1 in sync mode, 8 environments whose steps sleep for 2 ms. Seconds are medians (least to most), from the blow:"
-    yield "`noticed` to the event in run.db (of the driver: until nothing of it is left on the hosts; of the head: until the run has failed with a word), `back` to"
-    yield "the last rollout (of the learner: update) of what was lost, episodes stepped again included; of driver and head to the first update after `shoal resume`, of"
-    yield "the head counted from the failure, the start of the other cluster included. run.db is written once a second where there is no event."
+    yield "two with one actor each. The run is CartPole-v1 in sync mode, 8 environments whose steps sleep for 2 ms. Seconds are medians (least to most), and limits"
+    yield "that none may pass, from the blow: `noticed` to the event in run.db (of the driver: until nothing of it is left on any host; of the head: until the run has"
+    yield "failed with a word), `back` to the last rollout (of the learner: update) of what was lost, episodes stepped again included; of driver and head to the first"
+    yield "update after `shoal resume`, of the head counted from the failure, the start of the other cluster included. A host takes part again that many seconds after the"
+    yield "blow, of the partition after its end. Of the slow link: until `shoal stalls` says what is waited for, and for an update. run.db is written once a second where"
+    yield "there is no event."
     yield code_line()
     yield ""
     yield from where_and_when(entries)
-    yield line("fault", "times", "outcome wanted", "noticed, s", "back, s", "figure", "held", "load", "code")
-    yield line("---", "---:", "---", "---:", "---:", "---", "---", "---:", "---")
+    yield line("fault", "times", "outcome wanted", *SECONDS.values(), "figure", "held", "load", "code")
+    yield line("---", "---:", "---", *["---"] * len(SECONDS), "---", "---", "---:", "---")
     for entry in entries:
         row = ROWS[entry["row"]]
-        seconds = spread(entry["noticed"]), spread(entry["back"])
-        held = "**no**" if entry["wrong"] else "yes"
-        yield line(row.fault, entry["times"], row.wanted, *seconds, said(entry), held, entry["load"], codes([entry]))
+        yield line(row.fault, entry["times"], row.wanted, *cells(entry), said(entry), held(entry), entry["load"], codes([entry]))
     yield ""
     yield f"{sum(not entry['wrong'] for entry in entries)} of {len(entries)} rows held; {len(ROWS) - len(entries)} rows are not measured."
 
@@ -182,8 +201,8 @@ def main() -> int:
         return 0
     store = Store(options.results, STEM, lambda entry: entry["row"], page)
     wanted = [
-        Measurement(name, 0, name, digest([ROWS[name].fault, ROWS[name].wanted]), lambda name=name: measure(name, options.runs), brief)
-        for name in chosen(ROWS, options.rows)
+        Measurement(name, 0, name, digest([row.fault, row.wanted, row.within]), lambda name=name: measure(name, options.runs), brief)
+        for name, row in ((name, ROWS[name]) for name in chosen(ROWS, options.rows))
     ]
     return hold_all(wanted, store, options)
 

@@ -1,5 +1,5 @@
-"""What `make bench-speed` measures: waiting environments, the start, the time to a solved task, memory, weights, an inference server, throughput,
-the matched runs beside their ceilings, Atari.
+"""What `make bench-speed` measures: waiting environments, the start, the time to a solved task, memory, weights, an inference server, the replay,
+throughput, the matched runs beside their ceilings, Atari.
 
 Every measurement is appended to `results/speed.jsonl` as soon as it is there, so that a bench that was cut off goes on with the next one; what was
 measured with other settings (options, seconds, a preset that changed since) is measured again. `results/speed.md` is written from all of it.
@@ -76,6 +76,7 @@ class Row:
       reached: whether they are within the target, None where they do not say; no function where there is no target.
       repeats: measurements.
       environment, options: of the `shoal` command; what they resolve to says whether an old measurement still counts.
+        Without an environment the command says all of it.
       script: beside this file, where no `shoal` command is measured.
     """
 
@@ -92,7 +93,7 @@ class Row:
 
     @property
     def command(self) -> str:
-        return f"benchmarks/{self.script}" if self.script else " ".join(["shoal", self.verb, self.environment, *self.options])
+        return f"benchmarks/{self.script}" if self.script else " ".join(filter(None, ["shoal", self.verb, self.environment, *self.options]))
 
     def answer(self, figures: Sequence[Figures]) -> str:
         """Whether the target is reached."""
@@ -175,7 +176,7 @@ def _solved(figures: Sequence[Figures]) -> str:
     return f"{spread(column(figures, 'seconds'), 's', 1)}, evaluated {median(evaluated):.0f} (least {min(evaluated):.0f})"
 
 
-# ---- memory, weights, an inference server, ceilings ------------------------------------------------------------------
+# ---- memory, weights, an inference server, the replay, ceilings -------------------------------------------------------
 def memory(row: Row, repeat: int, options: argparse.Namespace) -> Figures:
     """Memory of all processes of a training: their own early and late, its slope, the most in all, and the curves (seconds since the prompt, PSS, own)."""
     with scratch(options.runs) as directory:
@@ -235,6 +236,20 @@ def _worth_serving(figures: Sequence[Figures]) -> bool:
     return median(column(figures, "way_ms")) + GPU_CALLS_MS <= median(column(figures, "served_ms"))
 
 
+def replayed(row: Row, repeat: int, options: argparse.Namespace) -> Figures:
+    """One case of the replay; the command measures all of them."""
+    found: Figures = shoal([*row.verb.split(), *row.options, "--json"])["cases"][row.name.partition("/")[2]]
+    return found
+
+
+def _replayed(figures: Sequence[Figures]) -> str:
+    inserted = spread(column(figures, "insert_per_second"), "inserted/s")
+    sampled = spread(column(figures, "sample_per_second"), "sampled/s")
+    one = figures[-1]
+    held = f"{one['capacity_steps']:,} steps in {one['size_bytes'] / 1e6:,.0f} MB"
+    return f"{inserted}, {sampled} (transitions of one core's time; {held}, rollouts of {one['rollout_length']})"
+
+
 def against_ceiling(row: Row, repeat: int, options: argparse.Namespace) -> Figures:
     told = shoal(["bench", "train", row.environment, *row.options, "--stop.seconds", f"{3 * options.seconds:g}", "--json"])
     return {name: told[name] for name in ("env_steps_per_second", "ceiling", "fraction")}
@@ -278,6 +293,13 @@ def _ceiling(name: str, environment: str, least: float, repeats: int, *options: 
     return Row(name, wanted, against_ceiling, _fraction, at_least("fraction", least), repeats, "bench train", environment, options)
 
 
+def _replay(case: str, least: int | None) -> Row:
+    """least: transitions per second that are wanted, inserted and sampled each."""
+    both = [at_least(name, least or 0) for name in ("insert_per_second", "sample_per_second")]
+    return Row(f"replay/{case}", f"≥ {least:,} inserted/s and sampled/s" if least else "", replayed, _replayed,
+               (lambda figures: all(reached(figures) for reached in both)) if least else None, verb="bench replay", options=("--seconds", "2"))  # fmt: skip
+
+
 def _start(figures: Sequence[Figures]) -> str:
     first, torch, more = (median(column(figures, name)) for name in ("first_update", "import_torch", "more"))
     return (
@@ -304,6 +326,9 @@ ROWS = (
     Row("weights", "median ≤ 2 ms, p99 ≤ 10 ms", scripted, _weights, at_most({"median_ms": 2, "p99_ms": 10}), script="weights.py"),
     Row("inference/server", f"the way and {GPU_CALLS_MS:g} ms (a GPU's calls, assumed) ≤ what is saved in place where `auto` takes a server", scripted, _served,
         _worth_serving, script="served.py"),
+    _replay("vector", 500_000),
+    _replay("short rollouts", None),
+    _replay("stacks", 20_000),
     _throughput("impala-python", IMPALA_PYTHON),
     _throughput("impala-native", IMPALA_NATIVE),
     _ceiling("ceiling/CartPole-v1 ppo", "CartPole-v1", 0.70, 3, *MATCHED.split(), *EPOCHS.split()),
@@ -360,6 +385,8 @@ def settings_of(row: Row, options: argparse.Namespace) -> str:
     """A digest of what the row's command resolves to, defaults apart, and of how long it is measured; of the machine's cores nothing."""
     if row.script:
         return digest(row.command)
+    if not row.environment:
+        return digest([row.name, row.command])
     given = {key.removeprefix("--").replace("-", "_"): value for key, value in zip(row.options[::2], row.options[1::2], strict=True)}
     config, _ = resolve(row.environment, {"actors": 1, **given})
     length = [getattr(options, name) for kind, name in LENGTHS.items() if row.name.partition("/")[0] == kind]
@@ -395,7 +422,8 @@ def page(store: Store) -> Iterator[str]:
         "their own: without mapped files, whose part depends on who else maps them; its slope is the median of those between any two samples, the curves are in "
         "`speed.jsonl`. weights: publication to "
         "first use by an actor, through board and words as in a run. inference/server: a group of 8 asks a server on the processor once a row; the way is what "
-        "the answer takes besides the pass. Load is the machine's mean over five minutes, in processes, this bench's own part included. "
+        "the answer takes besides the pass. replay/*: by priority, 3-step returns, batches of 512 with their priorities updated, old steps making room; "
+        "in transitions a second of one core's time. Load is the machine's mean over five minutes, in processes, this bench's own part included. "
         f"{code_line()}\n"
     )
     yield line("row", "command", "measurements", "figure", "target", "reached", "load", "code")

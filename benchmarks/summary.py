@@ -1,4 +1,4 @@
-"""The tables of results in README.md and docs/scaling.md, made from what the benches wrote: no figure in them is entered by hand.
+"""The tables of results in README.md, docs/guide.md and docs/scaling.md, made from what the benches wrote: no figure in them is entered by hand.
 
     python benchmarks/summary.py             writes them, each between its two markers
     python benchmarks/summary.py --print     shows them
@@ -20,10 +20,11 @@ import peers
 import planned
 import rows
 import scaling
+import soak_hosts
 import speed
 from rows import RESULTS, ROOT, Entry, day, from_to, line, loads, read
 
-README, SCALING = ROOT / "README.md", ROOT / "docs" / "scaling.md"
+README, GUIDE, SCALING = ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "scaling.md"
 NOTHING = "Not measured yet."
 
 
@@ -108,6 +109,12 @@ def plan_lines() -> Iterator[str]:
     yield from planned.table_lines(found) if found else [NOTHING]
 
 
+def host_lines() -> Iterator[str]:
+    """What is killed, cut, slowed and lost on several hosts, and what it costs."""
+    found = rows.newest(entries("soak_hosts"), lambda entry: entry["row"]).values()
+    yield from _with_circumstances([entry for entry in found if entry["row"] in soak_hosts.ROWS], soak_hosts.lines)
+
+
 def _with_circumstances(found: Sequence[Entry], lines: Callable[[Iterable[Entry]], Iterator[str]]) -> Iterator[str]:
     if not found:
         yield NOTHING
@@ -118,6 +125,7 @@ def _with_circumstances(found: Sequence[Entry], lines: Callable[[Iterable[Entry]
 
 PAGES: dict[Path, dict[str, Callable[[], Iterator[str]]]] = {
     README: {"results": table},
+    GUIDE: {"hosts": host_lines},
     SCALING: {"scaling": scaling_lines, "predictions": planned_lines, "plan": plan_lines},
 }
 

@@ -162,3 +162,21 @@ def test_what_crossed_the_network_is_shown_of_a_run_on_a_cluster_and_of_no_other
     shown = runs.show(path)
     assert shown["network"] == network
     assert "network" not in shown["results"]
+
+
+def test_a_replay_is_shown_as_the_database_has_it_or_else_the_result_and_beside_it(tmp_path: Path) -> None:
+    path = finished(tmp_path)
+    assert runs.show(path)["replay"] is None
+    result = runs.read_result(path)
+    write_text_atomically(path / "result.json", to_json({**result, "replay": {"steps": 5}}))
+    shown = runs.show(path)
+    assert shown["replay"] == {"steps": 5}
+    assert "replay" not in shown["results"]
+    with RunStore(path / "run.db") as store:
+        store.set_meta("replay", {"steps": 7})
+    with lock_run(path) as _:  # and resumed
+        assert runs.show(path)["replay"] == {"steps": 7}
+    with RunStore(path / "run.db") as store:
+        store.set_meta("replay", {})  # of what learns from none
+    write_text_atomically(path / "result.json", to_json(result))
+    assert runs.show(path)["replay"] is None

@@ -190,6 +190,14 @@ def test_a_wrong_setting_is_refused_by_its_name_with_what_is_allowed(overrides: 
         assert part in str(caught.value)
 
 
+def test_what_concerns_several_keys_is_said_of_their_section_without_all_of_it() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve("CartPole-v1", {"algorithm": {"name": "dqn", "value_min": 3, "value_max": 2}, "seed": -1})
+    first, second = str(caught.value).splitlines()
+    assert first == "algorithm: value_min 3 is not below value_max 2"
+    assert second.startswith("seed: ")
+
+
 @pytest.mark.parametrize(("algorithm", "end"), [("dqn", "async"), ("impala", "async"), ("ppo", "async with --algorithm appo or impala")])
 def test_keys_of_async_mode_ask_for_no_other_algorithm_where_this_one_has_the_mode(algorithm: str, end: str) -> None:
     with pytest.raises(ConfigError, match=rf"^sampling\.batch_rollouts belongs to async mode.* or take --mode {end}$"):
@@ -417,7 +425,8 @@ def test_groups_of_environments_that_wait_get_an_actor_each_unless_asked_otherwi
 
 def test_an_algorithm_has_defaults_of_its_own_for_other_sections_below_every_other_layer() -> None:
     sac, _ = resolve("Blackjack-v1", {"algorithm": "sac"})
-    assert (sac.policy.activation, sac.policy.hidden_sizes, sac.sampling.group_size) == ("relu", [256, 256], 2)
+    assert (sac.policy.activation, sac.policy.hidden_sizes) == ("relu", [256, 256])
+    assert (sac.sampling.groups, sac.sampling.group_size) == (4, 1)
     assert resolve("Blackjack-v1", {"algorithm": "sac", "policy.activation": "tanh"})[0].policy.activation == "tanh"
     assert resolve("CartPole-v1", {"algorithm": "dqn"})[0].policy.hidden_sizes == [128, 128]  # the preset's
     assert resolve("Blackjack-v1", {})[0].policy.activation == "tanh"

@@ -24,7 +24,7 @@ from shoal.engines.fleet import Fleet
 from shoal.engines.local import LocalEngine
 from shoal.engines.plan import Plan
 from shoal.engines.session import ATTEMPTS_PER_PART, Session
-from shoal.engines.sizes import check_memory
+from shoal.engines.sizes import check_memory, check_replay
 from shoal.engines.snippets import with_snippet
 from shoal.environments.make import check_registered
 from shoal.errors import CheckpointError, ConfigError, EnvironmentFault, RunError, ShoalError, StorageError
@@ -177,7 +177,7 @@ def evaluate(
     Args:
       run: a run, or its path; `shoal.load(path, env=factory)` where it was trained on an object that has no import path.
       video: an mp4 of the first episode is written here.
-      deterministic: the most probable action of every step; else actions are drawn.
+      deterministic: the best action of every step; else actions are drawn, as `LoadedPolicy.predict` says.
       max_episode_steps: episodes are cut here. Without it, one of more than 200,000 steps is an EnvironmentFault.
     Returns:
       episodes, mean_return, std_return, iqm, ci95 [low, high], min, max, mean_length.
@@ -495,6 +495,8 @@ def _session(
     actors = config.actors or 0
     if actors and config.autoscale is not None:
         actors = actor_bounds(config.autoscale)[1]
+    if replay is not None:
+        check_replay(plan, schema, replay)
     check_memory(plan, schema, facts["weights"], actors + (config.policy.inference == "server"), replay, config.learners)
     ring = make_ring(schema, plan, facts["weights"])
     session = Session(config, spec, Coordinator(plan, spec, ring, config.stop), directory, recorder, elsewhere=elsewhere)

@@ -277,7 +277,7 @@ class ActorCriticConfig(OffPolicyConfig):
 
     defaults: ClassVar[dict[str, dict[str, Any]]] = {
         "policy": {"activation": "relu", "hidden_sizes": [256, 256]},
-        "sampling": {"groups": 2, "group_size": 2, "rollout_length": 8},
+        "sampling": {"groups": 4, "group_size": 1, "rollout_length": 8},
     }
 
     adam_epsilon: PositiveFloat = Field(1e-8, description="of Adam, for numerical stability")
@@ -471,3 +471,17 @@ class RunConfig(Section):
             model = BUILT_IN.get(chosen.get("name", "ppo"), CustomConfig)
             value = {**value, "algorithm": model.model_validate(chosen)}
         return value
+
+
+def against_divergence(config: RunConfig, *, replayed: bool) -> str:
+    """What to try where the numbers of a run diverged, in keys that its algorithm takes.
+
+    replayed: it learns from a replay, which takes observations and rewards as they are.
+    """
+    if replayed:
+        return (
+            "lower algorithm.learning_rate or algorithm.max_gradient_norm, or have a wrapper of the environment scale its observations and rewards: "
+            "what learns from a replay takes them as they are"
+        )
+    left = [f"policy.{key}" for key in ("normalise_observations", "normalise_rewards") if not getattr(config.policy, key)]
+    return "lower algorithm.learning_rate" + (f", or set {' and '.join(left)}" if left else " or algorithm.max_gradient_norm")

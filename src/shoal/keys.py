@@ -5,14 +5,15 @@ The models in `shoal.config` are the one source; validation of keys, the command
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import ErrorDetails, PydanticUndefined
 
 from shoal.config import BUILT_IN, AlgorithmConfig, CustomConfig, RunConfig
 from shoal.errors import ConfigError
@@ -146,6 +147,42 @@ def _unknown(key: str, prefix: str, fields: Mapping[str, FieldInfo], algorithm: 
     hint = hint or nearest(prefix + key, [prefix + name for name in fields]) or nearest(prefix + key, everywhere)
     where = f"{prefix.rstrip('.')} has" if prefix else "there are"
     return f"{prefix}{key} is no key of the configuration{hint}; {where} {', '.join(fields)}"
+
+
+def fault_lines(error: ValidationError, model: type[BaseModel], prefix: str) -> list[str]:
+    """What pydantic found wrong with a section, a line each: the dotted key, what it takes, what came, and the nearest name. What concerns several keys
+    at once (a model's own check) is said of the section.
+
+    prefix: of the section's keys, such as `algorithm.`.
+    """
+    return [_fault_line(fault, model, prefix) for fault in error.errors(include_url=False)]
+
+
+def _fault_line(fault: ErrorDetails, model: type[BaseModel], prefix: str) -> str:
+    location = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("list["))
+    kind, message = fault["type"], _expected(fault["type"], fault["msg"])
+    if not location:
+        return f"{prefix.rstrip('.')}: {message}" if prefix else message
+    came = fault["input"]
+    options = re.findall(r"'([^']+)'", message) if kind == "literal_error" else []
+    hint = nearest(came, options) if isinstance(came, str) else ""
+    got = "" if kind == "missing" else f", got {came!r}{hint}"
+    info = fields_by_key(model).get(str(fault["loc"][0]))
+    meaning = f"  [{info.description}]" if info is not None and info.description else ""
+    return f"{prefix}{location}: {message}{got}{meaning}"
+
+
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "dict": "a mapping", "list": "a list", "string": "text"}
+
+
+def _expected(fault: str, message: str) -> str:
+    """What a value should be, from pydantic's name of a fault and its message."""
+    if fault == "missing":
+        return "is to be given, since it has no default"
+    kind, _, how = fault.partition("_")
+    if how in ("type", "parsing", "from_float") and kind in _KINDS:
+        return f"should be {_KINDS[kind]}"
+    return message.removeprefix("Value error, ").replace("Input should be", "should be")
 
 
 def coerce(value: Any, info: FieldInfo) -> Any:

@@ -40,6 +40,7 @@ from shoal.urls import is_url, local_directory
 CONFIG, DATABASE, RESULT, CHECKPOINTS, LOGS, VIDEOS = "config.yaml", "run.db", "result.json", "checkpoints", "logs", "videos"
 _HARMLESS = frozenset({"checkpoint", "recovered", "uploaded"})  # events that are no faults
 _EVENTS_SHOWN = 20
+_APART = ("ledger", "lag", "replay", "network")  # of a result: said beside it, as of a run that has none yet
 
 
 def run_name(config: RunConfig, when: time.struct_time | None = None) -> str:
@@ -261,7 +262,7 @@ def show(run: str | Path) -> dict[str, Any]:
 
     Returns:
       run, status, process (of a living run; and its host, of one in a store), configuration, environment and schema (the fields of a rollout), results,
-      ledger, lag, network (of a cluster), dropped (by reason, from the log), faults {counts by kind, newest}, recovery (by role), checkpoint {update, path, bytes, files}, warnings.
+      ledger, lag, replay (of what learns from one), network (of a cluster), dropped (by reason, from the log), faults {counts by kind, newest}, recovery (by role), checkpoint {update, path, bytes, files}, warnings.
     Raises:
       RunError: `run` is no run.
     """
@@ -300,11 +301,12 @@ def _shown(path: Path, holder: int | None) -> dict[str, Any]:
     except ShoalError as error:
         warnings.append(str(error))
     if result and shown["process"] is None:
-        shown["results"] = {name: value for name, value in result.items() if name not in ("ledger", "lag", "network")}
-        meta = {name: result[name] for name in ("ledger", "lag", "network") if name in result} | meta
+        shown["results"] = {name: value for name, value in result.items() if name not in _APART}
+        meta = {name: result[name] for name in _APART if name in result} | meta
     shown |= {
         "environment": meta.get("spec"),
         **{name: meta.get(name) for name in ("schema", "ledger", "lag")},
+        "replay": meta.get("replay") or None,
         "network": meta.get("network") or None,
     }
     return shown | {"checkpoint": None, "warnings": warnings}

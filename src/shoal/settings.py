@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from shoal.config import BUILT_IN, CustomConfig, OffPolicyConfig, RayConfig, RunConfig, actor_bounds
 from shoal.errors import ConfigError
 from shoal.imports import OPAQUE, load_object, nearest, object_path
-from shoal.keys import Tree, algorithm_model, check_keys, fields_by_key, section_of
+from shoal.keys import Tree, algorithm_model, check_keys, fault_lines, fields_by_key, section_of
 from shoal.urls import check_url, is_url, local_directory
 
 __all__ = [
@@ -333,27 +333,8 @@ def _validate_part(model: type[BaseModel], tree: Tree, prefix: str, faults: list
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        for fault in error.errors(include_url=False):
-            location = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("list["))
-            message = _expected(str(fault["type"]), fault["msg"])
-            came = fault["input"]
-            options = re.findall(r"'([^']+)'", message) if fault["type"] == "literal_error" else []
-            hint = nearest(came, options) if isinstance(came, str) else ""
-            info = fields_by_key(model).get(str(fault["loc"][0])) if fault["loc"] else None
-            meaning = f"  [{info.description}]" if info is not None and info.description else ""
-            faults.append(f"{prefix}{location}: {message}, got {came!r}{hint}{meaning}")
+        faults += fault_lines(error, model, prefix)
     return None
-
-
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "dict": "a mapping", "list": "a list", "string": "text"}
-
-
-def _expected(fault: str, message: str) -> str:
-    """What a value should be, from pydantic's name of a fault and its message."""
-    kind, _, how = fault.partition("_")
-    if how in ("type", "parsing", "from_float") and kind in _KINDS:
-        return f"should be {_KINDS[kind]}"
-    return message.removeprefix("Value error, ").replace("Input should be", "should be")
 
 
 def _asked(trees: list[Tree], section: str, key: str) -> bool:
@@ -387,9 +368,7 @@ def _complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> Run
     sampling.group_size = sampling.group_size or DEFAULT_GROUP_SIZE
     _check_engine(config, asked_for, resumed)
     if config.actors is not None and config.actors > sampling.groups:
-        raise ConfigError(
-            f"actors: {config.actors} processes cannot share {sampling.groups} groups; give --actors {sampling.groups} or less, or --sampling.groups {config.actors}"
-        )
+        raise ConfigError(_too_many_actors(config.actors, sampling.groups, sampling.group_size))
     if config.actors is None and config.engine == "local":
         config.actors = min(available_cores(), sampling.groups)
         if config.mode == "async":  # in sync mode actors and learners take turns
@@ -411,6 +390,13 @@ def _complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> Run
     if not own and not resumed:
         _fit_minibatch(config, _asked(asked_for, "algorithm", "minibatch_size"))
     return config
+
+
+def _too_many_actors(actors: int, groups: int, group_size: int) -> str:
+    """What to give instead. Groups do not follow the number of actors, on which no weights may depend."""
+    size, rest = divmod(groups * group_size, actors)
+    same = "" if rest else f" --sampling.group-size {size} (as many environments as now)"
+    return f"actors: {actors} processes cannot share {groups} groups; give --actors {groups} or less, or --sampling.groups {actors}{same}"
 
 
 def _check_engine(config: RunConfig, asked_for: list[Tree], resumed: bool) -> None:

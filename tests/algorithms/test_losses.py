@@ -343,6 +343,39 @@ def test_an_algorithm_of_ones_own_by_path(tmp_path) -> None:  # type: ignore[no-
         load_algorithm(f"{tmp_path / 'own.py'}:__name__")
 
 
+CHECKED = """
+from pydantic import model_validator
+from shoal.algorithms.base import Algorithm
+from shoal.config import AlgorithmConfig
+
+class Bounds(AlgorithmConfig):
+    low: float
+    high: float = 1.0
+
+    @model_validator(mode="after")
+    def _in_order(self):
+        if self.low >= self.high:
+            raise ValueError("low is not below high")
+        return self
+
+class Bounded(Algorithm[Bounds]):
+    Config = Bounds
+"""
+
+
+def test_settings_of_an_algorithm_of_ones_own_are_refused_in_the_words_of_the_others(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "checked.py").write_text(CHECKED)
+    path = f"{tmp_path / 'checked.py'}:Bounded"
+    for settings, message in (
+        ({"low": 2}, "algorithm: low is not below high"),
+        ({}, "algorithm.low: is to be given, since it has no default"),
+        ({"low": "x"}, "algorithm.low: should be a number, got 'x'"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            build_algorithm(policy(), CustomConfig(name=path, **settings))  # type: ignore[arg-type]
+        assert str(caught.value) == f"{message} (settings of {path})"
+
+
 def test_one_that_learns_from_a_replay_without_being_a_subclass_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
     rest = "  def learn(self, rows, context): ...\n  def get_state(self): ...\n  def set_state(self, state): ...\n"
     head = "from shoal.config import OffPolicyConfig\nfrom shoal.algorithms import OffPolicyAlgorithm\n"

@@ -19,6 +19,7 @@ from rows import CommandError, Entry, Store, circumstances
 from speed import ROWS, at_least, at_most, loss_of_others, page, settings_of, solved_seconds, with_options
 from waiting import EPISODE_STEPS, Waiting, fixed, straggler
 
+from shoal.benching.replays import CASES
 from shoal.monitoring.store import MetricPoint
 from shoal.monitoring.tensorboard import TensorBoardWriter
 from shoal.supervision.memory import SharedMemory
@@ -124,6 +125,26 @@ def test_a_server_is_worth_asking_where_the_way_costs_less_than_what_it_saves() 
     assert "0.25 with 1,000,001" in row.figure([figures])
     assert row.command == "benchmarks/served.py"
     assert (Path(speed.__file__).with_name(row.script)).exists()
+
+
+def test_a_row_of_the_replay_is_one_case_of_what_the_command_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    fast = {"insert_per_second": 600_000.0, "sample_per_second": 510_000.0}
+    cases = {case.name: {**fast, "capacity_steps": n, "rollout_length": 128, "size_bytes": 55_000_000} for n, case in enumerate(CASES)}
+    monkeypatch.setattr(speed, "shoal", lambda arguments: asked.append(arguments) or {"cases": cases})
+    rows = [row for row in ROWS if row.name.startswith("replay/")]
+    assert [row.name for row in rows] == [f"replay/{name}" for name in cases]
+    for row in rows:
+        entry = speed.measure(row, 0, USUAL)
+        assert entry["figures"] == cases[row.name.partition("/")[2]]
+        assert entry["command"] == f"shoal {' '.join(asked.pop()).removesuffix(' --json')}"
+    assert "600,000 inserted/s, 510,000 sampled/s" in rows[0].figure([cases["vector"]])
+    slow = [fast | {name: 499_999.0} for name in fast]
+    assert [BY_NAME["replay/vector"].answer([one]) for one in (fast, *slow)] == ["yes", "no", "no"]
+    for name in fast:
+        answers = [BY_NAME["replay/stacks"].answer([fast | {name: number}]) for number in (20_000.0, 19_999.0)]
+        assert answers == ["yes", "no"]
+    assert BY_NAME["replay/short rollouts"].answer([fast]) == "–"
 
 
 def test_limits_hold_for_the_median() -> None:

@@ -93,13 +93,45 @@ def test_answers_and_replays_are_said_in_words(capsys: pytest.CaptureFixture[str
     assert "OTHER weights: the run has cd" in text
 
 
+REPLAYED = {"produced": 90, "trained": 0, "dropped": {"shutdown": 10}, "in_flight": 0, "replayed": 80, "evicted": 30}
+REPLAY = {
+    "inserted": 80, "sampled": 160, "surplus": 0.0, "steps": 50, "capacity_steps": 64,
+    "age_updates_mean": 2.5, "age_updates_p99": 4, "age_updates_max": 5, "age_steps_mean": 12.0, "age_steps_p99": 30, "age_steps_max": 40,
+}  # fmt: skip
+REPLAY_SAID = (
+    "replay 50 of 64 env steps held; 80 in, 160 sampled (2.00 for each)",
+    "age mean 2.5, p99 4, max 5 updates; mean 12, p99 30, max 40 env steps (of what the last update sampled)",
+)
+
+
+def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [" ".join(text.split()) for text in said(capsys).splitlines()]
+
+
 def test_a_training_from_a_replay_is_summed_up_with_what_was_sampled(capsys: pytest.CaptureFixture[str]) -> None:
-    ledger = {"produced": 90, "trained": 0, "dropped": {"shutdown": 10}, "in_flight": 0, "replayed": 80, "evicted": 30}
-    replay = {"inserted": 80.0, "sampled": 160.0, "surplus": 0.0, "steps": 50.0, "age_updates_mean": 2.5, "age_steps_mean": 12.0}
-    print_training({"reason": "updates", "ledger": ledger, "replay": replay})
-    out = " ".join(capsys.readouterr().out.split())
-    assert "90 produced = 80 replayed + 10 shutdown + 0 in flight; 30 of those replayed were evicted since (env steps)" in out
-    assert "80 env steps in, 160 sampled (2.00 for each); age in the last update: 2.5 updates, 12 env steps" in out
+    print_training({"reason": "updates", "ledger": REPLAYED, "replay": REPLAY})
+    lines = lines_of(capsys)
+    assert set(REPLAY_SAID) < set(lines)
+    balance = "ledger 90 produced = 80 replayed + 10 shutdown + 0 in flight; 30 of those replayed were evicted since (env steps)"
+    assert balance in lines
+
+
+def test_a_run_that_learns_from_a_replay_is_shown_with_it_and_with_the_share_that_was_replayed(capsys: pytest.CaptureFixture[str]) -> None:
+    configuration = RunConfig.model_validate({"env": {"id": "CartPole-v1"}}).model_dump(mode="json", by_alias=True)
+    shown: dict[str, Any] = {"run": "runs/x", "status": "running", "configuration": configuration, "replay": REPLAY}
+    groups = {"0": {**REPLAYED, "trained_share": 0.0, "replayed_share": 0.875}}
+    print_show({**shown, "ledger": {"steps": REPLAYED, "groups": groups}})
+    lines = lines_of(capsys)
+    assert set(REPLAY_SAID) < set(lines)
+    assert "group produced replayed evicted in_flight dropped replayed_share" in lines
+    assert "0 90 80 30 0 shutdown 10 0.875" in lines
+    assert "trained_share" not in "\n".join(lines)
+    print_show({**shown, "replay": {"inserted": 8, "sampled": 0, "surplus": 0.0, "steps": 8, "capacity_steps": 64}})
+    lines = lines_of(capsys)
+    assert "replay 8 of 64 env steps held; 8 in, 0 sampled (0.00 for each)" in lines
+    assert not any(text.startswith("age") for text in lines), "nothing was sampled"
+    print_show({**shown, "replay": None})
+    assert not any(text.startswith(("age", "replay ")) for text in lines_of(capsys))
 
 
 def test_a_run_on_a_cluster_is_shown_with_what_crossed_the_network_of_each_node(capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,3 +181,23 @@ def test_inserting_runs_ahead_of_sampling_by_as_many_batches_as_the_tolerance_sa
     c.consumed({})
     assert fill(c) == 2  # while the learner is at work
     assert fill(c) == 0
+
+
+def test_counts_of_the_replay_are_whole_numbers_and_means_are_not():
+    c = coordinator_of(replay_plan("sync", starts=20, per_insert=1.5))
+    c.place([0])
+    told = {
+        "steps": 16.0,
+        "capacity_steps": 60.0,
+        "age_updates_mean": 1.0,
+        "age_updates_p99": 2.0,
+        "age_updates_max": 3.0,
+        "age_steps_mean": 4.0,
+    }
+    for _ in range(2):
+        fill(c)
+        learn(c, **{f"replay/{name}": value for name, value in told.items()})
+    said = json.loads(json.dumps(c.replay_facts))
+    means = {"surplus", "age_updates_mean", "age_steps_mean"}
+    assert {name for name, value in said.items() if isinstance(value, float)} == means
+    assert said == {"inserted": 32, "sampled": 16, "surplus": -2.0, **told}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,8 @@ import numpy as np
 import pytest
 
 import shoal
-from shoal.engines import ray_cluster, ray_fleet, watch
+from shoal.cli.control import tell_run
+from shoal.engines import ray_cluster, ray_fleet, ray_link, watch
 from shoal.engines.ray_cluster import Cluster, ClusterNode
 from shoal.engines.ray_link import NodeHandle
 from shoal.engines.ray_node import ACTIVITY, Node
@@ -38,6 +40,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 SLEEPS = str(Path(__file__).parents[1] / "faults" / "simulated.py") + ":make"
+CHATTY = str(Path(__file__).parents[1] / "faults" / "chatty.py") + ":make"
 
 
 class NodeHere:
@@ -216,22 +219,55 @@ def test_a_cluster_whose_head_is_lost_ends_the_run_with_a_word_and_it_goes_on_wi
     assert resumed.result["weights_sha256"] == run_on(None, stop={"updates": updates}, actors=2).result["weights_sha256"]
 
 
-def test_an_actor_is_not_blamed_for_words_that_are_long_under_way(run_on: Any, monkeypatch: pytest.MonkeyPatch, expected: str) -> None:
+def test_an_actor_is_not_blamed_for_words_that_are_long_under_way(
+    run_on: Any, monkeypatch: pytest.MonkeyPatch, expected: str, tmp_path: Path
+) -> None:
     monkeypatch.setattr(watch, "UNHEARD_SECONDS", 1.5)
-    slow = []
+    slow, blamed = [], []
 
     class Slow(NodeHere):
         def say(self, message: bytes) -> None:
             if len(slow) < 2 and any(frame.kind is Kind.WEIGHTS for frame in decode(message)):
                 slow.append(message)
-                time.sleep(4.0)
+                time.sleep(2.0)
+                blamed.append(tell_run(tmp_path / "run0", "stalls")["stalls"]["blamed"])
+                time.sleep(2.0)
             super().say(message)
 
     cluster = ClusterHere(["a", "b"])
     cluster.kinds["b"] = Slow
     run = run_on(cluster)
     assert len(slow) == 2
+    told = [sum("(what it is told is on its way: 0 of " in text for text in found) for found in blamed]
+    assert told == [2, 2], "both actors of that node, both times"
     assert (run.result["weights_sha256"], run.result["restarts"]) == (expected, 0)
+
+
+def test_weights_that_go_in_parts_are_the_same_bits(run_on: Any, monkeypatch: pytest.MonkeyPatch, expected: str) -> None:
+    monkeypatch.setattr(ray_link, "FIRST_PART_BYTES", 512)
+    monkeypatch.setattr(ray_link, "MOST_PART_BYTES", 4096)
+    said = []
+
+    class Weighing(NodeHere):
+        def say(self, message: bytes) -> None:
+            said.append(message)
+            super().say(message)
+
+    cluster = ClusterHere(["a", "b"])
+    cluster.kinds["b"] = Weighing
+    assert run_on(cluster).result["weights_sha256"] == expected
+    assert max(map(len, said)) < 4200
+    assert sum(frame.kind is Kind.PART and not frame.head for message in said for frame in decode(message)) >= SETTINGS["stop"]["updates"]
+
+
+def test_logs_of_a_node_come_to_the_run_and_lie_in_no_directory_there(run_on: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    lies: list[str] = []
+    look = at(5, lambda: lies.extend(os.listdir(tmp_path / "temporary")))
+    run = run_on(ClusterHere(["a"]), CHATTY, callbacks=[look, at(6, lambda: lies.append("looked"))], env={"form": "python"})
+    assert lies == ["looked"]
+    assert "step 1 xxx" in (run.path / "logs" / "actor-0.log").read_text()
 
 
 def test_an_actor_is_not_blamed_while_nobody_hears_of_it(run_on: Any) -> None:

@@ -15,11 +15,13 @@ from gymnasium import spaces
 
 import shoal
 from rollout_fakes import Drift
+from shoal.cli.report import print_show
 from shoal.config import OffPolicyConfig
 from shoal.errors import ConfigError, DivergedError, RunError
 from shoal.files import CheckpointDirectory
-from shoal.monitoring.live import SilentView
+from shoal.monitoring.live import LineView, SilentView
 from shoal.monitoring.store import RunReader
+from shoal.runs import show
 
 DQN: dict[str, Any] = {
     "sampling": {"groups": 2, "group_size": 2, "rollout_length": 8},
@@ -143,3 +145,38 @@ def test_a_class_that_learns_from_a_replay_without_being_a_subclass_is_refused(t
         ConfigError, match=r"^algorithm\.name: Alone is a class without update; .* a subclass of shoal\.algorithms\.OffPolicyAlgorithm"
     ):
         train(tmp_path / "run", Drift, algorithm={"name": Alone}, replay={}, stop={"updates": 1})
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["ended", "stopped"])
+def test_what_a_run_holds_in_its_replay_and_how_old_that_is_stands_in_its_lines_and_is_shown_of_it(ended, tmp_path, capsys):
+    said = io.StringIO()
+    view = LineView(said, line_seconds=0.0)
+    settings = {**DQN, "replay": {**DQN["replay"], "capacity_steps": 160}, "stop": {"updates": 9}}
+    run = shoal.train(Drift, actors=0, run_dir=str(tmp_path / "run"), progress=view, **settings)
+    view.close()
+    facts = run.result["replay"]
+    assert (facts["inserted"], facts["capacity_steps"]) == (288, 160)
+    assert {name for name, value in facts.items() if not isinstance(value, int)} == {"surplus", "age_updates_mean", "age_steps_mean"}
+    held = f"{facts['steps']} of 160"
+    last = said.getvalue().splitlines()[-1]
+    age = f"age {facts['age_updates_mean']:.1f} updates and {facts['age_steps_mean']:.0f} steps"
+    assert f"| replay {held} steps, {facts['sampled'] / 288:.2f} samples for each, {age} |" in last
+    assert "ETA" not in said.getvalue().partition("\n")[0], "nobody knows yet how fast it learns"
+    if not ended:
+        (run.path / "result.json").unlink()  # as of one that was killed
+    shown = show(run.path)
+    assert shown["replay"] == facts
+    assert {row["replayed_share"] for row in shown["ledger"]["groups"].values()} == {1.0}
+    print_show(shown)
+    lines = [" ".join(text.split()) for text in capsys.readouterr().out.splitlines()]
+    assert f"replay {held} env steps held; 288 in, {facts['sampled']} sampled ({facts['sampled'] / 288:.2f} for each)" in lines
+    assert any(text.startswith(f"age mean {facts['age_updates_mean']:.1f}, p99 {facts['age_updates_p99']}, max ") for text in lines)
+
+
+def test_the_advice_of_a_run_that_diverged_is_one_that_it_takes(tmp_path):
+    Huge.made = 0
+    sampling = {"groups": 1, "group_size": 1, "rollout_length": 1}
+    replay = {"learning_starts": 8, "capacity_steps": 1_000, "samples_per_insert": 8.0}
+    with pytest.raises(DivergedError, match=r"lower algorithm\.learning_rate or algorithm\.max_gradient_norm, or have a wrapper") as caught:
+        train(tmp_path / "run", Huge, sampling=sampling, replay=replay, stop={"updates": 900})
+    assert "policy." not in str(caught.value)

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from rollout_fakes import poisoned_ring, scripted_schema, scripted_spec, write_rollout
-from shoal.config import RunConfig
+from shoal.config import RunConfig, against_divergence
 from shoal.engines.coordinator import Coordinator
 from shoal.engines.plan import Plan
 from shoal.engines.session import Session
 from shoal.errors import CheckpointError, DivergedError
+from shoal.experience.limiter import Rate, RateLimiter
 from shoal.files import CheckpointDirectory
 
 
@@ -298,3 +299,14 @@ def test_a_run_did_not_end_well_whose_last_steps_were_refused_though_an_update_w
     assert update(session, skipped_steps=4.0, optimizer_steps=0.0) is None
     with pytest.raises(DivergedError, match=r"met its stop condition \(updates\)"):
         update(session, skipped_steps=0.0, optimizer_steps=0.0)
+
+
+@pytest.mark.parametrize("replayed", [False, True], ids=["batches in order", "a replay"])
+def test_whoever_diverged_is_advised_what_the_algorithm_takes(replayed, tmp_path):
+    session, _, _ = session_in(tmp_path, updates=1)
+    if replayed:
+        session.coordinator.limiter = RateLimiter(Rate(1.0, 4, 0))
+    with pytest.raises(DivergedError) as caught:
+        update(session, skipped_steps=4.0, optimizer_steps=0.0)
+    assert str(caught.value).endswith(f"no loss or gradient was finite; {against_divergence(session.config, replayed=replayed)}")
+    assert ("policy.normalise_rewards" in str(caught.value)) == (not replayed)

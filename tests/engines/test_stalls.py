@@ -8,6 +8,7 @@ from test_coordinator import coordinator_of, finish, plan_of
 
 from shoal.engines.coordinator import Coordinator
 from shoal.engines.stalls import Situation, in_words, report
+from shoal.engines.traffic import Delivery
 from shoal.engines.watch import Seen
 from shoal.types import Activity, ActivityRecord
 
@@ -46,6 +47,17 @@ def test_in_sync_mode_all_wait_for_the_slowest_and_while_it_learns_for_the_learn
         ("actor-1", ["learner-0"], "an update is being made"),
     ]
     assert said["blamed"] == ["learner-0, learning for 0.5 s"]
+
+
+def test_an_actor_for_whom_something_is_long_on_its_way_is_not_said_to_do_nothing():
+    c = coordinator_of(plan_of("sync", 1))
+    c.place([0])
+    c.next_leases()
+    far = seen("actor-0", Activity.WAITING_FOR_LEASE, 17.0, order_seconds=0.0, delivery=Delivery(16.6, 2_000_000, 8_000_000))
+    said = found(c, seen("learner-0", Activity.WAITING_FOR_BATCH, 17.5), far)
+    assert [(w["who"], w["for"]) for w in said["waits"]] == [("learner-0", ["actor-0"])]
+    on_its_way = "what it is told is on its way: 2,000,000 of 8,000,000 bytes after 17 s"
+    assert said["blamed"] == [f"actor-0, waiting for a lease ({on_its_way}) for 17.0 s"]
 
 
 def test_what_is_not_there_starts_is_paused_or_stopped_is_said_so():

@@ -12,11 +12,11 @@ import pytest
 from test_ray_fleet import SETTINGS, ClusterHere
 
 import shoal
-from shoal.engines import ray_fleet, ray_node
+from shoal.engines import ray_fleet, ray_link, ray_node
 from shoal.engines.messages import Kind as Told
 from shoal.engines.messages import Word
 from shoal.engines.ray_cluster import ClusterNode
-from shoal.engines.ray_link import NodeHandle, NodeLink
+from shoal.engines.ray_link import LEAST_PART_BYTES, MOST_PART_BYTES, NodeHandle, NodeLink, next_part_bytes
 from shoal.engines.ray_words import Frame, Kind, decode
 from shoal.engines.traffic import Counted, Traffic, summary
 from shoal.errors import ProcessError
@@ -176,6 +176,50 @@ def test_what_is_posted_at_one_moment_goes_as_one_message_and_not_before_it_is_l
     assert link.traffic == Traffic("a", Counted(1, len(node.said[0])), Counted(), 0)
     link.close()
     node.end()
+
+
+def test_a_large_message_goes_in_parts_of_which_each_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_link, "FIRST_PART_BYTES", 1000)
+    monkeypatch.setattr(ray_link, "MOST_PART_BYTES", 3000)
+    waits, go_on = threading.Event(), threading.Semaphore(0)
+
+    class Waiting(Quiet):
+        def say(self, message: bytes) -> None:
+            super().say(message)
+            waits.set()
+            assert go_on.acquire(timeout=10.0)
+
+    node = Waiting()
+    link = NodeLink("a", node, lambda version: (version, b""))
+    order = Frame(Kind.START, 1, 2, b"head", bytes(range(256)) * 32)
+    link.post(order)
+    link.flush()
+    seen = []
+    for count in range(1, 5):
+        assert waits.wait(10.0)
+        assert len(node.said) == count
+        delivery = link.delivery
+        assert delivery is not None
+        seen.append(delivery[1:])
+        waits.clear()
+        go_on.release()
+    while link.delivery is not None:
+        time.sleep(0.01)
+    assert seen == [(0, order.size), (1000, order.size), (3000, order.size), (6000, order.size)], "a link that is fast gets larger parts"
+    parts = list(frames(node.said))
+    assert [(part.kind, part.head) for part in parts] == [(Kind.PART, b"more")] * 3 + [(Kind.PART, b"")]
+    assert list(decode(b"".join(part.body for part in parts))) == [order]
+    assert link.said == Counted(4, sum(map(len, node.said)))
+    link.close()
+    node.end()
+
+
+@pytest.mark.parametrize("bytes_a_second", [1e3, 1e5, 2.5e5, 1e7, 1.25e9])
+def test_parts_take_some_seconds_each_however_fast_the_link_is(bytes_a_second: float) -> None:
+    size = ray_link.FIRST_PART_BYTES
+    for _ in range(40):
+        size = next_part_bytes(size, size / bytes_a_second)
+    assert 1.0 <= size / bytes_a_second <= 4.0 or size == (LEAST_PART_BYTES if bytes_a_second < 1e6 else MOST_PART_BYTES)
 
 
 def test_all_leases_of_an_update_go_in_one_message_to_each_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,12 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from shoal.config import EnvConfig, PolicyConfig
+from shoal.algorithms import OffPolicyAlgorithm, load_algorithm
+from shoal.config import EnvConfig, OffPolicyConfig, PolicyConfig
 from shoal.environments.make import environment_spec
 from shoal.evaluation import save_bundle
-from shoal.networks.policy import Policy, build_policy, named_tensors
+from shoal.networks.acting import Acting
+from shoal.networks.policy import Policy, build_acting, build_policy, named_tensors
 
 
 class Spaces(gymnasium.Env[Any, Any]):
@@ -60,3 +62,13 @@ def bundle(
     policy = build_policy(spec, config, seed=seed)
     save_bundle(directory, {name: tensor.detach().numpy() for name, tensor in named_tensors(policy).items()}, spec, config, env)
     return policy
+
+
+def learned_bundle(directory: Path, factory: Callable[..., Any], algorithm: OffPolicyConfig, policy: PolicyConfig | None = None) -> Acting:
+    """Save an untrained policy as an algorithm that learns from a replay has it; returns the module."""
+    env, policy, kind = EnvConfig(id="test"), policy or PolicyConfig(hidden_sizes=[8]), load_algorithm(algorithm.name)
+    assert issubclass(kind, OffPolicyAlgorithm)
+    network, spec = kind.network(algorithm), environment_spec(env, factory)
+    module = build_acting(spec, policy, seed=0, kind=network)
+    save_bundle(directory, {name: tensor.detach().numpy() for name, tensor in named_tensors(module).items()}, spec, policy, env, network)
+    return module

@@ -93,6 +93,12 @@ def test_groups_have_accounts_of_their_own():
     assert rows[2] == {"produced": 0, "trained": 0, "dropped": {}, "in_flight": 0, "trained_share": 0.0}
 
 
+def test_what_was_replayed_of_a_group_is_a_share_of_its_own_beside_none_that_was_trained():
+    row = ledger_with((A0, 6, Fate.REPLAYED), (A1, 2, Fate.INVALID)).by_group()[0]
+    assert (row["trained"], row["trained_share"]) == (0, 0.0)
+    assert (row["replayed"], row["replayed_share"]) == (6, 0.75)
+
+
 def test_a_gap_is_refused():
     ledger = Ledger()
     ledger.begin(A0)
@@ -397,9 +403,10 @@ class LedgerMachine(RuleBasedStateMachine):
         assert ledger.balance_rollouts() == oracle.count(oracle.records, "rollouts")
         for group, row in ledger.by_group().items():
             expected = oracle.count(oracle.of(group), "steps")
-            consumed = expected["trained"] + expected.get("replayed", 0)
-            share = consumed / expected["produced"] if expected["produced"] else 0.0
-            assert row == {**expected, "trained_share": share}
+            shares = {
+                f"{fate}_share": expected[fate] / max(1, expected["produced"]) for fate in ("trained", "replayed") if fate in expected
+            }
+            assert row == {**expected, **shares}
             assert ledger.get_state()[str(group)]["final"] == oracle.first_open(group)
 
 

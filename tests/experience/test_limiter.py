@@ -35,6 +35,7 @@ def test_a_replay_that_was_lost_is_filled_as_at_the_beginning() -> None:
     limiter = RateLimiter(Rate(samples_per_insert=1.0, batch_size=1, learning_starts=5))
     limiter.insert(9)
     limiter.begin_again()
+    assert (limiter.inserted, limiter.sampled) == (0, 0)
     assert (limiter.insert(4), limiter.insert(3)) == (0, 2)
 
 

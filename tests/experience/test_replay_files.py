@@ -99,6 +99,17 @@ def test_what_was_loaded_is_linked_on(tmp_path):
     assert {name for name in after if after[name] != before[name]} == {"state.json", "state.safetensors"}
 
 
+def test_a_directory_is_made_with_those_above_it_and_may_be_there(tmp_path):
+    """One of several learners saves into replay/0-of-2."""
+    world = World(KIND)
+    replay = filled(world, STEPS, 2)
+    for _ in range(2):
+        replay.save(tmp_path / "replay" / "0-of-2", None)
+    again = Replay(world.schema, KIND.groups, STEPS, gamma=0.9)
+    again.load(tmp_path / "replay" / "0-of-2")
+    assert drawn(again, STEPS) == drawn(replay, STEPS)
+
+
 def test_a_file_of_another_time_line_is_not_taken_for_ones_own(tmp_path):
     world = World(KIND)
     filled(World(KIND, seed=9), STEPS, 12).save(tmp_path / "other", None)

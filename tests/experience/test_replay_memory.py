@@ -17,6 +17,7 @@ from shoal.config import ReplayConfig
 from shoal.experience.replay import Replay
 from shoal.experience.replay_memory import KeptMemory
 from shoal.experience.ring import Ring, allocate
+from shoal.experience.sum_tree import SumTree
 from shoal.supervision.memory import anonymous_file
 from shoal.types import Arrays
 
@@ -192,3 +193,104 @@ def test_a_journal_that_is_none_is_refused(content: bytes, length: int) -> None:
     finally:
         for fd in fds:
             os.close(fd)
+
+
+def journal(fd: int, base: int, *numbers: int, length: int | None = None) -> None:
+    """Written from its first byte. numbers: of the records, int64 each. length: of the records as the header says it, if not what it is."""
+    records = np.array(numbers, np.int64).tobytes()
+    os.pwrite(fd, np.array([base, len(records) if length is None else length], np.int64).tobytes() + records, 0)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "length", "refusal"),
+    [
+        ((), -1, "is to hold -1 bytes of records, and holds 0"),
+        ((1, 1, 0, 0), 33, "is to hold 33 bytes of records, and holds 32"),
+        ((0, 1, 0, 0), None, "the record at byte 0 of the journal is of 0 arrays and 1 entries"),
+        ((3, 1, 0, 1, 0, 0), None, "the record at byte 0 of the journal is of 3 arrays and 1 entries"),
+        ((1, 0, 0, 0), None, "the record at byte 0 of the journal is of 1 arrays and 0 entries"),
+        ((1, 33, 0, 0), None, "the record at byte 0 of the journal is of 1 arrays and 33 entries"),
+        ((1, 1, -1, 0), None, "the journal names array -1 of 2"),
+        ((1, 1, 2, 0), None, "the journal names array 2 of 2"),
+        ((1, 1, 0, -1, 9), None, "names entries that array 0 has not"),
+        ((1, 1, 0, 4, 9), None, "names entries that array 0 has not"),
+        ((2, 1, 0, 1, 3, 9, 9), None, "names entries that array 1 has not"),
+        ((1, 2, 1, 0, 1, 9), None, "the last record of the journal is cut off"),
+        ((1, 1, 1, 0, 9, 1, 2, 1, 0, 1, 9), None, "the last record of the journal is cut off"),
+    ],
+)
+def test_a_journal_of_no_records_of_these_arrays_is_refused_before_anything_is_undone(
+    numbers: tuple[int, ...], length: int | None, refusal: str, fds: tuple[int, int]
+) -> None:
+    memory = KeptMemory(*fds)
+    one, other = memory.array((4, 2), "float32"), memory.array((3,), "int64")
+    one[:], other[:] = 5.0, 6
+    journal(fds[1], 7, *numbers, length=length)
+    with pytest.raises(ValueError, match=refusal):
+        memory.back_to(7)
+    assert (one == 5.0).all()
+    assert (other == 6).all()
+
+
+def test_records_are_undone_from_the_last_to_the_first(fds: tuple[int, int]) -> None:
+    memory = KeptMemory(*fds)
+    one, other = memory.array((4, 2), "int64"), memory.array((3,), "int64")
+    one[:], other[:] = 5, 6
+    # array 1, entry 2: 60. Arrays 0 and 1, entries 2 and 1: rows (1, 2) and (3, 4), then 61 and 62. Array 1, entry 1: 63.
+    journal(fds[1], 7, 1, 1, 1, 2, 60, 2, 2, 0, 1, 2, 1, 1, 2, 3, 4, 61, 62, 1, 1, 1, 1, 63)
+    memory.back_to(7)
+    assert one.tolist() == [[5, 5], [3, 4], [1, 2], [5, 5]]
+    assert other.tolist() == [6, 62, 60]
+    one[:] = 8
+    memory.back_to(7)  # the journal is empty now
+    assert (one == 8).all()
+
+
+def test_a_memory_that_was_never_written_goes_back_to_version_0_alone(fds: tuple[int, int]) -> None:
+    memory = KeptMemory(*fds)
+    array = memory.array((3,), "int64")
+    memory.back_to(0)
+    assert not array.any()
+    for version in (-2, 1):
+        with pytest.raises(ValueError, match="the journal is that of an update of version -1"):
+            memory.back_to(version)
+
+
+def test_what_is_cleared_is_zero_and_has_no_journal(fds: tuple[int, int]) -> None:
+    memory = KeptMemory(*fds)
+    for shape in ((5,), (3, 2)):
+        array = memory.array(shape, "uint8")
+        assert not array.any()
+        memory.begin(2)
+        memory.changing([array], np.arange(len(array)))
+        array[:] = 255
+        memory.clear()
+    assert os.fstat(fds[0]).st_size == os.fstat(fds[1]).st_size == 0
+    assert not memory.array((3, 2), "uint8").any()
+    memory.back_to(0)
+
+
+def test_arrays_are_there_again_in_the_order_in_which_they_were_asked_for(fds: tuple[int, int]) -> None:
+    first = KeptMemory(*fds)
+    made = [first.array((3,), "int64"), first.array((0, 4), "float32"), first.array((4097,), "uint8"), first.array((2, 2), "float32")]
+    for number, array in enumerate(made, 1):
+        array[:] = number
+    again = KeptMemory(*fds)
+    found = [again.array(array.shape, str(array.dtype)) for array in made]
+    for one, other in zip(made, found, strict=True):
+        assert one.tolist() == other.tolist()
+        assert one.dtype == other.dtype
+
+
+def test_of_a_sum_tree_only_the_leaves_are_kept_however_high_it_is(fds: tuple[int, int]) -> None:
+    memory = KeptMemory(*fds)
+    memory.begin(1)
+    tree = SumTree(5000, memory)
+    tree.set(np.arange(5000), 2.0)
+    memory.begin(2)
+    tree.set(np.array([7, 4999, 8]), np.array([1.0, 5.0, 0.0]))
+    memory.back_to(2)
+    tree.load(tree.leaves)
+    tree.check_valid()
+    assert (tree.leaves == 2.0).all()
+    assert tree.total == 10_000.0

@@ -11,7 +11,7 @@ from replay_world import IMAGE, VECTOR, Kind, World
 from shoal.config import ReplayConfig
 from shoal.errors import ConfigError, SchemaError
 from shoal.experience.replay import Replay
-from shoal.experience.replay_layout import Layout
+from shoal.experience.replay_layout import Layout, check_learning_starts
 from shoal.experience.stacks import Stack, is_stacked, likely_stack, possible_stacks
 from shoal.types import LeafSpec
 
@@ -133,6 +133,38 @@ def test_a_step_of_priority_zero_is_still_there():
     assert len(every(replay)) == len(names)
 
 
+def test_the_least_probability_is_that_of_the_step_that_is_drawn_least():
+    _, replay = made()
+    names = every(replay)
+    priority = np.linspace(0.2, 4.0, len(names))
+    replay.update_priorities(names, priority)
+    some = np.random.default_rng(0).permutation(len(names))[:9]
+    expected = (priority[some] ** 0.6).min() / (priority**0.6).sum()
+    assert replay.least_probability(names[some]) == pytest.approx(expected)
+
+
+def test_one_of_several_replays_is_dealt_every_nth_group_and_looks_for_the_memory_of_all(monkeypatch):
+    kind = Kind(groups=3)
+    whole, dealt = (Replay(kind.schema(), kind.groups, PRIORITISED, gamma=0.9, dealt=n) for n in (1, 2))
+    world = World(kind)
+    for round_ in range(4):
+        for group in range(kind.groups):
+            slot, _ = world.rollout(group, version=round_)
+            whole.insert(slot, round_)
+            slot.envelope["group"] = 2 * group + 1  # that of the second of two
+            dealt.insert(slot, round_)
+    dealt.check_valid()
+    one, other = (replay.sample(100, np.random.default_rng(0), beta=0.5) for replay in (whole, dealt))
+    assert (one.index_M == other.index_M).all()
+    assert (one.observation["observation/vector"] == other.observation["observation/vector"]).all()
+    size = Replay.size_bytes(kind.schema(), kind.groups, PRIORITISED)
+    monkeypatch.setattr("shoal.experience.replay.available_bytes", lambda: 2 * size - 1)
+    with pytest.raises(ConfigError, match=r"^replay\.capacity_steps 20,000 takes "):
+        Replay(kind.schema(), kind.groups, PRIORITISED, gamma=0.9, dealt=2).insert(slot, 0)
+    monkeypatch.setattr("shoal.experience.replay.available_bytes", lambda: 2 * size)
+    assert Replay(kind.schema(), kind.groups, PRIORITISED, gamma=0.9, dealt=2).insert(slot, 0) == 0
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -0.5])
 def test_a_priority_that_is_no_number_is_refused_and_changes_nothing(bad):
     _, replay = made()
@@ -169,6 +201,44 @@ def test_an_environment_that_looks_as_it_did_before_a_missing_rollout_does_not_g
     last = (sample.observation["observation/vector"] == (number, clock - 1)).all(axis=1)
     assert last.any()
     np.testing.assert_allclose(sample.discount_M[last], 0.9, rtol=1e-6)
+
+
+def break_a_leaf(replay):
+    replay._priorities.tree.set(np.flatnonzero(replay._priorities.tree.leaves)[:1], 0.0)
+
+
+def draw_what_is_no_step(replay):
+    replay._priorities.tree.set(np.flatnonzero(replay._priorities.tree.leaves == 0)[:1], 1.0)
+
+
+def forget_an_eviction(replay):
+    replay.evicted_steps -= 1
+
+
+def evict_more_than_came(replay):
+    replay.evicted_steps = replay.inserted_steps + 1
+
+
+def drop_a_step(replay):
+    place = np.flatnonzero(replay._priorities.tree.leaves)[:1]
+    replay._store.rows.put(0, "flags", place, 0)
+
+
+@pytest.mark.parametrize("harm", [break_a_leaf, draw_what_is_no_step, forget_an_eviction, evict_more_than_came, drop_a_step])
+def test_a_replay_that_is_none_any_more_is_found(harm):
+    _, replay = made(PRIORITISED.model_copy(update={"capacity_steps": 60}), rounds=6)
+    replay.check_valid()
+    harm(replay)
+    with pytest.raises(AssertionError):
+        replay.check_valid()
+
+
+def test_an_empty_replay_that_evicted_is_found():
+    _, replay = made(rounds=0)
+    replay.check_valid()
+    replay.evicted_steps = 1
+    with pytest.raises(AssertionError):
+        replay.check_valid()
 
 
 def test_nothing_is_drawn_from_an_empty_replay():
@@ -210,6 +280,28 @@ def test_planes_that_do_not_follow_each_other_or_never_move_are_no_stack():
     assert possible_stacks("uint8", (84, 84)) == possible_stacks("float32", (4, 84, 84)) == possible_stacks("uint8", (40, 30, 20)) == []
     assert likely_stack("uint8", (84, 84, 3)) is None
     assert likely_stack("uint8", (12, 84, 84)) == Stack(0, 12)
+    half = np.concatenate([stacks[:8], resets[:8]])
+    moved = np.arange(15)[:, None] != 7  # seven of fourteen rows go on from the one before
+    assert not is_stacked(half, steps & moved, Stack(0, 4))
+    assert is_stacked(half, steps & moved & (np.arange(15) != 14)[:, None], Stack(0, 4))
+
+
+@pytest.mark.parametrize(
+    ("shape", "found"),
+    [
+        ((2, 84, 84), [Stack(0, 2)]),
+        ((16, 84, 84), [Stack(0, 16)]),
+        ((84, 84, 16), [Stack(-1, 16)]),
+        ((1, 84, 84), []),
+        ((17, 84, 17), []),
+        ((12, 84, 4), [Stack(-1, 4), Stack(0, 12)]),
+        ((4, 84, 12), [Stack(0, 4), Stack(-1, 12)]),
+        ((4, 3, 84, 84), [Stack(0, 4)]),
+    ],
+)
+def test_an_image_may_be_a_stack_along_its_ends_of_2_to_16_frames_the_shorter_first(shape, found):
+    assert possible_stacks("uint8", shape) == found
+    assert likely_stack("uint8", shape) == (found[0] if found else None)
 
 
 IMAGES = Kind((IMAGE,), stacked=False)
@@ -236,6 +328,35 @@ def test_memory_is_looked_at_again_once_images_that_look_like_stacks_are_none(se
     for free in (truth, None):
         monkeypatch.setattr("shoal.experience.replay.available_bytes", lambda free=free: free)
         assert Replay(world.schema, kind.groups, config, gamma=0.9).insert(slot, 0) == 0
+
+
+def test_what_fewer_bytes_hold_is_looked_at_again_once_images_that_look_like_stacks_are_none():
+    world = World(IMAGES)
+    slot, _ = world.rollout(0)
+    config = ReplayConfig(capacity_steps=60_000, capacity_bytes=200_000, learning_starts=0)
+    told, truth = (
+        layout.capacity_steps for layout in (Layout.likely(world.schema, IMAGES.groups, config), Layout.of(slot, IMAGES.groups, config))
+    )
+    assert truth < told < 60_000
+    check_learning_starts(Layout.likely(world.schema, IMAGES.groups, config), config.model_copy(update={"learning_starts": told}))
+    replay = Replay(world.schema, IMAGES.groups, config.model_copy(update={"learning_starts": told}), gamma=0.9)
+    assert replay.capacity_steps == told
+    with pytest.raises(
+        ConfigError, match=rf"^replay\.learning_starts: the replay holds {truth:,} env steps in 200,000 bytes .* never hold the {told:,} "
+    ):
+        replay.insert(slot, 0)
+    replay = Replay(world.schema, IMAGES.groups, config.model_copy(update={"learning_starts": truth}), gamma=0.9)
+    assert replay.insert(slot, 0) == 0
+    assert replay.capacity_steps == truth
+
+
+def test_what_several_replays_hold_together_is_what_learning_waits_for():
+    world = World(IMAGES)
+    layout = Layout.likely(world.schema, IMAGES.groups, ReplayConfig(capacity_bytes=200_000))
+    together = ReplayConfig(capacity_bytes=200_000, learning_starts=3 * layout.capacity_steps)
+    check_learning_starts(layout, together, 3)
+    with pytest.raises(ConfigError, match=r"in 400,000 bytes .*lower it, or raise the other$"):
+        check_learning_starts(layout, together, 2)
 
 
 def test_a_replay_that_does_not_fit_any_more_when_it_is_loaded_is_refused(tmp_path, monkeypatch):

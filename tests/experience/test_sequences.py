@@ -145,6 +145,21 @@ def test_whole_rollouts_begin_a_sequence_each_and_short_ones_only_where_it_takes
     assert starts == {4: 6, 3: 4, 2: 6, 1: 6}  # of nine trained rows each: one begins four rows behind the last at the soonest
 
 
+def test_what_is_drawn_does_not_depend_on_shards(kind):
+    drawn = set()
+    for shards in (1, 2, 3, 5):
+        watched = Watched(kind, capacity=40 * 6, shards=shards)
+        for _ in range(14):
+            for group in range(kind.groups):
+                watched.insert(group)
+        sample = watched.replay.sample_sequences(60, np.random.default_rng(1), beta=0.5)
+        watched.replay.update_priorities(sample.index_M, np.linspace(0.1, 3.0, 60))
+        sample = watched.replay.sample_sequences(60, np.random.default_rng(2), beta=0.5)
+        parts = [part for value in vars(sample).values() for part in (value.values() if isinstance(value, dict) else [value])]
+        drawn.add(b"".join(np.asarray(part).tobytes() for part in parts if part is not None))
+    assert len(drawn) == 1
+
+
 def test_sequences_leave_with_their_rows(kind):
     watched = Watched(kind, capacity=30 * 6)
     for round_ in range(30):
@@ -214,6 +229,7 @@ def test_lengths_that_would_leave_steps_untrained_are_refused():
         Replay(kind.schema(), 3, ReplayConfig(sequence_length=10, burn_in=8), gamma=0.9)
     with pytest.raises(ConfigError, match=r"which need 14 steps each"):
         Replay(kind.schema(), 3, ReplayConfig(sequence_length=10, capacity_steps=13 * 6), gamma=0.9)
+    Replay(kind.schema(), 3, ReplayConfig(sequence_length=10, burn_in=6, capacity_steps=14 * 6), gamma=0.9)
 
 
 def test_steps_and_sequences_are_not_drawn_from_each_others_replay():

@@ -72,3 +72,23 @@ def test_of_a_leaf_that_is_set_twice_the_last_counts():
     tree.set(np.array([4, 2, 4]), np.array([1.0, 5.0, 3.0]))
     assert tree.leaves.tolist() == [0, 0, 5, 0, 3, 0, 0, 0, 0, 0]
     assert tree.total == 8.0
+
+
+@pytest.mark.parametrize(
+    ("level", "node", "value"), [(0, 3, 7.0), (0, 3, -1.0), (0, 3, np.nan), (0, 5001, 1.0), (1, 2, 0.0), (1, 319, 1.0)]
+)
+def test_a_tree_that_is_none_any_more_is_found(level, node, value):
+    tree = SumTree(5000)
+    tree.set(np.arange(5000), 1.0)
+    tree.check_valid()
+    tree._levels[level][node] = value
+    with pytest.raises(AssertionError):
+        tree.check_valid()
+
+
+@pytest.mark.parametrize(("leaf", "value"), [(3, -1.0), (3, np.nan), (3, np.inf), (5001, 1.0)])
+def test_leaves_that_are_no_priorities_are_found_where_their_sums_are_right(leaf, value):
+    tree = SumTree(5000)
+    tree.set(np.array([leaf]), value)
+    with pytest.raises(AssertionError):
+        tree.check_valid()

@@ -1,8 +1,8 @@
 """Hosts of a cluster on one machine, which share its processors and its files, and a network that can be cut and slowed.
 
-A host is a set of namespaces of the kernel: a network of its own, processes that see no others, a name, /tmp/ray. All hosts hang on a bridge that lies in
-a network namespace too, so nothing of the machine's own network is touched, and nothing leads out. None of it has a name that would stay: it is there as
-long as its first process, which ends with the process that made it, however that ends.
+A host is a set of namespaces of the kernel: a network of its own, processes that see no others, a name, a place for
+temporary files. All hosts hang on a bridge that lies in a network namespace too, so nothing of the machine's own network is touched, and nothing leads out. None of
+it has a name that would stay: it is there as long as its first process, which ends with the process that made it, however that ends.
 
 Ray is started on hosts as a user starts it, with token and TLS, and again by itself where it ended, as Kubernetes and Slurm do it.
 """
@@ -12,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,21 +27,20 @@ from faults.living import SOURCES
 from shoal.engines.ray_security import AUTHORITY, CERTIFICATE, KEY, TOKEN, make_certificate, make_secrets
 
 PORT = 6379
-START_SECONDS = 240.0
-END_SECONDS = 20.0
+WAIT_SECONDS = 240.0  # for anything, on a busy machine: it only ends what hangs
 _TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux"}
-_RAY = Path("/tmp/ray")
+_OWN = "/mnt"  # where a host finds its own directory
 _DIES_WITH_ME = ("setpriv", "--pdeathsig", "KILL")
-# The first process of a host: it has nothing to do but to reap those that lost their parents.
+# The first process of a host. It has no children of its own; those that lost their parents are reaped by the kernel, since it ignores their ends.
 _INIT = """
 set -e
 echo "$1" > /proc/sys/kernel/hostname
-mount --bind "$2/ray" /tmp/ray
+mount --bind "$2" "$4"
 mount --bind "$3/hosts" /etc/hosts
 mount --bind "$3/resolv.conf" /etc/resolv.conf
 ip link set lo up
 : > "$2/up"
-while :; do sleep 3600 & wait; done
+exec env --ignore-signal=CHLD sleep infinity
 """
 _AGAIN = 'while :; do "$@" || :; sleep 1; done'
 
@@ -51,7 +51,7 @@ def missing() -> str:
         return "hosts are network namespaces of Linux, which root makes"
     if absent := [tool for tool in _TOOLS if shutil.which(tool) is None]:
         return f"hosts need {', '.join(absent)}: apt-get install {' '.join(dict.fromkeys(_TOOLS[tool] for tool in absent))}"
-    trial = "ip link add bridge type bridge && ip link add one type veth peer name other && mount -t tmpfs none /mnt"
+    trial = "ip link add bridge type bridge && ip link add one type veth peer name other && mount -t tmpfs none /mnt && env --ignore-signal=CHLD true"
     done = subprocess.run(
         ["unshare", "--net", "--uts", "--pid", "--fork", "--mount-proc", "sh", "-c", trial], capture_output=True, text=True, check=False
     )
@@ -60,7 +60,8 @@ def missing() -> str:
 
 @dataclass(eq=False)
 class Host:
-    """One host. `init` is its first process, in the namespace `space`; `directory` holds what is its own of the disk: /tmp/ray, certificate, logs."""
+    """One host. `init` is its first process, in the namespace `space`, and `life` a descriptor of that; `directory` holds what is its own of the disk:
+    Ray's files, temporary ones, certificate, logs."""
 
     network: Network
     name: str
@@ -68,6 +69,7 @@ class Host:
     directory: Path
     holder: subprocess.Popen[bytes]
     init: int
+    life: int
     space: str
     environment: dict[str, str] = field(default_factory=dict)
     ray: subprocess.Popen[bytes] | None = None
@@ -84,14 +86,14 @@ class Host:
     # ---- its processes -----------------------------------------------------------------------------------------
     def processes(self, name: str = "") -> list[int]:
         """Numbers, as the machine counts, of its living processes whose name begins so, the first one apart."""
-        return [pid for pid in _members({self.space}) if pid != self.init and _comm(pid).startswith(name)]
+        return [pid for pid in _members(self.space) if pid != self.init and _comm(pid).startswith(name)]
 
     def kill(self, name: str) -> int:
         """kill -9 of the first process whose name begins so, once it is there. Returns its number."""
-        until(lambda: self.processes(name), f"{name} on {self.name}")
-        pid = self.processes(name)[0]
-        os.kill(pid, signal.SIGKILL)
-        return pid
+        found: list[int] = []
+        until(lambda: found.extend(self.processes(name)) or found, f"{name} on {self.name}")
+        os.kill(found[0], signal.SIGKILL)
+        return found[0]
 
     def start_ray(self, *arguments: str, again: bool = True) -> None:
         """`ray start` with these arguments; again: started anew where it ended. Returns at once."""
@@ -110,6 +112,10 @@ class Host:
             self.ray = subprocess.Popen([*_DIES_WITH_ME, *self.inside(*looped)], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     @property
+    def ray_ended(self) -> bool:
+        return self.ray is None or self.ray.poll() is not None
+
+    @property
     def times_up(self) -> int:
         """How often Ray came up here."""
         path = self.directory / "ray.log"
@@ -117,9 +123,9 @@ class Host:
 
     def stop_ray(self) -> None:
         """End all processes of the host but its first one, at once."""
-        deadline = time.monotonic() + END_SECONDS
+        deadline = time.monotonic() + WAIT_SECONDS
         while left := self.processes():
-            assert time.monotonic() < deadline, f"{[_comm(pid) for pid in left]} cannot be ended on {self.name}"
+            assert time.monotonic() < deadline, f"{[_told(pid) for pid in left]} cannot be ended on {self.name}"
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -134,11 +140,23 @@ class Host:
         self.end()
 
     def end(self) -> None:
-        """Its first process, and with it all others."""
+        """Its first process, which the kernel ends after all others. May be called twice."""
+        if self.life < 0:
+            return
         self.holder.kill()
         self.holder.wait()
+        assert select.select([self.life], [], [], WAIT_SECONDS)[0], (
+            f"{[_told(pid) for pid in _members(self.space)]} do not end with {self.name}"
+        )
+        os.close(self.life)
+        self.life = -1
         if self.ray is not None:
             self.ray.wait()
+
+    @property
+    def left(self) -> list[str]:
+        """Files of ours where temporary ones lie."""
+        return sorted(path.name for path in (self.directory / "tmp").glob("shoal*"))
 
     # ---- its link ------------------------------------------------------------------------------------------------
     @property
@@ -172,8 +190,6 @@ class Network:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "resolv.conf").write_text("")  # nobody outside is asked for a name
         (directory / "hosts").write_text("127.0.0.1 localhost\n")
-        self._made_ray = not _RAY.exists()
-        _RAY.mkdir(exist_ok=True)
         self._hub = subprocess.Popen([*_DIES_WITH_ME, "unshare", "--net", "sleep", "infinity"])
         own = _link(os.getpid(), "net")
         until(lambda: _link(self._hub.pid, "net") not in ("", own), "a network namespace")
@@ -187,15 +203,16 @@ class Network:
     def host(self, name: str) -> Host:
         """One more host, with a link, an address and a name that the others know."""
         address, place = f"10.77.0.{len(self.hosts) + 1}", self.directory / name
-        (place / "ray").mkdir(parents=True)
+        (place / "tmp").mkdir(parents=True)
         with (self.directory / "hosts").open("a") as known:
             known.write(f"{address} {name}\n")
         own = ["unshare", "--net", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         with (place / "init.log").open("wb") as log:
-            holder = subprocess.Popen([*_DIES_WITH_ME, *own, "sh", "-c", _INIT, "sh", name, place, self.directory], stderr=log)
-        until((place / "up").exists, f"host {name}: {(place / 'init.log').read_text()}")
+            holder = subprocess.Popen([*_DIES_WITH_ME, *own, "sh", "-c", _INIT, "sh", name, place, self.directory, _OWN], stderr=log)
+        until(lambda: (place / "up").exists() or holder.poll() is not None, f"host {name}")
+        assert holder.poll() is None, (place / "init.log").read_text()
         (init,) = _children(holder.pid)
-        made = Host(self, name, address, place, holder, init, _link(init, "pid"))
+        made = Host(self, name, address, place, holder, init, os.pidfd_open(init), _link(init, "pid"))
         self.hosts.append(made)
         port = f"to-{name}"
         self.run("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", str(init))
@@ -205,18 +222,11 @@ class Network:
         return made
 
     def close(self) -> None:
-        """Nothing is left: no process, and so no namespace and no link; nothing in /tmp/ray."""
+        """Nothing is left: no process, and so no namespace and no link."""
         for host in self.hosts:
             host.end()
         self._hub.kill()
         self._hub.wait()
-        spaces = {host.space for host in self.hosts}
-        until(lambda: not _members(spaces), "end of all processes of the hosts")
-        sessions = {path.name for host in self.hosts for path in (host.directory / "ray").iterdir() if path.name.startswith("session_2")}
-        assert not [name for name in sessions if (_RAY / name).exists()], "a host wrote into the machine's /tmp/ray"
-        if self._made_ray:
-            with contextlib.suppress(OSError):  # others use it by now
-                _RAY.rmdir()
 
 
 @contextlib.contextmanager
@@ -248,6 +258,8 @@ class RayHosts:
             "PYTHONPATH": os.pathsep.join(SOURCES),
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
+            "TMPDIR": f"{_OWN}/tmp",
+            "RAY_TMPDIR": _OWN,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": "",
             "RAY_AUTH_TOKEN_PATH": str(self._secrets / TOKEN),
@@ -265,7 +277,8 @@ class RayHosts:
         """Returns once it listens. A head is not started again by itself."""
         host.start_ray("--head", f"--port={PORT}", "--num-cpus=0", "--include-dashboard=false", again=False)
         self.head_address = host.address
-        until(lambda: _listens(host.init, PORT), f"head: {host.directory / 'ray.log'}", START_SECONDS)
+        until(lambda: _listens(host.init, PORT) or host.ray_ended, f"head: {host.directory / 'ray.log'}")
+        assert not host.ray_ended, (host.directory / "ray.log").read_text()[-2000:]
 
     def join(self, hosts: dict[Host, int]) -> None:
         """Each with so many CPUs. Returns once all are there."""
@@ -273,10 +286,10 @@ class RayHosts:
         for host, cpus in hosts.items():
             host.start_ray(f"--address={self.address}", f"--num-cpus={cpus}")
         for host in hosts:
-            until(lambda host=host: host.times_up > before[host.name], f"Ray on {host.name}: {host.directory / 'ray.log'}", START_SECONDS)
+            until(lambda host=host: host.times_up > before[host.name], f"Ray on {host.name}: {host.directory / 'ray.log'}")
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = END_SECONDS) -> None:
+def until(condition: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"no {what} within {seconds:g} s"
@@ -290,10 +303,10 @@ def _run(*command: str) -> str:
 
 
 # ---- what the kernel says of processes ----------------------------------------------------------------------------------
-def _members(spaces: Collection[str]) -> list[int]:
-    """Living processes of these namespaces."""
+def _members(space: str) -> list[int]:
+    """Living processes of a namespace."""
     every = (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
-    return [pid for pid in every if _link(pid, "pid") in spaces and _state(pid) not in "ZX"]
+    return [pid for pid in every if _link(pid, "pid") == space and _state(pid) not in "ZX"]
 
 
 def _link(pid: int, kind: str) -> str:
@@ -315,6 +328,10 @@ def _comm(pid: int) -> str:
         return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
     except OSError:
         return ""
+
+
+def _told(pid: int) -> str:
+    return f"{pid} {_comm(pid)} {_state(pid)}"
 
 
 def _children(pid: int) -> list[int]:

@@ -14,7 +14,7 @@ import pytest
 
 from rollout_fakes import RUN_ID, poisoned_ring, scripted_spec, write_rollout
 from shoal.algorithms import load_algorithm
-from shoal.config import ReplayConfig, RunConfig
+from shoal.config import ReplayConfig, RunConfig, against_divergence
 from shoal.errors import DivergedError, SchemaError
 from shoal.experience.envelope import Identity
 from shoal.experience.schema import rollout_schema
@@ -272,3 +272,48 @@ def test_ages_are_those_of_all_draws_of_an_update() -> None:
     metrics = world.update(4, 40)
     assert (metrics["replay/age_updates_max"], metrics["replay/age_steps_max"]) == (4.0, 4.0 * GROUPS * B * T + B * T)
     assert 1.0 < metrics["replay/age_updates_mean"] < 3.0
+
+
+@pytest.mark.parametrize("unit", ["updates", "steps"])
+def test_the_99th_percentile_of_ages_is_an_age_between_mean_and_maximum(unit: str) -> None:
+    world = World(prioritised=False, capacity_steps=600)
+    for sequence in range(9):
+        world.update(sequence, 0)
+    metrics = world.update(9, 20)
+    mean, p99, largest = (metrics[f"replay/age_{unit}_{name}"] for name in ("mean", "p99", "max"))
+    assert mean < p99 <= largest
+    assert p99.is_integer()
+
+
+@pytest.mark.parametrize(
+    ("capacity", "holds"), [({"capacity_steps": 60}, 60), ({"capacity_steps": 64}, 60), ({"capacity_bytes": 3000}, None)]
+)
+def test_how_much_the_replay_can_hold_is_told_and_is_what_it_comes_to_hold(capacity: dict[str, int], holds: int | None) -> None:
+    world = World(**{"capacity_steps": 10_000, "learning_starts": 0, **capacity})
+    told, held = set[float](), list[float]()
+    for sequence in range(12):
+        metrics = world.update(sequence, 0)
+        told.add(metrics["replay/capacity_steps"])
+        held.append(metrics["replay/steps"])
+    (most,) = told
+    assert holds in (None, most)
+    assert 0.5 * most < held[-1] <= most  # last observations of episodes take rows too
+    assert most < 12 * GROUPS * B * T
+
+
+@pytest.mark.parametrize("found", ["in updates in a row", "in the weights"])
+def test_the_advice_against_divergence_is_what_an_algorithm_with_a_replay_takes(found: str) -> None:
+    world = World()
+    if found == "in the weights":
+        world.learner._policy.head.weight.data.fill_(np.nan)
+        with pytest.raises(DivergedError) as caught:
+            world.learner.publish()
+    else:
+        world.update(0, 0, reward=np.inf)
+        for _ in range(9):
+            world.learner.update(world.learner.consume([]), 1)
+        nothing = world.learner.consume([])
+        with pytest.raises(DivergedError) as caught:
+            world.learner.update(nothing, 1)
+    assert str(caught.value).endswith(against_divergence(world.learner._config, replayed=True))
+    assert "normalise" not in str(caught.value)

@@ -105,6 +105,7 @@ def test_all_hold_the_same_and_each_has_the_rollouts_of_its_groups(name: str, si
         assert (learner.version, learner.env_steps) == (5, 5 * GROUPS * B * T)
     assert all(found["num_env_steps"] == GROUPS * B * T for found in metrics)
     assert metrics[-1]["replay/steps"] == sum(learner.replay.num_steps for learner in world.learners)
+    assert metrics[-1]["replay/capacity_steps"] == sum(learner.replay.capacity_steps for learner in world.learners)
     evicted = sum(count for found in metrics for key, count in found.items() if key.startswith("evicted/"))
     assert evicted == sum(learner.replay.evicted_steps for learner in world.learners)
     assert metrics[-1]["optimizer_steps"] == 3.0

@@ -72,19 +72,37 @@ def test_a_line_says_everything_that_matters() -> None:
         assert part in text
 
 
+REPLAY = {
+    "steps": 9_000, "capacity_steps": 100_000, "inserted": 10_000, "sampled": 50_000, "surplus": 256.0,
+    "age_updates_mean": 12.25, "age_updates_p99": 30, "age_updates_max": 40,
+    "age_steps_mean": 800.4, "age_steps_p99": 1_900, "age_steps_max": 2_000,
+}  # fmt: skip
+
+
 def test_a_replay_is_shown_with_how_full_it_is_how_old_and_who_is_ahead() -> None:
-    facts = {"steps": 9_000.0, "inserted": 1e4, "sampled": 5e4, "surplus": 256.0, "age_updates_mean": 12.25, "age_steps_mean": 800.0}
-    shown = dataclasses.replace(a_snapshot(), trained=0, replayed=10_000, evicted=1_000, replay=facts)
-    assert replay_words(shown) == "9,000 steps   1,000 evicted   age 12.2 updates, 800 steps   learner 256 samples ahead"
-    behind = dataclasses.replace(shown, replay={"steps": 10.0, "surplus": -64.0})
-    assert replay_words(behind) == "10 steps   1,000 evicted   learner 64 samples behind"
-    out = io.StringIO()
-    Console(file=out, width=120).print(panel(shown, [1.0], 120))
-    assert "10,000 replayed" in out.getvalue()
-    assert "9,000 steps" in out.getvalue()
-    assert "trained" not in out.getvalue()
-    assert f"max {shown.lag_max} updates" in out.getvalue()  # there is no bound
+    shown = dataclasses.replace(a_snapshot(), trained=0, replayed=10_000, evicted=1_000, replay=REPLAY)
+    assert replay_words(shown) == "9,000 of 100,000 steps   1,000 evicted   5.00 samples for each   learner 256 samples ahead"
+    behind = dataclasses.replace(shown, replay={"steps": 10, "inserted": 10, "sampled": 0, "surplus": -64.0})
+    assert replay_words(behind) == "10 steps   1,000 evicted   0.00 samples for each   learner 64 samples behind"
+    lines = drawn(shown, 120)
+    for row, words in (
+        ("ledger", "10,000 replayed"),
+        ("replay", "9,000 of 100,000 steps"),
+        ("age", "mean 12.2   p99 30   max 40 updates   mean 800   p99 1,900   max 2,000 steps"),
+        ("lag", f"max {shown.lag_max} updates"),  # there is no bound
+    ):
+        assert any(row in text.split()[:2] and words in text for text in lines), (row, lines)
+    assert "trained" not in "\n".join(lines)
+    assert not any("age" in text.split()[:2] for text in drawn(behind, 120)), "nothing was sampled"
     assert f"max {shown.lag_max} of 4 updates" in "\n".join(drawn(a_snapshot(), 120))
+
+
+def test_a_line_says_how_full_the_replay_is_and_how_old_what_is_sampled() -> None:
+    shown = dataclasses.replace(a_snapshot(), max_policy_lag=0, replay=REPLAY)
+    assert "| replay 9,000 of 100,000 steps, 5.00 samples for each, age 12.2 updates and 800 steps |" in line(shown)
+    young = dataclasses.replace(shown, replay={"steps": 10, "capacity_steps": 50, "inserted": 10, "sampled": 0, "surplus": 0.0})
+    assert "| replay 10 of 50 steps, 0.00 samples for each |" in line(young)
+    assert "replay" not in line(a_snapshot())
 
 
 def test_lines_come_every_few_seconds_and_the_last_one_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from shoal.config import RunConfig
+from shoal.engines.session import UpdateReport
 from shoal.monitoring import recorder as recording
 from shoal.monitoring.live import SilentView
 from shoal.monitoring.recorder import Recorder
@@ -71,4 +72,33 @@ def test_an_actor_without_groups_is_dead_where_it_is_wanted_and_else_it_was_let_
         watcher._activities = activities
         assert tuple(actor.state for actor in watcher._health()) == states
     assert (watcher._autoscale, watcher._scaled) == ("1:4", "x")
+    watcher.store.close()
+
+
+def test_the_time_that_is_left_is_reckoned_from_the_first_update_that_learned(tmp_path) -> None:
+    watcher = Recorder(RunConfig(), tmp_path, SilentView(io.StringIO()))
+    limiter = SimpleNamespace(sampled=0)
+    plan = SimpleNamespace(mode="async")
+    watcher._session = Session(coordinator=SimpleNamespace(version=0, limiter=limiter, plan=plan, mean_return=0.0, ledger=None))  # type: ignore[assignment]
+    watcher._recorded = float("inf")  # no row of metrics
+
+    def update(number: int, env_steps: int, seconds: float) -> None:
+        watcher.updated(UpdateReport(number, env_steps, seconds, {}, [], []))
+
+    update(1, 500, 0.1)
+    update(2, 1000, 0.2)
+    assert watcher._since is None, "the replay was filled"
+    limiter.sampled = 256
+    update(3, 1032, 1.0)
+    update(4, 1064, 2.0)
+    assert watcher._since == (3, 1032, 1.0)
+    watcher.event("pause")
+    watcher.event("continue")
+    assert watcher._since is None
+    update(5, 1096, 60.0)
+    assert watcher._since == (5, 1096, 60.0)
+    watcher._coordinator.limiter = None  # what learns from no replay learns at once
+    watcher._since = None
+    update(6, 1128, 61.0)
+    assert watcher._since == (6, 1128, 61.0)
     watcher.store.close()

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from shoal.config import StopConfig
-from shoal.monitoring.snapshot import ActorHealth, Snapshot, eta_seconds, scalars
+from shoal.monitoring.snapshot import STEADY_SECONDS, ActorHealth, Pace, Snapshot, eta_seconds, scalars
 
 
 def a_snapshot(**changes: object) -> Snapshot:
@@ -54,7 +54,18 @@ def test_a_snapshot_is_json_with_null_for_what_is_not_finite() -> None:
     ],
 )
 def test_the_nearest_stop_condition_says_how_long_it_takes(stop: dict[str, float], expected: float | None) -> None:
-    assert eta_seconds(StopConfig.model_validate(stop), update=4, env_steps=400, seconds=2.0) == expected
+    begun = Pace(update=0, env_steps=0, seconds=0.0)
+    assert eta_seconds(StopConfig.model_validate(stop), Pace(update=4, env_steps=400, seconds=2.0), begun) == expected
+
+
+def test_the_time_that_is_left_goes_by_the_speed_since_the_run_went_as_it_goes() -> None:
+    stop = StopConfig(env_steps=3000)
+    filled = Pace(update=10, env_steps=1000, seconds=0.5)  # in no time, since nothing was learned
+    assert eta_seconds(stop, Pace(20, 1100, 10.5), filled) == 190.0
+    assert eta_seconds(stop, Pace(20, 1100, 10.5), None) is None
+    assert eta_seconds(stop, Pace(20, 1100, 0.5 + STEADY_SECONDS - 0.1), filled) is None, "too soon to tell"
+    assert eta_seconds(stop, filled._replace(seconds=60.0), filled) is None, "nothing was made since"
+    assert eta_seconds(StopConfig(env_steps=3000, seconds=60.0), Pace(1, 1000, 0.5), None) == 59.5, "what a clock says is known at once"
 
 
 def test_a_replay_has_tags_of_its_own() -> None:

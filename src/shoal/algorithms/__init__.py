@@ -41,6 +41,7 @@ from shoal.algorithms.off_policy import OffPolicyAlgorithm
 from shoal.config import BUILT_IN, AlgorithmConfig, OffPolicyConfig
 from shoal.errors import ConfigError
 from shoal.imports import load_object
+from shoal.keys import fault_lines
 from shoal.networks.acting import Acting
 from shoal.networks.policy import Policy
 from shoal.types import LeafSpec
@@ -117,8 +118,8 @@ def checked_settings(algorithm: type[AnyAlgorithm], config: AlgorithmConfig) -> 
     try:
         return algorithm.Config.model_validate(config.model_dump())
     except ValidationError as error:
-        details = "; ".join(f"algorithm.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"{details} (settings of {config.name})") from error
+        faults = "\n".join(fault_lines(error, algorithm.Config, "algorithm."))
+        raise ConfigError(f"{faults} (settings of {config.name})") from error
 
 
 def check_actions(config: AlgorithmConfig, action: LeafSpec) -> None:

@@ -86,6 +86,11 @@ def epsilon_of(config: QConfig, beginning: Beginning) -> float:
     return epsilon_annealed(config, beginning.env_steps)
 
 
+def epsilon_at_end(config: QConfig) -> float:
+    """What training ends with, and a trained policy draws with; of the ladder its last step, that of the greediest group."""
+    return epsilon_ladder(config, 1, 2) if config.epsilon == "ladder" else config.epsilon_final
+
+
 class DQN(OffPolicyAlgorithm[DQNConfig]):
     """The target network is part of the algorithm's state; the policy on the board is the online network."""
 
@@ -101,7 +106,7 @@ class DQN(OffPolicyAlgorithm[DQNConfig]):
     @classmethod
     def network(cls, config: DQNConfig) -> NetworkKind:
         names = ("duelling", "distribution", "atoms", "value_min", "value_max")
-        return NetworkKind("q", {name: getattr(config, name) for name in names})
+        return NetworkKind("q", {name: getattr(config, name) for name in names} | {"epsilon": epsilon_at_end(config)})
 
     @classmethod
     def epsilon(cls, config: DQNConfig, beginning: Beginning) -> float:

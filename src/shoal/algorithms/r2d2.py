@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shoal.algorithms.base import Optimizer, UpdateContext, schedule
-from shoal.algorithms.dqn import epsilon_of
+from shoal.algorithms.dqn import epsilon_at_end, epsilon_of
 from shoal.algorithms.off_policy import Beginning, Metrics, OffPolicyAlgorithm, SequenceRows, Target
 from shoal.config import R2D2Config
 from shoal.networks.acting import NetworkKind
@@ -97,7 +97,7 @@ class R2D2(OffPolicyAlgorithm[R2D2Config]):
 
     @classmethod
     def network(cls, config: R2D2Config) -> NetworkKind:
-        return NetworkKind("q", {"duelling": config.duelling})
+        return NetworkKind("q", {"duelling": config.duelling, "epsilon": epsilon_at_end(config)})
 
     @classmethod
     def epsilon(cls, config: R2D2Config, beginning: Beginning) -> float:

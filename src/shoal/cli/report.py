@@ -11,7 +11,7 @@ from typing import Any
 
 from shoal.cli.output import print_table, word
 from shoal.monitoring.live import clock
-from shoal.monitoring.words import counted, event_words
+from shoal.monitoring.words import age_words, counted, event_words, held_words, samples_per_insert
 
 _REASONS = {
     "return": "the mean return of the last 100 episodes reached --stop.return",
@@ -40,7 +40,7 @@ def print_training(result: Mapping[str, Any]) -> None:
     rows.append(("steps", _steps(result)))
     rows += _accounts(result.get("ledger"), result.get("lag"))
     if result.get("replay"):
-        rows.append(("replay", _replay(result["replay"])))
+        rows += _replay(result["replay"])
     if result.get("network"):
         rows.append(("network", _network(result["network"])))
     if result.get("restarts"):
@@ -64,13 +64,13 @@ def _accounts(ledger: Any, lag: Any) -> Iterator[tuple[str, str]]:
         yield "lag", f"mean {word(lag.get('mean'))}, p99 {word(lag.get('p99'))}, max {word(lag.get('max'))} updates"
 
 
-def _replay(facts: Mapping[str, float]) -> str:
-    """How much was sampled for what went in, and how old it was."""
-    per_insert = facts["sampled"] / facts["inserted"] if facts["inserted"] else 0.0
-    words = f"{word(int(facts['inserted']))} env steps in, {word(int(facts['sampled']))} sampled ({per_insert:.2f} for each)"
-    if "age_updates_mean" in facts:
-        words += f"; age in the last update: {facts['age_updates_mean']:,.1f} updates, {facts['age_steps_mean']:,.0f} env steps"
-    return words
+def _replay(facts: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """How full the replay is, how much was sampled for what went in, and how old that was."""
+    each = f"{word(int(facts['inserted']))} in, {word(int(facts['sampled']))} sampled ({samples_per_insert(facts):.2f} for each)"
+    yield "replay", f"{held_words(facts)} env steps held; {each}"
+    updates, steps = age_words(facts, "updates"), age_words(facts, "steps")
+    if updates:
+        yield "age", f"{updates} updates; {steps} env steps (of what the last update sampled)"
 
 
 def _balance(ledger: Mapping[str, Any]) -> str:
@@ -98,6 +98,8 @@ def print_show(shown: Mapping[str, Any]) -> None:
         rows += [("return", f"{word(results.get('mean_return'))} (mean of the last 100 training episodes)"), ("steps", _steps(results))]
     ledger = shown.get("ledger") or {}
     rows += _accounts(ledger.get("steps", ledger) or None, shown.get("lag"))
+    if shown.get("replay"):
+        rows += _replay(shown["replay"])
     checkpoint = shown.get("checkpoint")
     if checkpoint:
         rows.append(("checkpoint", f"update {word(checkpoint['update'])}, {_bytes(checkpoint['bytes'])}, {_short(checkpoint['path'])}"))
@@ -120,8 +122,8 @@ def print_show(shown: Mapping[str, Any]) -> None:
 def _print_groups(groups: Any) -> None:
     if isinstance(groups, Mapping) and groups:
         print("\nledger by environment group (env steps)")
-        replayed = ["replayed", "evicted"] if any(row.get("replayed") for row in groups.values()) else ["trained"]
-        columns = ["produced", *replayed, "in_flight", "dropped", "trained_share"]
+        fate, *more = ["replayed", "evicted"] if any(row.get("replayed") for row in groups.values()) else ["trained"]
+        columns = ["produced", fate, *more, "in_flight", "dropped", f"{fate}_share"]
         rows = [{"group": int(group), **{name: row.get(name) for name in columns}} for group, row in groups.items()]
         print_table(rows, ["group", *columns], indent=2)
         paced = {group: row["by_environment"] for group, row in groups.items() if row.get("by_environment")}

@@ -362,12 +362,12 @@ class Coordinator:
 
     @property
     def replay_facts(self) -> dict[str, float]:
-        """Of a run that learns from a replay: `steps` it holds, `inserted` and `sampled` so far, `surplus` (samples beyond what is due), and the
-        ages of what was sampled last, in updates and in env steps."""
+        """Of a run that learns from a replay: `steps` it holds of `capacity_steps`, `inserted` and `sampled` so far, `surplus` (samples beyond what is
+        due), and the ages of what was sampled last, in updates and in env steps. Counts are whole numbers, means and the surplus are not."""
         if self.limiter is None:
             return {}
-        counts = {"inserted": self.limiter.inserted, "sampled": self.limiter.sampled, "surplus": self.limiter.surplus}
-        return {**{name: float(count) for name, count in counts.items()}, **self.sampled}
+        told = {name: value if name.endswith("_mean") else int(value) for name, value in self.sampled.items()}
+        return {"inserted": self.limiter.inserted, "sampled": self.limiter.sampled, "surplus": self.limiter.surplus, **told}
 
     @property
     def mean_return(self) -> float:

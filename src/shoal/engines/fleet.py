@@ -21,6 +21,7 @@ from shoal.engines.messages import Word, place_of, to_json
 from shoal.engines.plan import Plan
 from shoal.engines.question import Question, stack_of
 from shoal.engines.snippets import with_snippet
+from shoal.engines.traffic import Delivery
 from shoal.errors import EnvironmentFault, ProcessError, ShoalError
 from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema
@@ -281,6 +282,10 @@ class Fleet:
     def network(self) -> dict[str, Any]:
         """What crossed a network (engines/traffic.py): nothing on a single machine."""
         return {}
+
+    def delivery_of(self, process: Process) -> Delivery | None:
+        """What a role is told, where that has been on its way for long: nothing on a single machine."""
+        return None
 
     def renew(self) -> bool:
         """Whether actors came or went since the last call, or places for them; on a single machine only `scale` does that."""

@@ -105,7 +105,7 @@ class Question:
         self._log = self._log_directory / f"{name}-0.log"
         self._log_begin = self._log.stat().st_size if self._log.exists() else 0
         ours, theirs = Channel.pair()
-        self._zygote.fork(target, name, 0, 0, theirs)
+        self._zygote.fork(target, name, 0, 0, theirs, log_path=self._log)
         self._since = time.monotonic()
         sources: list[HasFileno] = [ours, self._zygote]
         try:

@@ -39,7 +39,7 @@ from shoal.engines.ray_joining import Newcomers, report_of
 from shoal.engines.ray_link import NodeLink
 from shoal.engines.ray_node import ACTIVITY
 from shoal.engines.ray_words import Frame, Kind
-from shoal.engines.traffic import summary
+from shoal.engines.traffic import Delivery, summary
 from shoal.errors import ConfigError, ProcessError, SchemaError
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring
@@ -521,11 +521,15 @@ class RayFleet(Fleet):
         now, records = time.monotonic(), super().activities()
         for at, process in enumerate(self.processes):
             if process.name == "actor":
-                if self._homes[process.index].delivering_seconds > SLOW_SECONDS:
+                if self.delivery_of(process) is not None:
                     process.told_at = now
                 unseen_seconds = now - self._seen_at.get(process.index, now)
                 records[at] = replace(records[at], age_seconds=max(0.0, records[at].age_seconds - unseen_seconds))
         return records
+
+    def delivery_of(self, process: Process) -> Delivery | None:
+        delivery = self._homes[process.index].delivery if process.name == "actor" else None
+        return delivery if delivery is not None and delivery.seconds > SLOW_SECONDS else None
 
     def state_of(self, process: Process) -> str | None:
         return super().state_of(process) if process.name != "actor" else self._states.get(process.index)

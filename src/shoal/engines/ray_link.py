@@ -4,6 +4,8 @@ consumes    frames of the supervisor (`post`), and what the node answers
 waits for   the node's answers, as long as its handle lets it
 unblocked   by an answer, or by the handle's error: the node is dead, or has been silent for too long
 on failure  `lost` says why, once; nothing of this node is heard any more
+
+A large message goes in parts that take a few seconds each, one after the other: what has not arrived after ten seconds, Ray sends all over again.
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ from typing import Protocol
 from shoal.engines.messages import Kind as Told
 from shoal.engines.messages import Word
 from shoal.engines.ray_words import Frame, Kind, decode, encode
-from shoal.engines.traffic import Counted, Traffic
+from shoal.engines.traffic import Counted, Delivery, Traffic
 from shoal.errors import ProcessError
 
 MESSAGE_BYTES = 4 << 20  # of orders in one message, but for a single frame that is larger
+FIRST_PART_BYTES = 1 << 20
+LEAST_PART_BYTES, MOST_PART_BYTES = 1 << 18, 1 << 26
+PART_SECONDS = (1.0, 4.0)  # a part that takes less may be larger, one that takes more is to be smaller
 
 Weights = Callable[[int], tuple[int, bytes]]  # a version -> that version or a newer one, and its bytes
 
@@ -55,7 +60,8 @@ class NodeLink:
     def __init__(self, name: str, node: NodeHandle, weights: Weights) -> None:
         self.name, self.node, self.lost = name, node, ""
         self.said, self.heard, self.env_steps = Counted(), Counted(), 0
-        self._saying_since = 0.0
+        self._under_way: tuple[float, int, int] | None = None  # since when, bytes that are there, bytes in all
+        self._part_bytes = FIRST_PART_BYTES
         self._weights = weights
         self._sent_version = -1
         self._posted: list[Frame] = []
@@ -76,10 +82,10 @@ class NodeLink:
         return self._ready
 
     @property
-    def delivering_seconds(self) -> float:
-        """How long the message that is on its way to the node has been so; 0 where none is."""
-        since = self._saying_since
-        return time.monotonic() - since if since else 0.0
+    def delivery(self) -> Delivery | None:
+        """The message that is on its way to the node."""
+        under_way = self._under_way
+        return None if under_way is None else Delivery(time.monotonic() - under_way[0], *under_way[1:])
 
     def post(self, frame: Frame) -> None:
         """Have the node told, in order, from the next `flush` on: what is posted at one moment goes there as one message."""
@@ -134,11 +140,22 @@ class NodeLink:
                 if self._closing:
                     return
                 frames = self._next()
-            message = encode(self._with_weights(frames))
-            self._saying_since = time.monotonic()
-            self.node.say(message)
-            self._saying_since = 0.0
-            self.said = self.said.plus(message)
+            self._deliver(encode(self._with_weights(frames)))
+
+    def _deliver(self, message: bytes) -> None:
+        since, there = time.monotonic(), 0
+        while there < len(message) and not self._closing:
+            self._under_way = since, there, len(message)
+            size, begun = self._part_bytes, time.monotonic()
+            part = message[there : there + size]
+            there += len(part)
+            if len(part) < len(message):
+                part = encode([Frame(Kind.PART, head=b"more" if there < len(message) else b"", body=part)])
+            self.node.say(part)
+            self.said = self.said.plus(part)
+            if len(part) >= size:
+                self._part_bytes = next_part_bytes(size, time.monotonic() - begun)
+        self._under_way = None
 
     def _next(self) -> list[Frame]:
         frames = [self._out.popleft()]
@@ -166,6 +183,14 @@ class NodeLink:
             if frames := list(decode(message)):
                 self._in.extend(frames)
                 os.eventfd_write(self._ready, 1)
+
+
+def next_part_bytes(part_bytes: int, seconds: float) -> int:
+    """How large a part is to be, where one of this size took so long."""
+    least, most = PART_SECONDS
+    if seconds < least:
+        return min(2 * part_bytes, MOST_PART_BYTES)
+    return max(part_bytes // 2, LEAST_PART_BYTES) if seconds > most else part_bytes
 
 
 def _named_version(frame: Frame) -> int:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import struct
 import tempfile
@@ -24,7 +23,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -65,6 +64,7 @@ class _Hosted(Process):
     """An actor here, as the driver sees it: what it is making, and how much of its log was told."""
 
     leases: dict[int, Identity] = field(default_factory=dict)
+    log: IO[bytes] | None = None
     log_at: int = 0
 
 
@@ -88,9 +88,10 @@ class Node:
         self._board.reset()
         self._num_weights: int = facts["weights"]
         self._activities = ActivityBoard.create(facts["num_roles"])
-        self._directory = Path(tempfile.mkdtemp(prefix="shoal-node-"))
+        self._log = _new_log()
         self._actors: dict[int, _Hosted] = {}
         self._orders: deque[Frame] = deque()
+        self._parts: list[bytes] = []
         self._reports: deque[Frame] = deque()
         self._something = threading.Condition()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -104,8 +105,15 @@ class Node:
 
     # ---- called by the driver ------------------------------------------------------------------------------------
     def say(self, message: bytes) -> None:
-        """Orders, in one message; returns once they are taken, not once they are done."""
-        self._orders.extend(decode(message))
+        """Orders, in one message or a part of one; returns once they are taken, not once they are done."""
+        frames = list(decode(message))
+        if frames and frames[0].kind is Kind.PART:
+            self._parts.append(frames[0].body)
+            if frames[0].head:
+                return
+            frames = list(decode(b"".join(self._parts)))
+            self._parts.clear()
+        self._orders.extend(frames)
         os.eventfd_write(self._wake, 1)
 
     def hear(self) -> bytes:
@@ -161,14 +169,17 @@ class Node:
             self._zygote.close()
             for actor in self._actors.values():
                 actor.ended()
+                if actor.log is not None:
+                    actor.log.close()
+            self._log.close()
             self._memory.close()
             self._activities.close()
-            shutil.rmtree(self._directory, ignore_errors=True)
 
     def _try_imports(self) -> None:
         """Before any actor: whether the run's own code can be imported here."""
         env = self._config["env"]
-        _, error = try_imports(self._zygote, env["id"], env["step_timeout_seconds"], self._directory, READY_SECONDS)
+        with tempfile.TemporaryDirectory(prefix="shoal-node-") as place:
+            _, error = try_imports(self._zygote, env["id"], env["step_timeout_seconds"], Path(place), READY_SECONDS)
         if self._zygote.fileno() < 0:  # lost on the way
             self._zygote = self._start_zygote()
         with self._something:
@@ -176,7 +187,7 @@ class Node:
             self._something.notify_all()
 
     def _start_zygote(self) -> Zygote:
-        return Zygote.start({"config": self._config}, self._pickled, PRELOAD, log_path=self._directory / "zygote.log")
+        return Zygote.start({"config": self._config}, self._pickled, PRELOAD, log_path=_path_of(self._log))
 
     def _serve(self) -> None:
         for actor in self._actors.values():
@@ -235,12 +246,15 @@ class Node:
         before = self._actors.get(order.index)
         if before is not None and before.up:
             return  # its death is told first; the driver orders no start before it heard of that
-        actor = _Hosted("actor", order.index, order.incarnation, log_at=before.log_at if before is not None else 0)
+        actor = _Hosted("actor", order.index, order.incarnation)
+        if before is not None:
+            actor.log, actor.log_at = before.log, before.log_at
         self._actors[order.index] = actor
         try:
+            actor.log = actor.log or _new_log()
             actor.channel, theirs = Channel.pair()
             fds = (self._memory.fd, self._activities.fd)
-            self._zygote.fork("shoal.engines.mains:actor_main", "actor", order.index, order.incarnation, theirs, fds)
+            self._zygote.fork("shoal.engines.mains:actor_main", "actor", order.index, order.incarnation, theirs, fds, _path_of(actor.log))
         except OSError as error:
             self._report(_exited(actor, None, f"could not be started: {error.strerror or error}"))
             actor.ended()
@@ -319,11 +333,7 @@ class Node:
             self._report(Frame(Kind.ACTIVITIES, head=struct.pack("<q", time.monotonic_ns()), body=b"".join(parts)))
 
     def _tell_log(self, actor: _Hosted) -> None:
-        path = self._directory / f"actor-{actor.index}.log"
-        if path.exists() and path.stat().st_size > actor.log_at:
-            with path.open("rb") as file:
-                file.seek(actor.log_at)
-                written = file.read(LOG_BYTES)
+        if actor.log is not None and (written := os.pread(actor.log.fileno(), LOG_BYTES, actor.log_at)):
             actor.log_at += len(written)
             self._report(Frame(Kind.LOG, actor.index, actor.incarnation, body=written))
 
@@ -356,6 +366,16 @@ class _Fd:
 
     def fileno(self) -> int:
         return self.fd
+
+
+def _new_log() -> IO[bytes]:
+    """A file without a name: whatever ends this process, nothing of it is left."""
+    return tempfile.TemporaryFile()
+
+
+def _path_of(file: IO[bytes]) -> Path:
+    """By which another process opens a file of this one."""
+    return Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
 def _exited(actor: Process, status: int | None, error: str) -> Frame:

@@ -23,6 +23,7 @@ class Kind(IntEnum):
     KILL = 3
     WEIGHTS = 4  # head: version, int64; body: float32 weights. Words behind it may name that version
     DUMP = 5  # have a process write its stacks into its log
+    PART = 6  # body: a piece of a message that goes in several; head: empty with the last
     # from a node
     HAPPENED = 17  # head: JSON, what the zygote told of a process, or of itself
     PARTIAL = 18  # head: slot, uint32; body: the rollout as far as it was when its actor died

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from shoal.config import RunConfig
+from shoal.config import RunConfig, against_divergence
 from shoal.engines.coordinator import Coordinator
 from shoal.engines.elsewhere import Elsewhere
 from shoal.engines.plan import Episode
@@ -113,7 +113,7 @@ class Session:
         if reason is not None and not self.may_save:
             raise DivergedError(
                 f"diverged: the run met its stop condition ({reason}), and in its last update no loss or gradient was finite; "
-                "lower algorithm.learning_rate, or set policy.normalise_rewards"
+                f"{against_divergence(self.config, replayed=c.limiter is not None)}"
             )
         return reason or self.wanted_end
 

@@ -13,6 +13,7 @@ from shoal.engines.plan import Plan
 from shoal.errors import ConfigError
 from shoal.experience.limiter import Rate
 from shoal.experience.replay import Replay
+from shoal.experience.replay_layout import Layout, check_learning_starts
 from shoal.experience.schema import Schema, numpy_dtype
 from shoal.machine import available_bytes, in_words
 
@@ -40,6 +41,11 @@ def rate_of(config: RunConfig, replay: ReplayConfig, batch_size: int) -> Rate:
     groups = sampling.groups or 1
     batch = (sampling.batch_rollouts or groups) * (sampling.group_size or 1) * sampling.rollout_length
     return Rate(samples_per_insert, batch_size, replay.learning_starts, replay.tolerance * samples_per_insert * batch)
+
+
+def check_replay(plan: Plan, schema: Schema, replay: ReplayConfig) -> None:
+    """Raise ConfigError where replay.capacity_bytes leaves room for less than learning waits for. `Replay` checks again once it has seen images."""
+    check_learning_starts(Layout.likely(schema, plan.num_groups, replay), replay)
 
 
 def check_memory(plan: Plan, schema: Schema, num_weights: int, actors: int, replay: ReplayConfig | None = None, learners: int = 1) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from shoal.engines.coordinator import Coordinator
 from shoal.engines.fleet import Fleet
+from shoal.engines.traffic import Delivery
 from shoal.engines.watch import Seen
 from shoal.errors import ProcessError
 from shoal.types import Activity
@@ -74,7 +75,8 @@ def look(fleet: Fleet, coordinator: Coordinator, *, saving: Container[int], paus
             order_seconds = max((each.record.age_seconds for each in seen if _asks(each)), default=None)
         who = (process.name, process.index, process.incarnation)
         served = process.name == "actor" and fleet.inference is not None
-        seen.append(Seen(*who, state, record, now - process.asked_at, order_seconds, saves, served))
+        delivery = fleet.delivery_of(process)
+        seen.append(Seen(*who, state, record, now - process.asked_at, order_seconds, saves, served, delivery))
     return Situation(seen, coordinator, [process.pid for process in fleet.processes], paused)
 
 
@@ -93,6 +95,17 @@ def is_starting(seen: Seen, pid: int) -> bool:
 
 def doing(seen: Seen, pid: int) -> tuple[str, float]:
     """What a process does, in words, and for how long."""
+    what, seconds = _doing(seen, pid)
+    return what + _on_its_way(seen.delivery), seconds
+
+
+def _on_its_way(delivery: Delivery | None) -> str:
+    if delivery is None:
+        return ""
+    return f" (what it is told is on its way: {delivery.there_bytes:,} of {delivery.size_bytes:,} bytes after {delivery.seconds:.0f} s)"
+
+
+def _doing(seen: Seen, pid: int) -> tuple[str, float]:
     if not pid:
         return "not there", seen.up_seconds
     if seen.state == "T":

@@ -22,6 +22,14 @@ class Counted(NamedTuple):
         return Counted(self.messages + 1, self.size_bytes + len(message))
 
 
+class Delivery(NamedTuple):
+    """A message that is on its way: for so long, and how much of it is there."""
+
+    seconds: float
+    there_bytes: int
+    size_bytes: int
+
+
 @dataclass(frozen=True)
 class Traffic:
     """Of one node. said: to it; heard: from it. env_steps: of the rollouts that came from it."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from shoal.engines.traffic import Delivery
 from shoal.types import CLOSING, Activity, ActivityRecord
 
 STOPPED_SECONDS = 0.4
@@ -34,7 +35,7 @@ class Seen:
     Attributes:
       state: the kernel's letter (supervision.processes.process_state). record: of its own incarnation, or an older one's while it starts.
       up_seconds: since its start was ordered. order_seconds: since its last order, None where it has none that is not answered.
-      saving: that order is a checkpoint. served: it has a server choose its actions.
+      saving: that order is a checkpoint. served: it has a server choose its actions. delivery: what it is told, where that has been on its way for long.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Seen:
     order_seconds: float | None = None
     saving: bool = False
     served: bool = False
+    delivery: Delivery | None = None
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ import torch
 
 from shoal.config import EnvConfig, PolicyConfig
 from shoal.environments.spaces import MASK, to_environment_action
-from shoal.errors import CheckpointError, ConfigError, RunError, SchemaError
+from shoal.errors import CheckpointError, ConfigError, RunError
+from shoal.evaluation.given import read_generator, read_observation, read_state
 from shoal.files import MANIFEST, CheckpointDirectory, arrays_from_bytes, load_checkpoint, to_json, write_arrays
 from shoal.networks.acting import ACTOR_CRITIC, Acting, NetworkKind
 from shoal.networks.policy import Network, build_acting, named_tensors, policy_size
-from shoal.types import Array, Arrays, EnvironmentSpec, LeafSpec
+from shoal.types import Array, Arrays, EnvironmentSpec
 
 FORMAT = 1
 NAME = "policy"
@@ -96,25 +97,30 @@ class LoadedPolicy:
 
         Args:
           observation: as the environment returns it (after its preprocessing), Dict and Tuple nested as there.
-          state: what the previous call of this episode returned; None at its beginning. Of a batch, the rows [i] of its arrays are to be zeroed
-            where an episode begins while others go on.
-          deterministic: the most probable action; else one is drawn.
+          state: what the previous call of this episode returned; None at its beginning, and always of a policy that remembers nothing. Of a batch, the
+            rows [i] of its arrays are to be zeroed where an episode begins while others go on.
+          deterministic: the best action as the policy knows it: the most probable one, or that of the highest value. Else one is drawn as in training:
+            from the policy's distribution; of TD3 with its noise; of DQN and R2D2 at random with the share that training ends with
+            (`algorithm.epsilon_final`; of a ladder `epsilon_base ^ (1 + epsilon_exponent)`), among what `action_mask` allows, and the best one otherwise.
           action_mask: True where allowed, for environments whose mask is in `info`; one that is in the observation is found there.
           rng: what actions are drawn from, or a seed; by default a generator of this object's own.
         Returns:
-          (action, state): the action as `env.step` takes it, with a leading dimension for a batch.
+          (action, state): the action as `env.step` takes it, with a leading dimension for a batch; the state for the next call, None where there is none.
         Raises:
-          SchemaError: an observation or a state that does not fit the policy's; names the leaf, what was expected and what came.
+          SchemaError: an observation, state, mask or rng that does not fit the policy's; names the part, what was expected and what came. An observation
+            with NaN, Inf or a choice that its space does not have is one.
         """
-        arrays, single = self._as_batch(observation, action_mask)
-        num = len(next(iter(arrays.values())))
-        before, noise = self._remembered(num, state), None
+        arrays, single = read_observation(self.spec, observation, action_mask)
+        num, spec = len(next(iter(arrays.values()))), self.network.noise
+        memory = self.initial_memory(num)
+        kept = read_state(state, memory, (num, spec.size) if spec.per == "rollout" else None)
+        generator, noise = read_generator(rng, self._rng), None
         if not deterministic:
-            noise, state = self._noise(num, state, np.random.default_rng(rng) if isinstance(rng, int) else rng or self._rng)
-        action_N, after = self.act(arrays, noise, before)
-        if after:
-            state = {**(state or {}), **after}
-        return (action_N[0] if single else action_N), state
+            noise = kept["noise"] if "noise" in kept else self.draw_noise(num, generator)
+            if spec.per == "rollout":  # gSDE keeps its matrix for an episode
+                kept["noise"] = noise
+        action_N, after = self.act(arrays, noise, {name: kept.get(name, beginning) for name, beginning in memory.items()})
+        return (action_N[0] if single else action_N), {**kept, **after} or None
 
     def act(self, arrays: Arrays, noise: Array | None, memory: Arrays) -> tuple[Array, Arrays]:
         """Actions [N, ...] for the environment, and the policy's recurrent state after them.
@@ -138,66 +144,9 @@ class LoadedPolicy:
         """The recurrent state at an episode's beginning, [num, ...] by name; empty where the policy has none."""
         return {name: value.numpy() for name, value in self.network.initial_state(num).items()}
 
-    def _remembered(self, num: int, state: Arrays | None) -> Arrays:
-        memory = self.initial_memory(num)
-        if not state:
-            return memory
-        for name, beginning in memory.items():
-            if name not in state or np.shape(state[name]) != beginning.shape:
-                came = "none" if name not in state else list(np.shape(state[name]))
-                raise SchemaError(f"state: expected {name} {list(beginning.shape)} (what the last call returned, or None), got {came}")
-        return {name: np.ascontiguousarray(state[name], np.float32) for name in memory}
-
     def draw_noise(self, num: int, rng: np.random.Generator) -> Array:
         """Exploration noise for one step (or, with gSDE, for one episode) of `num` environments: float32 [num, size]."""
-        return self.network.noise.draw((num,), rng)
-
-    def _noise(self, num: int, state: Arrays | None, rng: np.random.Generator) -> tuple[Array, Arrays | None]:
-        if self.network.noise.per == "step":
-            return self.draw_noise(num, rng), state
-        if not state or "noise" not in state:  # gSDE keeps its matrix for an episode
-            state = {**(state or {}), "noise": self.draw_noise(num, rng)}
-        return state["noise"], state
-
-    def _as_batch(self, observation: Any, action_mask: Any) -> tuple[Arrays, bool]:
-        """Field arrays [N, *shape], and whether it was a single observation."""
-        leaves = self.spec.observation
-        values = {leaf.name("observation"): _pick(observation, leaf) for leaf in leaves}
-        if self.spec.action_mask == "observation" and action_mask is None:
-            action_mask = _pick(observation, LeafSpec((MASK,), "multi_binary", "int8", (self.spec.mask_size,)))
-        single = all(values[leaf.name("observation")].ndim == len(leaf.shape) for leaf in leaves)
-        arrays = {leaf.name("observation"): _rows(values[leaf.name("observation")], leaf, single) for leaf in leaves}
-        if action_mask is not None and self.spec.mask_size:
-            parts = action_mask if isinstance(action_mask, tuple) else (action_mask,)
-            arrays[MASK] = np.concatenate(parts, -1).reshape(-1, self.spec.mask_size) != 0
-        if len({len(array) for array in arrays.values()}) > 1:
-            raise SchemaError(f"the parts of a batch differ in length: { {name: len(array) for name, array in arrays.items()} }")
-        return arrays, single
-
-
-def _pick(observation: Any, leaf: LeafSpec) -> Array:
-    """A leaf of a nested observation."""
-    value = observation
-    for key in leaf.path:
-        try:
-            value = value[key]
-        except (KeyError, IndexError, TypeError):
-            raise SchemaError(
-                f"{leaf.name('observation')}: expected a part {key!r} in the observation, got {type(value).__name__}"
-            ) from None
-    return np.asarray(value)
-
-
-def _rows(value: Array, leaf: LeafSpec, single: bool) -> Array:
-    """[N, *shape] in the leaf's dtype, of one observation or of a batch."""
-    shape = value.shape if single else value.shape[1:]
-    if shape != leaf.shape or value.ndim != len(leaf.shape) + (not single):
-        expected = f"shape {list(leaf.shape)}, or [N, ...] of it in every part for a batch"
-        raise SchemaError(f"{leaf.name('observation')}: expected {expected}; got {list(value.shape)}")
-    stored = np.ascontiguousarray(value, leaf.dtype) if value.dtype.kind in "biuf" else value
-    if value.dtype.kind not in "biuf" or (stored.dtype.kind != "f" and (stored != value).any()):
-        raise SchemaError(f"{leaf.name('observation')}: expected {leaf.dtype}; got {value.dtype} with values that do not fit into it")
-    return stored.reshape(-1, *leaf.shape)
+        return self.network.noise.draw((num,), rng, self.network.epsilon)
 
 
 def load_policy(path: str | Path, *, network: Network | None = None, environment: Callable[..., Any] | None = None) -> LoadedPolicy:

@@ -189,14 +189,15 @@ class Ledger:
         return self._summed([(a.produced_rollouts, a.rollouts) for a in self._accounts.values()], len(self._in_flight))
 
     def by_group(self) -> dict[int, dict[str, Any]]:
-        """Environment steps per group, with the share of what the group produced that was trained. Where its environments act each on its
+        """Environment steps per group, with the shares of what it produced that were trained, and replayed. Where its environments act each on its
         own, also `by_environment`: {trained, late: [B]}."""
         out = {}
         for group, account in sorted(self._accounts.items()):
             waiting = sum(s for i, s in self._in_flight.items() if i.group == group)
             row = self._summed([(account.produced_steps, _steps_by_fate(account))], waiting, account.evicted_steps)
-            consumed = row["trained"] + row.get("replayed", 0)
-            row["trained_share"] = consumed / row["produced"] if row["produced"] else 0.0
+            for fate in sorted(CONSUMED):
+                if fate.label in row:
+                    row[f"{fate.label}_share"] = row[fate.label] / row["produced"] if row["produced"] else 0.0
             if account.shares is not None:
                 row["by_environment"] = _listed(account.shares)
             out[group] = row

@@ -25,7 +25,7 @@ from shoal.experience.nstep import n_step
 from shoal.experience.placing import BEGINS, STOP, TERMINATED, VALID, place
 from shoal.experience.priorities import Priorities
 from shoal.experience.replay_files import ReplayFiles
-from shoal.experience.replay_layout import Layout
+from shoal.experience.replay_layout import Layout, check_learning_starts
 from shoal.experience.replay_memory import OWN, KeptMemory, Memory
 from shoal.experience.replay_rows import Rows
 from shoal.experience.replay_store import Store
@@ -88,7 +88,7 @@ class Replay:
         self._schema, self._num_groups, self._config, self._gamma = schema, num_groups, config, gamma
         self._dealt, self._memory = dealt, memory
         self._n_step = config.n_step or 1
-        Layout.likely(schema, num_groups, config)
+        self._likely_steps = Layout.likely(schema, num_groups, config).capacity_steps
         num_columns = num_groups * schema.num_envs
         self._newest_C = np.zeros(num_columns, np.int64)  # number of the row that holds the newest observation
         self._next_sequence_G = np.full(num_groups, -1, np.int64)
@@ -107,14 +107,20 @@ class Replay:
         return self.inserted_steps - self.evicted_steps
 
     @property
+    def capacity_steps(self) -> int:
+        """Steps within reach when it is full; until the first rollout as `size_bytes` counts them."""
+        return self._store.layout.capacity_steps if self._ready else self._likely_steps
+
+    @property
     def can_sample(self) -> bool:
         """Whether there is anything to draw: a step, or a whole sequence."""
         return self._ready and self._priorities.tree.total > 0.0
 
     def _allocate(self, layout: Layout) -> None:
-        """Raises ConfigError where it does not fit: what it takes was counted before by the shapes of images alone."""
+        """Raises ConfigError where it does not fit, or holds too little: both were counted before by the shapes of images alone."""
         if (free := available_bytes()) is not None and self._dealt * layout.size_bytes > free:
             raise ConfigError(self._too_large(layout, free))
+        check_learning_starts(layout, self._config, self._dealt)
         self._take(layout)
 
     def _take(self, layout: Layout) -> None:

@@ -106,12 +106,31 @@ class Layout:
         )
 
     @property
+    def capacity_steps(self) -> int:
+        """Env steps that can be sampled when it is full."""
+        return self.num_columns * self.reach
+
+    @property
     def size_bytes(self) -> int:
         """Rows, starts of sequences, and the sum tree."""
         if self.num_starts:
             starts = self.num_starts * (row_bytes(self.start_fields) + _LEAF_BYTES)
             return int(self.num_columns * (self.num_rows * row_bytes(self.fields) + starts))
         return int(self.num_columns * self.num_rows * (row_bytes(self.fields) + _LEAF_BYTES))
+
+
+def check_learning_starts(layout: Layout, config: ReplayConfig, dealt: int = 1) -> None:
+    """Raise ConfigError where `dealt` replays of this layout hold so few steps, for the bytes that they may take, that learning would never start.
+
+    config: of one of them, but for `learning_starts`.
+    """
+    wanted = min(config.learning_starts, dealt * (config.capacity_steps // layout.num_columns * layout.num_columns))
+    holds = dealt * layout.capacity_steps
+    if config.capacity_bytes is not None and holds < wanted:
+        raise ConfigError(
+            f"replay.learning_starts: the replay holds {holds:,} env steps in {dealt * config.capacity_bytes:,} bytes (replay.capacity_bytes) and "
+            f"would never hold the {config.learning_starts:,} after which learning starts; lower it, or raise the other"
+        )
 
 
 def _least_steps(rollout_length: int, config: ReplayConfig) -> int:

@@ -15,14 +15,14 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 
 from shoal.algorithms.base import UpdateContext
 from shoal.algorithms.ranks import ALONE, Ranks
-from shoal.config import RunConfig
+from shoal.config import RunConfig, against_divergence
 from shoal.errors import DivergedError, LearnersError
 from shoal.experience.batch import Batch
 from shoal.experience.envelope import Fate, Identity
@@ -38,7 +38,6 @@ from shoal.weights.board import WeightLayout
 
 _DIVERGED_UPDATES = 10  # updates in a row without one finite optimizer step, those that made none at all left out
 CHECK_EVERY = 10  # updates between two comparisons of what several learners hold
-_ADVICE = "lower --algorithm.learning-rate, or normalise observations and rewards"
 
 
 class WeightPublisher(Protocol):
@@ -71,7 +70,12 @@ class Consumed:
 
 
 class Learner:
-    """Owns the policy being trained, its optimizer (inside the algorithm), and the running statistics."""
+    """Owns the policy being trained, its optimizer (inside the algorithm), and the running statistics.
+
+    replayed: whether it learns from a replay.
+    """
+
+    replayed: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -188,13 +192,17 @@ class Learner:
         rng = stream(self._config.seed, Purpose.MINIBATCH, index=self.version, epoch=self._epoch)
         return UpdateContext(update=self.version, progress=progress, rng=rng)
 
+    @property
+    def _advice(self) -> str:
+        return against_divergence(self._config, replayed=self.replayed)
+
     def _refuse_divergence(self, metrics: dict[str, float]) -> None:
         steps, skipped = metrics.get("optimizer_steps", 0.0), metrics.get("skipped_steps", 0.0)  # finite ones, and the others
         if steps or skipped:  # an update without any says nothing of the numbers: a replay's learner makes such between two others
             self._barren = 0 if steps else self._barren + 1
         if self._barren >= _DIVERGED_UPDATES:
             raise DivergedError(
-                f"diverged: loss or gradient was not finite in {self._barren} updates in a row (update {self.version}); {_ADVICE}"
+                f"diverged: loss or gradient was not finite in {self._barren} updates in a row (update {self.version}); {self._advice}"
             )
 
     # ---- weights -------------------------------------------------------------------------------------------------
@@ -214,7 +222,7 @@ class Learner:
                     torch.from_numpy(views[name]).copy_(tensor)
         if not math.isfinite(np.dot(flat, flat)) and not np.isfinite(flat).all():  # the first is quick, and infinite also for what is large
             bad = [name for name, view in views.items() if not np.isfinite(view).all()]
-            raise DivergedError(f"diverged: {', '.join(bad)} of version {self.version} are not finite; {_ADVICE}")
+            raise DivergedError(f"diverged: {', '.join(bad)} of version {self.version} are not finite; {self._advice}")
         self._board.commit(self.version)
 
     @property

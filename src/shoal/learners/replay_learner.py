@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -75,6 +75,8 @@ class ReplayLearner(Learner):
     replay: filled by `consume`, sampled by `update`; of several learners, this one's.
     """
 
+    replayed: ClassVar[bool] = True
+
     def __init__(
         self,
         config: RunConfig,
@@ -125,7 +127,7 @@ class ReplayLearner(Learner):
     def update(self, consumed: Consumed, optimizer_steps: int = 0) -> dict[str, float]:
         """One update: `optimizer_steps` from the replay as it is now (none before learning starts). It makes the next version."""
         assert isinstance(consumed, Inserted)
-        num_steps, all_sample = self._look_around(consumed)
+        held, all_sample = self._look_around(consumed)
         metrics = self._learn(optimizer_steps if all_sample else 0)
         self._refuse_divergence(metrics)
         self.version += 1
@@ -133,7 +135,7 @@ class ReplayLearner(Learner):
         self.publish()
         counts = {f"lag/{lag}": float(count) for lag, count in consumed.lag.items()}
         counts |= {f"evicted/{group}": float(count) for group, count in consumed.evicted.items() if count}
-        return {**metrics, **counts, "num_env_steps": float(consumed.num_env_steps), "replay/steps": num_steps}
+        return {**metrics, **counts, **held, "num_env_steps": float(consumed.num_env_steps)}
 
     @property
     def held_sha256(self) -> str:
@@ -142,15 +144,17 @@ class ReplayLearner(Learner):
             held.update(vector.detach().cpu().numpy().tobytes())
         return held.hexdigest()
 
-    def _look_around(self, inserted: Inserted) -> tuple[float, bool]:
-        """Env steps in the replays of all learners, and whether all of them can sample; `inserted.evicted` becomes what all evicted."""
+    def _look_around(self, inserted: Inserted) -> tuple[dict[str, float], bool]:
+        """What the replays of all learners hold, and can hold, in env steps, and whether all of them can sample; `inserted.evicted` becomes what all
+        evicted."""
         replay = self.replay
+        held = {"replay/steps": float(replay.num_steps), "replay/capacity_steps": float(replay.capacity_steps)}
         if self._ranks.size == 1:
-            return float(replay.num_steps), replay.can_sample
+            return held, replay.can_sample
         evicted = [float(inserted.evicted[group]) for group in range(self._num_groups)]
-        said = said_by_all(self._ranks, [float(replay.num_steps), float(replay.can_sample), *evicted])
-        inserted.evicted = Counter(dict(enumerate(map(int, said[:, 2:].sum(0).tolist()))))
-        return float(said[:, 0].sum()), bool(said[:, 1].all())
+        said = said_by_all(self._ranks, [*held.values(), float(replay.can_sample), *evicted])
+        inserted.evicted = Counter(dict(enumerate(map(int, said[:, 3:].sum(0).tolist()))))
+        return dict(zip(held, said[:, :2].sum(0).tolist(), strict=True)), bool(said[:, 2].all())
 
     def _learn(self, optimizer_steps: int) -> dict[str, float]:
         algorithm: OffPolicyAlgorithm[Any] = self._algorithm
@@ -261,12 +265,12 @@ class ReplayLearner(Learner):
 
 def _ages(ages: Sequence[tuple[Array, Array]]) -> dict[str, float]:
     """How old what was sampled is, draw by draw: in updates since the policy that chose it, and in env steps since it went in."""
-    updates = np.concatenate([age_updates_M for age_updates_M, _ in ages])
-    steps = np.concatenate([age_steps_M for _, age_steps_M in ages])
-    return {
-        "replay/age_updates_mean": float(updates.mean()),
-        "replay/age_updates_p99": float(np.partition(updates, int(0.99 * (len(updates) - 1)))[int(0.99 * (len(updates) - 1))]),
-        "replay/age_updates_max": float(updates.max()),
-        "replay/age_steps_mean": float(steps.mean()),
-        "replay/age_steps_max": float(steps.max()),
-    }
+    found: dict[str, float] = {}
+    for unit, each in (("updates", [updates_M for updates_M, _ in ages]), ("steps", [steps_M for _, steps_M in ages])):
+        all_ages = np.concatenate(each)
+        place = int(0.99 * (len(all_ages) - 1))
+        p99 = np.partition(all_ages, place)[place]
+        found |= {
+            f"replay/age_{unit}_{name}": float(age) for name, age in (("mean", all_ages.mean()), ("p99", p99), ("max", all_ages.max()))
+        }
+    return found

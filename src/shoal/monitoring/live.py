@@ -11,11 +11,11 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal, Protocol, TextIO
 
 from shoal.monitoring.snapshot import ROLES, Snapshot
-from shoal.monitoring.words import counted
+from shoal.monitoring.words import age_words, counted, held_words, samples_per_insert
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -211,6 +211,8 @@ def line(snapshot: Snapshot) -> str:
     ]
     if snapshot.max_policy_lag:
         parts.append(f"lag {snapshot.lag_mean:.2f}")
+    if snapshot.replay:
+        parts.append(_replay_part(snapshot.replay))
     if shares := _shares(snapshot):
         parts.append(" ".join(f"{role} {share:.0%}" for role, share in shares.items()))
     if snapshot.phase != "done":
@@ -220,6 +222,14 @@ def line(snapshot: Snapshot) -> str:
     if snapshot.phase != "training":
         parts.append(snapshot.phase)
     return f"[{clock(snapshot.seconds)}] " + " | ".join(parts)
+
+
+def _replay_part(facts: Mapping[str, float]) -> str:
+    """The replay, and the age of what was sampled last, as far as a line has room."""
+    words = f"replay {held_words(facts)} steps, {samples_per_insert(facts):.2f} samples for each"
+    if "age_updates_mean" in facts:
+        words += f", age {facts['age_updates_mean']:,.1f} updates and {facts['age_steps_mean']:,.0f} steps"
+    return words
 
 
 def panel(snapshot: Snapshot, returns: list[float], width: int | None = None) -> RenderableType:
@@ -247,6 +257,8 @@ def panel(snapshot: Snapshot, returns: list[float], width: int | None = None) ->
     rows.add_row("ledger", f"{snapshot.produced:,} produced   {consumed}   {snapshot.in_flight:,} in flight{dropped}")
     if snapshot.replay:
         rows.add_row("replay", replay_words(snapshot))
+        if ages := [f"{words} {unit}" for unit in ("updates", "steps") if (words := age_words(snapshot.replay, unit, "   "))]:
+            rows.add_row("age", "   ".join(ages))
     rows.add_row("clock", _clock_words(snapshot))
     title = Text.assemble(
         (f"{snapshot.env} · {snapshot.algorithm} {snapshot.mode} · seed {snapshot.seed} · ", "bold"),
@@ -256,11 +268,9 @@ def panel(snapshot: Snapshot, returns: list[float], width: int | None = None) ->
 
 
 def replay_words(snapshot: Snapshot) -> str:
-    """How full the replay is, how old what is sampled from it, and who is ahead."""
+    """How full the replay is, how often what went in is sampled, and who is ahead."""
     facts = snapshot.replay
-    words = f"{facts.get('steps', 0):,.0f} steps   {snapshot.evicted:,} evicted"
-    if "age_updates_mean" in facts:
-        words += f"   age {facts['age_updates_mean']:,.1f} updates, {facts['age_steps_mean']:,.0f} steps"
+    words = f"{held_words(facts)} steps   {snapshot.evicted:,} evicted   {samples_per_insert(facts):.2f} samples for each"
     surplus = facts["surplus"]
     return words if abs(surplus) < 1 else words + f"   learner {abs(surplus):,.0f} samples {'ahead' if surplus > 0 else 'behind'}"
 

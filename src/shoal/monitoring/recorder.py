@@ -21,7 +21,7 @@ from shoal.config import RunConfig
 from shoal.errors import RunError
 from shoal.experience.envelope import CONSUMED, Fate, Identity
 from shoal.monitoring.live import View
-from shoal.monitoring.snapshot import ActorHealth, RoleTime, Snapshot, eta_seconds, scalars
+from shoal.monitoring.snapshot import ActorHealth, Pace, RoleTime, Snapshot, eta_seconds, scalars
 from shoal.monitoring.store import EpisodeRow, RunStore
 from shoal.monitoring.tensorboard import TensorBoardWriter
 from shoal.monitoring.words import event_words
@@ -69,6 +69,7 @@ class Recorder:
         self._session: Session | None = None
         self._recorded = self._ticked = 0.0
         self._rate: deque[tuple[float, int]] = deque()
+        self._since: Pace | None = None  # when it began to go as it goes now; None before it learns
         self._spent: deque[_Spent] = deque()
         self._shares: dict[str, float] = {}
         self._metrics: dict[str, float] = {}
@@ -103,6 +104,8 @@ class Recorder:
     # ---- what the engine calls -----------------------------------------------------------------------------------
     def updated(self, report: UpdateReport) -> bool:
         self._metrics = {k: v for k, v in report.metrics.items() if "/" not in k}
+        if self._since is None and self._learns:
+            self._since = Pace(report.update, report.env_steps, report.seconds)
         self._keep(lambda: self._record(report))
         now = time.monotonic()
         self._rate.append((now, report.env_steps))
@@ -122,6 +125,8 @@ class Recorder:
         update = int(details.get("update", self._coordinator.version if self._session is not None else 0))
         facts = {k: v for k, v in details.items() if k != "update"}
         self._keep(lambda: self.store.event(kind, update, **facts))
+        if kind in ("rolled_back", "continue"):
+            self._since = None
         if kind == "rolled_back":
             self._keep(lambda: self.store.rewind(update, self._coordinator.ledger.final))
         if kind == self._kept and self._coordinator.plan.mode == "sync":
@@ -163,6 +168,12 @@ class Recorder:
         if self._session is None:
             raise RunError("the recorder watches no session yet")
         return self._session.coordinator
+
+    @property
+    def _learns(self) -> bool:
+        """Whether updates make optimizer steps: while a replay is first filled they do not, and take next to no time."""
+        limiter = self._coordinator.limiter
+        return limiter is None or limiter.sampled > 0
 
     def _phase(self, session: Session) -> str:
         if session.wanted_end is not None:
@@ -212,7 +223,7 @@ class Recorder:
             restarts=session.restarts,
             network=session.network(),
             train=self._metrics,
-            eta_seconds=eta_seconds(config.stop, c.version, c.env_steps, session.seconds),
+            eta_seconds=eta_seconds(config.stop, Pace(c.version, c.env_steps, session.seconds), self._since),
             stop_return=config.stop.return_,
         )
 
@@ -293,6 +304,7 @@ class Recorder:
         ledger = self._coordinator.ledger
         self.store.set_meta("ledger", {"steps": ledger.balance(), "rollouts": ledger.balance_rollouts(), "groups": ledger.by_group()})
         self.store.set_meta("lag", {"mean": snapshot.lag_mean, "p99": snapshot.lag_p99, "max": snapshot.lag_max})
+        self.store.set_meta("replay", snapshot.replay)
         self.store.set_meta("network", snapshot.network)
         self._show(lambda: self._board.scalars(snapshot.env_steps, values))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from shoal.config import StopConfig
 
 ROLES = ("environment", "inference", "waiting", "learning")
+STEADY_SECONDS = 2.0  # that a speed is to be seen for before it is believed
 
 ActorState = Literal["starting", "running", "stalled", "dead", "stopped"]
 
@@ -50,7 +51,7 @@ class Snapshot:
       network: of a run on a cluster, see engines/traffic.py; empty for the others.
       autoscale: the bounds between which the number of actors follows the load, MIN:MAX; empty where it does not. scaled: why it last changed.
       train: the algorithm's metrics of the last update, names without prefix (`approx_kl`).
-      eta_seconds: until the nearest stop condition whose distance is known; None where none is.
+      eta_seconds: until the nearest stop condition whose distance is known, see `eta_seconds`; None where none is.
     """
 
     run: str
@@ -113,14 +114,28 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def eta_seconds(stop: StopConfig, update: int, env_steps: int, seconds: float) -> float | None:
-    """Seconds until the nearest of the stop conditions that can be reckoned, at the run's mean speed. A return cannot."""
-    ends: list[float] = []
-    if stop.seconds is not None:
-        ends.append(stop.seconds - seconds)
-    for done, wanted in ((env_steps, stop.env_steps), (update, stop.updates)):
-        if wanted is not None and done > 0:
-            ends.append((wanted - done) * seconds / done)
+class Pace(NamedTuple):
+    """How far a run was at a moment: updates, env steps, and seconds since its first env step."""
+
+    update: int
+    env_steps: int
+    seconds: float
+
+
+def eta_seconds(stop: StopConfig, now: Pace, since: Pace | None) -> float | None:
+    """Seconds until the nearest of the stop conditions that can be reckoned. A return cannot, nor can steps or updates before the speed is known.
+
+    since: from when on the run went as it goes on, which gives its speed once STEADY_SECONDS have passed; None where it does not yet.
+    """
+    ends = [] if stop.seconds is None else [stop.seconds - now.seconds]
+    passed = 0.0 if since is None else now.seconds - since.seconds
+    if since is not None and passed >= STEADY_SECONDS:
+        for wanted, done, made in (
+            (stop.env_steps, now.env_steps, now.env_steps - since.env_steps),
+            (stop.updates, now.update, now.update - since.update),
+        ):
+            if wanted is not None and made > 0:
+                ends.append((wanted - done) * passed / made)
     return max(0.0, min(ends)) if ends else None
 
 

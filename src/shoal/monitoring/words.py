@@ -1,4 +1,4 @@
-"""Events in words: what a person reads in the terminal, and in `shoal show`."""
+"""Events and figures in words: what a person reads in the terminal, and in `shoal show`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,24 @@ _Facts = Mapping[str, Any]
 def counted(count: int, what: str) -> str:
     """`1 restart`, `2 restarts`."""
     return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
+def held_words(replay: _Facts) -> str:
+    """How full a replay is, `9,000 of 100,000`, of the facts of `Coordinator.replay_facts`."""
+    capacity = f" of {replay['capacity_steps']:,.0f}" if "capacity_steps" in replay else ""
+    return f"{replay.get('steps', 0):,.0f}{capacity}"
+
+
+def samples_per_insert(replay: _Facts) -> float:
+    """How often what went in was sampled, on average."""
+    return float(replay["sampled"] / replay["inserted"]) if replay.get("inserted") else 0.0
+
+
+def age_words(replay: _Facts, unit: str, apart: str = ", ") -> str:
+    """How old what was sampled last is, in `updates` or `steps`: `mean 12.2, p99 30, max 40`; empty where nothing was sampled yet."""
+    places = 1 if unit == "updates" else 0
+    ages = {name: replay.get(f"age_{unit}_{name}") for name in ("mean", "p99", "max")}
+    return apart.join(f"{name} {age:,.{places if name == 'mean' else 0}f}" for name, age in ages.items() if age is not None)
 
 
 def event_words(kind: str, facts: _Facts) -> str:

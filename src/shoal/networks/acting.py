@@ -16,7 +16,7 @@ from shoal.types import FieldSpec
 
 @dataclass(frozen=True)
 class NetworkKind:
-    """Which policy an algorithm learns, and what else its shape hangs on (`options`: plain values, which a bundle keeps)."""
+    """Which policy an algorithm learns, and what else it is made with (`options`: plain values, which a bundle keeps)."""
 
     name: Literal["actor_critic", "q", "stochastic", "deterministic"] = "actor_critic"
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -29,10 +29,12 @@ class Acting(nn.Module):
     """Attributes:
     inputs: raw fields -> prepared tensors.
     noise: what one environment's acting needs, see NoiseSpec.
+    epsilon: share of random actions where a trained policy that `explores` is asked to draw; in training it is a matter of each rollout.
     """
 
     inputs: Inputs
     noise: NoiseSpec
+    epsilon: float = 0.0
 
     def fields(self) -> list[FieldSpec]:
         """What acting emits into a rollout besides observations."""

@@ -63,6 +63,7 @@ class QPolicy(OffPolicy):
     Args:
       duelling: Q = V + A - mean A (Wang et al. 2016, arXiv:1511.06581, eq. 9).
       distribution: what lies behind a value: itself, logits over fixed atoms from value_min to value_max, or quantiles.
+      epsilon: see Acting.
     """
 
     support: Tensor
@@ -79,8 +80,10 @@ class QPolicy(OffPolicy):
         atoms: int = 1,
         value_min: float = 0.0,
         value_max: float = 0.0,
+        epsilon: float = 0.0,
     ) -> None:
         super().__init__(spec, inputs, NoiseSpec("uniform", 2, explores=True))
+        self.epsilon = float(epsilon)
         self.num_actions = spec.action.nvec[0]
         self.atoms = atoms if distribution != "none" else 1
         self.duelling, self.distribution = duelling, distribution
