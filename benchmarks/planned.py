@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from statistics import median
 from typing import Any
 
@@ -65,9 +66,16 @@ def predicted(row: scaling.Row, costs: Mapping[str, Any], link: Mapping[str, flo
     return found
 
 
+@cache
+def table_costs(seconds: float) -> Figures:
+    """Measured once for all tables of a bench, so that they differ by what they are given alone."""
+    found: Figures = shoal(["bench", "costs", *TABLE, "--seconds", f"{seconds:g}", "--json"])
+    return found
+
+
 def table(learners: int, options: argparse.Namespace) -> Figures:
     """`shoal plan --table`, from costs that are measured for it."""
-    costs = shoal(["bench", "costs", *TABLE, "--seconds", f"{options.costs_seconds:g}", "--json"])
+    costs = table_costs(options.costs_seconds)
     with scratch(options.runs) as directory:
         file = directory / "costs.json"
         file.write_text(json.dumps(costs), encoding="utf-8")

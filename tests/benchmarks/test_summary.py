@@ -1,4 +1,4 @@
-"""The README's results are those of the benches."""
+"""The results in README, guide and docs/scaling.md are those of the benches."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import summary
 FIGURES = {"first_update": 2.0, "import_torch": 1.5, "more": 0.5, "help": 0.1}
 
 
-def test_the_readme_has_the_table_that_the_results_make():
-    text = summary.README.read_text(encoding="utf-8")
-    assert summary.written(text) == text, "python benchmarks/summary.py writes it anew"
+@pytest.mark.parametrize("page", summary.PAGES, ids=lambda page: page.name)
+def test_a_page_has_the_tables_that_the_results_make(page: Path):
+    text = page.read_text(encoding="utf-8")
+    assert summary.written(text, page) == text, "python benchmarks/summary.py writes it anew"
 
 
 def test_every_measured_row_and_seed_is_in_the_table():
