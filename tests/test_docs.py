@@ -17,7 +17,6 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "examples/README.md",
 ]
-MADE_LATER = {"benchmarks/results/scaling.md"}  # by `make bench-scaling`; once it is there, it is linked like all else
 
 
 def anchors(page: Path) -> set[str]:
@@ -32,14 +31,8 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             continue
         name, _, anchor = target.partition("#")
         file = (page.parent / name).resolve() if name else page
-        if str(file.relative_to(ROOT)) in MADE_LATER:
-            continue
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), target
-
-
-def test_what_is_made_later_is_not_there_yet() -> None:
-    assert [name for name in sorted(MADE_LATER) if (ROOT / name).exists()] == [], "take them out of MADE_LATER"
 
 
 def test_every_command_is_in_the_readme() -> None:

@@ -227,7 +227,7 @@ def test_every_node_has_the_token_and_a_certificate_of_its_own(planned: Planned,
     ]
     environment = dict(line.split("=", 1) for line in slurm_cluster.said("environment"))
     assert environment == {
-        "RAY_ADDRESS": "127.0.0.1:20007", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{secrets}/token", "RAY_USE_TLS": "1",
+        "RAY_ADDRESS": "127.0.0.1:20007", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{secrets}/token", "RAY_USE_TLS": "1", "RAY_worker_niceness": "0",
         "RAY_TLS_CA_CERT": f"{secrets}/ca.crt", "RAY_TLS_SERVER_CERT": f"{secrets}/driver/tls.crt", "RAY_TLS_SERVER_KEY": f"{secrets}/driver/tls.key",
     }  # fmt: skip
     modes = [line.split()[0] for line in slurm_cluster.said("modes") if line]
