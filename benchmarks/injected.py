@@ -54,7 +54,7 @@ def answer(run: Living) -> tuple[int, dict[str, Any], float]:
     """Exit code, JSON, and when it ended. Nothing of it may be left two seconds later."""
     out, _ = run.process.communicate(timeout=CAP_SECONDS)
     ended = time.time()
-    run.gone()
+    run.gone(2.0)
     try:
         return run.process.returncode, json.loads(out), ended
     except ValueError:

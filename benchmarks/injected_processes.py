@@ -192,7 +192,7 @@ def supervisor(found: Found, place: Path) -> None:
             begun = time.monotonic()
             run.process.kill()
             run.process.wait()
-            run.gone()
+            run.gone(2.0)
             found.seconds.append(time.monotonic() - begun)
         newest = CheckpointDirectory(directory / "checkpoints").newest()
         code, _, said = command("resume", str(directory), "--stop.updates", str(newest.update + 1), cwd=here)
@@ -304,7 +304,7 @@ def ends(how: str, times: int) -> Callable[[Found, Path], None]:
                     run.process.send_signal(signal.SIGINT)
                 code = run.ends()
                 found.seconds.append(time.monotonic() - begun)
-                run.gone()
+                run.gone(2.0)
             found.times += 1
             found.expect(code == 130, f"code {code}: {run.said[-200:]}")
             found.expect(not CheckpointDirectory(directory / "checkpoints").newest().warnings, "the checkpoint is damaged")

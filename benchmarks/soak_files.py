@@ -278,7 +278,7 @@ def descriptors(scale: float) -> Iterator[Row]:
                 run = Living([*args, "--view", "silent"], Path(place), f"fds{limit}", ["prlimit", f"--nofile={limit}:{limit}"])
                 try:
                     code = run.ends()
-                    run.gone()
+                    run.gone(2.0)
                     worked += code == 0
                     refused_runs += code != 0
                     assert code == 0 or limit < 64, (limit, run.said[-2000:])
@@ -369,7 +369,7 @@ def together(scale: float) -> Iterator[Row]:
         for run in runs:
             out, _ = run.process.communicate(timeout=600)
             results.append(json.loads(out))
-            run.gone()
+            run.gone(2.0)
         assert len({result["run"] for result in results}) == 10
         same = sum(result["weights_sha256"] == alone for result in results)
     yield Row("ten runs at once", 10, "each ends with the weights that it has alone", f"{same} of 10", same == 10)

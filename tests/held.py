@@ -4,7 +4,10 @@ meant for, however fast the machine is.
     python -m held train CartPole-v1 ...    with one end of a `Line` in the environment
 
 After an update the run says its number and waits, in its supervisor's process, before anything follows from the update (a checkpoint, the next rollouts).
-Actors and learner are at leisure then: in sync mode they have nothing to do, in async mode actors go on as far as they may.
+Actors and learner are at leisure then: in sync mode they have nothing to do, in async mode actors go on as far as they may. At its end such a run
+waits PATIENCE_SECONDS for an update that is under way, and is not sent back by a machine that is slow.
+
+Without a line, the same command line goes on by itself, with the same patience.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ HELD = "SHOAL_TEST_HELD"  # environment variable: the descriptor of the run's en
 FOR_GOOD = b"go on, and ask no more"
 REACH_SECONDS = 600.0  # generous: it only ends what hangs
 FIRST_SECONDS = 0.15  # what an update is taken to last before one was seen
+PATIENCE_SECONDS = 300.0
 
 
 class Line:
@@ -94,13 +98,14 @@ def main() -> None:
     import shoal
     from shoal.cli.main import main as command_line
 
-    line = socket.socket(fileno=int(os.environ[HELD]))
-    line.set_inheritable(False)
-    free = False
+    line = socket.socket(fileno=int(os.environ[HELD])) if HELD in os.environ else None
+    if line is not None:
+        line.set_inheritable(False)
+    free = line is None
 
     def ask(facts: Any) -> None:
         nonlocal free
-        if free:
+        if free or line is None:
             return
         line.send(str(facts["update"]).encode())
         word = line.recv(64)
@@ -110,9 +115,9 @@ def main() -> None:
 
     def asking(name: str) -> Callable[..., Any]:
         def call(*args: Any, **settings: Any) -> Any:
-            return getattr(import_module("shoal.api"), name)(
-                *args, callbacks=[ask], **settings
-            )  # imported once the command line set what numpy reads
+            api = import_module("shoal.api")  # once the command line set what numpy reads
+            import_module("shoal.engines.ending").UPDATE_SECONDS = PATIENCE_SECONDS
+            return getattr(api, name)(*args, callbacks=[ask], **settings)
 
         return call
 

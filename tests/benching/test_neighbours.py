@@ -34,7 +34,7 @@ def facts_of(pid: int) -> tuple[str, float]:
 
 
 def wait_for_more(pid: int, than: float) -> None:
-    for _ in range(3000):
+    for _ in range(12_000):
         if facts_of(pid)[1] > than:
             return
         time.sleep(0.01)
@@ -56,7 +56,7 @@ def test_neighbours_rest_until_they_are_told_to_work_and_end_with_whoever_made_t
         wait_for_more(pid, spent)
         neighbours.rest()
         assert facts_of(pid)[0] == "T"
-    assert children() == before
+    assert children() <= before  # what tests before this one left may go meanwhile
 
 
 def test_a_core_alone_has_no_crowd_and_two_have_one_number(blueprint: Blueprint) -> None:
@@ -66,7 +66,7 @@ def test_a_core_alone_has_no_crowd_and_two_have_one_number(blueprint: Blueprint)
         assert crowding(cycle, blueprint, 2, 0.0) > 0.0
     finally:
         cycle.close()
-    assert children() == before
+    assert children() <= before  # what tests before this one left may go meanwhile
 
 
 def test_a_neighbour_that_cannot_begin_is_an_error_and_leaves_nothing(blueprint: Blueprint) -> None:
@@ -75,4 +75,4 @@ def test_a_neighbour_that_cannot_begin_is_an_error_and_leaves_nothing(blueprint:
     config.env.id = "NoSuchEnvironment-v0"
     with pytest.raises(ProcessError, match="second process"):
         Neighbours(Blueprint(config, blueprint.spec, UserObjects(), bytes(16)), 1)
-    assert children() == before
+    assert children() <= before  # what tests before this one left may go meanwhile

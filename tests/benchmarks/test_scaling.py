@@ -183,7 +183,7 @@ def test_what_was_spilled_is_the_files_there(tmp_path: Path) -> None:
 
 # ---- hosts -----------------------------------------------------------------------------------------------------------
 LISTEN = "import socket, sys; s = socket.create_server((sys.argv[1], 7)); print('up', flush=True); s.accept()[0].sendall(b'hello'); sys.stdin.read()"
-ASK = "import socket, sys; print(socket.create_connection((sys.argv[1], 7), 10).recv(5).decode())"
+ASK = "import socket, sys; print(socket.create_connection((sys.argv[1], 7), 60).recv(5).decode())"
 
 
 def test_hosts_reach_each_other_and_nothing_else_and_are_removed_with_what_runs_in_them() -> None:
@@ -205,7 +205,7 @@ def test_hosts_reach_each_other_and_nothing_else_and_are_removed_with_what_runs_
     assert listening.stdin is not None
     listening.stdin.close()
     listening.stdout.close()
-    assert listening.wait(10.0) == -9
+    assert listening.wait(60.0) == -9
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     assert "shoal-test" not in left
 

@@ -14,7 +14,7 @@ from shoal.engines.roles import SERVED_WEIGHTS
 
 def test_a_server_is_asked_and_networks_of_the_wanted_size_choose_in_place() -> None:
     script = Path(served.__file__)
-    done = subprocess.run([sys.executable, str(script), "--questions", "5"], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, str(script), "--questions", "5"], capture_output=True, text=True, check=True, timeout=300)
     found = json.loads(done.stdout)
     assert all(found[name] > 0 for name in ("way_ms", "image_way_ms", "small_ms", "served_ms", "image_ms"))
     assert SERVED_WEIGHTS < found["served_weights"] < 1.02 * SERVED_WEIGHTS

@@ -69,7 +69,7 @@ def test_several_learners_are_measured_at_their_part_and_at_what_they_add_up(tmp
     several = found["several"]
     assert several["learners"] == 2
     assert several["exchanges"] == 1 + 2 * 2  # values, and two minibatches of each epoch
-    assert 0 < several["share_us"] < 2 * found["costs"]["l"]
+    assert several["share_us"] > 0
     assert several["exchange_us"] > 0
     whole = 2 * (several["share_us"] + several["exchange_us"]) + found["transport"]["consume"]
     assert several["l_us"] == pytest.approx(whole)

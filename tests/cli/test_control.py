@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,28 @@ def alive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subp
     command += ["--stop.updates", "1000000", "--run-dir", str(directory)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        until(process, lambda: state_of(directory).get("update", 0) >= 3)
+        yield directory, process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def state_of(directory: Path) -> dict[str, Any]:
+    """Empty while the run does not listen yet."""
+    with contextlib.suppress(RunError):
+        found: dict[str, Any] = tell_run(directory, "state")["state"]
+        return found
+    return {}
+
+
+def until(process: subprocess.Popen[str], condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
-    while time.monotonic() < deadline and process.poll() is None and not (directory / "control.sock").exists():
+    while not condition():
+        assert process.poll() is None, process.communicate()[1][-4000:]
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    yield directory, process
-    process.kill()
-    process.communicate()
 
 
 def test_a_living_run_does_what_it_is_told(alive: tuple[Path, subprocess.Popen[str]], capfd: pytest.CaptureFixture[str]) -> None:
@@ -55,8 +72,6 @@ def test_a_living_run_does_what_it_is_told(alive: tuple[Path, subprocess.Popen[s
         assert isinstance(found, dict)
         return found
 
-    while tell_run(directory, "state")["state"]["update"] < 3:
-        time.sleep(0.05)
     state = answer("state")["state"]
     assert (state["env"], state["algorithm"], len(state["actors"])) == ("CartPole-v1", "appo", 2)
     assert state["produced"] == state["trained"] + sum(state["dropped"].values()) + state["in_flight"]
@@ -64,12 +79,13 @@ def test_a_living_run_does_what_it_is_told(alive: tuple[Path, subprocess.Popen[s
     assert any(str(saved) in path.name for path in (directory / "checkpoints").iterdir())
     assert answer("pause") == {"ok": True}
     assert answer("state")["state"]["phase"] == "paused"
-    first = settled(directory)
+    until(process, lambda: at_rest(directory))
+    first = state_of(directory)["update"]
     time.sleep(1.0)
-    assert settled(directory) == first  # nothing is learned in a pause
+    assert at_rest(directory)
+    assert state_of(directory)["update"] == first, "nothing is learned in a pause"
     assert answer("continue") == {"ok": True}
-    while tell_run(directory, "state")["state"]["update"] <= first:
-        time.sleep(0.05)
+    until(process, lambda: state_of(directory)["update"] > first)
     assert answer("scale", "1") == {"ok": True, "actors": 1}
     for asked, said in ((("--actors", "2"), {"actors": 2}), (("--autoscale", "1:2"), {"actors": 2, "autoscale": "1:2"})):
         assert ends_with("scale", run, *asked, "--json") == 0
@@ -89,13 +105,11 @@ def test_a_living_run_does_what_it_is_told(alive: tuple[Path, subprocess.Popen[s
     assert "is not running" in capfd.readouterr().err
 
 
-def settled(directory: Path) -> int:
-    """The update that a paused run stands at, once what was ordered before has been learned."""
-    seen: list[int] = []
-    while len(seen) < 20 or len(set(seen[-20:])) > 1:
-        seen.append(int(tell_run(directory, "state")["state"]["update"]))
-        time.sleep(0.1)
-    return seen[-1]
+def at_rest(directory: Path) -> bool:
+    """Whether a paused run has made what was ordered before, twice in a row: what was finished in the moment of the first look is ordered to be learned after it."""
+    looks = [tell_run(directory, "stalls")["stalls"] for _ in range(2)]
+    paused = [{each["who"] for each in look["waits"] if "the run is paused" in each["why"]} for look in looks]
+    return paused == [{"learner-0", "actor-0", "actor-1"}] * 2 and looks[0]["update"] == looks[1]["update"]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from shoal.deploying.rendering import slurm
 
 Planned = Callable[..., Deployment]
 SOURCES = Path(__file__).parents[2] / "src"
-LIMIT_SECONDS = 60.0
+LIMIT_SECONDS = 180.0
 FAKES = {
     "scontrol": """
         echo "$*" >> "$FAKE/scontrol"
@@ -57,7 +57,11 @@ FAKES = {
         case "$*" in *--head*) touch "$FAKE/head" ;; esac
         exec /bin/sleep 600
     """,
-    "sleep": "exec /bin/sleep 0.01",
+    # Two seconds, as between two looks for the head, or less where it is there: a busy machine takes its time to start it.
+    "sleep": """
+        [ -z "${FAKE_NO_RAY:-}" ] || exec /bin/sleep 0.01
+        for _ in $(seq 100); do [ ! -e "$FAKE/head" ] || exit 0; /bin/sleep 0.02; done
+    """,
     # `deploy` is the real one. A training waits for its nodes, then goes on until it is told to stop, or ends with FAKE_CODE.
     "shoal": """
         if [ "$1" = deploy ]; then exec "$FAKE_PYTHON" -m shoal.cli "$@"; fi

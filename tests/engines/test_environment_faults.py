@@ -27,13 +27,16 @@ from shoal.streams import group_seed
 from shoal.supervision.channel import MAX_MESSAGE_BYTES
 
 ZOO = f"{Path(__file__).parents[1] / 'environments' / 'faulty.py'}:make"
+HANGS = ("sleeps",)  # faults that only the limit of a call ends
+LIMIT_SECONDS = 3.0  # of such a call; others have that of every run, since the machine may stand still for a moment
 
 
 def train(
     directory: Path, actors: int, updates: int = 4, env: dict[str, Any] | None = None, rollout_length: int = 16, **kwargs: Any
 ) -> shoal.Run:
+    limit = {"step_timeout_seconds": LIMIT_SECONDS} if kwargs.get("fault") in HANGS else {}
     return shoal.train(
-        ZOO, env={"kwargs": kwargs, "step_timeout_seconds": 1.0, **(env or {})}, actors=actors, sampling={"groups": 2, "group_size": 2,
+        ZOO, env={"kwargs": kwargs, **limit, **(env or {})}, actors=actors, sampling={"groups": 2, "group_size": 2,
         "rollout_length": rollout_length}, stop={"updates": updates}, preset="none", run_dir=str(directory), progress=SilentView(io.StringIO()),
     )  # fmt: skip
 
@@ -108,7 +111,7 @@ def test_a_vector_form_that_ends_its_process_is_told_with_the_seed_that_it_was_r
 def test_a_hang_in_one_process_is_a_hang_with_its_limit(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match=r"step\(\) has not returned for \d+\.\d s") as caught:
         train(tmp_path, 0, env={"restart_budget": 0}, fault="sleeps", hidden=True)
-    assert {"kind": "hang", "expected": "at most 1 s"}.items() <= caught.value.report.items()
+    assert {"kind": "hang", "expected": "at most 3 s"}.items() <= caught.value.report.items()
     assert "faulty.py" in str(caught.value.report["traceback"])
 
 
@@ -133,16 +136,16 @@ def test_a_hang_in_close_is_told_by_the_look_and_does_not_hold_up_the_end(tmp_pa
 def test_a_hang_among_environments_that_act_on_their_own_is_told_in_full(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault) as caught:
         shoal.train(
-            ZOO, env={"kwargs": {"fault": "sleeps", "hidden": True}, "form": "threads", "step_timeout_seconds": 1.0, "restart_budget": 0}, actors=1,
+            ZOO, env={"kwargs": {"fault": "sleeps", "hidden": True}, "form": "threads", "step_timeout_seconds": LIMIT_SECONDS, "restart_budget": 0}, actors=1,
             algorithm="appo", sampling={"groups": 2, "group_size": 2, "rollout_length": 16}, preset="none", run_dir=str(tmp_path),
             progress=SilentView(io.StringIO()),
         )  # fmt: skip
     report = caught.value.report
-    assert {"kind": "hang", "environment": ZOO, "step": 5, "expected": "at most 1 s"}.items() <= report.items()
+    assert {"kind": "hang", "environment": ZOO, "step": 5, "expected": "at most 3 s"}.items() <= report.items()
     assert report["last_action"] in (0, 1)
     assert report["hint"]
     assert "faulty.py" in str(report["traceback"])
-    assert "allowed are 1 s" in str(report["actual"])
+    assert "allowed are 3 s" in str(report["actual"])
 
 
 def test_a_value_outside_of_its_box_and_a_seed_that_does_not_repeat_are_said_once(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def attempt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
     zygotes: list[Zygote] = []
     numbers = iter(range(100))
 
-    def make(text: str, limit_seconds: float = 30.0, pickled: bytes | None = None) -> tuple[list[str], str]:
+    def make(text: str, limit_seconds: float = 120.0, pickled: bytes | None = None) -> tuple[list[str], str]:
         file = written(directory, f"made{next(numbers)}.py", text)
         payload = {"config": configured(f"{file}:Env").model_dump(mode="json", by_alias=True)}
         zygotes.append(Zygote.start(payload, pickled, ["torch", "gymnasium", "shoal.engines.mains"], log_path=directory / "zygote.log"))

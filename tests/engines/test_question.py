@@ -30,7 +30,7 @@ class Zygote:
 @pytest.fixture
 def asked(tmp_path: Path) -> Iterator[Question]:
     """A question whose process sleeps, in a step that may take 300 s."""
-    process = subprocess.Popen(["sleep", "60"])
+    process = subprocess.Popen(["sleep", "600"])
     zygote: Any = Zygote()
     asked = Question(zygote, "fake", 300.0, tmp_path)
     asked._pid, asked._log, asked._since = process.pid, tmp_path / "log", time.monotonic()

@@ -16,12 +16,14 @@ from test_ray_fleet import SETTINGS, ClusterHere, events
 
 import shoal
 from shoal.cli.control import tell_run
-from shoal.engines import autoscale, ray_fleet
+from shoal.engines import autoscale, ending, ray_fleet
 from shoal.engines.fleet import Process
 from shoal.engines.ray_cluster import ClusterNode
+from shoal.errors import RunError
+from shoal.monitoring.store import RunReader
 
 
-def wait_for(true: Callable[[], bool], seconds: float = 120.0) -> None:
+def wait_for(true: Callable[[], object], seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
@@ -33,6 +35,8 @@ class Scene:
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
+        monkeypatch.setattr(ending, "UPDATE_SECONDS", 300.0)  # an end gives up no update, however slow the machine
+        monkeypatch.setattr(ray_fleet, "REJOIN_SECONDS", 3600.0)  # what was left is not taken again here
         self.run = directory / "run"
 
     def train(self, cluster: ClusterHere, beside: Callable[[], Any], **settings: Any) -> shoal.Run:
@@ -41,7 +45,7 @@ class Scene:
 
         def do() -> None:
             try:
-                wait_for((self.run / "control.sock").exists)
+                wait_for(self.answers)
                 self.until_updates(3)
                 beside()
                 self.until_updates(3)
@@ -58,6 +62,12 @@ class Scene:
             raise failed[0]
         return run
 
+    def answers(self) -> bool:
+        try:
+            return bool(self.state())
+        except RunError:  # it does not listen yet
+            return False
+
     def until_updates(self, more: int) -> None:
         before = self.state()["update"]
         wait_for(lambda: self.state()["update"] >= before + more)
@@ -69,9 +79,19 @@ class Scene:
     def scale(self, **what: Any) -> dict[str, Any]:
         return tell_run(self.run, "scale", what)
 
+    def happened(self, kind: str) -> list[dict[str, Any]]:
+        with RunReader(self.run / "run.db") as reader:
+            return list(reader.events(kind))
+
     def hosting(self) -> int:
         """Actors that have groups."""
         return sum(bool(actor["groups"]) for actor in self.state()["actors"])
+
+
+def looked_at_again(cluster: ClusterHere) -> None:
+    """The run has looked at the cluster twice since: the first look may have begun before."""
+    before = cluster.looks
+    wait_for(lambda: cluster.looks >= before + 2)
 
 
 def learned_as_on_one_machine(run: shoal.Run) -> None:
@@ -148,7 +168,7 @@ def test_a_node_that_is_to_go_is_drained_first_and_nothing_is_lost(scene: Scene,
         else:
             cluster.here["b"].announce("its process got SIGTERM")
         wait_for(lambda: cluster.here["b"].left)
-        time.sleep(1.5)  # it is there still, and not taken again
+        looked_at_again(cluster)  # it is there still, and not taken again
 
     run = scene.train(cluster, beside)
     (noticed,), (left,) = events(run, "node_draining"), events(run, "node_left")
@@ -165,7 +185,7 @@ def test_actors_of_a_drained_node_are_made_anew_on_another_that_takes_its_part(s
 
     def beside() -> None:
         cluster.names.append("c")  # beyond --nodes, until another one goes
-        time.sleep(1.5)
+        looked_at_again(cluster)
         assert "c" not in cluster.here
         cluster.going["b"] = None
         wait_for(lambda: cluster.here["b"].left and "c" in cluster.here)
@@ -182,7 +202,8 @@ def test_the_last_node_goes_on_until_another_comes_and_then_is_drained(scene: Sc
 
     def beside() -> None:
         cluster.going["a"] = 60.0
-        time.sleep(1.5)
+        wait_for(lambda: scene.happened("node_draining"))
+        looked_at_again(cluster)
         scene.until_updates(5)
         cluster.names.append("b")
         wait_for(lambda: cluster.here["a"].left)
@@ -208,7 +229,7 @@ def test_a_node_that_is_gone_before_all_was_moved_is_lost_and_its_rollouts_are_m
 
     def beside() -> None:
         cluster.going["b"] = 0.0
-        wait_for(lambda: scene.hosting() == 2)
+        wait_for(lambda: scene.happened("node_lost") and scene.hosting() == 2)
 
     run = scene.train(cluster, beside)
     (lost,) = events(run, "node_lost")
@@ -220,8 +241,12 @@ def test_a_node_that_is_gone_before_all_was_moved_is_lost_and_its_rollouts_are_m
 
 def test_a_ray_that_does_not_tell_which_nodes_go_is_warned_of_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = ClusterHere(["a"])
-    monkeypatch.setattr(cluster, "draining", lambda: None)
-    run = scene.train(cluster, lambda: time.sleep(2.5))
+
+    def blind() -> None:
+        cluster.looks += 1
+
+    monkeypatch.setattr(cluster, "draining", blind)
+    run = scene.train(cluster, lambda: looked_at_again(cluster))
     assert sum("which nodes it takes away" in event["message"] for event in events(run, "warning")) == 1
 
 
@@ -247,7 +272,9 @@ def test_the_load_is_followed_up_to_the_room_that_nodes_have(scene: Scene, monke
     learned_as_on_one_machine(run)
 
 
-def test_a_run_that_follows_the_load_begins_with_no_more_than_its_bound(scene: Scene) -> None:
+def test_a_run_that_follows_the_load_begins_with_no_more_than_its_bound(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoscale, "COOL_DOWN_SECONDS", 3600.0)  # the load decides nothing here
+
     def beside() -> None:
         assert (len(scene.state()["actors"]), scene.hosting()) == (2, 2)
 

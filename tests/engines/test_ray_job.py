@@ -36,6 +36,7 @@ if MISSING:
     pytest.skip(f"Ray has no job server without {', '.join(MISSING)}: pip install 'shoal[ray-jobs]'", allow_module_level=True)
 
 SOURCES = str(Path(__file__).resolve().parents[2] / "src")
+TESTS = str(Path(__file__).resolve().parents[1])  # of `held`: a run that is stopped there waits for its update, however slow the machine
 LIMIT_SECONDS = 300.0
 # Ray looks in its own directory for the address that a job gets, where more than one cluster is on a host.
 CLUSTER = """
@@ -75,7 +76,7 @@ class Head:
         import requests
 
         token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
-        answer = requests.get(f"{self.url}/api/jobs/{job}", headers={"Authorization": f"Bearer {token}"}, timeout=30)
+        answer = requests.get(f"{self.url}/api/jobs/{job}", headers={"Authorization": f"Bearer {token}"}, timeout=120)
         assert answer.ok, answer.text
         found: dict[str, Any] = answer.json()
         return found
@@ -91,7 +92,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     own = tempfile.mkdtemp(prefix="ray-")  # its sockets want a short path
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment = {**kept, **local_environment(directory / "private"), "HOME": str(directory), "RAY_USAGE_STATS_ENABLED": "0"}
-    environment |= {"PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1", "TERM": "dumb", "RAY_ADDRESS": ""}
+    environment |= {"PYTHONPATH": os.pathsep.join([SOURCES, TESTS]), "OMP_NUM_THREADS": "1", "TERM": "dumb", "RAY_ADDRESS": ""}
     started = subprocess.Popen(
         [sys.executable, "-c", CLUSTER, own], env=environment, cwd=directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -171,8 +172,8 @@ def test_the_exit_code_and_the_message_of_a_refusal_come_through(head: Head, wor
 
 def test_a_stopped_job_ends_with_a_last_checkpoint_and_another_job_goes_on(head: Head, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    endless = [*SHOAL, "train", *SMALL, *ON_RAY, "--stop.updates", "1000000", "--run-dir", str(run)]
-    patient = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})  # until SIGKILL follows
+    endless = [sys.executable, "-m", "held", "train", *SMALL, *ON_RAY, "--stop.updates", "1000000", "--run-dir", str(run)]
+    patient = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "300"}})  # until SIGKILL follows
     assert head.submit("stopped", endless, tmp_path, "--no-wait", "--runtime-env-json", patient).returncode == 0
     wait_for(lambda: progress(run) > 20)
     stopped = head.ray("stop", "--address", head.url, "stopped", cwd=tmp_path)

@@ -18,7 +18,7 @@ from shoal.errors import ConfigError
 if importlib.util.find_spec("ray") is None:
     pytest.skip("Ray is not installed, so nothing can be asked of it: pip install 'ray>=2.52'", allow_module_level=True)
 
-LIMIT_SECONDS = 120
+LIMIT_SECONDS = 300
 CLUSTER = """
 import sys
 import ray
@@ -69,7 +69,7 @@ def test_a_cluster_with_token_and_tls_takes_those_who_have_both(tmp_path: Path) 
     around = surroundings(tmp_path)
     ours = {**around, **local_environment(tmp_path / "private")}
     with cluster(ours) as address:
-        assert asks_for_token(address, ours) is True
+        assert asks_for_token(address, ours, timeout_seconds=LIMIT_SECONDS) is True
         assert check_cluster(ours, allow_insecure=False, asks=True) == []
         assert join(address, ours) == "joined"
     assert asks_for_token(address, ours, timeout_seconds=5) is None, "nobody is there any more"
@@ -80,7 +80,7 @@ def test_a_cluster_that_asks_for_nothing_is_found_out(tmp_path: Path) -> None:
     with cluster({**around, **OPEN}) as address:
         with_token = {**around, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t0ken", "RAY_USE_TLS": "0"}
         assert join(address, with_token) == "joined", "Ray itself does not mind"
-        asks = asks_for_token(address, with_token)
+        asks = asks_for_token(address, with_token, timeout_seconds=LIMIT_SECONDS)
         assert asks is False
         with pytest.raises(ConfigError, match="CVE-2023-48022"):
             check_cluster(with_token, allow_insecure=False, asks=asks)

@@ -16,7 +16,7 @@ import pytest
 from walls import Wall
 
 import shoal
-from shoal.engines import environment_faults, watch
+from shoal.engines import ending, environment_faults, local, watch
 from shoal.engines.fleet import Fleet, Process
 from shoal.engines.local import LocalEngine
 from shoal.engines.saves import Saves
@@ -27,6 +27,7 @@ from shoal.monitoring.live import SilentView
 from shoal.monitoring.store import RunReader
 from shoal.runs import show
 from shoal.streams import episode_seed
+from shoal.supervision.processes import process_state
 from stopping import stop_process
 
 SMALL = {
@@ -39,6 +40,7 @@ SMALL = {
 ASYNC = {**SMALL, "algorithm": {"name": "appo", "minibatch_size": 16, "epochs": 1}}
 
 
+LIMIT_SECONDS = 3.0  # of a step where one hangs: the machine may stand still for a moment
 WALLS = f"{Path(__file__).parent / 'walls.py'}:Wall"
 
 
@@ -74,7 +76,7 @@ def events(directory: Path, kind: str) -> list[dict[str, Any]]:
 
 def pid_of(name: str) -> int:
     """The living process of this name among the descendants of this one; it is waited for."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         for entry in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
@@ -127,7 +129,7 @@ def test_actors_that_are_killed_and_stopped_are_replaced_and_one_that_wakes_harm
     assert run.result["restarts"] == 2
     back = events(run.path, "recovered")
     assert [(e["role"], e["index"], e["after"]) for e in back] == [("actor", 0, "killed by SIGKILL"), ("actor", 1, "was stopped")]
-    assert all(0 <= e["restoring_seconds"] <= e["seconds"] < 20 for e in back)
+    assert all(0 <= e["restoring_seconds"] <= e["seconds"] for e in back)
     assert show(run.path)["recovery"]["actor"]["count"] == 2
     assert "recovered" not in show(run.path)["faults"]["counts"]
 
@@ -190,7 +192,8 @@ class Seeing(SilentView):
 def test_the_server_is_told_apart_from_the_actors(tmp_path):
     served = {**SMALL, "policy": {"hidden_sizes": [8], "inference": "server"}, "device": "cpu", "actors": 2, "env": {"id": WALLS}}
     view = Seeing()
-    shoal.train(run_dir=str(tmp_path / "run"), progress=view, stop={"updates": 100}, **served)
+    seen = [lambda facts: facts["update"] < 20 or not view.answering]  # a look comes a few times a second
+    shoal.train(run_dir=str(tmp_path / "run"), progress=view, stop={"updates": 10**6, "seconds": 300.0}, callbacks=seen, **served)
     assert view.roles == ["learner", "actor 0", "actor 1", "inference"]
     assert view.num_actors - {0} == {2}
     assert view.answering > 0
@@ -222,20 +225,20 @@ def test_a_killed_helper_process_and_all_roles_with_it_are_made_again(undisturbe
 def test_a_learner_that_dies_again_and_again_backs_off_and_ends_the_run_with_its_log(tmp_path, monkeypatch):
     network = tmp_path / "network.py"
     network.write_text(DYING_NETWORK.format(role="learner"))
-    started, start = [], Fleet.start
+    early, waits, start, back_off = [], [], Fleet.start, local.back_off_seconds
 
     def noted(self: Fleet, process: Process, *more: Any) -> None:
         if process.name == "learner":
-            started.append(time.time())
+            early.append(time.monotonic() < process.not_before)
         start(self, process, *more)
 
     monkeypatch.setattr(Fleet, "start", noted)
+    monkeypatch.setattr(local, "back_off_seconds", lambda deaths: waits.append(back_off(deaths)) or waits[-1])
     with pytest.raises(ProcessError, match=r"(?s)the learner died 5 times .*exit code 1.*no memory is left on this device"):
         train(tmp_path / "run", policy={"network": f"{network}:make"}, stop={"updates": 12})
     died = [e["time"] for e in events(tmp_path / "run", "died") if e["role"] == "learner"]
-    assert len(died) == len(started) == 5
-    waited = [again - then for then, again in zip(died, started[1:], strict=False)]
-    assert all(seconds > least for seconds, least in zip(waited, (0.0, 0.09, 0.19, 0.39), strict=True))
+    assert (len(died), early) == (5, [False] * 5)
+    assert waits == pytest.approx([0.0, 0.1, 0.2, 0.4, 0.8])
 
 
 def test_a_helper_process_that_is_killed_while_it_starts_is_replaced_too(tmp_path, monkeypatch):
@@ -266,8 +269,10 @@ def test_a_role_that_is_killed_before_it_hears_its_first_word_is_replaced(undist
 
             def forked(*args: Any) -> int:
                 request = fork(*args)
-                os.kill(pid_of(f"shoal:{process.name}-0"), signal.SIGKILL)
-                time.sleep(0.1)
+                pid = pid_of(f"shoal:{process.name}-0")
+                os.kill(pid, signal.SIGKILL)
+                while process_state(pid) not in (None, "Z"):
+                    time.sleep(0.005)
                 return request
 
             monkeypatch.setattr(self.zygote, "fork", forked)
@@ -299,11 +304,18 @@ def test_a_step_that_breaks_each_time_is_given_up_as_an_invalid_episode(settings
     monkeypatch.setattr(environment_faults, "EARLY_SECONDS", 0.0)
     settings = dict(settings)
     what = {str(episode_seed(3, n % 2, 1, 2 + n)): what for n, what in enumerate(whats)}
-    updates, step_seconds = (16, 0.0) if actors == 2 else (150, 0.003)  # a paced group goes on while one environment hangs
-    kwargs = {"what": what, "at": 5, "length": 7, "step_seconds": step_seconds}
-    limit = 2.0 if actors == 2 else 0.8  # twice of it is less than a paced run lasts
-    chosen = {"id": WALLS, "form": settings.pop("form"), "step_timeout_seconds": limit, "kwargs": kwargs}
-    run = train(tmp_path / "run", **{**settings, "env": chosen}, actors=actors, stop={"updates": updates})
+    kwargs = {"what": what, "at": 5, "length": 7, "step_seconds": 0.0 if actors == 2 else 0.003}
+    chosen = {"id": WALLS, "form": settings.pop("form"), "step_timeout_seconds": LIMIT_SECONDS, "kwargs": kwargs}
+
+    def goes_on(facts: Any) -> bool:
+        """A paced group goes on while one environment hangs: until all is seen, and given up at the next attempt."""
+        if facts["update"] % 10 == 0 and not ends and len(events(tmp_path / "run", "environment_fault")) == 2 * len(whats):
+            ends.append(facts["update"] + 40)
+        return not ends or facts["update"] < ends[0]
+
+    ends: list[int] = []
+    how = {"stop": {"updates": 16}} if actors == 2 else {"stop": {"updates": 10**6, "seconds": 300.0}, "callbacks": [goes_on]}
+    run = train(tmp_path / "run", **{**settings, "env": chosen}, actors=actors, **how)
     result = run.result
     died = [e for e in events(run.path, "died") if e["role"] == "actor"]
     faults = events(run.path, "environment_fault")
@@ -311,7 +323,7 @@ def test_a_step_that_breaks_each_time_is_given_up_as_an_invalid_episode(settings
     named = [fault["report"]["env"] for fault in faults if fault["report"]["env"] is not None]
     assert set(named) == {1}
     assert len(named) >= len(whats)  # the second time at the latest it has a name
-    assert (result["reason"], result["updates"]) == ("updates", updates)
+    assert (result["reason"], result["updates"]) == (("updates", 16) if actors == 2 else ("interrupted", ends[0]))
     assert result["ledger"]["dropped"]["environment_fault"] > 0
     assert result["ledger"]["in_flight"] == 0
     if settings["algorithm"]["name"] == "ppo":
@@ -323,7 +335,7 @@ def test_a_step_that_breaks_each_time_is_given_up_as_an_invalid_episode(settings
 
 def test_a_hang_while_an_environment_is_closed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(environment_faults, "EARLY_SECONDS", 0.0)
-    chosen = {"id": WALLS, "form": "python", "restart_budget": 1, "step_timeout_seconds": 2.0, "kwargs": {"what": "close"}}
+    chosen = {"id": WALLS, "form": "python", "restart_budget": 1, "step_timeout_seconds": LIMIT_SECONDS, "kwargs": {"what": "close"}}
     with pytest.raises(EnvironmentFault, match=r"close\(\) has not returned for \d+\.\d s"):
         train(tmp_path / "run", env=chosen, sampling={**SMALL["sampling"], "groups": 1}, stop={"updates": 6}, actors=1)
 
@@ -452,6 +464,7 @@ def test_a_run_that_goes_back_to_where_it_is_to_end_makes_no_update_more(tmp_pat
 
 
 def test_whoever_is_waited_for_at_an_end_without_the_last_update_was_told_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(ending, "END_SECONDS", 60.0)  # a busy machine takes its time
     say, wait = LocalEngine.tell_learner, Fleet.wait_for_ends
     left: list[list[str]] = []
 
@@ -475,7 +488,7 @@ def test_whoever_is_waited_for_at_an_end_without_the_last_update_was_told_to_end
 
 
 def test_a_hang_in_the_evaluation_at_the_end_is_named(tmp_path):
-    chosen = {"id": WALLS, "step_timeout_seconds": 1.0, "kwargs": {"what": "grip", "role": "evaluator"}}
+    chosen = {"id": WALLS, "step_timeout_seconds": LIMIT_SECONDS, "kwargs": {"what": "grip", "role": "evaluator"}}
     with pytest.raises(EnvironmentFault, match=r"step\(\) has not returned for \d+\.\d s") as caught:
         train(tmp_path / "run", env=chosen, stop={"updates": 2}, actors=1, evaluation={"episodes": 2})
     report = caught.value.report
@@ -485,7 +498,7 @@ def test_a_hang_in_the_evaluation_at_the_end_is_named(tmp_path):
 
 
 def test_a_hang_in_an_evaluation_in_this_process_is_named(tmp_path):
-    chosen = {"id": WALLS, "step_timeout_seconds": 1.0, "kwargs": {"what": "hang", "role": ""}}
+    chosen = {"id": WALLS, "step_timeout_seconds": LIMIT_SECONDS, "kwargs": {"what": "hang", "role": ""}}
     run = train(tmp_path / "run", env=chosen, stop={"updates": 1}, actors=1)
     with pytest.raises(EnvironmentFault, match=r"step\(\) has not returned for \d+\.\d s") as caught:
         run.evaluate(episodes=2)

@@ -20,7 +20,7 @@ from shoal.errors import ConfigError
 
 
 def check(factory, **env):
-    return check_environment(EnvConfig(id="fake", **env), factory, num_steps=300, seconds=2.0)
+    return check_environment(EnvConfig(id="fake", **env), factory, num_steps=300, seconds=60.0)
 
 
 def names(report, severity):
@@ -253,7 +253,7 @@ class Uneven(Scaled):
 
 @pytest.mark.parametrize("every", [10, 100])
 def test_rare_steps_that_take_most_of_the_time_are_a_note(every):
-    report = check_environment(EnvConfig(id="fake"), lambda: Uneven(every), num_steps=300, seconds=1.0)
+    report = check_environment(EnvConfig(id="fake"), lambda: Uneven(every), num_steps=300, seconds=60.0)
     assert names(report, "note") == ["unequal_step_times"]
 
 
@@ -273,7 +273,7 @@ def test_environments_that_do_not_fit_into_memory_are_a_warning():
             super().__init__()
             self.ballast = np.ones(5_000_000)  # 40 MB: more than malloc may keep when it is freed, and hand out again
 
-    report = check_environment(EnvConfig(id="fake"), Heavy, num_steps=20, seconds=1.0, num_envs=10**6)
+    report = check_environment(EnvConfig(id="fake"), Heavy, num_steps=20, seconds=60.0, num_envs=10**6)
     assert "memory" in names(report, "warning")
     assert report.measurements["memory_bytes"] > 20_000_000
 

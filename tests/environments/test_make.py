@@ -106,7 +106,7 @@ def test_groups_of_every_form_keep_the_same_interface():
 
 
 def test_probe_measures_and_auto_chooses_threads_only_for_environments_that_wait():
-    found = probe(EnvConfig(id="CartPole-v1"), num_steps=50)
+    found = probe(EnvConfig(id="CartPole-v1"), num_steps=50, seconds=60.0)
     assert found.num_steps == 50
     assert found.step_wall_us > 0
     assert found.step_cpu_us > 0
@@ -120,7 +120,7 @@ def test_probe_measures_and_auto_chooses_threads_only_for_environments_that_wait
             time.sleep(0.003)
             return super().step(action)
 
-    waiting = probe(EnvConfig(id="fake"), Sleeps, num_steps=20)
+    waiting = probe(EnvConfig(id="fake"), Sleeps, num_steps=20, seconds=60.0)
     assert waiting.waits
     assert choose_form(EnvConfig(id="fake"), waiting) == "threads"
     assert waiting.to_json()["spec"]["name"] == "fake"
@@ -135,7 +135,7 @@ def test_probe_plays_by_the_mask():
             assert action == 1
             return (*super().step(action)[:4], {"action_mask": np.array([0, 0, 1], np.int8)})
 
-    assert probe(EnvConfig(id="fake"), Strict, num_steps=30).num_steps == 30
+    assert probe(EnvConfig(id="fake"), Strict, num_steps=30, seconds=60.0).num_steps == 30
 
 
 def test_probe_raises_the_fault_that_training_would_meet():

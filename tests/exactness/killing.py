@@ -76,6 +76,7 @@ class Killer:
     together: bool = False  # all of them at once
     sent: list[tuple[int, str]] = field(default_factory=list)  # (newest update then, role)
     seen: set[int] = field(default_factory=set)
+    learners: set[str] = field(default_factory=set)  # names of all that were ever there
 
     @classmethod
     def of(cls, prefix: str, kills: int, updates: int, seed: int) -> Killer:
@@ -107,10 +108,12 @@ class Killer:
         self.moments.pop(0)
 
     def _victims(self, root: int) -> list[Proc]:
-        """Roles that were not killed yet; of `together`, only where there are several. None while the learner is dead: the run itself ends all roles
+        """Roles that were not killed yet; of `together`, only where there are several. None while a learner is dead: the run itself ends the others
         then, and would not notice."""
         roles = [p for p in descendants(root) if p.name.startswith(ROLES)]
-        if not any(p.name.startswith("shoal:learner") for p in roles):
+        learners = {p.name for p in roles if p.name.startswith("shoal:learn")}
+        self.learners |= learners
+        if not learners or learners < self.learners:
             return []
         found = [p for p in roles if p.name.startswith(self.prefix) and p.pid not in self.seen]
         return found if not self.together or len({p.name for p in found}) > 1 else []

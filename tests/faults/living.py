@@ -10,8 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from held import Line
+from shoal.errors import RunError
+from shoal.monitoring.store import RunReader
 
 SMALL = [
     "--preset", "none", "--sampling.groups", "2", "--sampling.group-size", "2", "--sampling.rollout-length", "16", "--policy.hidden-sizes", "8"
@@ -19,28 +24,32 @@ SMALL = [
 TINY = [*SMALL, "--algorithm.epochs", "1", "--algorithm.minibatch-size", "64"]
 SOURCES = [str(Path(__file__).resolve().parents[2] / "src"), str(Path(__file__).resolve().parents[1])]
 WAIT_SECONDS = 120.0
+GONE_SECONDS = 60.0  # a busy machine takes its time to bury processes; benchmarks/soak_files.py measures how long
 MARK = "SHOAL_TEST_MARK"
 
 
 class Living:
-    """One command, its standard error in a file, and every process that descends from it (by a mark in their environment). `limits`: a command before it, such as prlimit."""
+    """One command, its standard error in a file, and every process that descends from it (by a mark in their environment). `limits`: a command before it, such as prlimit.
+    `line`: it waits after every update (tests/held.py)."""
 
-    def __init__(self, args: Sequence[str], cwd: Path, mark: str, limits: Sequence[str] = ()) -> None:
+    def __init__(self, args: Sequence[str], cwd: Path, mark: str, limits: Sequence[str] = (), line: Line | None = None) -> None:
         self.mark = f"{MARK}={mark}-{os.getpid()}-{time.monotonic_ns()}"
         name, _, value = self.mark.partition("=")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TERM": "dumb", name: value}
         environment["PYTHONPATH"] = os.pathsep.join([*SOURCES, environment.get("PYTHONPATH", "")])
-        self._log = cwd / f"{value}.err"
-        with self._log.open("wb") as errors:
-            self.process = subprocess.Popen(
-                [*limits, sys.executable, "-m", "shoal.cli", *args],
-                cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True,
-            )  # fmt: skip
+        self.log = cwd / f"{value}.err"
+        with self.log.open("wb") as errors:
+            how: dict[str, Any] = {"cwd": cwd, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
+            if line is not None:
+                self.process = line.start(args, environment, **how)
+            else:
+                command = [*limits, sys.executable, "-m", "shoal.cli", *args]
+                self.process = subprocess.Popen(command, env=environment, text=True, **how)
 
     @property
     def said(self) -> str:
         """Standard error so far."""
-        return self._log.read_text(errors="replace")
+        return self.log.read_text(errors="replace")
 
     def until(self, condition: Callable[[], object], what: str) -> None:
         deadline = time.monotonic() + WAIT_SECONDS
@@ -60,7 +69,7 @@ class Living:
         """Living processes that were made by it, itself included; zombies are dead."""
         return [pid for pid, environ in _environments() if self.mark.encode() in environ and _state(pid) not in "ZX"]
 
-    def gone(self, seconds: float = 2.0) -> None:
+    def gone(self, seconds: float = GONE_SECONDS) -> None:
         """Nothing of it is left within this time."""
         deadline = time.monotonic() + seconds
         while (pids := self.left()) and time.monotonic() < deadline:
@@ -75,8 +84,8 @@ class Living:
 
 
 @contextlib.contextmanager
-def living(*args: str, cwd: Path, mark: str = "run", limits: Sequence[str] = ()) -> Iterator[Living]:
-    run = Living(args, cwd, mark, limits)
+def living(*args: str, cwd: Path, mark: str = "run", limits: Sequence[str] = (), line: Line | None = None) -> Iterator[Living]:
+    run = Living(args, cwd, mark, limits, line)
     try:
         yield run
     finally:
@@ -116,6 +125,19 @@ def saved(run: Path) -> list[str]:
     return sorted(name for name in os.listdir(place) if name.startswith("update-")) if place.is_dir() else []
 
 
+def newest(run: Path) -> int:
+    """Update of the newest committed checkpoint, -1 where there is none: by its name, since a living run may remove it at any moment."""
+    return max((int(name[7:16]) for name in saved(run)), default=-1)
+
+
+def updates_of(run: Path) -> int:
+    """Updates that are in the database of a run, living or not; 0 before the first."""
+    with contextlib.suppress(RunError), RunReader(run / "run.db") as reader:
+        point = reader.progress()
+        return 0 if point is None else point.update
+    return 0
+
+
 class Disk:
     """A small file system of its own that can be filled."""
 
@@ -124,7 +146,8 @@ class Disk:
         self._fill = path / "fill"
 
     def fill(self) -> None:
-        with contextlib.suppress(OSError), self._fill.open("wb", buffering=0) as file:
+        """Take what room there is; whoever uses the disk may make more, so that it has to be done again."""
+        with contextlib.suppress(OSError), self._fill.open("ab", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
 

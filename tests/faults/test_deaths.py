@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 from faults.living import TINY, living, saved
@@ -26,11 +25,9 @@ def test_actors_that_die_together_are_all_counted_and_replaced_at_once(tmp_path:
             os.kill(pid, signal.SIGKILL)
         run.until(lambda: not any(map(process_state, actors)), "end of both, whom the helper process reaps")
         run.process.send_signal(signal.SIGCONT)
-        begun = time.monotonic()
         run.until(lambda: _count(run_dir, "recovered") == 2, "recovery of both")
-        assert time.monotonic() - begun < 25.0  # who is not replaced at once is waited for UNHEARD_SECONDS, 30
         assert _count(run_dir, "died") == 2
-        assert not _count(run_dir, "killed")
+        assert not _count(run_dir, "killed"), "who is not replaced at once is killed, since it does not take up its order"
 
 
 def _count(run_dir: Path, kind: str) -> int:
@@ -41,6 +38,6 @@ def _count(run_dir: Path, kind: str) -> int:
 def test_a_run_that_cannot_start_a_process_at_its_beginning_ends_and_says_what_to_raise(tmp_path: Path) -> None:
     args = ("train", "CartPole-v1", *TINY, "--actors", "1", "--stop.updates", "1", "--run-dir", "run")
     with living(*args, cwd=tmp_path, limits=["prlimit", "--nofile=16"]) as run:
-        assert run.ends(60) == 1
+        assert run.ends() == 1
         assert "Too many open files" in run.said
         assert "ulimit -n" in run.said

@@ -1,7 +1,8 @@
-"""How a run ends: with a checkpoint, with its code, and with nothing left of it."""
+"""How a run ends: with a checkpoint, with its code, and with nothing left of it. How soon is measured by benchmarks/soak_files.py."""
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import shoal
-from faults.living import SMALL, TINY, command, living, saved
+from faults.living import GONE_SECONDS, SMALL, TINY, command, living, saved
 from faults.simulated import UNDER_WAY, make
 from shoal.errors import EnvironmentFault
 from shoal.files import CheckpointDirectory
@@ -25,6 +26,14 @@ ENDLESS = [*TINY, "--stop.updates", "1000000", "--checkpoint.every-updates", "2"
 
 def in_shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+
+
+def nothing_more_than(before: set[str]) -> None:
+    """What other processes of this machine put there has its name for a moment only."""
+    deadline = time.monotonic() + GONE_SECONDS
+    while more := in_shared_memory() - before:
+        assert time.monotonic() < deadline, f"left in shared memory: {more}"
+        time.sleep(0.05)
 
 
 SERVER = ("--policy.inference", "server", "--device", "cpu")
@@ -46,20 +55,18 @@ def test_a_run_ends_and_leaves_nothing_but_a_checkpoint(how: str, more: tuple[st
     with living("train", f"{HERE}:make", *ENDLESS, *more, "--actors", "2", "--run-dir", "run", cwd=tmp_path) as run:
         directory = tmp_path / "run"
         run.until(lambda: len(saved(directory)) > 1, "checkpoint")
-        assert len(run.left()) > 4 + bool(more) + 2 * 2 * 2  # processes of the run, and simulators
-        begun = time.monotonic()
+        run.until(lambda: len(run.left()) > 4 + bool(more) + 2 * 2 * 2, "processes of the run, and simulators")
         run.process.send_signal(signal.SIGKILL if how == "kill -9" else signal.SIGINT)
         if how == "twice":
             run.process.send_signal(signal.SIGINT)
         assert run.ends() == (-signal.SIGKILL if how == "kill -9" else 130)
-        run.gone(10.0)
-        assert time.monotonic() - begun < 20  # 3 s are promised; the machine that tests may be busy
+        run.gone()
         newest = CheckpointDirectory(directory / "checkpoints").newest()
         assert not newest.warnings
         if how == "once":
             result = json.loads((directory / "result.json").read_text())
             assert (result["reason"], result["updates"]) == ("interrupted", newest.update)
-    assert in_shared_memory() <= before
+    nothing_more_than(before)
     code, _, said = command("resume", "run", "--stop.updates", str(newest.update + 1), cwd=tmp_path)
     assert code == 0, said
 
@@ -72,8 +79,8 @@ def test_an_update_that_takes_long_is_not_waited_for(tmp_path: Path, monkeypatch
         directory = tmp_path / "run"
         run.until(lambda: saved(directory) and (tmp_path / "under way").exists(), "the update")
         run.process.send_signal(signal.SIGINT)
-        assert run.ends(30) == 130
-        run.gone(10.0)
+        assert run.ends() == 130
+        run.gone()
         check_interrupted_before_an_update(directory)
 
 
@@ -85,6 +92,8 @@ def test_all_in_one_process_ends_between_two_steps(tmp_path: Path) -> None:
         "0.5",
         "--env.kwargs.simulators",
         "false",
+        "--sampling.rollout-length",
+        "4096",
         "--actors",
         "0",
         "--run-dir",
@@ -93,7 +102,7 @@ def test_all_in_one_process_ends_between_two_steps(tmp_path: Path) -> None:
     with living("train", *args, cwd=tmp_path) as run:
         run.until(lambda: len(saved(tmp_path / "run")) > 0, "checkpoint")
         run.process.send_signal(signal.SIGINT)
-        assert run.ends(60) == 130  # a rollout takes a good half minute
+        assert run.ends() == 130, "a rollout takes hours"
         assert len(saved(tmp_path / "run")) >= 1
 
 
@@ -110,10 +119,8 @@ def test_all_in_one_process_does_not_wait_for_a_long_call(args: tuple[str, ...],
     with living("train", *args, *SMALL, "--actors", "0", "--run-dir", "run", cwd=tmp_path) as run:
         directory = tmp_path / "run"
         run.until(lambda: saved(directory) and (tmp_path / "under way").exists(), "the call")
-        begun = time.monotonic()
         run.process.send_signal(signal.SIGINT)
-        assert run.ends(30) == 130
-        assert time.monotonic() - begun < 15  # 3 s are promised; the machine that tests may be busy
+        assert run.ends() == 130
         check_interrupted_before_an_update(directory)
 
 
@@ -139,8 +146,9 @@ def test_all_in_one_process_closes_environments_and_memory_on_an_error(tmp_path:
             train()
         assert note.exists()
         note.unlink()
+        gc.collect()
         descriptors.append(len(os.listdir("/proc/self/fd")))
-    assert descriptors[0] == descriptors[1]
+    assert descriptors[1] <= descriptors[0]
     for run in (tmp_path / "runs").iterdir():
         assert CheckpointDirectory(run / "checkpoints").newest().update == 0
 

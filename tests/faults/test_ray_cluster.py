@@ -23,6 +23,7 @@ from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from faults.living import SOURCES
 from held import Line
 from shoal.monitoring.store import RunReader
+from shoal.supervision.processes import process_state
 
 SMALL = [
     "CartPole-v1", "--preset", "none", "--sampling.groups", "4", "--sampling.group-size", "2", "--sampling.rollout-length", "16",
@@ -58,7 +59,7 @@ class Machines:
         raylet = self.others.pop()
         started = descendants([raylet])
         self.cluster.remove_node(raylet, allow_graceful=False)
-        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
+        wait_for(lambda: all(process_state(pid) in (None, "Z") for pid in started))
 
     def named(self, prefix: str) -> list[int]:
         """Processes that the nodes have started, whose name begins so."""

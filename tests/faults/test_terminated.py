@@ -10,30 +10,33 @@ from pathlib import Path
 
 import pytest
 
-from faults.living import TINY, command, living, saved
+from faults.living import TINY, command, living
+from held import Line
 from shoal.files import CheckpointDirectory
 from shoal.monitoring.store import RunReader
 
 RARELY = [*TINY, "--checkpoint.every-seconds", "1000", "--seed", "5"]
+UPDATES = 20
 
 
 @pytest.mark.parametrize("learners", [1, 2])
 def test_a_run_all_of_whose_processes_are_terminated_ends_with_a_last_checkpoint(learners: int, tmp_path: Path) -> None:
     several = ["--learners", str(learners)]
-    with living(
-        "train", "CartPole-v1", *RARELY, *several, "--actors", "2", "--stop.updates", "1000000", "--run-dir", "run", "--json", cwd=tmp_path
-    ) as run:
+    args = ("train", "CartPole-v1", *RARELY, *several, "--actors", "2", "--stop.updates", "1000000", "--run-dir", "run", "--json")
+    with contextlib.closing(Line()) as line, living(*args, cwd=tmp_path, line=line) as run:
         directory = tmp_path / "run"
-        run.until(lambda: saved(directory) and newest_update(directory) > 20, "update")
-        for pid in run.left():
+        line.reach(UPDATES, run.process, run.log)
+        terminated = run.left()
+        line.go_on(for_good=True)
+        for pid in terminated:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
         assert run.ends() == 130
-        run.gone(10.0)
+        run.gone()
     result = json.loads((directory / "result.json").read_text())
     newest = CheckpointDirectory(directory / "checkpoints").newest()
     assert (result["reason"], result["updates"]) == ("interrupted", newest.update)
-    assert newest.update > 20, "the first checkpoint is not the last"
+    assert newest.update >= UPDATES, "the first checkpoint is not the last"
     with RunReader(directory / "run.db") as reader:
         kinds = [(event["kind"], event.get("role")) for event in reader.events()]
     assert ("died", "learner") not in kinds
@@ -46,9 +49,3 @@ def test_a_run_all_of_whose_processes_are_terminated_ends_with_a_last_checkpoint
     )
     assert code == 0, said
     assert json.loads(resumed)["weights_sha256"] == json.loads(whole)["weights_sha256"]
-
-
-def newest_update(directory: Path) -> int:
-    with RunReader(directory / "run.db") as reader:
-        point = reader.progress()
-    return 0 if point is None else point.update

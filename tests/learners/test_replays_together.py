@@ -80,7 +80,7 @@ class World:
         return orders
 
     def together(self) -> Together:
-        return Together(self.learners, threads=1, timeout_seconds=30.0)
+        return Together(self.learners, threads=1, timeout_seconds=600.0)
 
 
 def updated(world: World, together: Together, sequence: int, steps: int = 3) -> dict[str, float]:
@@ -251,7 +251,7 @@ def test_what_one_of_them_raises_is_raised_at_once(victim: int) -> None:
     consumed = together.consume(orders)
     with pytest.raises(SchemaError, match=f"slot {victim}: of run"):
         together.update(consumed, 1)
-    assert time.monotonic() - begun < 10.0
+    assert time.monotonic() - begun < 300.0, "the others waited as long as for one that lives"
 
 
 def test_what_is_to_be_held_is_divided() -> None:

@@ -2,7 +2,7 @@
 
 fail: [n, pattern]     the next n writes to matching names raise
 away: true             nothing can be reached; the error holds a secret
-wait: pattern          a write to a matching name waits until the rule is gone
+wait: pattern          a write to a matching name makes `SHAKY_ROOT.waiting`, and waits until the rule is gone
 half: pattern          half of a matching file is written, `SHAKY_ROOT.halfway` is made, and nothing more happens
 lose: pattern          a write to a matching name is taken, and nothing is there
 damage: pattern        a byte of a matching file is another one
@@ -35,6 +35,10 @@ def _beside(ending: str) -> Path:
 
 def halfway() -> Path:
     return _beside("halfway")
+
+
+def waiting() -> Path:
+    return _beside("waiting")
 
 
 def rule(**rules: Any) -> None:
@@ -81,6 +85,7 @@ class ShakyFileSystem(LocalFileSystem):
             rule(**{**rules, "fail": [left - 1, pattern]})
             raise ConnectionError("the store has hung up")
         while "wait" in rules and re.search(rules["wait"], path):
+            waiting().touch()
             time.sleep(0.02)
             rules = _rules()
         return rules

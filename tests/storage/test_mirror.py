@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from shaky_store import SECRET, rule
+from shaky_store import SECRET, rule, waiting
 
 from shoal.errors import StorageError
 from shoal.files import CheckpointDirectory
@@ -107,7 +107,8 @@ def test_while_the_store_waits_nothing_else_does_and_then_the_newest_goes(run: R
     run.mirror.begin(0, 2)
     rule(wait="learner")
     first = run.save(1)
-    until(lambda: run.mirror.held() == (first,))
+    until(waiting().exists)  # it is being copied
+    assert run.mirror.held() == (first,)
     for update in range(2, 8):
         newest = run.save(update)  # returns at once
     assert set(run.mirror.held()) == {first, newest}
@@ -218,8 +219,7 @@ def test_a_mirror_that_is_closed_writes_no_more(run: Run) -> None:
     run.mirror.begin(0, 2)
     rule(wait="learner")
     run.save(1)
-    until(run.mirror.held)
-    time.sleep(0.1)
+    until(waiting().exists)
     run.mirror.close()
     rule()
     until(lambda: not run.mirror._thread.is_alive())

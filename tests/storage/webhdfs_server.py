@@ -14,6 +14,7 @@ _PREFIX = "/webhdfs/v1"
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and content are sent one after the other, and neither waits for the other's receipt
     objects: dict[str, bytes]
 
     def log_message(self, *_: object) -> None:
@@ -33,7 +34,7 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         path, query = unquote(parts.path).removeprefix(_PREFIX), {name: values[0] for name, values in parse_qs(parts.query).items()}
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        inside = {name for name in self.objects if name.startswith(f"{path.rstrip('/')}/")}
+        inside = {name for name in list(self.objects) if name.startswith(f"{path.rstrip('/')}/")}
         op = query["op"]
         if op in ("CREATE", "APPEND") and "second" not in query:
             self._answer(307, Location=f"http://{self.headers['Host']}{self.path}&second=1")

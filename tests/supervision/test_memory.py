@@ -48,7 +48,7 @@ def test_close_gives_descriptors_back():
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(50):
         SharedMemory.create(4096).close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # what tests before this one left may go meanwhile
 
 
 @pytest.mark.parametrize("size_bytes", [0, 8192])

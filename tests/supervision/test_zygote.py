@@ -16,13 +16,14 @@ import cloudpickle
 import pytest
 
 from shoal.errors import ProcessError
+from shoal.supervision import zygote
 from shoal.supervision.channel import Channel, wait
 from shoal.supervision.memory import SharedMemory
 from shoal.supervision.processes import marked_processes, process_state, pss_bytes
 from shoal.supervision.zygote import Exited, Forked, Lost, Ready, Zygote, wait_until_ready
 from stopping import stop_process
 
-LIMIT_SECONDS = 30.0
+LIMIT_SECONDS = 120.0
 HERE = Path(__file__).parent
 ROLES = "supervision_roles"
 
@@ -87,6 +88,7 @@ def hear(channel):
 @pytest.fixture
 def fleet(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(HERE)
+    monkeypatch.setattr(zygote, "SWEEP_SECONDS", LIMIT_SECONDS)  # a busy machine takes its time to bury processes
     fleets = []
 
     def start(**settings):
@@ -95,7 +97,7 @@ def fleet(tmp_path, monkeypatch):
 
     yield start
     for each in fleets:
-        each.zygote.close()
+        each.zygote.close(timeout_seconds=LIMIT_SECONDS)
         assert each.left() == []
         assert process_state(each.zygote.pid) is None
         for end in each.ends:
@@ -253,14 +255,14 @@ def test_close_kills_stopped_roles_and_all_descendants(fleet):
         pid, mine = one.fork("breed_and_wait", index)
         pids += [pid, *ast.literal_eval(hear(mine).decode())]
         stop_process(pid)
-    one.zygote.close()
+    one.zygote.close(timeout_seconds=LIMIT_SECONDS)
     assert not any(map(alive, pids))
     one.zygote.close()
 
 
 @pytest.mark.parametrize("when", ["before it is ready", "when it is ready"])
 def test_close_does_not_wait_for_a_stopped_zygote(fleet, when):
-    one = fleet()
+    one = fleet(preload=[] if when == "when it is ready" else ["imports_for_ever"])
     if when == "when it is ready":
         one.until(Ready)
     stop_process(one.zygote.pid)
@@ -313,8 +315,8 @@ def test_a_hundred_forks_leak_no_descriptor(fleet):
         _, mine = one.fork("return_three", index % 3, index, [memory.fd, memory.fd])
         mine.close()
     assert {event.exit_code for event in one.until(Exited, 100)} == {3}
-    assert len(os.listdir(f"/proc/{one.zygote.pid}/fd")) == theirs_before
-    assert len(os.listdir("/proc/self/fd")) == mine_before
+    eventually(lambda: len(os.listdir(f"/proc/{one.zygote.pid}/fd")) == theirs_before, "the helper has closed all")
+    assert len(os.listdir("/proc/self/fd")) <= mine_before  # what tests before this one left may go meanwhile
     assert one.zygote._living == {}
     assert one.zygote._pending == {}
 
@@ -393,8 +395,11 @@ for index, function in enumerate(["breed_and_wait", "breed_and_wait", "echo_unti
     zygote.fork("supervision_roles:" + function, "role", index, 0, theirs)
     ends.append(mine)
 if not zygote_hangs:
-    heard = [wait([end], 30) and end.receive() for end in ends[:2]]
-    forked = [event for event in zygote.receive() if hasattr(event, "pid")]
+    heard = [wait([end], 120) and end.receive() for end in ends[:2]]
+    forked = []
+    while len(forked) < 3:  # a role may speak before the helper says that it was forked
+        wait([zygote], 120)
+        forked += [event for event in zygote.receive() if hasattr(event, "pid")]
     os.kill(forked[1].pid, signal.SIGSTOP)
     if zygote_stopped:
         os.kill(zygote.pid, signal.SIGSTOP)
@@ -430,7 +435,7 @@ print("main runs", flush=True)
 zygote = Zygote.start({{}}, cloudpickle.dumps(lambda number: number + 41), ["torch"], log_path={log!r})
 mine, theirs = Channel.pair()
 zygote.fork("supervision_roles:apply_pickled", "role", 0, 0, theirs)
-wait([mine], 60)
+wait([mine], 120)
 print(mine.receive().decode())
 """
 
@@ -439,6 +444,6 @@ def test_a_plain_script_without_main_guard_and_with_torch_imported(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(PLAIN_SCRIPT.format(log=str(tmp_path / "zygote.log")))
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environ, timeout=120, check=False)
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environ, timeout=300, check=False)
     assert (ended.stdout, ended.stderr) == ("main runs\n42\n", "")
     assert (tmp_path / "zygote.log").read_text() == ""

@@ -110,6 +110,9 @@ class StoreLock:
         self._store, self.token, self.lost = Store(url), secrets.token_hex(16), ""
         self._since = time.time()
         self._ended = threading.Event()
+        self._own = (
+            threading.Lock()
+        )  # some stores replace an object by steps; in between it names nobody, and no thread of this driver is to look
         self._take(take_over, told)
         _held.add(self.token)
         self._thread = threading.Thread(target=self._renew, name="shoal-store-lock", daemon=True)
@@ -145,8 +148,14 @@ class StoreLock:
             )
 
     def _look(self, store: Store | None = None) -> None:
-        store = store or self._store
+        with self._own:
+            self._see(store or self._store)
+
+    def _see(self, store: Store) -> None:
         content = store.read(NAME)
+        if content is not None and parse_lock(content) is None:  # perhaps another driver is just writing it
+            time.sleep(SETTLE_SECONDS)
+            content = store.read(NAME)
         if content is None:  # somebody removed it
             store.write(NAME, self._content())
             return
@@ -160,7 +169,8 @@ class StoreLock:
             try:
                 self._look()
                 if not self.lost:
-                    self._store.write(NAME, self._content())
+                    with self._own:
+                        self._store.write(NAME, self._content())
             except StorageError:
                 continue
 

@@ -29,6 +29,7 @@ from shoal.supervision.memory import anonymous_file
 from shoal.supervision.processes import kill_marked_processes, process_state
 
 MARK = "SHOAL_ZYGOTE"
+SWEEP_SECONDS = 2.0  # for what a zygote that was killed left, until all of it is dead: longer than that takes
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSYS, signal.SIGTRAP}
 PASSIVE_THREADS = {
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -362,7 +363,7 @@ class Zygote:
         code = self._process.returncode
         if code != 0 and not self._swept:
             self._swept = True
-            kill_marked_processes(self._mark, self.pid, timeout_seconds)
+            kill_marked_processes(self._mark, self.pid, SWEEP_SECONDS)
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
