@@ -153,9 +153,6 @@ class StoreLock:
 
     def _see(self, store: Store) -> None:
         content = store.read(NAME)
-        if content is not None and parse_lock(content) is None:  # perhaps another driver is just writing it
-            time.sleep(SETTLE_SECONDS)
-            content = store.read(NAME)
         if content is None:  # somebody removed it
             store.write(NAME, self._content())
             return
