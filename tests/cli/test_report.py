@@ -130,6 +130,8 @@ def test_a_run_that_learns_from_a_replay_is_shown_with_it_and_with_the_share_tha
     lines = lines_of(capsys)
     assert "replay 8 of 64 env steps held; 8 in, 0 sampled (0.00 for each)" in lines
     assert not any(text.startswith("age") for text in lines), "nothing was sampled"
+    print_show({**shown, "replay": {**REPLAY, "inserted": 2_528, "sampled": 544_768}})
+    assert "replay 50 of 64 env steps held; 2,528 in, 544,768 sampled (215.49 for each)" in lines_of(capsys)
     print_show({**shown, "replay": None})
     assert not any(text.startswith(("age", "replay ")) for text in lines_of(capsys))
 

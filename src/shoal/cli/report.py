@@ -66,7 +66,7 @@ def _accounts(ledger: Any, lag: Any) -> Iterator[tuple[str, str]]:
 
 def _replay(facts: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     """How full the replay is, how much was sampled for what went in, and how old that was."""
-    each = f"{word(int(facts['inserted']))} in, {word(int(facts['sampled']))} sampled ({samples_per_insert(facts):.2f} for each)"
+    each = f"{facts['inserted']:,.0f} in, {facts['sampled']:,.0f} sampled ({samples_per_insert(facts):.2f} for each)"
     yield "replay", f"{held_words(facts)} env steps held; {each}"
     updates, steps = age_words(facts, "updates"), age_words(facts, "steps")
     if updates:
