@@ -110,9 +110,7 @@ class StoreLock:
         self._store, self.token, self.lost = Store(url), secrets.token_hex(16), ""
         self._since = time.time()
         self._ended = threading.Event()
-        self._own = (
-            threading.Lock()
-        )  # some stores replace an object by steps; in between it names nobody, and no thread of this driver is to look
+        self._own = threading.Lock()  # held while this driver writes: some stores replace by steps, between which the lock names nobody
         self._take(take_over, told)
         _held.add(self.token)
         self._thread = threading.Thread(target=self._renew, name="shoal-store-lock", daemon=True)
