@@ -56,7 +56,7 @@ class Training:
             "--actors-per-node", "1", "--run-dir", str(self.directory), *(more or ENDLESS),
         )  # fmt: skip
         if not more:
-            self.until_updates(20)
+            self.until_updates(11)  # of which ten have a checkpoint
 
     def _start(self, *arguments: str) -> Living:
         return Living([*arguments, "--json"], self.place, "driver", self.at.inside(directory=self.place))
