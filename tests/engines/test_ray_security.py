@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.machinery
 import os
 import socket
 import ssl
@@ -10,6 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.engines import ray_security
+from shoal.engines import ray_cluster, ray_security
 from shoal.engines.ray_security import check_cluster, find_token, local_environment, make_certificate, make_secrets, redact
 from shoal.errors import ConfigError
+from shoal.settings import resolve
 
 FIB_TRIE = """Main:
   +-- 0.0.0.0/0 3 0 5
@@ -257,6 +260,28 @@ def test_the_process_that_asks_has_no_token_and_is_not_waited_for_without_end(tm
         patch.setattr(ray_security.subprocess, "run", look)
         assert ray_security.asks_for_token("127.0.0.1:1", around) is True
     assert {name: value for name, value in seen.items() if "AUTH" in name} == {"RAY_AUTH_MODE": "disabled"}
+
+
+# ---- joining, with a Ray that fails
+@pytest.mark.parametrize(("address", "said"), [(None, "started on this machine"), ("auto", "joined at auto")])
+def test_whatever_ray_raises_as_it_begins_is_one_line_without_secrets(
+    address: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(*args: Any, **how: Any) -> None:
+        raise Exception("The current node timed out during startup.\nRAY_AUTH_TOKEN=c0ffee")
+
+    fake = types.ModuleType("ray")
+    fake.__spec__ = importlib.machinery.ModuleSpec("ray", None)
+    monkeypatch.setattr(fake, "init", init, raising=False)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setattr(os, "environ", {**os.environ, **SAFE})
+    monkeypatch.setattr(ray_cluster, "asks_for_token", lambda *asked: True)
+    config, _ = resolve("CartPole-v1", {"engine": "ray", "ray.address": address})
+    with pytest.raises(ConfigError, match=f"no cluster could be {said}: The current node timed out") as refused:
+        ray_cluster.connect(config, print)
+    assert "c0ffee" not in str(refused.value)
+    assert ("too busy" in str(refused.value)) == (address is None)
+    assert refused.value.__suppress_context__, "the cause is not redacted"
 
 
 # ---- saying

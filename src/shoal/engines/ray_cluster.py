@@ -256,9 +256,13 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
     try:
         with _own_signals():
             ray.init(address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        done = "started on this machine" if secrets else f"joined at {address}"
-        raise ConfigError(f"ray.address: no cluster could be {done}: {redact(' '.join(str(error).split()))[:300]}") from error
+    except Exception as error:  # Ray raises a plain Exception where its own processes start too slowly
+        if secrets is not None:
+            secrets.cleanup()
+        done, busy = (
+            (f"joined at {address}", "") if secrets is None else ("started on this machine", "; is it too busy for Ray to start in time?")
+        )
+        raise ConfigError(f"ray.address: no cluster could be {done}: {redact(' '.join(str(error).split()))[:300]}{busy}") from None
     roll = Roll(_machines)
     per_node = config.ray.actors_per_node or _cpus_of_the_smallest(roll.machines)
     return Cluster(1 if secrets and config.ray.nodes is None else config.ray.nodes, per_node, secrets, roll)
