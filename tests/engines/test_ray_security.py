@@ -157,7 +157,7 @@ def test_without_an_authority_there_is_no_certificate(tmp_path: Path) -> None:
 def test_a_local_cluster_has_token_and_tls_on_whatever_the_user_has_set(tmp_path: Path) -> None:
     made = local_environment(tmp_path / "private")
     environment = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "mine", "HOME": "/nowhere", **made}
-    assert check_cluster(environment, allow_insecure=False) == []
+    assert check_cluster(environment, allow_insecure=False, ask=lambda: True) == []
     assert find_token(environment) == (tmp_path / "private" / "token").read_text().strip()
     assert environment["RAY_USE_TLS"] == "1"
     own = tmp_path / "private" / "node"
@@ -202,33 +202,42 @@ SAFE = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t0ken", "RAY_USE_TLS": "1"}
         ({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "t0ken"}, True, "RAY_AUTH_MODE is not `token`"),
         ({"RAY_AUTH_MODE": "token", "HOME": "/nowhere"}, None, "neither RAY_AUTH_TOKEN nor"),
         (SAFE, False, "it answers calls that carry none"),
+        (SAFE, None, "could not be found out"),
     ],
 )
 def test_a_cluster_without_a_token_is_refused_unless_that_is_allowed(environment: dict[str, str], asks: bool | None, why: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        check_cluster(environment, allow_insecure=False, asks=asks)
+        check_cluster(environment, allow_insecure=False, ask=lambda: asks)
     assert all(part in str(refused.value) for part in ("CVE-2023-48022", why, "--allow-insecure-cluster"))
     assert "t0ken" not in str(refused.value)
-    warnings = check_cluster(environment, allow_insecure=True, asks=asks)
+    warnings = check_cluster(environment, allow_insecure=True, ask=lambda: asks)
     assert "CVE-2023-48022" in warnings[0]
     assert why in warnings[0]
 
 
 def test_a_cluster_with_token_and_tls_is_joined_without_a_word() -> None:
-    for asks in (True, None):
-        assert check_cluster(SAFE, allow_insecure=False, asks=asks) == []
-        assert check_cluster({**SAFE, "RAY_AUTH_MODE": "TOKEN"}, allow_insecure=False, asks=asks) == []
+    assert check_cluster(SAFE, allow_insecure=False, ask=lambda: True) == []
+    assert check_cluster({**SAFE, "RAY_AUTH_MODE": "TOKEN"}, allow_insecure=False, ask=lambda: True) == []
+
+
+def test_a_cluster_is_not_asked_where_the_environment_settles_it() -> None:
+    def ask() -> bool | None:
+        raise AssertionError("asked for nothing")
+
+    for environment in ({}, {"RAY_AUTH_MODE": "token", "HOME": "/nowhere"}):
+        with pytest.raises(ConfigError, match="CVE-2023-48022"):
+            check_cluster(environment, allow_insecure=False, ask=ask)
 
 
 def test_no_tls_and_a_token_that_others_may_read_are_warned_of(tmp_path: Path) -> None:
-    (warning,) = check_cluster({**SAFE, "RAY_USE_TLS": "0"}, allow_insecure=False)
+    (warning,) = check_cluster({**SAFE, "RAY_USE_TLS": "0"}, allow_insecure=False, ask=lambda: True)
     assert "without TLS" in warning
     file = written(tmp_path / "token", "t0ken", 0o644)
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": file, "RAY_USE_TLS": "true"}
-    (warning,) = check_cluster(environment, allow_insecure=False)
+    (warning,) = check_cluster(environment, allow_insecure=False, ask=lambda: True)
     assert f"chmod 600 {file}" in warning
     Path(file).chmod(0o600)
-    assert check_cluster(environment, allow_insecure=False) == []
+    assert check_cluster(environment, allow_insecure=False, ask=lambda: True) == []
 
 
 def test_what_cannot_be_asked_is_not_known(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
     Args:
       warn: is told what is not safe about it.
     Raises:
-      ConfigError: Ray is not installed, there is no cluster at that address, or it asks for no token.
+      ConfigError: Ray is not installed, there is no cluster at that address, it asks for no token, or whether it does cannot be found out.
     """
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("engine: ray needs the extra `ray`: pip install 'shoal[ray]'")
@@ -249,7 +249,7 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
         quiet |= {"num_cpus": max(available_cores(), config.ray.actors_per_node or 1), "include_dashboard": False}
     else:
         _check_reachable(address)
-        for warning in check_cluster(os.environ, config.ray.allow_insecure_cluster, asks_for_token(address, os.environ)):
+        for warning in check_cluster(os.environ, config.ray.allow_insecure_cluster, lambda: asks_for_token(address, os.environ)):
             warn(warning)
     import ray
 
