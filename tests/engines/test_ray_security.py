@@ -20,8 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.engines import ray_cluster, ray_security
+from shoal.engines.fleet import rebuild_error
 from shoal.engines.ray_security import check_cluster, find_token, local_environment, make_certificate, make_secrets, redact
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, EnvironmentFault
 from shoal.settings import resolve
 
 FIB_TRIE = """Main:
@@ -330,3 +331,13 @@ def test_a_token_is_hidden_wherever_it_is_shown_as_one(form: str, token: str) ->
 def test_what_is_no_secret_stays() -> None:
     text = "weights_sha256 0a1b, RAY_AUTH_TOKEN_PATH=/a/token, RAY_AUTH_MODE=token, the bearer\nof a name"
     assert redact(text, {}) == text
+
+
+def test_errors_of_other_processes_are_raised_without_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "c0ffee")
+    facts: dict[str, Any] = {"message": "say c0ffee", "traceback": "line c0ffee", "report": {"error": "c0ffee", "step": 3}}
+    fault = rebuild_error({**facts, "error": "EnvironmentFault"})
+    assert isinstance(fault, EnvironmentFault)
+    assert (str(fault), fault.report) == ("say ***", {"error": "***", "step": 3, "traceback": "line ***"})
+    assert str(rebuild_error({**facts, "error": "KeyError"})) == "KeyError: say ***\nline ***"
+    assert str(rebuild_error({**facts, "error": "ConfigError"})) == "say ***"
