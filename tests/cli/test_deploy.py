@@ -52,6 +52,15 @@ def test_with_json_the_file_is_in_one_object_with_the_warnings(cwd: Path) -> Non
     assert done.stderr == f"warning: {answer['warnings'][0]}\n"
 
 
+def test_a_secret_in_the_configuration_is_warned_of_by_its_name(cwd: Path) -> None:
+    (cwd / "keyed.yaml").write_text(
+        "env: {id: CartPole-v1, kwargs: {api_key: c0ffee, max_tokens: 5, tokenizer: a, deep: [{db_password: x}]}}\n"
+    )
+    warnings = json.loads(shoal("deploy", "slurm", "keyed.yaml", "--json", cwd=cwd).stdout)["warnings"]
+    assert [warning.partition(": ")[0] for warning in warnings] == ["env.kwargs.api_key", "env.kwargs.deep.0.db_password"]
+    assert "c0ffee" not in " ".join(warnings)
+
+
 @pytest.mark.parametrize(
     ("args", "part"),
     [

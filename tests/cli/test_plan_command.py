@@ -13,9 +13,9 @@ import pytest
 
 from planning_costs import OPTIONS, costs
 
-ANSWER = {"settings", "costs", "links", "driver", "way", "rows", "breaks"}
+ANSWER = {"settings", "costs", "links", "driver", "way", "rows", "breaks", "warnings"}
 ROW = {
-    "nodes", "learners", "env_steps_per_second", "env_steps_per_second_and_node", "updates_per_second", "batch_env_steps", "lag", "over_lag",
+    "nodes", "engine", "learners", "env_steps_per_second", "env_steps_per_second_and_node", "updates_per_second", "batch_env_steps", "lag", "over_lag",
     "utilisation", "learner_bytes", "bottleneck", "moves",
 }  # fmt: skip
 
@@ -39,6 +39,8 @@ def test_a_plan_from_a_file_as_json(file: str, tmp_path: Path) -> None:
     assert set(found) == ANSWER
     assert [row["nodes"] for row in found["rows"]] == [1, 20]
     assert all(set(row) == ROW for row in found["rows"])
+    assert [row["engine"] for row in found["rows"]] == ["local", "ray"], "several nodes are a cluster of Ray"
+    assert (found["settings"]["engine"], found["warnings"]) == ("ray", [])
     one = found["rows"][0]
     assert 0.9e6 / (38 / 2 + 40) < one["env_steps_per_second"] <= 1e6 / (38 / 2 + 40)  # the driver takes the rest
     assert found["breaks"]["name"] == "learner"

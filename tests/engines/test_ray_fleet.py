@@ -275,10 +275,14 @@ def test_logs_of_a_node_come_to_the_run_and_lie_in_no_directory_there(run_on: An
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     lies: list[str] = []
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "c0ffee")
     look = at(5, lambda: lies.extend(os.listdir(tmp_path / "temporary")))
     run = run_on(ClusterHere(["a"]), CHATTY, callbacks=[look, at(6, lambda: lies.append("looked"))], env={"form": "python"})
     assert lies == ["looked"]
-    assert "step 1 xxx" in (run.path / "logs" / "actor-0.log").read_text()
+    log = (run.path / "logs" / "actor-0.log").read_text()
+    assert "step 1 xxx" in log
+    assert "***warning***" in log
+    assert "c0ffee" not in log
 
 
 def test_an_actor_is_not_blamed_while_nobody_hears_of_it(run_on: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.machinery
 import os
 import socket
 import ssl
@@ -10,6 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.engines import ray_security
+from shoal.engines import ray_cluster, ray_security
+from shoal.engines.fleet import rebuild_error
 from shoal.engines.ray_security import check_cluster, find_token, local_environment, make_certificate, make_secrets, redact
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, EnvironmentFault
+from shoal.settings import resolve
 
 FIB_TRIE = """Main:
   +-- 0.0.0.0/0 3 0 5
@@ -154,7 +158,7 @@ def test_without_an_authority_there_is_no_certificate(tmp_path: Path) -> None:
 def test_a_local_cluster_has_token_and_tls_on_whatever_the_user_has_set(tmp_path: Path) -> None:
     made = local_environment(tmp_path / "private")
     environment = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "mine", "HOME": "/nowhere", **made}
-    assert check_cluster(environment, allow_insecure=False) == []
+    assert check_cluster(environment, allow_insecure=False, ask=lambda: True) == []
     assert find_token(environment) == (tmp_path / "private" / "token").read_text().strip()
     assert environment["RAY_USE_TLS"] == "1"
     own = tmp_path / "private" / "node"
@@ -199,33 +203,42 @@ SAFE = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t0ken", "RAY_USE_TLS": "1"}
         ({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "t0ken"}, True, "RAY_AUTH_MODE is not `token`"),
         ({"RAY_AUTH_MODE": "token", "HOME": "/nowhere"}, None, "neither RAY_AUTH_TOKEN nor"),
         (SAFE, False, "it answers calls that carry none"),
+        (SAFE, None, "could not be found out"),
     ],
 )
 def test_a_cluster_without_a_token_is_refused_unless_that_is_allowed(environment: dict[str, str], asks: bool | None, why: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        check_cluster(environment, allow_insecure=False, asks=asks)
+        check_cluster(environment, allow_insecure=False, ask=lambda: asks)
     assert all(part in str(refused.value) for part in ("CVE-2023-48022", why, "--allow-insecure-cluster"))
     assert "t0ken" not in str(refused.value)
-    warnings = check_cluster(environment, allow_insecure=True, asks=asks)
+    warnings = check_cluster(environment, allow_insecure=True, ask=lambda: asks)
     assert "CVE-2023-48022" in warnings[0]
     assert why in warnings[0]
 
 
 def test_a_cluster_with_token_and_tls_is_joined_without_a_word() -> None:
-    for asks in (True, None):
-        assert check_cluster(SAFE, allow_insecure=False, asks=asks) == []
-        assert check_cluster({**SAFE, "RAY_AUTH_MODE": "TOKEN"}, allow_insecure=False, asks=asks) == []
+    assert check_cluster(SAFE, allow_insecure=False, ask=lambda: True) == []
+    assert check_cluster({**SAFE, "RAY_AUTH_MODE": "TOKEN"}, allow_insecure=False, ask=lambda: True) == []
+
+
+def test_a_cluster_is_not_asked_where_the_environment_settles_it() -> None:
+    def ask() -> bool | None:
+        raise AssertionError("asked for nothing")
+
+    for environment in ({}, {"RAY_AUTH_MODE": "token", "HOME": "/nowhere"}):
+        with pytest.raises(ConfigError, match="CVE-2023-48022"):
+            check_cluster(environment, allow_insecure=False, ask=ask)
 
 
 def test_no_tls_and_a_token_that_others_may_read_are_warned_of(tmp_path: Path) -> None:
-    (warning,) = check_cluster({**SAFE, "RAY_USE_TLS": "0"}, allow_insecure=False)
+    (warning,) = check_cluster({**SAFE, "RAY_USE_TLS": "0"}, allow_insecure=False, ask=lambda: True)
     assert "without TLS" in warning
     file = written(tmp_path / "token", "t0ken", 0o644)
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": file, "RAY_USE_TLS": "true"}
-    (warning,) = check_cluster(environment, allow_insecure=False)
+    (warning,) = check_cluster(environment, allow_insecure=False, ask=lambda: True)
     assert f"chmod 600 {file}" in warning
     Path(file).chmod(0o600)
-    assert check_cluster(environment, allow_insecure=False) == []
+    assert check_cluster(environment, allow_insecure=False, ask=lambda: True) == []
 
 
 def test_what_cannot_be_asked_is_not_known(tmp_path: Path) -> None:
@@ -257,6 +270,28 @@ def test_the_process_that_asks_has_no_token_and_is_not_waited_for_without_end(tm
         patch.setattr(ray_security.subprocess, "run", look)
         assert ray_security.asks_for_token("127.0.0.1:1", around) is True
     assert {name: value for name, value in seen.items() if "AUTH" in name} == {"RAY_AUTH_MODE": "disabled"}
+
+
+# ---- joining, with a Ray that fails
+@pytest.mark.parametrize(("address", "said"), [(None, "started on this machine"), ("auto", "joined at auto")])
+def test_whatever_ray_raises_as_it_begins_is_one_line_without_secrets(
+    address: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(*args: Any, **how: Any) -> None:
+        raise Exception("The current node timed out during startup.\nRAY_AUTH_TOKEN=c0ffee")
+
+    fake = types.ModuleType("ray")
+    fake.__spec__ = importlib.machinery.ModuleSpec("ray", None)
+    monkeypatch.setattr(fake, "init", init, raising=False)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setattr(os, "environ", {**os.environ, **SAFE})
+    monkeypatch.setattr(ray_cluster, "asks_for_token", lambda *asked: True)
+    config, _ = resolve("CartPole-v1", {"engine": "ray", "ray.address": address})
+    with pytest.raises(ConfigError, match=f"no cluster could be {said}: The current node timed out") as refused:
+        ray_cluster.connect(config, print)
+    assert "c0ffee" not in str(refused.value)
+    assert ("too busy" in str(refused.value)) == (address is None)
+    assert refused.value.__suppress_context__, "the cause is not redacted"
 
 
 # ---- saying
@@ -296,3 +331,13 @@ def test_a_token_is_hidden_wherever_it_is_shown_as_one(form: str, token: str) ->
 def test_what_is_no_secret_stays() -> None:
     text = "weights_sha256 0a1b, RAY_AUTH_TOKEN_PATH=/a/token, RAY_AUTH_MODE=token, the bearer\nof a name"
     assert redact(text, {}) == text
+
+
+def test_errors_of_other_processes_are_raised_without_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "c0ffee")
+    facts: dict[str, Any] = {"message": "say c0ffee", "traceback": "line c0ffee", "report": {"error": "c0ffee", "step": 3}}
+    fault = rebuild_error({**facts, "error": "EnvironmentFault"})
+    assert isinstance(fault, EnvironmentFault)
+    assert (str(fault), fault.report) == ("say ***", {"error": "***", "step": 3, "traceback": "line ***"})
+    assert str(rebuild_error({**facts, "error": "KeyError"})) == "KeyError: say ***\nline ***"
+    assert str(rebuild_error({**facts, "error": "ConfigError"})) == "say ***"

@@ -70,7 +70,7 @@ def test_a_cluster_with_token_and_tls_takes_those_who_have_both(tmp_path: Path) 
     ours = {**around, **local_environment(tmp_path / "private")}
     with cluster(ours) as address:
         assert asks_for_token(address, ours, timeout_seconds=LIMIT_SECONDS) is True
-        assert check_cluster(ours, allow_insecure=False, asks=True) == []
+        assert check_cluster(ours, allow_insecure=False, ask=lambda: True) == []
         assert join(address, ours) == "joined"
     assert asks_for_token(address, ours, timeout_seconds=5) is None, "nobody is there any more"
 
@@ -83,4 +83,4 @@ def test_a_cluster_that_asks_for_nothing_is_found_out(tmp_path: Path) -> None:
         asks = asks_for_token(address, with_token, timeout_seconds=LIMIT_SECONDS)
         assert asks is False
         with pytest.raises(ConfigError, match="CVE-2023-48022"):
-            check_cluster(with_token, allow_insecure=False, asks=asks)
+            check_cluster(with_token, allow_insecure=False, ask=lambda: asks)

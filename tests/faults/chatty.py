@@ -8,7 +8,7 @@ import gymnasium
 class Chatty(gymnasium.Wrapper):  # type: ignore[type-arg]
     def step(self, action):
         print("step", action, "x" * 200)
-        print("warning", file=sys.stderr)
+        print("c0ffeewarningc0ffee", file=sys.stderr)
         return self.env.step(action)
 
 

@@ -182,6 +182,20 @@ def test_a_disk_that_stays_full_costs_the_oldest_rows_and_not_the_memory(path: P
         assert reader.meta()["ledger"] == 199
 
 
+def test_a_database_is_readable_from_the_moment_it_has_tables(path: Path) -> None:
+    with RunStore(path, commit_seconds=3600), RunReader(path) as reader:
+        assert reader.meta() == {"format": 1}
+        assert reader.progress() is None
+
+
+def test_a_database_without_tables_is_told_as_one_that_is_about_to_be_filled(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+    connection.close()
+    with pytest.raises(RunError, match=r"run\.db holds nothing yet: the run is about to begin"):
+        RunReader(path)
+
+
 def test_the_database_of_another_format_is_refused_in_one_line_and_left_alone(path: Path) -> None:
     RunStore(path).close()
     with sqlite3.connect(path) as connection:

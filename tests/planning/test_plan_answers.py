@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from shoal.planning import inputs
 from shoal.planning.inputs import Asked, check_same, learning_speed, measured_of, read_costs, systems
 from shoal.planning.levers import LEVERS, bottleneck, moves
 from shoal.planning.pipeline import simulate
-from shoal.planning.plan import breaking_size, plan
+from shoal.planning.plan import breaking_size, plan, too_busy
 from shoal.planning.system import System, Way
 from shoal.settings import resolve
 
@@ -207,6 +208,15 @@ def test_a_table_says_what_breaks_first_and_what_would_move_it(tmp_path: Path, f
     assert shared / half <= breaks["nodes"] <= alone / half
     assert 2 * shared / half * 0.95 <= breaks["moved_to"] <= 2 * alone / half
     assert "--learners" in breaks["advice"]
+
+
+def test_costs_that_are_measured_beside_other_programs_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert too_busy(1.9, 4) == []
+    (warning,) = too_busy(8.0, 2)
+    assert "load 8.0 on 2 cores" in warning
+    monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
+    monkeypatch.setattr("shoal.benching.costs.bench_costs", lambda *args, **how: costs())
+    assert "load 1000.0" in plan("CartPole-v1", {**SMALL, "algorithm": "ppo"}, Asked())["warnings"][0]
 
 
 def test_more_learners_move_what_breaks(tmp_path: Path, free_driver: None) -> None:

@@ -105,6 +105,8 @@ def plan(
     if as_json:
         print_json(result)
     else:
+        for warning in result["warnings"]:
+            say(f"warning: {warning}", "lines")
         _print(plain(result))
 
 

@@ -16,6 +16,7 @@ NAME_LENGTH = 40  # KubeRay allows 47, of which "-secrets" takes its part; label
 OLDEST_RAY = (2, 52)  # the first with token authentication
 NODES = 2
 _LABEL = r"[a-z]([-a-z0-9]*[a-z0-9])?"
+_SECRET = re.compile(r"(^|[._-])((api|access|private|secret)[_-]?keys?|secrets?|tokens?|passw(or)?ds?|credentials?)(\.\d+)?$", re.I)
 _STORE = r"[a-z][a-z0-9+.-]*://[\w./:-]+"  # without a user, a password or a query
 _SAID_BY_THE_DEPLOYMENT = ("run_dir", "actors", "engine")  # keys of the configuration
 
@@ -86,17 +87,17 @@ def plan_deployment(
         raise ConfigError(
             f"name: {name!r} is no name for a cluster; take lower-case letters, digits and dashes, a letter first, {NAME_LENGTH} at most"
         )
-    run_url = _run_url(file)
+    run_url, settings = _run_url(file), _embedded(file)
     return Deployment(
         name or _label(config),
-        _embedded(file),
+        settings,
         nodes,
         actors,
         learners,
         cpus,
         memory_gib,
         gpus,
-        tuple(_warnings(config, gpus, run_url)),
+        (*_warnings(config, gpus, run_url), *_secrets(file_settings(file))),
         run_url,
     )
 
@@ -121,6 +122,17 @@ def _embedded(file: Path) -> str:
     tree = {key: value for key, value in file_settings(file).items() if key not in _SAID_BY_THE_DEPLOYMENT}
     ray = {key: value for key, value in (tree.pop("ray", None) or {}).items() if key not in ("address", "nodes", "actors_per_node")}
     return dump_tree({**tree, "ray": ray} if ray else tree)
+
+
+def _secrets(tree: Any, path: str = "") -> list[str]:
+    """A warning for each text of the configuration whose name says that it is a secret. The text itself is not shown."""
+    if isinstance(tree, str) and _SECRET.search(path):
+        return [
+            f"{path}: by its name a secret, and it stands in the file as it is: take it out of the configuration, and let the environment read it "
+            "from a variable or a file of the node"
+        ]
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [warning for key, value in pairs for warning in _secrets(value, f"{path}.{key}" if path else str(key))]
 
 
 def _run_url(file: Path) -> str | None:

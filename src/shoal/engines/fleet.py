@@ -20,6 +20,7 @@ from shoal.config import MAX_ACTORS, RunConfig
 from shoal.engines.messages import Word, place_of, to_json
 from shoal.engines.plan import Plan
 from shoal.engines.question import Question, stack_of
+from shoal.engines.ray_security import redact
 from shoal.engines.snippets import with_snippet
 from shoal.engines.traffic import Delivery
 from shoal.errors import EnvironmentFault, ProcessError, ShoalError
@@ -477,12 +478,13 @@ def _receive(channel: WordChannel) -> bytes | None:
 
 
 def rebuild_error(facts: dict[str, Any]) -> Exception:
-    """An error that another process described (mains.describe_error), as this process raises it."""
+    """An error that another process described (mains.describe_error), as this process raises it, without secrets."""
     kind = getattr(errors, facts["error"], None)
-    message = facts["message"]
+    message, trace = redact(facts["message"]), redact(facts.get("traceback", ""))
     if kind is EnvironmentFault:
-        report = {**facts["report"], "traceback": facts["report"].get("traceback") or facts["traceback"]}
+        report = {name: redact(value) if isinstance(value, str) else value for name, value in facts["report"].items()}
+        report["traceback"] = report.get("traceback") or trace
         return EnvironmentFault(message, report)
     if isinstance(kind, type) and issubclass(kind, ShoalError):
         return kind(message)
-    return ShoalError(f"{facts['error']}: {message}\n{facts['traceback']}")
+    return ShoalError(f"{facts['error']}: {message}\n{trace}")

@@ -235,7 +235,7 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
     Args:
       warn: is told what is not safe about it.
     Raises:
-      ConfigError: Ray is not installed, there is no cluster at that address, or it asks for no token.
+      ConfigError: Ray is not installed, there is no cluster at that address, it asks for no token, or whether it does cannot be found out.
     """
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("engine: ray needs the extra `ray`: pip install 'shoal[ray]'")
@@ -249,16 +249,20 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
         quiet |= {"num_cpus": max(available_cores(), config.ray.actors_per_node or 1), "include_dashboard": False}
     else:
         _check_reachable(address)
-        for warning in check_cluster(os.environ, config.ray.allow_insecure_cluster, asks_for_token(address, os.environ)):
+        for warning in check_cluster(os.environ, config.ray.allow_insecure_cluster, lambda: asks_for_token(address, os.environ)):
             warn(warning)
     import ray
 
     try:
         with _own_signals():
             ray.init(address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        done = "started on this machine" if secrets else f"joined at {address}"
-        raise ConfigError(f"ray.address: no cluster could be {done}: {redact(' '.join(str(error).split()))[:300]}") from error
+    except Exception as error:  # Ray raises a plain Exception where its own processes start too slowly
+        if secrets is not None:
+            secrets.cleanup()
+        done, busy = (
+            (f"joined at {address}", "") if secrets is None else ("started on this machine", "; is it too busy for Ray to start in time?")
+        )
+        raise ConfigError(f"ray.address: no cluster could be {done}: {redact(' '.join(str(error).split()))[:300]}{busy}") from None
     roll = Roll(_machines)
     per_node = config.ray.actors_per_node or _cpus_of_the_smallest(roll.machines)
     return Cluster(1 if secrets and config.ray.nodes is None else config.ray.nodes, per_node, secrets, roll)

@@ -38,6 +38,7 @@ from shoal.engines.ray_job import check_run_directory, passing_files
 from shoal.engines.ray_joining import Newcomers, report_of
 from shoal.engines.ray_link import NodeLink
 from shoal.engines.ray_node import ACTIVITY
+from shoal.engines.ray_security import redact
 from shoal.engines.ray_words import Frame, Kind
 from shoal.engines.traffic import Delivery, summary
 from shoal.errors import ConfigError, ProcessError, SchemaError
@@ -307,7 +308,7 @@ class RayFleet(Fleet):
                 self._told("warning", message=f"what actor-{process.index} was making when it died cannot be read: {error}")
         elif frame.kind is Kind.LOG:
             with self.log_of(process).open("ab") as log:
-                log.write(frame.body)
+                log.write(redact(frame.body.decode(errors="surrogateescape")).encode(errors="surrogateescape"))
         elif frame.kind is Kind.HAPPENED:
             said = from_json(frame.head)
             if said["is"] == "forked":

@@ -334,6 +334,8 @@ class Node:
 
     def _tell_log(self, actor: _Hosted) -> None:
         if actor.log is not None and (written := os.pread(actor.log.fileno(), LOG_BYTES, actor.log_at)):
+            if len(written) == LOG_BYTES:  # more follows: a line is not cut, since what is redacted is looked for in one frame
+                written = written[: written.rfind(b"\n") + 1] or written
             actor.log_at += len(written)
             self._report(Frame(Kind.LOG, actor.index, actor.incarnation, body=written))
 

@@ -18,7 +18,7 @@ import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 365
 _CLOCKS_DIFFER = timedelta(minutes=10)
 _HOST = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 _HIDDEN = "***"
+_UNKNOWN = "whether it answers calls that carry none could not be found out: there is no cluster, or it was too slow to answer; try again"
 _SECRETS_IN_TEXT = (
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S), _HIDDEN),
     (re.compile(r"(\bbearer\s+)[^\s\"',;]{8,}", re.I), rf"\1{_HIDDEN}"),
@@ -227,29 +228,32 @@ def find_token(environment: Mapping[str, str]) -> str | None:
     return token or None
 
 
-def check_cluster(environment: Mapping[str, str], allow_insecure: bool, asks: bool | None = None) -> list[str]:
+def check_cluster(environment: Mapping[str, str], allow_insecure: bool, ask: Callable[[], bool | None]) -> list[str]:
     """What to warn of before a driver with this environment joins a cluster.
 
     Args:
       allow_insecure: `--allow-insecure-cluster`: what would be refused is a warning.
-      asks: whether the cluster refuses calls without a token, as `asks_for_token` found it; None where it could not be found out.
+      ask: whether the cluster refuses calls without a token, see `asks_for_token`; None where it cannot be found out. Not called where this
+        environment settles it.
     Raises:
-      ConfigError: the cluster is joined without a token, or asks for none; says why that is no cluster to train on.
+      ConfigError: the cluster is joined without a token, asks for none, or may ask for none; says why that is no cluster to train on.
     """
     why = None
     if environment.get("RAY_AUTH_MODE", "").lower() != "token":
         why = "RAY_AUTH_MODE is not `token`"
     elif find_token(environment) is None:
         why = "RAY_AUTH_MODE is `token`, but neither RAY_AUTH_TOKEN nor RAY_AUTH_TOKEN_PATH nor ~/.ray/auth_token has one"
-    elif asks is False:
-        why = "it answers calls that carry none"
+    else:
+        why = {True: None, False: "it answers calls that carry none", None: _UNKNOWN}[ask()]
     danger = "whoever reaches the ports of such a cluster can run any code on all of its nodes (CVE-2023-48022)"
     if why and not allow_insecure:
+        would = "might" if why == _UNKNOWN else "would"
         raise ConfigError(
-            f"ray.address: this Ray cluster would be joined without token authentication ({why}), and {danger}. Start it, and join it, with RAY_AUTH_MODE=token and "
+            f"ray.address: this Ray cluster {would} be joined without token authentication ({why}), and {danger}. Start it, and join it, with RAY_AUTH_MODE=token and "
             "RAY_AUTH_TOKEN_PATH=FILE (Ray 2.52 or newer; `shoal deploy secrets DIR` makes the file); or give --allow-insecure-cluster, on a network that is yours alone"
         )
-    warnings = [f"the Ray cluster has no token authentication ({why}): {danger}"] if why else []
+    has = "may have" if why == _UNKNOWN else "has"
+    warnings = [f"the Ray cluster {has} no token authentication ({why}): {danger}"] if why else []
     if environment.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
         warnings.append(
             "the Ray cluster is joined without TLS (RAY_USE_TLS): whoever reads its network reads the token and all that is sent"
@@ -282,7 +286,7 @@ else:
 """
 
 
-def asks_for_token(address: str, environment: Mapping[str, str], timeout_seconds: float = 30.0) -> bool | None:
+def asks_for_token(address: str, environment: Mapping[str, str], timeout_seconds: float = 60.0) -> bool | None:
     """Whether the cluster at `HOST:PORT`, `auto` or `ray://HOST:PORT` refuses a call that carries no token; None where it cannot be found out (nobody is there).
 
     Waits for a process that asks it as a driver without token would; one that does not answer in time is killed.

@@ -92,8 +92,11 @@ class RunStore:
         try:
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = NORMAL")
-            self._connection.executescript(_SCHEMA)
+            self._connection.executescript(f"BEGIN; {_SCHEMA}")  # with the format in one transaction: readers see both or neither
             found = self._connection.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
+            if found is None:
+                self._connection.execute(_INSERT["meta"], ("format", str(FORMAT)))
+            self._connection.execute("COMMIT")
         except sqlite3.Error as error:
             self._connection.close()
             advice = "is the disk full?" if isinstance(error, sqlite3.OperationalError) else _ADVICE
@@ -101,7 +104,6 @@ class RunStore:
         if found is not None and found[0] != str(FORMAT):
             self._connection.close()
             raise RunError(f"{path} has format {found[0]}; this version of shoal writes {FORMAT}: go on with the version that wrote it")
-        self.set_meta("format", FORMAT)
 
     def set_meta(self, key: str, value: Any) -> None:
         """Keep one JSON value under a name: the environment's spec, the schema, the result, the ledger's balance."""
@@ -239,6 +241,8 @@ class RunReader:
             raise RunError(f"there is no {path}; a run's directory holds config.yaml and run.db")
         self._path = path
         self._connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=30.0)
+        if not list(self._rows("SELECT name FROM sqlite_master")):
+            raise RunError(f"{path} holds nothing yet: the run is about to begin, or ended before it could")
         found = self.meta().get("format")
         if found != FORMAT:
             raise RunError(f"{path} has format {found}; this version of shoal reads {FORMAT}")

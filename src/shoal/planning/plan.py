@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -12,13 +13,14 @@ from shoal.config import RunConfig
 from shoal.errors import ConfigError
 from shoal.planning.inputs import Asked, Measured, check_same, measured_of, read_costs, systems
 from shoal.planning.system import System
-from shoal.settings import resolve
+from shoal.settings import available_cores, resolve
 
 if TYPE_CHECKING:
     from shoal.planning.levers import Move
     from shoal.planning.pipeline import Prediction
 
 TABLE = (1, 10, 100, 1000, 10_000)
+_BUSY = 0.5  # of the cores
 _CLOSE = 1.05  # the size at which something breaks is looked for to 5 %
 
 
@@ -37,14 +39,18 @@ def plan(
       settings: as of a training on one node: `sampling.groups` and `actors` are those of each node.
       costs_file: an answer of `shoal bench costs --json`; None: they are measured here, for `seconds`.
     Returns:
-      settings, costs, links, driver, way, rows (one for each size), breaks: see docs/performance.md.
+      settings (its engine is that of the largest size), costs, links, driver, way, rows (one for each size), breaks, warnings: see
+      docs/performance.md.
     Raises:
       ConfigError: SimPy is missing, or the costs are of something else; otherwise as `shoal bench costs`.
     """
     _need_simulator()
     config, _ = resolve(target, settings)
+    warnings = []
     if costs_file is None:
         from shoal.benching.costs import bench_costs
+
+        warnings = too_busy(os.getloadavg()[0], available_cores())  # before it is measured, which is load too
 
         alone = {
             key: value for key, value in settings.items() if key.partition(".")[0] not in ("engine", "ray")
@@ -53,7 +59,17 @@ def plan(
     else:
         measured = read_costs(costs_file)
     check_same(config, measured, "shoal bench costs" if costs_file is None else str(costs_file))
-    return predict(config, measured, asked, told)
+    return {**predict(config, measured, asked, told), "warnings": warnings}
+
+
+def too_busy(load: float, cores: int) -> list[str]:
+    """A warning where other programs keep half of the cores busy, as the load average of the last minute says."""
+    if load < _BUSY * cores:
+        return []
+    return [
+        f"the costs were measured while other programs kept this machine busy (load {load:.1f} on {cores} cores): they are too high, and the plan too low. Measure them "
+        "while nothing else runs, or give --costs"
+    ]
 
 
 def _need_simulator() -> None:
@@ -82,7 +98,7 @@ def predict(config: RunConfig, measured: Measured, asked: Asked, told: Callable[
 
     first = next(iter(planned.values()))
     return {
-        "settings": _described(config, measured, first, asked),
+        "settings": _described(config, measured, first, asked, _engine(planned[max(planned)])),
         "costs": {**asdict(first.costs), "measured_on": measured.machine, "date": measured.date},
         "links": asdict(first.links),
         "driver": asdict(first.driver),
@@ -92,12 +108,16 @@ def predict(config: RunConfig, measured: Measured, asked: Asked, told: Callable[
     }
 
 
-def _described(config: RunConfig, measured: Measured, system: System, asked: Asked) -> dict[str, Any]:
+def _engine(system: System) -> str:
+    return "local" if system.way is None else "ray"
+
+
+def _described(config: RunConfig, measured: Measured, system: System, asked: Asked, engine: str) -> dict[str, Any]:
     return {
         "env": config.env.id,
         "form": measured.settings.form,
         "algorithm": config.algorithm.name,
-        "engine": config.engine,
+        "engine": engine,
         "mode": system.plan.mode,
         "cores": system.cores,
         "one_machine": system.one_machine,
@@ -118,6 +138,7 @@ def _row(system: System, prediction: Prediction, found: list[Move]) -> dict[str,
     most = bottleneck(found)
     return {
         "nodes": system.nodes,
+        "engine": _engine(system),
         "learners": system.learners,
         "env_steps_per_second": prediction.env_steps_per_second,
         "env_steps_per_second_and_node": prediction.env_steps_per_second / system.nodes,

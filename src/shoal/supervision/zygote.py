@@ -37,6 +37,7 @@ PASSIVE_THREADS = {
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
+_TOKEN = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _BOOTSTRAP = """
 import json, os, sys
 startup = os.fdopen(int(sys.argv[1]), "rb")
@@ -148,6 +149,10 @@ class _Watch:
         self._fd = -1
 
 
+def _without_token(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name not in _TOKEN}
+
+
 class Zygote:
     """See the module. For one thread, which outlives the start: until `Ready`, the zygote dies with the thread that started it."""
 
@@ -179,7 +184,8 @@ class Zygote:
           payload: JSON-able; every role gets it.
           pickled: the user's own objects by cloudpickle; every role gets the bytes, the zygote does not open them.
           preload: modules to import before the first fork.
-          environ: of the zygote and so of every role (default: this process's own); thread counts are set to 1 and passive in any case.
+          environ: of the zygote and so of every role (default: this process's own); thread counts are set to 1 and passive in any case, and
+            the token of a cluster is left out, since roles run the user's code and ask no cluster.
           log_path: appended to; the roles' logs lie beside it unless `fork` says otherwise. Its directory must exist.
         Raises:
           ProcessError: the helper could not be executed.
@@ -200,7 +206,7 @@ class Zygote:
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,
-                        env={**(os.environ if environ is None else environ), **PASSIVE_THREADS, MARK: mark},
+                        env={**_without_token(os.environ if environ is None else environ), **PASSIVE_THREADS, MARK: mark},
                         pass_fds=(startup_fd, child_end.fileno()),
                         start_new_session=True,
                     )
