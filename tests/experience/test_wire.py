@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from shoal.errors import SchemaError
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring, Slot, allocate
-from shoal.experience.schema import Schema, rollout_schema
+from shoal.experience.schema import Schema, numpy_dtype, rollout_schema
 from shoal.experience.wire import HEADER_BYTES, pack, packed_bytes, unpack, unpack_part
 from shoal.types import EnvironmentSpec, FieldSpec, LeafSpec
 
 RUN = bytes(range(16))
 T, B = 5, 3
-NAN_PLACES = ("observation", "reward", "log_prob")
 
 
 def schema(num_rows: int = T, num_envs: int = B) -> Schema:
@@ -113,12 +112,89 @@ def test_observations_that_changed_on_the_way_are_refused() -> None:
         unpack(changed(message, HEADER_BYTES + 3), allocate(schema(), 1).slots[0], RUN, IDENTITY, 7)
 
 
-@pytest.mark.parametrize("name", NAN_PLACES)
-def test_numbers_that_are_not_finite_are_refused(name: str) -> None:
+def float_places() -> list[tuple[str, str]]:
+    """Every field of the schema that has floats, and within one of records the part that is."""
+    return [
+        (field.name, part)
+        for field in schema().fields
+        for dtype in [numpy_dtype(field.dtype)]
+        for part in dtype.names or [""]
+        if (dtype[part] if part else dtype).kind == "f"
+    ]
+
+
+def test_the_places_of_floats_are_all_of_them() -> None:
+    assert {name for name, _ in float_places()} == {
+        "observation", "log_prob", "policy_state/0/h", "policy_state/0/h/end", "reward", "cursor/start", "cursor/end", "episode", "final/observation",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("name", "part"), float_places())
+def test_numbers_that_are_not_finite_are_refused(name: str, part: str, value: float) -> None:
     slot = rollout(allocate(schema(), 1), 1)
-    slot.arrays[name][1] = np.inf
+    array = slot.arrays[name][part] if part else slot.arrays[name]
+    array[1] = value
     slot.envelope["checksum"] = slot.checksum()
-    with pytest.raises(SchemaError, match=f"{name} is not finite"):
+    with pytest.raises(SchemaError, match=f"{name}.*is not finite"):
+        unpack(pack(slot), allocate(schema(), 1).slots[0], RUN, IDENTITY, 7)
+
+
+@pytest.mark.parametrize("action", [-1, 2, 999])
+def test_actions_that_there_are_not_are_refused(action: int) -> None:
+    slot = rollout(allocate(schema(), 1), 1)
+    slot.arrays["action"][2, 1] = action
+    with pytest.raises(SchemaError, match="actions of"):
+        unpack(pack(slot), allocate(schema(), 1).slots[0], RUN, IDENTITY, 7)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "least", "most"),
+    [
+        (LeafSpec((), "multi_discrete", "int64", (3,), nvec=(2, 5, 3), start=(0, 7, 0)), [0, 0, 0], [1, 4, 2]),
+        (LeafSpec((), "multi_binary", "int8", (3,)), [0, 0, 0], [1, 1, 1]),
+    ],
+)
+def test_each_component_of_an_action_has_its_own_range(leaf: LeafSpec, least: list[int], most: list[int]) -> None:
+    spec = EnvironmentSpec("toy", (LeafSpec((), "box", "float32", (2,)),), leaf, "none", 0)
+    made = rollout_schema(spec, [FieldSpec("action", leaf.dtype, leaf.shape, "T")], T, B)
+    slot, into = rollout(allocate(made, 1), 1), allocate(made, 1).slots[0]
+    for row, allowed in ((0, least), (1, most)):
+        slot.arrays["action"][row, 0] = allowed
+    unpack(pack(slot), into, RUN, IDENTITY, 7)
+    for component in range(3):
+        for outside in (least[component] - 1, most[component] + 1):
+            slot.arrays["action"][1, 0] = most
+            slot.arrays["action"][1, 0, component] = outside
+            with pytest.raises(SchemaError, match="actions of"):
+                unpack(pack(slot), into, RUN, IDENTITY, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("version_min", -5),
+        ("version_min", 6),
+        ("version_max", 10**9),
+        ("version_max", 6),
+        ("num_env_steps", 0),
+        ("num_env_steps", T * B - 1),
+    ],
+)
+def test_a_header_that_says_what_the_rows_do_not_is_refused(name: str, value: int) -> None:
+    slot = rollout(allocate(schema(), 1), 1)
+    slot.envelope[name] = value
+    with pytest.raises(SchemaError, match="its header says"):
+        unpack(pack(slot), allocate(schema(), 1).slots[0], RUN, IDENTITY, 7)
+
+
+@pytest.mark.parametrize(("row", "version"), [(0, -1), (T - 1, 8)])
+def test_versions_of_rows_that_are_not_valid_are_looked_at_too(row: int, version: int) -> None:
+    slot = rollout(allocate(schema(), 1), 1)
+    slot.arrays["policy_version"][row, 0], slot.arrays["valid"][row, 0] = version, False
+    slot.envelope["version_min"], slot.envelope["version_max"] = min(7, version), max(7, version)
+    slot.envelope["num_env_steps"] = T * B - 1
+    with pytest.raises(SchemaError, match="the newest is 7"):
         unpack(pack(slot), allocate(schema(), 1).slots[0], RUN, IDENTITY, 7)
 
 
@@ -129,14 +205,24 @@ def test_any_bytes_are_refused_without_another_error(noise: bytes, kept: int) ->
     with pytest.raises(SchemaError):
         unpack(message, allocate(schema(), 1).slots[0], RUN, IDENTITY, 7)
     with pytest.raises(SchemaError):
-        unpack_part(message, allocate(schema(), 1).slots[0])
+        unpack_part(message, allocate(schema(), 1).slots[0], RUN, IDENTITY)
 
 
 def test_of_a_part_come_the_header_and_which_rows_are_valid() -> None:
     there = rollout(allocate(schema(), 1), 3, num_rows=2)
     there.arrays["valid"][1, 0] = False
     here = allocate(schema(), 1).slots[0]
-    unpack_part(pack(there), here)
+    unpack_part(pack(there), here, RUN, IDENTITY)
     assert here.identity == IDENTITY
     assert here.arrays["valid"][:2].sum() == 2 * B - 1
     assert not here.arrays["reward"].any()
+
+
+@pytest.mark.parametrize(("run", "identity"), [(bytes(16), IDENTITY), (RUN, Identity(4, 9, 2)), (RUN, Identity(5, 9, 1))])
+def test_a_part_of_another_run_or_rollout_is_refused_and_nothing_is_written(run: bytes, identity: Identity) -> None:
+    message = pack(rollout(allocate(schema(), 1), 3, num_rows=2))
+    here = allocate(schema(), 1).slots[0]
+    with pytest.raises(SchemaError, match="expected"):
+        unpack_part(message, here, run, identity)
+    assert not here.arrays["valid"].any()
+    assert not int(here.envelope["num_rows"])

@@ -13,6 +13,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -20,21 +21,28 @@ from safetensors.numpy import save
 
 from rollout_fakes import RUN_ID, scripted_schema, scripted_spec, write_rollout
 from shoal import files
-from shoal.config import EnvConfig, PolicyConfig, StopConfig
+from shoal.config import EnvConfig, PolicyConfig, RunConfig, StopConfig
 from shoal.engines.coordinator import Coordinator
-from shoal.engines.messages import Word, from_json
+from shoal.engines.fleet import Process
+from shoal.engines.messages import Kind as Told
+from shoal.engines.messages import Word, from_json, to_json
 from shoal.engines.node_report import NodeReport
 from shoal.engines.plan import Plan
+from shoal.engines.ray_fleet import RayFleet, RemoteChannel
+from shoal.engines.ray_node import ACTIVITY
+from shoal.engines.ray_words import Frame, decode, encode
+from shoal.engines.ray_words import Kind as NodeKind
 from shoal.environments.spaces import describe
 from shoal.errors import CheckpointError, RunError, SchemaError
 from shoal.evaluation.bundle import load_policy, save_bundle
-from shoal.experience.envelope import ENVELOPE
+from shoal.experience.envelope import ENVELOPE, Identity
 from shoal.experience.group_state import from_bytes, to_bytes
 from shoal.experience.replay_memory import KeptMemory
 from shoal.experience.ring import allocate
 from shoal.networks.policy import build_policy, named_tensors
 from shoal.storage.lock import driver_of, parse_lock
 from shoal.supervision.control import MAX_LINE_BYTES, NAME, ControlServer, ask
+from shoal.supervision.heartbeat import RECORD, ActivityBoard
 from shoal.supervision.memory import anonymous_file
 from shoal.types import CURSOR, GroupState
 
@@ -82,6 +90,65 @@ def store_lock(content: bytes) -> None:
         assert str(driver)
         assert driver.lives in (True, False)
     driver_of(content)
+
+
+class NodeSays:
+    """What a node says, as whole messages, and as head and body of every kind of frame: nothing is raised into the supervisor's loop, and no slot
+    that is not leased is written. `lost` is why the node was given up by the last message, empty where it was not."""
+
+    def __init__(self, directory: Path) -> None:
+        config = RunConfig(env=EnvConfig(id="x"), engine="ray")
+        self.told: list[str] = []
+        self.ring = allocate(scripted_schema(4, 2), 2)
+        self.lost = ""
+        self.fleet = RayFleet(config, None, directory, RUN_ID, "", lambda kind, **facts: self.told.append(kind))
+        self.fleet._ring, self.fleet._activities = self.ring, ActivityBoard.create(4)
+        (directory / "logs").mkdir()
+
+    def __call__(self, content: bytes) -> None:
+        split = 1 + (content[0] if content else 0)
+        messages = [[Frame(kind, 0, 0, content[1:split], content[split:])] for kind in NodeKind]
+        with contextlib.suppress(ValueError):
+            messages.append(list(decode(content)))
+        for frames in messages:
+            self.hear(frames)
+
+    def hear(self, frames: list[Frame], lease: tuple[int, Identity] | None = None) -> Process:
+        """Have an actor live on a new node, with a lease or none, and hear these frames of that node."""
+        fleet, process = self.fleet, Process("actor", 0)
+        link: Any = _Link(frames)
+        channel = RemoteChannel(link, 0, 0, fleet._leases)
+        fleet._leases.clear()
+        fleet._arrived.clear()
+        process.channel, fleet.actors = channel, [process]
+        fleet._links, fleet._homes, fleet._events = {"far": link}, {0: link}, []
+        for kept in (fleet._gone, fleet._leaving, fleet._clocks):
+            kept.clear()
+        if lease is not None:
+            channel.send(Word(Told.LEASE, *lease).encode())
+        before = self.ring._buffer.copy()
+        fleet._take_in(link)
+        fleet._activities.records()
+        self.lost = link.lost
+        assert bool(self.lost) == ("far" not in fleet._links)
+        assert lease is not None or (np.array_equal(self.ring._buffer, before) and not fleet._arrived)
+        return process
+
+
+class _Link:
+    """To a node that says these frames, without threads. Takes the part of a `NodeLink`."""
+
+    def __init__(self, frames: list[Frame]) -> None:
+        self.name, self.lost, self.node = "far", "", self
+        self._frames = frames
+
+    def take(self) -> list[Frame]:
+        frames, self._frames = self._frames, []
+        return frames
+
+    def post(self, frame: Frame) -> None: ...
+    def close(self) -> None: ...
+    def end(self) -> None: ...
 
 
 class Envelope:
@@ -231,13 +298,14 @@ class Bundle:
 def decoders(directory: Path) -> dict[str, Decoder]:
     """All of them by name. `directory` is emptied first."""
     shutil.rmtree(directory, ignore_errors=True)
-    places = {name: directory / name for name in ("control", "answer", "manifest", "bundle")}
+    places = {name: directory / name for name in ("control", "answer", "manifest", "bundle", "node")}
     for place in places.values():
         place.mkdir(parents=True)
     return {
         "word": word,
         "json message": json_message,
         "node report": node_report,
+        "node says": NodeSays(places["node"]),
         "group state": group_state,
         "safetensors": arrays,
         "store lock": store_lock,
@@ -250,6 +318,26 @@ def decoders(directory: Path) -> dict[str, Decoder]:
     }
 
 
+def node_messages() -> list[bytes]:
+    """What a node truly says."""
+    facts: list[dict[str, object]] = [
+        {"is": "lost", "reason": "it is gone"},
+        {"is": "forked", "pid": 7},
+        {"is": "exited", "pid": 7, "status": 9, "error": ""},
+        {"is": "exited", "pid": 0, "status": None, "error": "could not be started"},
+    ]
+    doing = ACTIVITY.pack(0, b"S") + bytes(RECORD.itemsize)
+    frames = [
+        *(Frame(NodeKind.HAPPENED, head=to_json(each)) for each in facts),
+        Frame(NodeKind.PARTIAL, head=bytes(4), body=bytes(300)),
+        Frame(NodeKind.ACTIVITIES, head=bytes(8), body=doing),
+        Frame(NodeKind.LOG, body=b"a line"),
+        Frame(NodeKind.LEAVING, head=b"SIGTERM"),
+        Frame(NodeKind.WORD, head=Word(Told.FILLED).encode(), body=bytes(300)),
+    ]
+    return [encode([frame]) for frame in frames]
+
+
 def examples() -> dict[str, list[bytes]]:
     """Whole ones, from which a fuzzer begins."""
     state = GroupState(np.zeros(2, CURSOR), [np.zeros((3,), np.int64)] * 2, [b"snapshot", None], {})
@@ -258,6 +346,7 @@ def examples() -> dict[str, list[bytes]]:
         "word": [Word.decode(bytes([17]) + bytes(31)).encode(), bytes([19]) + bytes(31) + b'{"error": "x", "report": {}}'],
         "json message": [b'{"is": "trained", "version": 3, "metrics": {"loss": 0.5}}'],
         "node report": [b'{"host": "far", "versions": {"python": "3.11.4", "torch": ""}, "error": "env.id mine:Env: no"}'],
+        "node says": node_messages(),
         "group state": [
             to_bytes(state),
             save({"cursor": np.zeros(3, np.uint8)}),

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import os
-import struct
 import threading
 import time
 from collections import Counter, deque
@@ -28,16 +27,17 @@ import numpy as np
 from shoal.config import MAX_ACTORS, RunConfig, actor_bounds
 from shoal.engines.fleet import Death, Fleet, Process
 from shoal.engines.importing import try_imports
-from shoal.engines.messages import Word, from_json, place_of, to_json
+from shoal.engines.messages import NOBODY, Word, place_of, to_json
+from shoal.engines.messages import Kind as Told
 from shoal.engines.node_report import NodeReport, refusal, report_here
 from shoal.engines.placement import shares
 from shoal.engines.plan import Plan
 from shoal.engines.question import read_log
 from shoal.engines.ray_cluster import HEAD_SECONDS, Cluster, ClusterNode, connect
+from shoal.engines.ray_heard import Forked, HelperLost, read_activities, read_happened, read_slot
 from shoal.engines.ray_job import check_run_directory, passing_files
 from shoal.engines.ray_joining import Newcomers, report_of
 from shoal.engines.ray_link import NodeLink
-from shoal.engines.ray_node import ACTIVITY
 from shoal.engines.ray_security import redact
 from shoal.engines.ray_words import Frame, Kind
 from shoal.engines.traffic import Delivery, summary
@@ -47,7 +47,6 @@ from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema
 from shoal.experience.wire import unpack, unpack_part
 from shoal.supervision.channel import HasFileno, wait
-from shoal.supervision.heartbeat import RECORD
 from shoal.supervision.zygote import Exited, Lost, Role
 from shoal.types import ActivityRecord
 from shoal.weights.board import WeightBoard
@@ -61,10 +60,13 @@ _TIMES = ("begun_ns", "finished_ns")
 
 
 class RemoteChannel:
-    """An actor's channel whose other end lies on a node. Takes the part of a `Channel` in `Process`."""
+    """An actor's channel whose other end lies on a node. Takes the part of a `Channel` in `Process`.
 
-    def __init__(self, link: NodeLink, index: int, incarnation: int) -> None:
-        self._link, self._index, self._incarnation = link, index, incarnation
+    leases: of all actors, by slot; those that are told here are written there.
+    """
+
+    def __init__(self, link: NodeLink, index: int, incarnation: int, leases: dict[int, tuple[RemoteChannel, Identity]]) -> None:
+        self._link, self._index, self._incarnation, self._leases = link, index, incarnation, leases
         self.said: deque[bytes] = deque()
 
     def send(self, message: bytes) -> bool:
@@ -74,6 +76,9 @@ class RemoteChannel:
         """Always room: what the supervisor says is bounded by the slots that there are. The content of a file travels, not its descriptor."""
         if self._link.lost:
             raise EOFError(self._link.lost)
+        word = Word.decode(message)
+        if word.kind is Told.LEASE:
+            self._leases[word.slot] = self, word.identity
         body = b"".join(os.pread(fd, os.fstat(fd).st_size, 0) for fd in fds)
         self._link.post(Frame(Kind.WORD, self._index, self._incarnation, message, body))
         return True
@@ -102,6 +107,7 @@ class RayFleet(Fleet):
         self._homes: dict[int, NodeLink] = {}  # by an actor's index
         self._events: list[Death | Lost] = []
         self._arrived: dict[int, tuple[Identity, bytes]] = {}  # rollouts by slot, until their word is heard
+        self._leases: dict[int, tuple[RemoteChannel, Identity]] = {}  # what each slot was leased for last, until its rollout is here
         self._states: dict[int, str] = {}
         self._seen_at: dict[int, float] = {}  # when its node last said what an actor does, by its index
         self._clocks: dict[NodeLink, int] = {}  # ns to add to a node's monotonic clock
@@ -201,7 +207,7 @@ class RayFleet(Fleet):
             return
         link = self._homes[process.index]
         config = self._config.model_dump(mode="json", by_alias=True)
-        channel: Any = RemoteChannel(link, process.index, process.incarnation)
+        channel: Any = RemoteChannel(link, process.index, process.incarnation, self._leases)
         process.channel, process.ready, process.doomed, process.pid = channel, False, "", 0
         process.asked_at = process.told_at = time.monotonic()
         body = to_json({"config": config, **self._common, **setup, "traces": ""})
@@ -217,6 +223,7 @@ class RayFleet(Fleet):
     def stop_all(self, why: str) -> Lost | None:
         lost = super().stop_all(why)
         self._arrived.clear()
+        self._leases.clear()
         with self._weights_lock:
             self._newest = (-1, b"")
             for link in self._links.values():
@@ -261,26 +268,32 @@ class RayFleet(Fleet):
             link.flush()
 
     def _take_in(self, link: NodeLink) -> None:
+        """Hear what a node said. One that says what no node says is given up, like one that is lost."""
         for frame in link.take():
-            if frame.kind is Kind.ACTIVITIES:
-                self._take_activities(link, frame)
-                continue
-            if frame.kind is Kind.LEAVING:
-                self._notice(link, frame.head.decode(errors="replace"), None)
-                continue
-            if frame.kind is Kind.HAPPENED and self._is_of_helper(link, from_json(frame.head)):
-                continue
-            process = self._actor_of(link, frame)
-            if process is not None:
-                self._take(process, frame)
+            try:
+                self._take(link, frame)
+            except ValueError as error:
+                link.lost = link.lost or f"it said what no node says ({frame.kind.name}: {error})"
+                break
         if link.lost:
             self._lose(link)
 
-    def _is_of_helper(self, link: NodeLink, said: dict[str, Any]) -> bool:
-        """What a node tells of its helper process, from which its actors are forked."""
-        if said["is"] == "lost":
-            self._told("warning", message=f"node {link.name}: {said['reason'].splitlines()[0]}; it is started again")
-        return bool(said["is"] == "lost")
+    def _take(self, link: NodeLink, frame: Frame) -> None:
+        if frame.kind is Kind.ACTIVITIES:
+            self._take_activities(link, frame)
+        elif frame.kind is Kind.LEAVING:
+            self._notice(link, frame.head.decode(errors="replace"), None)
+        elif frame.kind is Kind.HAPPENED:
+            self._take_happened(link, frame)
+        elif (process := self._actor_of(link, frame)) is None:
+            return
+        elif frame.kind is Kind.WORD:
+            self._take_word(process, frame)
+        elif frame.kind is Kind.PARTIAL:
+            self._take_part(process, frame)
+        elif frame.kind is Kind.LOG:
+            with self.log_of(process).open("ab") as log:
+                log.write(redact(frame.body.decode(errors="surrogateescape")).encode(errors="surrogateescape"))
 
     def _actor_of(self, link: NodeLink, frame: Frame) -> Process | None:
         """The living actor that a frame is of; None where it is of an earlier incarnation, or lives elsewhere by now."""
@@ -294,27 +307,38 @@ class RayFleet(Fleet):
                 return process
         return None
 
-    def _take(self, process: Process, frame: Frame) -> None:
-        if frame.kind is Kind.WORD:
-            if frame.body:
-                word = Word.decode(frame.head)
+    def _take_happened(self, link: NodeLink, frame: Frame) -> None:
+        said = read_happened(frame.head)
+        if isinstance(said, HelperLost):
+            self._told("warning", message=f"node {link.name}: {said.reason.partition(chr(10))[0]}; it is started again")
+        elif (process := self._actor_of(link, frame)) is None:
+            return
+        elif isinstance(said, Forked):
+            process.pid = said.pid
+        else:
+            self._dead(process, Exited(said.pid, Role("actor", process.index, process.incarnation), said.status, said.error))
+
+    def _take_word(self, process: Process, frame: Frame) -> None:
+        if frame.body:
+            word = Word.decode(frame.head)
+            if self._is_leased(process, word.slot, word.identity):
                 self._arrived[word.slot] = word.identity, frame.body
-            process.channel.said.append(frame.head)  # type: ignore[union-attr]
-        elif frame.kind is Kind.PARTIAL and self._ring is not None:
-            (index,) = struct.unpack("<I", frame.head)
-            try:
-                unpack_part(frame.body, self._ring.slots[index])
-            except (SchemaError, IndexError) as error:
-                self._told("warning", message=f"what actor-{process.index} was making when it died cannot be read: {error}")
-        elif frame.kind is Kind.LOG:
-            with self.log_of(process).open("ab") as log:
-                log.write(redact(frame.body.decode(errors="surrogateescape")).encode(errors="surrogateescape"))
-        elif frame.kind is Kind.HAPPENED:
-            said = from_json(frame.head)
-            if said["is"] == "forked":
-                process.pid = said["pid"]
-            else:
-                self._dead(process, Exited(said["pid"], Role("actor", process.index, process.incarnation), said["status"], said["error"]))
+        process.channel.said.append(frame.head)  # type: ignore[union-attr]
+
+    def _take_part(self, process: Process, frame: Frame) -> None:
+        """What an actor was making when it died, if it is what it held a lease for."""
+        index = read_slot(frame.head)
+        leased_to, identity = self._leases.get(index, (None, NOBODY))
+        if leased_to is not process.channel:
+            return  # it is too late, or of what the actor gave up before
+        assert self._ring is not None
+        try:
+            unpack_part(frame.body, self._ring.slots[index], self._run_id, identity)
+        except SchemaError as error:
+            self._told("warning", message=f"what actor-{process.index} was making when it died cannot be read: {error}")
+
+    def _is_leased(self, process: Process, slot: int, identity: Identity) -> bool:
+        return self._leases.get(slot) == (process.channel, identity)
 
     def _dead(self, process: Process, exited: Exited) -> None:
         assert self._activities is not None
@@ -344,20 +368,17 @@ class RayFleet(Fleet):
                 )
 
     def _take_activities(self, link: NodeLink, frame: Frame) -> None:
-        (now_ns,) = struct.unpack("<q", frame.head)
+        now_ns, doing = read_activities(frame)
         offset = time.monotonic_ns() - now_ns  # what the way took is in it, which the least of all hardly has
         self._clocks[link] = offset = min(offset, self._clocks.get(link, offset))
         assert self._activities is not None
-        size = ACTIVITY.size + RECORD.itemsize
-        for at in range(0, len(frame.body) - size + 1, size):
-            index, letter = ACTIVITY.unpack_from(frame.body, at)
-            if self._homes.get(index) is not link:
+        for each in doing:
+            if self._homes.get(each.index) is not link:
                 continue
-            record = np.frombuffer(frame.body, RECORD, 1, at + ACTIVITY.size).copy()
-            record["since_ns"] += offset
-            self._activities.put(place_of("actor", index, self._activities.num_roles), record)
-            self._states[index] = letter.decode()
-            self._seen_at[index] = time.monotonic()
+            each.record["since_ns"] += offset
+            self._activities.put(place_of("actor", each.index, self._activities.num_roles), each.record)
+            self._states[each.index] = each.letter
+            self._seen_at[each.index] = time.monotonic()
 
     def collect(self, actor: Process, word: Word, newest_version: int) -> None:
         """Put the rollout that came with a word into its slot, which is leased to that actor.
@@ -367,6 +388,7 @@ class RayFleet(Fleet):
         """
         assert self._ring is not None
         identity, body = self._arrived.pop(word.slot, (word.identity, b""))
+        self._leases.pop(word.slot, None)
         slot = self._ring.slots[word.slot]
         unpack(body if identity == word.identity else b"", slot, self._run_id, word.identity, newest_version)
         self._homes[actor.index].env_steps += int(slot.envelope["num_env_steps"])

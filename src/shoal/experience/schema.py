@@ -29,11 +29,15 @@ def numpy_dtype(name: str) -> np.dtype:
 
 @dataclass(frozen=True)
 class Schema:
-    """Fields of one rollout of T rows and B environments, and where each lies in a slot of `slot_bytes` bytes."""
+    """Fields of one rollout of T rows and B environments, and where each lies in a slot of `slot_bytes` bytes.
+
+    action_choices: of each component of a discrete action, how many values there are, from 0 on; empty where actions are not discrete.
+    """
 
     fields: tuple[FieldSpec, ...]
     num_rows: int
     num_envs: int
+    action_choices: tuple[int, ...] = ()
 
     def full_shape(self, field: FieldSpec) -> tuple[int, ...]:
         """Shape of the field's array in a slot."""
@@ -121,4 +125,5 @@ def rollout_schema(spec: EnvironmentSpec, policy_fields: Iterable[FieldSpec], nu
             FieldSpec("snapshot", "uint8", (spec.snapshot_bytes,), "B"),
             FieldSpec("snapshot/size", "int64", (), "B"),  # -1: none
         ]
-    return Schema(tuple(fields), num_rows, num_envs)
+    choices = (2,) * spec.action.size if spec.action.kind == "multi_binary" else spec.action.nvec
+    return Schema(tuple(fields), num_rows, num_envs, choices)

@@ -1,7 +1,8 @@
 """A rollout as bytes, for a way that is no shared memory: its header, and of each field the rows that were written, in the schema's order.
 
 What comes back out is what went in, byte for byte; what was never written does not travel. A reader compares the schema's hash first, then all
-counts, then the length, then the checksum, then whether the numbers are finite, and has written nothing of a message that fails before the last two.
+counts, then the length, then the checksum, then the numbers: whether they are finite, actions that there are, and what the header says of them.
+It has written nothing of a message that fails before the last two.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from shoal.errors import SchemaError
 from shoal.experience.envelope import ENVELOPE, Identity
 from shoal.experience.ring import Slot, check_header
 from shoal.experience.schema import Schema, numpy_dtype
-from shoal.types import FieldSpec
+from shoal.types import Array, FieldSpec
 
 HEADER_BYTES = ENVELOPE.itemsize
 
@@ -35,7 +36,7 @@ def unpack(message: bytes, slot: Slot, run_id: bytes, identity: Identity, newest
     Args:
       identity: whose rollout is expected. newest_version: no row can have been chosen by a later policy.
     Raises:
-      SchemaError: it is not a whole, finite rollout of this run, schema and identity.
+      SchemaError: it is not a whole, finite rollout of this run, schema and identity, whose header is true.
     """
     header = _header(message, slot.schema)
     check_header(header, slot.schema, "a rollout that came")
@@ -53,9 +54,15 @@ def unpack(message: bytes, slot: Slot, run_id: bytes, identity: Identity, newest
     _check_numbers(slot, newest_version)
 
 
-def unpack_part(message: bytes, slot: Slot) -> None:
-    """Of a rollout that was never finished: its header, and which rows are valid, for whoever counts them. Raises SchemaError as `unpack`."""
+def unpack_part(message: bytes, slot: Slot, run_id: bytes, identity: Identity) -> None:
+    """Of a rollout that was never finished: its header, and which rows are valid, for whoever counts them. Raises SchemaError as `unpack`, and has
+    then written nothing."""
     header = _header(message, slot.schema)
+    if header["run_id"].tobytes() != run_id:
+        raise SchemaError(f"a part of a rollout of run {header['run_id'].tobytes().hex()} came, expected {run_id.hex()}")
+    came = Identity(*(int(header[name]) for name in Identity._fields))
+    if came != identity:
+        raise SchemaError(f"a part of a rollout came ({came}), expected {identity}")
     check_header(header, slot.schema, "a part of a rollout that came")
     if len(message) != packed_bytes(slot.schema, header):
         raise SchemaError(f"a part of a rollout of {len(message):,} bytes came, its header says {packed_bytes(slot.schema, header):,}")
@@ -97,14 +104,34 @@ def _row_bytes(schema: Schema, field: FieldSpec) -> int:
 
 
 def _check_numbers(slot: Slot, newest_version: int) -> None:
-    num_rows = int(slot.envelope["num_rows"])
-    for field in slot.schema.fields:
-        if field.axis in ("T", "T+1") and numpy_dtype(field.dtype).kind == "f":
-            rows = num_rows + (field.axis == "T+1")
-            if not np.isfinite(slot.arrays[field.name][:rows]).all():
-                raise SchemaError(f"a rollout came ({slot.identity}) whose {field.name} is not finite")
-    versions = slot.arrays["policy_version"][:num_rows][slot.arrays["valid"][:num_rows]]
-    if len(versions) and not (versions.min() >= 0 and versions.max() <= newest_version):
+    e = slot.envelope
+    for field, rows in _parts(slot.schema, e):
+        values = slot.arrays[field.name][:rows]
+        for name, numbers in _floats(field.name, values):
+            if not np.isfinite(numbers).all():
+                raise SchemaError(f"a rollout came ({slot.identity}) whose {name} is not finite")
+        if field.name == "action" and slot.schema.action_choices:
+            choices = np.array(slot.schema.action_choices).reshape(field.shape)
+            if ((values < 0) | (values >= choices)).any():
+                raise SchemaError(
+                    f"a rollout came ({slot.identity}) with actions of {values.min()} to {values.max()}, of {choices.tolist()} there are"
+                )
+    num_rows = int(e["num_rows"])
+    versions, num_env_steps = slot.arrays["policy_version"][:num_rows], int(slot.arrays["valid"][:num_rows].sum())
+    oldest, newest = int(versions.min()), int(versions.max())
+    if oldest < 0 or newest > newest_version:
+        raise SchemaError(f"a rollout came ({slot.identity}) of policy versions {oldest} to {newest}; the newest is {newest_version}")
+    said = tuple(int(e[name]) for name in ("version_min", "version_max", "num_env_steps"))
+    if said != (oldest, newest, num_env_steps):
         raise SchemaError(
-            f"a rollout came ({slot.identity}) of policy versions {versions.min()} to {versions.max()}; the newest is {newest_version}"
+            f"a rollout came ({slot.identity}) of policy versions {oldest} to {newest} and {num_env_steps} env steps, "
+            f"its header says {said[0]} to {said[1]} and {said[2]}"
         )
+
+
+def _floats(name: str, values: Array) -> Iterator[tuple[str, Array]]:
+    """What of a field are floats, by name: all of it, or some parts of its entries."""
+    if values.dtype.names is not None:
+        yield from ((f"{name} {part}", values[part]) for part in values.dtype.names if values.dtype[part].kind == "f")
+    elif values.dtype.kind == "f":
+        yield name, values

@@ -1,0 +1,112 @@
+"""A node that says what no node says is given up, and what it says of slots that are not leased to it is not heard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from faults.decoders import NodeSays, node_messages
+from rollout_fakes import RUN_ID, write_rollout
+from shoal.engines.messages import Kind as Told
+from shoal.engines.messages import Word, to_json
+from shoal.engines.ray_node import ACTIVITY
+from shoal.engines.ray_words import Frame, Kind, decode
+from shoal.experience.envelope import Identity
+from shoal.experience.ring import allocate
+from shoal.experience.wire import pack
+from shoal.supervision.heartbeat import RECORD
+
+IDENTITY = Identity(0, 3, 1)
+CLOCK = (5).to_bytes(8, "little")
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> NodeSays:
+    return NodeSays(tmp_path)
+
+
+def activity(of: int) -> bytes:
+    record = np.zeros(1, RECORD)
+    record["activity"] = of
+    return ACTIVITY.pack(0, b"S") + record.tobytes()
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        Frame(Kind.HAPPENED, head=b"no JSON"),
+        Frame(Kind.HAPPENED, head=b"[]"),
+        Frame(Kind.HAPPENED, head=b"{}"),
+        Frame(Kind.HAPPENED, head=to_json({"is": "lost", "reason": 1})),
+        Frame(Kind.HAPPENED, head=to_json({"is": "forked"})),
+        Frame(Kind.HAPPENED, head=to_json({"is": "forked", "pid": "7"})),
+        Frame(Kind.HAPPENED, head=to_json({"is": "exited", "pid": 7, "status": 10**20, "error": ""})),
+        Frame(Kind.HAPPENED, head=to_json({"is": "exited", "pid": 7, "status": None, "error": None})),
+        Frame(Kind.PARTIAL, head=b"\0", body=b"x"),
+        Frame(Kind.WORD, head=b"\0", body=b"x"),
+        Frame(Kind.WORD, head=b"\xff" * 32, body=b"x"),
+        Frame(Kind.ACTIVITIES),
+        Frame(Kind.ACTIVITIES, head=(-(2**63)).to_bytes(8, "little", signed=True)),
+        Frame(Kind.ACTIVITIES, head=CLOCK, body=activity(0)[:-1]),
+        Frame(Kind.ACTIVITIES, head=CLOCK, body=activity(999)),
+    ],
+)
+def test_a_frame_that_cannot_be_read_costs_the_node_and_nothing_else(frame: Frame, node: NodeSays) -> None:
+    process = node.hear([frame])
+    assert node.lost.startswith(f"it said what no node says ({frame.kind.name}: ")
+    assert node.told == ["node_lost"]
+    assert [death.process for death in node.fleet._events] == [process]
+
+
+def test_what_a_node_truly_says_is_heard(node: NodeSays) -> None:
+    for message in node_messages():
+        node.hear(list(decode(message)))
+        assert not node.lost
+
+
+def part(node: NodeSays, identity: Identity = IDENTITY, run: bytes = RUN_ID, slot: int = 1) -> Frame:
+    there = write_rollout(allocate(node.ring.schema, 1).slots[0], identity, num_rows=2)
+    there.envelope["run_id"] = np.void(run)
+    return Frame(Kind.PARTIAL, head=slot.to_bytes(4, "little"), body=pack(there))
+
+
+def test_a_part_of_what_is_leased_is_taken(node: NodeSays) -> None:
+    node.hear([part(node)], (1, IDENTITY))
+    assert node.ring.slots[1].identity == IDENTITY
+    assert node.ring.slots[1].arrays["valid"].sum() == 4
+    assert node.told == []
+
+
+@pytest.mark.parametrize("lease", [None, (0, IDENTITY)])
+def test_a_part_of_a_slot_that_is_not_leased_is_not_heard(lease: tuple[int, Identity] | None, node: NodeSays) -> None:
+    for slot in (1, 2, 2**32 - 1):
+        node.hear([part(node, slot=slot)], lease)
+        assert not node.lost
+    assert not node.ring._buffer.any()
+
+
+def test_a_part_of_another_run_or_attempt_is_told_and_not_taken(node: NodeSays) -> None:
+    for frame in (part(node, run=bytes(16)), part(node, Identity(0, 3, 2)), part(node, Identity(1, 3, 1))):
+        node.hear([frame], (1, IDENTITY))
+        assert not node.ring._buffer.any()
+    assert node.told == ["warning"] * 3
+
+
+def test_a_slot_that_was_leased_to_another_actor_since_is_not_the_first_ones(node: NodeSays) -> None:
+    first = node.hear([], (1, IDENTITY))
+    second = node.hear([], (1, Identity(0, 3, 2)))
+    assert not node.fleet._is_leased(first, 1, IDENTITY)
+    assert not node.fleet._is_leased(second, 1, IDENTITY)
+    assert node.fleet._is_leased(second, 1, Identity(0, 3, 2))
+
+
+def test_only_rollouts_of_what_is_leased_are_kept_until_their_word_is_heard(node: NodeSays) -> None:
+    def filled(slot: int, identity: Identity) -> Frame:
+        return Frame(Kind.WORD, head=Word(Told.FILLED, slot, identity).encode(), body=b"a rollout")
+
+    node.hear([filled(slot, IDENTITY) for slot in range(100) if slot != 1] + [filled(1, Identity(0, 3, 2))], (1, IDENTITY))
+    assert not node.fleet._arrived
+    node.hear([filled(1, IDENTITY)], (1, IDENTITY))
+    assert node.fleet._arrived == {1: (IDENTITY, b"a rollout")}
