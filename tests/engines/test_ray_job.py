@@ -92,7 +92,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     own = tempfile.mkdtemp(prefix="ray-")  # its sockets want a short path
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment = {**kept, **local_environment(directory / "private"), "HOME": str(directory), "RAY_USAGE_STATS_ENABLED": "0"}
-    environment |= {"PYTHONPATH": os.pathsep.join([SOURCES, TESTS]), "OMP_NUM_THREADS": "1", "TERM": "dumb", "RAY_ADDRESS": ""}
+    environment |= {"PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1", "TERM": "dumb", "RAY_ADDRESS": ""}
     started = subprocess.Popen(
         [sys.executable, "-c", CLUSTER, own], env=environment, cwd=directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -172,7 +172,21 @@ def test_the_exit_code_and_the_message_of_a_refusal_come_through(head: Head, wor
 
 def test_a_stopped_job_ends_with_a_last_checkpoint_and_another_job_goes_on(head: Head, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    endless = [sys.executable, "-m", "held", "train", *SMALL, *ON_RAY, "--stop.updates", "1000000", "--run-dir", str(run)]
+    path = os.pathsep.join([SOURCES, TESTS])  # of this driver alone: what lies in tests/ hides modules of Ray's own agents
+    endless = [
+        "env",
+        f"PYTHONPATH={path}",
+        sys.executable,
+        "-m",
+        "held",
+        "train",
+        *SMALL,
+        *ON_RAY,
+        "--stop.updates",
+        "1000000",
+        "--run-dir",
+        str(run),
+    ]
     patient = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "300"}})  # until SIGKILL follows
     assert head.submit("stopped", endless, tmp_path, "--no-wait", "--runtime-env-json", patient).returncode == 0
     wait_for(lambda: progress(run) > 20)
