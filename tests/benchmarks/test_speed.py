@@ -194,7 +194,7 @@ def test_a_processes_own_memory_is_what_it_allocates_and_shares() -> None:
     gc.collect()  # what tests before this one left
     pss, own = memory_mb([os.getpid()])
     assert 0 < own < pss
-    own_pages = mmap.mmap(-1, 30_000_000, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # an array may lie where freed ones lay, which is no new memory
+    own_pages = mmap.mmap(-1, 30_000_000, mmap.MAP_PRIVATE)  # an array may lie where freed ones lay, which is no new memory
     np.frombuffer(own_pages, np.uint8).fill(1)
     shared = SharedMemory.create(20_000_000)
     shared.buffer.fill(1)
