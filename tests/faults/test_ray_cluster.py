@@ -249,4 +249,6 @@ def test_an_address_without_a_cluster_is_told_so(tmp_path: Path) -> None:
     process = start(run, "train", *SMALL, "--engine", "ray", *where, "--stop.updates", "1", "--run-dir", str(run))
     process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 2
-    assert "no cluster could be joined at 127.0.0.1:1" in run.with_suffix(".log").read_text()
+    said = run.with_suffix(".log").read_text()
+    assert "no cluster could be joined at 127.0.0.1:1" in said
+    assert "`ray start --head`" in said

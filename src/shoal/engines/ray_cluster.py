@@ -283,7 +283,8 @@ def _check_reachable(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"ray.address: no cluster could be joined at {address}: {error}") from error
+        advice = "`ray start --head` on that machine starts one; without --address this machine has its own"
+        raise ConfigError(f"ray.address: no cluster could be joined at {address}: {error}; {advice}") from error
 
 
 @contextlib.contextmanager
