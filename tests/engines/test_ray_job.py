@@ -38,11 +38,15 @@ if MISSING:
 SOURCES = str(Path(__file__).resolve().parents[2] / "src")
 TESTS = str(Path(__file__).resolve().parents[1])  # of `held`: a run that is stopped there waits for its update, however slow the machine
 LIMIT_SECONDS = 300.0
-# Ray looks in its own directory for the address that a job gets, where more than one cluster is on a host.
+# Ray looks in its own directory for the address that a job gets, where more than one cluster is on a host. The agent that starts jobs takes
+# one fixed port unless told otherwise, and where another cluster has it already, it goes on without its server: no job is ever started.
 CLUSTER = """
+import functools
 import sys
 import ray
+from ray._private import parameter
 from ray._private.utils import write_ray_address
+parameter.RayParams = functools.partial(parameter.RayParams, dashboard_agent_listen_port=0)
 context = ray.init(address="local", num_cpus=2, include_dashboard=True, dashboard_port=0, object_store_memory=80_000_000, log_to_driver=False, _temp_dir=sys.argv[1])
 write_ray_address(context.address_info["gcs_address"], sys.argv[1])
 print(context.dashboard_url, flush=True)
