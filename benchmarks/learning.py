@@ -81,10 +81,11 @@ HIDDEN_OPTIONS = (
     "--algorithm.minibatch-size", "512", "--algorithm.epochs", "6", "--algorithm.learning-rate", "1e-3", "--algorithm.gamma", "0.98",
     "--stop.return", "475", "--stop.env-steps", "250000",
 )  # fmt: skip
-HIDDEN_R2D2 = (
+HIDDEN_R2D2 = (  # those of the preset of CartPole-v1, and more steps
     "--sampling.rollout-length", "16", "--policy.hidden-sizes", "64", "--replay.sequence-length", "24", "--replay.burn-in", "4",
-    "--replay.samples-per-insert", "24", "--algorithm.epsilon", "annealed", "--algorithm.epsilon-final", "0.01",
-    "--algorithm.epsilon-env-steps", "8000", "--algorithm.learning-rate-schedule", "linear", "--stop.return", "475", "--stop.env-steps", "250000",
+    "--replay.samples-per-insert", "48", "--replay.alpha", "0.6", "--algorithm.batch-size", "16", "--algorithm.learning-rate", "5e-4",
+    "--algorithm.learning-rate-schedule", "linear", "--algorithm.epsilon", "annealed", "--algorithm.epsilon-final", "0.02",
+    "--algorithm.epsilon-env-steps", "10000", "--stop.return", "490", "--stop.env-steps", "250000",
 )  # fmt: skip
 RECALL_OPTIONS = (  # a rollout holds two episodes
     "--sampling.rollout-length", "102", "--policy.hidden-sizes", "64", "--algorithm.minibatch-size", "816", "--algorithm.epochs", "6",

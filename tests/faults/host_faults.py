@@ -221,13 +221,14 @@ def kill_driver(training: Training, world: World) -> Absence:
 
 
 def join_again(training: Training, host: Host, since: float) -> float:
-    """Waits until the run has taken the host in again; seconds since then. Its fleet is the only one there."""
+    """Waits until the run has taken the host in again, and made updates with it; seconds until it was taken in. Its fleet is the only one there."""
 
     def joined() -> list[dict[str, Any]]:
         return [event for event in training.events("node_joined", since) if event["node"] == host.name]
 
     training.until(joined, f"node_joined of {host.name}")
     until(lambda: [len(host.processes(name)) for name in ("shoal:actor", FLEET)] == [1, 1], f"single fleet on {host.name}")
+    training.until_updates(training.updates + 3)  # in sync mode the last of them is made of rollouts of the groups that moved there
     return float(joined()[0]["time"]) - since
 
 
