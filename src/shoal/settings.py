@@ -350,7 +350,7 @@ def _complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> Run
     if is_url(config.run_dir):
         config.run_dir = check_url(config.run_dir)
     algorithm, sampling = config.algorithm, config.sampling
-    own = isinstance(algorithm, CustomConfig)  # whose modes its class says, once torch is there (engines.mains.look)
+    own = isinstance(algorithm, CustomConfig)  # whose modes its class says, once torch is there (engines.looking.look)
     if config.mode is None and not own:
         config.mode = algorithm.modes[0]
     if config.mode is not None and not own and config.mode not in algorithm.modes:

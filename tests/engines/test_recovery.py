@@ -17,8 +17,9 @@ from walls import Wall
 
 import shoal
 from shoal.engines import deaths, ending, environment_faults, watch
-from shoal.engines.fleet import Fleet, Process
+from shoal.engines.fleet import Fleet
 from shoal.engines.local import LocalEngine
+from shoal.engines.process import Process
 from shoal.engines.saves import Saves
 from shoal.engines.session import Session
 from shoal.errors import CheckpointError, DivergedError, EnvironmentFault, ProcessError, RunError

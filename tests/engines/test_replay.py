@@ -10,7 +10,7 @@ import pytest
 from rollout_fakes import Drift
 from shoal.config import RunConfig
 from shoal.engines.coordinator import Coordinator, version_runs
-from shoal.engines.mains import look
+from shoal.engines.looking import look
 from shoal.engines.plan import Plan
 from shoal.engines.replay import WeightHistory, replay
 from shoal.engines.roles import Blueprint, UserObjects

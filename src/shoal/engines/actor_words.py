@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
-from shoal.engines.fleet import Process, rebuild_error
+from shoal.engines.errors_told import rebuild_error
 from shoal.engines.messages import Kind, Word
+from shoal.engines.process import Process
 from shoal.engines.running import Running
 from shoal.errors import EnvironmentFault, SchemaError
 

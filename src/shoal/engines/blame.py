@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shoal.engines.fleet import Death, Process
 from shoal.engines.poison import CERTAIN, DOUBTFUL, WHILE_RESTORED
+from shoal.engines.process import Death, Process
 from shoal.engines.running import Running
 from shoal.engines.watch import Verdict
 from shoal.types import CLOSING, Activity, ActivityRecord

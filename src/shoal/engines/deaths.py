@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from shoal.engines.blame import Blame
 from shoal.engines.ending import Ending
-from shoal.engines.fleet import DEATHS_IN_A_ROW, Death, Process, back_off_seconds
+from shoal.engines.process import DEATHS_IN_A_ROW, Death, Process, back_off_seconds
 from shoal.engines.running import Running
 from shoal.engines.saves import Saves
 from shoal.engines.starting import Starts

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from shoal.engines.fleet import Process, rebuild_error
+from shoal.engines.errors_told import rebuild_error
 from shoal.engines.orders import tell_of_weights
+from shoal.engines.process import Process
 from shoal.engines.running import Running
 from shoal.engines.saves import Saves
 from shoal.errors import DivergedError

@@ -24,11 +24,13 @@ from shoal.engines.blame import Blame
 from shoal.engines.commands import obey
 from shoal.engines.deaths import Deaths
 from shoal.engines.ending import Ending
-from shoal.engines.fleet import Fleet, Process, rebuild_error, tell, words
+from shoal.engines.errors_told import rebuild_error
+from shoal.engines.fleet import Fleet
 from shoal.engines.learner_words import LearnerWords
 from shoal.engines.messages import Kind, Word, from_json, to_json
 from shoal.engines.orders import send_lease, send_restore
 from shoal.engines.plan import Plan
+from shoal.engines.process import Process, tell, words
 from shoal.engines.running import Running
 from shoal.engines.saves import Saves
 from shoal.engines.scaling import Scaling

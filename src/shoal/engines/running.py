@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shoal.engines.environment_faults import EnvironmentFaults
-from shoal.engines.fleet import Fleet, Process
+from shoal.engines.fleet import Fleet
+from shoal.engines.process import Process
 from shoal.engines.recovery import Recoveries
 from shoal.engines.session import Session
 from shoal.errors import DivergedError

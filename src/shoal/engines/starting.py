@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from shoal.engines.fleet import Process
 from shoal.engines.messages import Kind, Word
 from shoal.engines.orders import actor_setup, connect, inference_setup, learner_setup
+from shoal.engines.process import Process
 from shoal.engines.running import Running
 from shoal.errors import ProcessError
 

@@ -8,7 +8,7 @@ import torch
 
 from shoal.engines.alarm import CallClock, limited
 from shoal.engines.inline import InlineEngine
-from shoal.engines.mains import look
+from shoal.engines.looking import look
 from shoal.engines.plan import Plan
 from shoal.engines.question import Played
 from shoal.engines.roles import Blueprint, UserObjects
@@ -48,7 +48,7 @@ def _train(training: Training, objects: UserObjects) -> dict[str, Any]:
 
 
 def _look(training: Training, objects: UserObjects) -> dict[str, Any]:
-    """What the environment and the policy look like (`engines.mains.look`); a fault comes with what was played up to it."""
+    """What the environment and the policy look like (`engines.looking.look`); a fault comes with what was played up to it."""
     played, clock = Played(), CallClock()
 
     def tell(call: str, /, **what: Any) -> None:

@@ -49,7 +49,7 @@ class Training:
 def prepare(training: Training, facts: dict[str, Any], make_ring: Callable[[Schema, Plan, int], Ring]) -> tuple[Session, Ring]:
     """The session, standing where the checkpoint says, and the memory for its rollouts. The run's files say what it was begun with.
 
-    facts: of `engines.mains.look`.
+    facts: of `engines.looking.look`.
     """
     config, directory, recorder = training.config, training.directory, training.recorder
     more_actors = _take_in(facts, config)
