@@ -15,8 +15,8 @@ from typing import Any
 from injected import CAP_SECONDS, ENDLESS, ROOT, Found, Row, answer, events, kwargs  # first: it finds the tests' helpers
 
 from faults.living import SMALL, TINY, Living, command, living, saved
-from shoal.engines.fleet import DEATHS_IN_A_ROW as DEATHS
-from shoal.engines.fleet import back_off_seconds
+from shoal.engines.process import DEATHS_IN_A_ROW as DEATHS
+from shoal.engines.process import back_off_seconds
 from shoal.files import CheckpointDirectory
 from shoal.supervision.injector import roles_below
 

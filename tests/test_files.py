@@ -22,10 +22,12 @@ from hypothesis import strategies as st
 from shoal import files
 from shoal.errors import CheckpointError, RunError, SchemaError
 from shoal.files import CheckpointDirectory, Loaded, arrays_from_bytes, load_checkpoint, write_text_atomically
+from shoal.files import staging as staging_module
+from shoal.files.manifest import manifest_bytes
 from shoal.locks import lock_run, run_holder
 from shoal.types import CURSOR
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[2])}
 KILLS = int(os.environ.get("SHOAL_SAVE_KILLS", "60"))
 
 
@@ -185,7 +187,7 @@ def test_when_none_is_whole_every_reason_is_named(tmp_path: Path) -> None:
 def test_another_format_is_refused_in_one_line_and_not_passed_over(tmp_path: Path, version: object) -> None:
     save(tmp_path, 1)
     newest = save(tmp_path, 2)
-    (newest / files.MANIFEST).write_bytes(files._manifest_bytes({"format": version, "update": 2, "contents": "of another kind"}))
+    (newest / files.MANIFEST).write_bytes(manifest_bytes({"format": version, "update": 2, "contents": "of another kind"}))
     with pytest.raises(CheckpointError, match=re.escape(f"format {version}; this version of shoal reads format {files.FORMAT}")) as caught:
         CheckpointDirectory(tmp_path).newest()
     assert "\n" not in str(caught.value)
@@ -412,7 +414,7 @@ def test_a_manifest_that_points_elsewhere_is_torn_whatever_its_hashes_say(tmp_pa
     os.mkfifo(path / "pipe")
     found = (path / name).read_bytes() if (path / name).is_file() else b""
     entry = {"bytes": len(found), "sha256": hashlib.sha256(found).hexdigest()}
-    (path / files.MANIFEST).write_bytes(files._manifest_bytes({"format": files.FORMAT, "update": 1, "files": {name: entry}}))
+    (path / files.MANIFEST).write_bytes(manifest_bytes({"format": files.FORMAT, "update": 1, "files": {name: entry}}))
     with pytest.raises(CheckpointError):
         load_checkpoint(path)
 
@@ -430,8 +432,8 @@ def test_a_file_that_is_linked_from_the_checkpoint_before_is_not_read_again_but_
         (staging.path / "large.bin").write_bytes(b"large")
         first = staging.commit()
     read: list[str] = []
-    digest = files._digest
-    monkeypatch.setattr(files, "_digest", lambda path, **how: read.append(path.name) or digest(path, **how))
+    digest = staging_module.digest
+    monkeypatch.setattr(staging_module, "digest", lambda path, **how: read.append(path.name) or digest(path, **how))
     with CheckpointDirectory(tmp_path).begin(2) as staging:
         assert staging.previous == first
         os.link(first / "large.bin", staging.path / "large.bin")

@@ -342,13 +342,13 @@ def test_values_of_any_kind_make_a_configuration_or_a_message(tree: dict[str, An
 
 def test_actors_are_one_per_core_but_never_fewer_than_two_that_run_async(monkeypatch: pytest.MonkeyPatch) -> None:
     for cores, sync, asynchronous in ((1, 1, 2), (3, 3, 3), (64, 4, 4)):
-        monkeypatch.setattr("shoal.settings.available_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("shoal.settings.completing.available_cores", lambda cores=cores: cores)
         assert resolve("Blackjack-v1")[0].actors == sync
         assert resolve("Blackjack-v1", {"algorithm": "appo"})[0].actors == asynchronous
 
 
 def test_more_learners_leave_fewer_cores_to_actors_that_run_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.settings.available_cores", lambda: 4)
+    monkeypatch.setattr("shoal.settings.completing.available_cores", lambda: 4)
     for learners, sync, asynchronous in ((1, 4, 4), (2, 4, 3), (3, 4, 2), (8, 4, 2)):
         assert resolve("Blackjack-v1", {"learners": learners})[0].actors == sync
         assert resolve("Blackjack-v1", {"algorithm": "appo", "learners": learners})[0].actors == asynchronous
@@ -369,7 +369,7 @@ def test_what_a_users_file_raises_is_one_line(ends: str, tmp_path: Path) -> None
 
 
 def test_a_run_that_follows_the_load_begins_within_its_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.settings.available_cores", lambda: 3)
+    monkeypatch.setattr("shoal.settings.completing.available_cores", lambda: 3)
     assert resolve("Blackjack-v1", {"autoscale": "1:2"})[0].actors == 2
     assert resolve("Blackjack-v1", {"autoscale": "4:4"})[0].actors == 4
     assert resolve("Blackjack-v1", {"autoscale": "1:4"})[0].actors == 3
@@ -395,7 +395,7 @@ def test_a_resumed_run_follows_the_load_as_it_is_told_and_begins_within_its_boun
 
 
 def test_environments_that_wait_get_no_more_actors_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.settings.available_cores", lambda: 1)
+    monkeypatch.setattr("shoal.settings.completing.available_cores", lambda: 1)
     config, _ = resolve("Blackjack-v1", {"sampling.groups": 6, "autoscale": "1:3"})
     config.env.form = "threads"
     assert adapt_actors(config)
@@ -415,7 +415,7 @@ def test_environments_that_wait_get_no_more_actors_than_the_bound(monkeypatch: p
 def test_groups_of_environments_that_wait_get_an_actor_each_unless_asked_otherwise(
     form: Any, asked: dict[str, int], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shoal.settings.available_cores", lambda: 1)
+    monkeypatch.setattr("shoal.settings.completing.available_cores", lambda: 1)
     config, _ = resolve("Blackjack-v1", {"sampling.groups": 6, **asked})
     before = config.actors
     config.env.form = form

@@ -5,47 +5,29 @@ The calling process is the supervisor; it imports torch only where all roles are
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import secrets
-import signal
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.config import ReplayConfig, RunConfig, actor_bounds
-from shoal.engines.coordinator import Coordinator
-from shoal.engines.elsewhere import Elsewhere
-from shoal.engines.fleet import Fleet
-from shoal.engines.local import LocalEngine
-from shoal.engines.plan import Plan
-from shoal.engines.session import ATTEMPTS_PER_PART, Session
-from shoal.engines.sizes import check_memory, check_replay
-from shoal.engines.snippets import with_snippet
-from shoal.environments.make import check_registered
-from shoal.errors import CheckpointError, ConfigError, EnvironmentFault, RunError, ShoalError, StorageError
-from shoal.experience.limiter import Rate
-from shoal.experience.ring import Ring, allocate
-from shoal.experience.schema import Schema, rollout_schema
-from shoal.files import CheckpointDirectory, Loaded, write_text_atomically
-from shoal.locks import lock_run
-from shoal.monitoring.live import SilentView, View, open_view
-from shoal.monitoring.profile import TRACES, begin_profile, finish_profile
-from shoal.monitoring.recorder import Callback, Recorder, lag_summary
+from shoal.config import RunConfig
+from shoal.errors import RunError
+from shoal.monitoring.live import SilentView, View
+from shoal.monitoring.recorder import Callback
 from shoal.runs import find_run, new_run, old_run, read_result
-from shoal.settings import adapt_actors, dump_config, load_config, resolve
-from shoal.types import EnvironmentSpec, FieldSpec
+from shoal.settings import load_config, resolve
+from shoal.training.execution import execute
+from shoal.training.facts import known_facts
+from shoal.training.given import check_callbacks, pickled, split_objects
+from shoal.training.playing import play
+from shoal.training.resuming import is_over, refuse_changes
 from shoal.urls import is_url
 
 if TYPE_CHECKING:
     from shoal.environments.findings import CheckReport
     from shoal.evaluation import LoadedPolicy
-
-FACTS = "run.json"  # what else a run's bits depend on
 
 
 @dataclass(frozen=True)
@@ -103,12 +85,13 @@ def train(
     Raises:
       ConfigError, EnvironmentFault, DivergedError, ProcessError: see shoal.errors.
     """
-    objects, target_path, settings = _split_objects(target, settings)
+    objects, target_path, settings = split_objects(target, settings)
     config, preset = resolve(target_path, settings)
     config.preset = preset
-    _check_callbacks(callbacks)
+    check_callbacks(callbacks)
     with new_run(config) as run:
-        return execute(config, objects, run.directory, callbacks, progress, profile, run.discard, run.elsewhere)
+        result = execute(config, objects, run.directory, callbacks, progress, profile, run.discard, run.elsewhere)
+        return Run(run.directory, result, objects)
 
 
 def resume(
@@ -132,22 +115,23 @@ def resume(
     Raises:
       RunError: no such run, or it is alive. CheckpointError: it has checkpoints, and none is whole. ConfigError: a setting that cannot change.
     """
-    _check_callbacks(callbacks)
+    check_callbacks(callbacks)
     with old_run(path, take_over=take_over) as (directory, elsewhere):
         base = load_config(directory / "config.yaml")
-        objects, _, settings = _split_objects(env, settings)
+        objects, _, settings = split_objects(env, settings)
         if isinstance(path, Run):
             objects = {**path.objects, **objects}
         tree = base.model_dump(mode="json", by_alias=True)
         if any(str(key).startswith("stop") for key in settings):
             tree["stop"] = {}
         config, _ = resolve(None, {**settings, "run_dir": elsewhere.url or str(directory), "preset": base.preset or "none"}, tree)
-        _refuse_changes(base, config)
+        refuse_changes(base, config)
         before = load(directory)
-        if (config.stop, config.evaluation) == (base.stop, base.evaluation) and _is_over(before):
-            elsewhere.settle(int(_known_facts(directory).get("parts", 0)), config.checkpoint.keep)
+        if (config.stop, config.evaluation) == (base.stop, base.evaluation) and is_over(directory, before.result):
+            elsewhere.settle(int(known_facts(directory).get("parts", 0)), config.checkpoint.keep)
             return Run(directory, before.result, objects)
-        return execute(config, objects, directory, callbacks, progress, profile, elsewhere=elsewhere)
+        result = execute(config, objects, directory, callbacks, progress, profile, elsewhere=elsewhere)
+        return Run(directory, result, objects)
 
 
 def load(path: str | os.PathLike[str], *, env: Callable[..., Any] | None = None, network: Callable[..., Any] | None = None) -> Run:
@@ -183,17 +167,7 @@ def evaluate(
       episodes, mean_return, std_return, iqm, ci95 [low, high], min, max, mean_length.
     """
     policy = run.policy() if isinstance(run, Run) else load(run).policy()
-    return _play(policy, episodes=episodes, seed=seed, video=video, deterministic=deterministic, max_episode_steps=max_episode_steps)
-
-
-def _play(policy: LoadedPolicy, **how: Any) -> dict[str, Any]:
-    """Episodes in this process, each call of an environment within its limit."""
-    from shoal.engines.alarm import CallClock, limited
-    from shoal.evaluation import evaluate as play
-
-    clock = CallClock()
-    with limited(clock.age_seconds, policy.env_config.step_timeout_seconds):
-        return play(policy, tell=clock, **how)
+    return play(policy, episodes=episodes, seed=seed, video=video, deterministic=deterministic, max_episode_steps=max_episode_steps)
 
 
 def check(target: str | Callable[..., Any], **settings: Any) -> CheckReport:
@@ -206,9 +180,9 @@ def check(target: str | Callable[..., Any], **settings: Any) -> CheckReport:
     """
     from shoal.engines.checking import check as check_in_child
 
-    objects, target_path, settings = _split_objects(target, settings)
+    objects, target_path, settings = split_objects(target, settings)
     config, _ = resolve(target_path, settings)
-    return check_in_child(config, _pickled(objects))
+    return check_in_child(config, pickled(objects))
 
 
 def replay(
@@ -230,472 +204,13 @@ def replay(
       RunError: the log of consumption has a gap, or the run did what cannot be executed again. CheckpointError: there is no whole checkpoint to compare
         with.
     """
-    import torch
-
-    from shoal.engines.replay import replay as execute
-    from shoal.engines.roles import Blueprint, UserObjects
-    from shoal.monitoring.store import RunReader
+    from shoal.engines.roles import UserObjects
+    from shoal.training.repeating import repeat
 
     directory = find_run(path)
     config = load_config(directory / "config.yaml")
-    newest = CheckpointDirectory(directory / "checkpoints").newest()
-    expected = newest.json("learner")
-    facts = newest.json("coordinator")
-    if facts.get("epoch", 0):
-        raise RunError(
-            f"{directory.name} diverged once and went back to a checkpoint; what it did since cannot be replayed from the beginning"
-        )
-    if facts.get("replay_lost", False):
-        raise RunError(
-            f"{directory.name} went on once from a checkpoint without the replay that it learns from (checkpoint.replay false), and filled it anew; "
-            "what it did since cannot be replayed from the beginning"
-        )
-    with RunReader(directory / "run.db") as reader:
-        log = dict(reader.consumed())
-        spec = EnvironmentSpec.from_json(reader.meta()["spec"])
-        given_up = {(event["group"], event["sequence"]): event["places"] for event in reader.events("given_up")}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.learner.threads)
-    try:
-        objects = UserObjects(env=env, network=network, algorithm=algorithm)
-        sha = execute(Blueprint(config, spec, objects, _run_id(directory)), log, int(expected["version"]), progress, given_up)
-    finally:
-        torch.set_num_threads(threads)
-    wanted = expected["weights_sha256"]
-    return {
-        "run": path if is_url(path) else str(directory),
-        "updates": expected["version"],
-        "weights_sha256": sha,
-        "expected_sha256": wanted,
-        "equal": sha == wanted,
-    }
-
-
-# ---- one training ----------------------------------------------------------------------------------------------------
-def execute(
-    config: RunConfig,
-    objects: dict[str, Any],
-    directory: Path,
-    callbacks: Sequence[Callback],
-    progress: View | None,
-    profile: bool = False,
-    discard: Callable[[], None] | None = None,
-    elsewhere: Elsewhere | None = None,
-) -> Run:
-    """Train what is resolved, in a directory that is a run's; `objects` stand for what the configuration only names (env, network, algorithm).
-
-    `discard` is called where a new run was refused before anything ran. `elsewhere` is where else it is kept.
-    """
-    elsewhere = elsewhere or Elsewhere()
-    view = progress if progress is not None else open_view()
-    with contextlib.ExitStack() as stack:
-        if progress is None:
-            stack.callback(view.close)
-        stack.enter_context(lock_run(directory))
-        _known_facts(directory)  # damaged, it is refused before anything is changed
-        checkpoints = CheckpointDirectory(directory / "checkpoints")
-        loaded = checkpoints.newest() if checkpoints.paths() else None
-        recorder = stack.enter_context(contextlib.closing(Recorder(config, directory, view, callbacks)))
-        elsewhere.tell(recorder.event)
-        if discard is None and loaded is None:
-            recorder.event("warning", update=0, message="this run has no checkpoint: it begins again from the start")
-        wants_end = stack.enter_context(_interrupts())
-        traces = ""
-        if profile:
-            traces = _begin_profile(directory, recorder)
-            stack.callback(_finish_profile, directory, traces, recorder)
-        execute = _run_inline if config.actors == 0 else _run_local
-        try:
-            result = execute(config, objects, directory, loaded, recorder, wants_end, traces, elsewhere)
-        except ShoalError as error:
-            if isinstance(error, ConfigError) and discard is not None and not recorder.began:
-                discard()
-            recorder.failed(error)
-            elsewhere.failed(recorder.event)
-            raise
-        except KeyboardInterrupt as interrupt:
-            if discard is not None and not recorder.began:
-                discard()
-            interrupt.args = (_interrupted(recorder, resumed=discard is None),)
-            raise
-        try:
-            write_text_atomically(directory / "result.json", json.dumps(result, indent=1))
-        except RunError as error:  # the run is made all the same, and its checkpoint is whole
-            recorder.event("warning", message=str(error))
-        recorder.finish(result)
-        _finish_elsewhere(elsewhere, recorder)
-    return Run(directory, result, objects)
-
-
-def _finish_elsewhere(elsewhere: Elsewhere, recorder: Recorder) -> None:
-    """Nothing of the run is lost where this fails: it is whole on this disk."""
-    recorder.flush()
-    try:
-        elsewhere.finish(recorder.event)
-    except StorageError as error:
-        recorder.failed(error)
-        raise
-    except KeyboardInterrupt as interrupt:
-        interrupt.args = (
-            f"interrupted while the end of the run was copied to {elsewhere.url}: it is whole on this disk, and `shoal resume {elsewhere.url}` on this machine copies it",
-        )
-        raise
-
-
-def _begin_profile(directory: Path, recorder: Recorder) -> str:
-    """The directory for traces; "" where the disk refuses."""
-    try:
-        return str(begin_profile(directory).absolute())
-    except OSError as error:
-        recorder.event("warning", message=f"there will be no profile.json: {error.strerror or error} ({directory / TRACES})")
-        return ""
-
-
-def _finish_profile(directory: Path, traces: str, recorder: Recorder) -> None:
-    """The run is made, whatever becomes of its profile."""
-    try:
-        if traces:
-            finish_profile(directory)
-    except (OSError, RunError, ValueError) as error:
-        recorder.event("warning", message=f"profile.json could not be written ({error}); the traces are in {traces}")
-
-
-def _run_inline(
-    config: RunConfig,
-    objects: dict[str, Any],
-    directory: Path,
-    loaded: Loaded | None,
-    recorder: Recorder,
-    wants_end: _Wants,
-    traces: str,
-    elsewhere: Elsewhere,
-) -> dict[str, Any]:
-    if "env" not in objects:
-        check_registered(config.env)
-    import torch
-
-    from shoal.engines.alarm import CallClock, limited
-    from shoal.engines.inline import InlineEngine
-    from shoal.engines.mains import look
-    from shoal.engines.question import Played
-    from shoal.engines.roles import Blueprint, UserObjects
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.learner.threads)
-    try:
-        handed = UserObjects(**objects)
-        played, clock = Played(), CallClock()
-
-        def tell(call: str, /, **what: Any) -> None:
-            played(call, **what)
-            clock(call)
-
-        try:
-            with limited(clock.age_seconds, config.env.step_timeout_seconds):
-                facts = look(config, handed, tell)
-        except EnvironmentFault as fault:
-            raise with_snippet(fault, config, directory, {0: played.episodes}) from fault
-        session, ring, run_id = _session(config, facts, directory, loaded, recorder, allocate_here, elsewhere)
-        blueprint = Blueprint(session.config, session.spec, handed, run_id, session.epoch)
-        engine = InlineEngine(blueprint, session, ring, traces)
-        wants_end.armed = True
-        result = _result(session, engine.run(wants_end), directory)
-        wants_end.armed = False
-        if _evaluates(config, result):
-            from shoal.evaluation import load_policy
-
-            policy = load_policy(directory, network=objects.get("network"), environment=objects.get("env"))
-            result["evaluation"] = _play(policy, episodes=config.evaluation.episodes, seed=config.evaluation.seed)
-        return result
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _run_local(
-    config: RunConfig,
-    objects: dict[str, Any],
-    directory: Path,
-    loaded: Loaded | None,
-    recorder: Recorder,
-    wants_end: _Wants,
-    traces: str,
-    elsewhere: Elsewhere,
-) -> dict[str, Any]:
-    run_id = _run_id(directory)
-    fleet = _fleet(config, _pickled(objects), directory, run_id, traces, recorder)
-    with contextlib.closing(LocalEngine(config, fleet, directory, traces)) as engine:
-        engine.open()
-        if "env" not in objects:
-            check_registered(config.env)  # while the helper process imports torch
-        session, _, _ = _session(config, engine.look(), directory, loaded, recorder, engine.allocate, elsewhere)
-        wants_end.armed = True
-        result = _result(session, engine.run(session, wants_end, wants_end.take_asked), directory)
-        wants_end.armed = False
-        path = session.checkpoint_path
-        if path is not None and _evaluates(config, result):
-            result["evaluation"] = engine.evaluate(path)
-        return result
-
-
-def _fleet(config: RunConfig, pickled: bytes | None, directory: Path, run_id: bytes, traces: str, recorder: Recorder) -> Fleet:
-    """The processes of a run: on this machine, or on a cluster."""
-    if config.engine == "local":
-        return Fleet(config, pickled, directory, run_id, traces)
-    from shoal.engines.ray_fleet import RayFleet
-
-    return RayFleet(config, pickled, directory, run_id, traces, recorder.event)
-
-
-def _evaluates(config: RunConfig, result: Mapping[str, Any]) -> bool:
-    return config.evaluation.episodes > 0 and result["reason"] != "interrupted"
-
-
-def allocate_here(schema: Schema, plan: Plan, weights: int) -> Ring:
-    """A ring in this process's own memory."""
-    return allocate(schema, plan.num_slots)
-
-
-def _say_what_is_not_exact(spec: EnvironmentSpec, measured: Mapping[str, Any], recorder: Recorder) -> None:
-    """Where the environment keeps a run from ending with the same bits after a kill or a resume."""
-    if not measured.get("repeats", True):
-        recorder.event(
-            "warning",
-            message=f"{spec.name} gave another observation for the same seed: after a kill or a resume the run goes on, but not with the same bits; "
-            "call super().reset(seed=seed) and draw only from self.np_random",
-        )
-    if not spec.exact_restore:
-        recorder.event(
-            "warning",
-            message=f"{spec.name} cannot be put back to an earlier state: after a kill or a resume the run goes on, but not with the same bits",
-        )
-
-
-def _session(
-    config: RunConfig,
-    facts: dict[str, Any],
-    directory: Path,
-    loaded: Loaded | None,
-    recorder: Recorder,
-    make_ring: Callable[[Schema, Plan, int], Ring],
-    elsewhere: Elsewhere,
-) -> tuple[Session, Ring, bytes]:
-    """Everything that stands between what was found out about the environment and the first order."""
-    spec = EnvironmentSpec.from_json(facts["spec"])
-    fields = [FieldSpec(f["name"], f["dtype"], tuple(f["shape"]), f["axis"]) for f in facts["fields"]]
-    config.mode = facts["mode"]
-    config.env.form = facts["form"]  # measured once: a resumed run keeps it
-    config.policy.inference = facts["inference"]
-    more_actors = adapt_actors(config)
-    replay = None if facts["replay"] is None else ReplayConfig.model_validate(facts["replay"])
-    config.replay = replay or config.replay
-    plan = Plan.of(config, None if facts["rate"] is None else Rate(**facts["rate"]))
-    (directory / "result.json").unlink(missing_ok=True)  # of an earlier part, which may have had another configuration
-    write_text_atomically(directory / "config.yaml", dump_config(config))
-    schema = rollout_schema(spec, fields, plan.rollout_length, plan.group_size)
-    actors = config.actors or 0
-    if actors and config.autoscale is not None:
-        actors = actor_bounds(config.autoscale)[1]
-    if replay is not None:
-        check_replay(plan, schema, replay)
-    check_memory(plan, schema, facts["weights"], actors + (config.policy.inference == "server"), replay, config.learners)
-    ring = make_ring(schema, plan, facts["weights"])
-    session = Session(config, spec, Coordinator(plan, spec, ring, config.stop), directory, recorder, elsewhere=elsewhere)
-    recorder.attach(session)
-    if more_actors:
-        recorder.event("scaled", actors=config.actors, reason="its environments wait")
-    elif config.env.form == "threads" and 0 < (config.actors or 0) < plan.num_groups:
-        recorder.event(
-            "warning",
-            message=f"the environments wait, and an actor steps its groups one after the other: {plan.num_groups} groups in {config.actors} actors "
-            f"take {-(-plan.num_groups // (config.actors or 1))} times as long as with --actors {plan.num_groups}",
-        )
-    run_id = _run_id(directory)
-    known = _known_facts(directory)
-    build = facts["build"]
-    part = int(known.get("parts", 0))
-    session.coordinator.number_attempts_from(part * ATTEMPTS_PER_PART)
-    if loaded is not None:
-        session.load(loaded)
-        session.coordinator.number_attempts_from(part * ATTEMPTS_PER_PART)
-    if part:
-        recorder.resumed()
-    if loaded is not None:
-        for warning in loaded.warnings:
-            recorder.event("warning", message=warning)
-        if known.get("build", build) != build:
-            recorder.event("warning", message=f"this run was begun with {known['build']} and goes on with {build}: its bits may differ")
-    _say_what_is_not_exact(spec, facts["measured"], recorder)
-    write_text_atomically(
-        directory / FACTS, json.dumps({**known, "parts": part + 1, "build": build, "measured": facts["measured"]}, indent=1)
-    )
-    for key, value in (("spec", spec.to_json()), ("schema", schema.describe()), ("schema_hash", schema.hash.hex()), ("build", build)):
-        recorder.store.set_meta(key, value)
-    elsewhere.begin(part, config.checkpoint.keep)
-    return session, ring, run_id
-
-
-def _result(session: Session, outcome: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """The object that `--json` prints."""
-    c = session.coordinator
-    seconds = session.seconds
-    mean, p99, largest = lag_summary(c.lag)
-    return {
-        "run": session.elsewhere.url or str(directory),
-        "reason": outcome["reason"],
-        "env_steps": c.env_steps,
-        "updates": c.version,
-        "seconds": seconds,
-        "env_steps_per_second": c.env_steps / seconds if seconds > 0 else 0.0,
-        "mean_return": None if not c.returns else c.mean_return,
-        "policy_version": c.version,
-        "weights_sha256": outcome["weights_sha256"],
-        "ledger": c.ledger.balance(),
-        "lag": {"mean": mean, "p99": p99, "max": largest},
-        "restarts": session.restarts,
-        "skipped_steps": session.skipped_steps,
-        **({"replay": c.replay_facts} if c.limiter is not None else {}),
-        **({"network": network} if (network := session.network()) else {}),
-    }
-
-
-def _interrupted(recorder: Recorder, *, resumed: bool) -> str:
-    """What an end at once leaves."""
-    if recorder.began:
-        return "interrupted: ended at once; `shoal resume` goes on from the newest checkpoint"
-    return "interrupted before training " + ("went on: the run is as it was" if resumed else "began: nothing was kept")
-
-
-# ---- helpers ---------------------------------------------------------------------------------------------------------
-def _split_objects(target: str | Callable[..., Any] | None, settings: dict[str, Any]) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-    """The user's own objects apart from what can be written down. Returns (objects, target, settings)."""
-    objects: dict[str, Any] = {}
-    settings = dict(settings)
-    if callable(target):
-        objects["env"] = target
-    policy = settings.get("policy")
-    network = policy.get("network") if isinstance(policy, Mapping) else settings.get("policy.network")
-    if callable(network):
-        objects["network"] = network
-    algorithm = settings.get("algorithm")
-    named = algorithm.get("name") if isinstance(algorithm, Mapping) else algorithm
-    if isinstance(named, type):
-        objects["algorithm"] = named
-    return objects, target, settings
-
-
-def _check_callbacks(callbacks: object) -> None:
-    """Raises ConfigError for what is no list of functions."""
-    if isinstance(callbacks, Sequence) and all(callable(callback) for callback in callbacks):
-        return
-    wrong = [callback for callback in callbacks if not callable(callback)] if isinstance(callbacks, Sequence) else [callbacks]
-    raise ConfigError(f"callbacks: a list of functions was expected, such as callbacks=[watch], got {wrong[0]!r}")
-
-
-def _pickled(objects: dict[str, Any]) -> bytes | None:
-    if not objects:
-        return None
-    import cloudpickle
-
-    try:
-        return bytes(cloudpickle.dumps(objects))
-    except Exception as error:
-        raise ConfigError(
-            f"the environment, network or algorithm that was passed cannot be sent to other processes: {error}; "
-            "pass a function that makes it, or an import path"
-        ) from error
-
-
-def _is_over(run: Run) -> bool:
-    """Whether a run ended by its stop condition, and stands where its result says."""
-    if run.result.get("reason") in (None, "interrupted"):
-        return False
-    with contextlib.suppress(CheckpointError):
-        return CheckpointDirectory(run.path / "checkpoints").newest().update == run.result.get("updates")
-    return False
-
-
-def _refuse_changes(before: RunConfig, now: RunConfig) -> None:
-    """Only how a run ends, where its roles run and how it saves may change on the way."""
-    free = {"stop", "engine", "ray", "actors", "autoscale", "checkpoint", "evaluation", "run_dir", "preset", "device"}
-    old, new = (_flat({k: v for k, v in c.model_dump(mode="json", by_alias=True).items() if k not in free}) for c in (before, now))
-    for key in old | new:
-        if old.get(key) != new.get(key):
-            raise ConfigError(f"{key} was {old.get(key)} when the run began and cannot become {new.get(key)}; start a new run for it")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
-
-
-def _known_facts(directory: Path) -> dict[str, Any]:
-    path = directory / FACTS
-    try:
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        bytes.fromhex(known.get("run_id", ""))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise RunError(
-            f"{path} is damaged: {error}. Move it away and resume again: the run goes on under a new id, and its builds are not compared"
-        ) from error
-    return dict(known)
-
-
-def _run_id(directory: Path) -> bytes:
-    """16 bytes that name the run in every envelope; made once."""
-    known = _known_facts(directory)
-    if "run_id" not in known:
-        known["run_id"] = secrets.token_hex(16)
-        write_text_atomically(directory / FACTS, json.dumps(known))
-    return bytes.fromhex(known["run_id"])
-
-
-class _Wants:
-    """What the user's signals ask for. Not armed: the first Ctrl-C ends at once, since nothing runs yet."""
-
-    def __init__(self) -> None:
-        self.armed = False
-        self.wanted = False
-        self.asked = False
-
-    def __call__(self) -> bool:
-        return self.wanted
-
-    def take_asked(self) -> bool:
-        """Whether somebody wants to know who waits for whom, since the last call."""
-        asked, self.asked = self.asked, False
-        return asked
-
-    def signalled(self, number: int, frame: object) -> None:
-        if number == signal.SIGUSR1:
-            self.asked = True
-            return
-        if self.wanted or not self.armed:
-            raise KeyboardInterrupt
-        self.wanted = True
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[_Wants]:
-    """Ctrl-C, SIGTERM or SIGHUP once: end well, with a checkpoint; twice: at once. Under nohup, SIGHUP stays ignored. SIGUSR1: say who waits for
-    whom, unless the caller uses it. In a thread, only the caller can end the run."""
-    wants = _Wants()
-    if threading.current_thread() is not threading.main_thread():
-        yield wants
-        return
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
-        numbers.append(signal.SIGUSR1)
-    before = {number: signal.signal(number, wants.signalled) for number in numbers}
-    try:
-        yield wants
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    objects = UserObjects(env=env, network=network, algorithm=algorithm)
+    return {"run": path if is_url(path) else str(directory), **repeat(config, directory, objects, progress)}
 
 
 __all__ = ["Run", "RunError", "SilentView", "check", "evaluate", "load", "replay", "resume", "train"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shoal.api import Run, execute, replay
+from shoal.api import Run, replay
 from shoal.config import RunConfig
 from shoal.engines.environment_faults import EARLY_SECONDS
 from shoal.errors import ConfigError
@@ -23,6 +23,7 @@ from shoal.monitoring.store import RunReader
 from shoal.runs import new_run, quantile
 from shoal.settings import resolve
 from shoal.supervision.injector import Injection, Injector
+from shoal.training.execution import execute
 
 KINDS = ("kill", "stop", "slow", "nan", "learner")
 PERIODS = 6  # of a stretch without faults and one with them, where the time is enough for it
@@ -123,7 +124,8 @@ def chaos(
         objects = _wrapped(config, path) if "nan" in every else {}
         with closing(Injector(every, seed, active, path)) as injector:
             injector.start()
-            run = execute(config, objects, begun.directory, [stretches], progress, discard=begun.discard, elsewhere=begun.elsewhere)
+            result = execute(config, objects, begun.directory, [stretches], progress, discard=begun.discard, elsewhere=begun.elsewhere)
+    run = Run(begun.directory, result, objects)
     return _report(run, config, every, injector.sent, stretches, compare and config.mode != "async")
 
 

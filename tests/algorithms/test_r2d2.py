@@ -21,7 +21,7 @@ from shoal.networks.fast import fast_actor
 from shoal.networks.policy import build_acting
 from shoal.networks.recurrent_q import RecurrentQPolicy
 
-from .test_off_policy import CHOICES, IMAGE, VECTOR, A, Caught, Partly, context, spec_of
+from .transitions import CHOICES, IMAGE, VECTOR, A, Caught, Partly, context, spec_of
 
 L, M, BURN_IN = 9, 5, 3
 MEMORIES = ("lstm", "gru")

@@ -18,7 +18,7 @@ from shoal.algorithms.ranks import Ranks, said_by_all
 from shoal.config import DQNConfig, R2D2Config, SACConfig, TD3Config
 
 from . import test_r2d2
-from .test_off_policy import BOX, CHOICES, made, rows_of, spec_of
+from .transitions import BOX, CHOICES, made, rows_of, spec_of
 
 NUM, STEPS = 12, 5
 

@@ -10,7 +10,7 @@ import pytest
 
 from shoal.benching.neighbours import Neighbours, crowding
 from shoal.benching.parts import Cycle
-from shoal.engines.mains import look
+from shoal.engines.looking import look
 from shoal.engines.roles import Blueprint, UserObjects
 from shoal.errors import ProcessError
 from shoal.settings import resolve

@@ -12,7 +12,7 @@ import pytest
 import shoal
 from rollout_fakes import Drift
 from shoal.config import BUILT_IN, OffPolicyConfig, against_divergence
-from shoal.engines.mains import look
+from shoal.engines.looking import look
 from shoal.engines.roles import UserObjects
 from shoal.errors import ConfigError
 from shoal.monitoring.live import SilentView

@@ -16,7 +16,7 @@ import pytest
 import shoal
 from shoal.config import RunConfig
 from shoal.engines import environment_faults
-from shoal.engines.mains import describe_error, encoded
+from shoal.engines.errors_told import describe_error, encoded
 from shoal.engines.snippets import with_snippet
 from shoal.environments.faults import environment_fault
 from shoal.errors import EnvironmentFault

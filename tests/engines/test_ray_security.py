@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.engines import ray_cluster, ray_security
-from shoal.engines.fleet import rebuild_error
+from shoal.engines.errors_told import rebuild_error
 from shoal.engines.ray_security import check_cluster, find_token, local_environment, make_certificate, make_secrets, redact
 from shoal.errors import ConfigError, EnvironmentFault
 from shoal.settings import resolve

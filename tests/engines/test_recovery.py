@@ -16,9 +16,10 @@ import pytest
 from walls import Wall
 
 import shoal
-from shoal.engines import ending, environment_faults, local, watch
-from shoal.engines.fleet import Fleet, Process
+from shoal.engines import deaths, ending, environment_faults, watch
+from shoal.engines.fleet import Fleet
 from shoal.engines.local import LocalEngine
+from shoal.engines.process import Process
 from shoal.engines.saves import Saves
 from shoal.engines.session import Session
 from shoal.errors import CheckpointError, DivergedError, EnvironmentFault, ProcessError, RunError
@@ -225,7 +226,7 @@ def test_a_killed_helper_process_and_all_roles_with_it_are_made_again(undisturbe
 def test_a_learner_that_dies_again_and_again_backs_off_and_ends_the_run_with_its_log(tmp_path, monkeypatch):
     network = tmp_path / "network.py"
     network.write_text(DYING_NETWORK.format(role="learner"))
-    early, waits, start, back_off = [], [], Fleet.start, local.back_off_seconds
+    early, waits, start, back_off = [], [], Fleet.start, deaths.back_off_seconds
 
     def noted(self: Fleet, process: Process, *more: Any) -> None:
         if process.name == "learner":
@@ -233,7 +234,7 @@ def test_a_learner_that_dies_again_and_again_backs_off_and_ends_the_run_with_its
         start(self, process, *more)
 
     monkeypatch.setattr(Fleet, "start", noted)
-    monkeypatch.setattr(local, "back_off_seconds", lambda deaths: waits.append(back_off(deaths)) or waits[-1])
+    monkeypatch.setattr(deaths, "back_off_seconds", lambda deaths: waits.append(back_off(deaths)) or waits[-1])
     with pytest.raises(ProcessError, match=r"(?s)the learner died 5 times .*exit code 1.*no memory is left on this device"):
         train(tmp_path / "run", policy={"network": f"{network}:make"}, stop={"updates": 12})
     died = [e["time"] for e in events(tmp_path / "run", "died") if e["role"] == "learner"]

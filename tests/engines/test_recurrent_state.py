@@ -16,7 +16,7 @@ import torch
 
 from shoal.algorithms.base import evaluate_TN
 from shoal.config import RunConfig
-from shoal.engines.mains import look
+from shoal.engines.looking import look
 from shoal.engines.replay import WeightHistory
 from shoal.engines.roles import Blueprint, UserObjects
 from shoal.environments.probe import probe

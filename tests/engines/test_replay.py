@@ -9,11 +9,12 @@ import pytest
 
 from rollout_fakes import Drift
 from shoal.config import RunConfig
-from shoal.engines.coordinator import Coordinator, version_runs
-from shoal.engines.mains import look
+from shoal.engines.coordinator import Coordinator
+from shoal.engines.looking import look
 from shoal.engines.plan import Plan
 from shoal.engines.replay import WeightHistory, replay
 from shoal.engines.roles import Blueprint, UserObjects
+from shoal.engines.rollouts import version_runs
 from shoal.errors import RunError
 from shoal.experience.envelope import Fate
 from shoal.experience.ring import allocate

@@ -39,6 +39,7 @@ from shoal.experience.envelope import ENVELOPE, Identity
 from shoal.experience.group_state import from_bytes, to_bytes
 from shoal.experience.replay_memory import KeptMemory
 from shoal.experience.ring import allocate
+from shoal.files.manifest import manifest_bytes
 from shoal.networks.policy import build_policy, named_tensors
 from shoal.storage.lock import driver_of, parse_lock
 from shoal.supervision.control import MAX_LINE_BYTES, NAME, ControlServer, ask
@@ -259,8 +260,8 @@ class Manifest:
     def __call__(self, content: bytes) -> None:
         manifests = [content]
         with contextlib.suppress(ValueError, RecursionError):
-            manifests.append(files._manifest_bytes(json.loads(content)))
-            manifests.append(files._manifest_bytes({"format": files.FORMAT, "update": 1, "files": json.loads(content)}))
+            manifests.append(manifest_bytes(json.loads(content)))
+            manifests.append(manifest_bytes({"format": files.FORMAT, "update": 1, "files": json.loads(content)}))
         for manifest in manifests:
             (self._path / files.MANIFEST).write_bytes(manifest)
             with contextlib.suppress(CheckpointError):
@@ -358,7 +359,7 @@ def examples() -> dict[str, list[bytes]]:
         "journal": [np.array([0, 56, 1, 2, 0, 1, 3, 0, 0], np.int64).tobytes()],
         "control": [b'{"command": "scale", "actors": 4}', b'{"command": "state"}\n{"command": "stop"}'],
         "answer": [b'{"ok": true, "state": {}}', b'{"ok": false, "error": "no"}'],
-        "manifest": [files._manifest_bytes(manifest), json.dumps(manifest).encode(), json.dumps(manifest["files"]).encode()],
+        "manifest": [manifest_bytes(manifest), json.dumps(manifest).encode(), json.dumps(manifest["files"]).encode()],
         "bundle": [
             b'{"hidden_sizes": [1000000, 1000000]}',
             b'{"action": {"path": [], "kind": "discrete", "dtype": "int64", "shape": [], "nvec": [9]}}',

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from shaky_store import rule
 
-from shoal import files
 from shoal.errors import CheckpointError, StorageError
 from shoal.files import MANIFEST, CheckpointDirectory, TornError
+from shoal.files.manifest import manifest_bytes
 from shoal.storage.checkpoints import committed, fetch_newest, newest_whole, sweep, upload
 from shoal.storage.objects import Store
 
@@ -108,8 +108,8 @@ def damages(path: Path) -> dict[str, tuple[Path, bytes | None]]:
         "the manifest is cut": (manifest, manifest.read_bytes()[:-20]),
         "the manifest is empty": (manifest, b""),
         "the manifest is that of another update": (manifest, manifest.read_bytes().replace(b'"update":2', b'"update":9')),
-        "the manifest was signed for another update": (manifest, files._manifest_bytes({**json.loads(manifest.read_bytes())["manifest"], "update": 9})),
-        "the manifest leads outside": (manifest, files._manifest_bytes({"format": 1, "update": 2, "files": {"../x": {"bytes": 1, "sha256": ""}}})),
+        "the manifest was signed for another update": (manifest, manifest_bytes({**json.loads(manifest.read_bytes())["manifest"], "update": 9})),
+        "the manifest leads outside": (manifest, manifest_bytes({"format": 1, "update": 2, "files": {"../x": {"bytes": 1, "sha256": ""}}})),
     }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def bench_costs(
       ConfigError, EnvironmentFault: as `shoal.train`.
     """
     from shoal.benching.parts import measure_parts
-    from shoal.engines.mains import look
+    from shoal.engines.looking import look
     from shoal.engines.roles import Blueprint, UserObjects
 
     config, _ = resolve(target, settings)

@@ -16,37 +16,25 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from shoal.config import StopConfig
+from shoal.engines.group import Group, new_groups
 from shoal.engines.placement import NOBODY, spread
 from shoal.engines.plan import Episode, Lease, Plan, Restore
-from shoal.engines.poison import ANY_ROW, CERTAIN, UNNAMED, WHILE_RESTORED, Suspects
+from shoal.engines.poison import ANY_ROW, CERTAIN, UNNAMED, WHILE_RESTORED
+from shoal.engines.rollouts import episodes_in, log_entry, oldest, shares_of, steps_so_far, version_min
 from shoal.experience.envelope import Fate, Identity
-from shoal.experience.group_state import GroupHistory, pack, unpack
+from shoal.experience.group_state import pack, unpack
 from shoal.experience.ledger import Ledger, Shares
 from shoal.experience.limiter import RateLimiter
 from shoal.experience.ring import Ring
-from shoal.types import Array, Arrays, EnvironmentSpec
+from shoal.types import Arrays, EnvironmentSpec
 
 EPISODES_KEPT = 100  # the window of `stop.return`
-
-
-@dataclass
-class _Group:
-    history: GroupHistory
-    free: deque[int]
-    actor: int = NOBODY
-    target: int = NOBODY  # where it is to live once its leases are done
-    hosted: bool = False  # its actor has it, standing at `next_sequence` once its leases are done
-    attempt: int = 0
-    next_sequence: int = 0
-    leased: dict[int, Identity] = field(default_factory=dict)  # slot -> attempt, in order
-    suspects: Suspects = field(default_factory=Suspects)
 
 
 @dataclass
@@ -66,7 +54,7 @@ class Coordinator:
         self.lengths: deque[int] = deque(maxlen=EPISODES_KEPT)
         self.num_episodes = 0
         self.lag: Counter[int] = Counter()
-        self.groups = [self._new_group(g) for g in range(self.plan.num_groups)]
+        self.groups = new_groups(self.plan, self.spec, self.ring.schema)
         self.ready: list[tuple[int, Identity]] = []  # finished, in order of arrival
         self.training: list[tuple[int, Identity]] = []  # with the learner
         self.learner_busy = False  # from `next_batch` to `trained`, also where all of its batch was dropped
@@ -79,12 +67,6 @@ class Coordinator:
         self.replay_lost = False  # ever: the run went on from a checkpoint without what it had sampled from
         self.released: list[tuple[int, int]] = []
 
-    def _new_group(self, index: int) -> _Group:
-        per = self.plan.slots_per_group
-        states = {f.name: np.zeros((self.plan.group_size, *f.shape), f.dtype) for f in self.ring.schema.fields if _is_state(f.name)}
-        history = GroupHistory(self.plan.group_size, self.spec.action.shape, _action_dtype(self.ring), states)
-        return _Group(history, deque(range(index * per, (index + 1) * per)))
-
     # ---- placement -----------------------------------------------------------------------------------------------
     def place(self, actors: Sequence[int]) -> None:
         """Spread the groups evenly over `actors`, with as few moves as can be. One that is being stepped moves once its leases are done."""
@@ -92,7 +74,7 @@ class Coordinator:
             self.groups[index].target = target
             self._move(index, self.groups[index])
 
-    def _move(self, index: int, group: _Group) -> None:
+    def _move(self, index: int, group: Group) -> None:
         if group.actor == group.target or group.leased:
             return
         if group.hosted:
@@ -154,7 +136,7 @@ class Coordinator:
             group.suspects.add_step(env, *step)
         return self._give_back(group, Fate.ENVIRONMENT_FAULT)
 
-    def _give_back(self, group: _Group, fate: Fate) -> list[Identity]:
+    def _give_back(self, group: Group, fate: Fate) -> list[Identity]:
         gone = list(group.leased.values())
         group.hosted = False
         for slot, identity in group.leased.items():
@@ -167,11 +149,7 @@ class Coordinator:
         return gone
 
     def _steps_so_far(self, slot: int, identity: Identity) -> int:
-        held = self.ring.slots[slot]
-        if held.identity != identity:
-            return 0
-        rows = max(0, min(int(held.envelope["num_rows"]), self.plan.rollout_length))
-        return int(held.arrays["valid"][:rows].sum())
+        return steps_so_far(self.ring.slots[slot], identity, self.plan.rollout_length)
 
     # ---- orders --------------------------------------------------------------------------------------------------
     def next_leases(self, available: Container[int] | None = None) -> list[Lease]:
@@ -217,7 +195,7 @@ class Coordinator:
         once = sorted(range(len(self.groups)), key=lambda g: (self.groups[g].next_sequence, g))
         return once * self.plan.slots_per_group
 
-    def _may_begin(self, group: _Group, outstanding: int) -> bool:
+    def _may_begin(self, group: Group, outstanding: int) -> bool:
         if self.plan.mode == "sync":
             return group.next_sequence == self.version and not self.learner_busy
         return outstanding < self.plan.rollouts_ahead
@@ -235,22 +213,13 @@ class Coordinator:
             stuck = not any(g.leased for g in self.groups)
             if not self.ready or (len(self.ready) < self.plan.batch_rollouts and not stuck):
                 return self._ahead()
-            oldest = sorted(self.ready, key=lambda entry: self._version_min(entry[0]))
-            size = max(self.plan.batch_rollouts, self._urgent())
-            wanted = Counter(identity.group for _, identity in oldest[:size])
-            batch = []  # of each group its first ones, in order of arrival: a group is consumed in sequence
-            for slot, identity in sorted(self.ready, key=lambda entry: entry[1].sequence):
-                if wanted[identity.group] > 0:
-                    wanted[identity.group] -= 1
-                    batch.append((slot, identity))
-            arrived = {entry: place for place, entry in enumerate(self.ready)}
-            batch.sort(key=arrived.__getitem__)
+            batch = oldest(self.ready, max(self.plan.batch_rollouts, self._urgent()), self._version_min)
         taken = set(batch)
         self.ready = [entry for entry in self.ready if entry not in taken]
         self.training, self.learner_busy = batch, True
         self._pace(batch)
         self.consumption += [self._log_entry(slot, identity) for slot, identity in batch]
-        self._episodes += [e for slot, _ in batch for e in self._episodes_in(slot)]
+        self._episodes += [e for slot, _ in batch for e in episodes_in(self.ring.slots[slot])]
         for _, identity in batch:
             group = self.groups[identity.group]
             group.history.forget_before(identity.sequence + 1)
@@ -281,7 +250,11 @@ class Coordinator:
         return []
 
     def _version_min(self, slot: int) -> int:
-        return int(self.ring.slots[slot].envelope["version_min"])
+        return version_min(self.ring.slots[slot])
+
+    def _log_entry(self, slot: int, identity: Identity) -> dict[str, Any]:
+        given_up = self.groups[identity.group].suspects.given_up(identity.sequence)
+        return log_entry(self.ring.slots[slot], identity, self.plan.fate, given_up)
 
     # ---- what happened -------------------------------------------------------------------------------------------
     def check_place(self, slot: int, identity: Identity) -> None:
@@ -307,9 +280,10 @@ class Coordinator:
 
     def consumed(self, dropped: dict[Identity, Fate]) -> None:
         """The learner copied its batch: the slots are free. `dropped` did not stand its checks."""
+        oldest_version = self.version - self.plan.max_policy_lag if self.limiter is None else 0
         for slot, identity in self.training:
             self.groups[identity.group].free.append(slot)
-            shares = self._shares_of(slot, whole=identity in dropped)
+            shares = shares_of(self.ring.slots[slot], oldest_version, whole=identity in dropped)
             if identity in dropped:
                 self.ledger.settle(identity, dropped[identity], shares)
             elif shares is not None:
@@ -420,7 +394,7 @@ class Coordinator:
             self.ledger.set_state(facts["ledger"])
         attempts = [group.attempt for group in self.groups]
         actors = [group.actor for group in self.groups]
-        self.groups = [self._new_group(g) for g in range(self.plan.num_groups)]
+        self.groups = new_groups(self.plan, self.spec, self.ring.schema)
         for index, (group, saved) in enumerate(zip(self.groups, facts["groups"], strict=True)):
             prefix = f"group/{index}/"
             mine = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
@@ -448,50 +422,3 @@ class Coordinator:
         """No attempt is numbered below this: a part of the run that was killed keeps the names of what it made and lost."""
         for group in self.groups:
             group.attempt = max(group.attempt, attempt)
-
-    # ---- reading slots -------------------------------------------------------------------------------------------
-    def _shares_of(self, slot: int, *, whole: bool) -> Shares | None:
-        """What each environment of a paced rollout contributes to the update; `whole`: nothing, it was dropped."""
-        held = self.ring.slots[slot]
-        if not held.envelope["paced"]:
-            return None
-        made_B = held.timely(0).sum(0)
-        oldest = self.version - self.plan.max_policy_lag if self.limiter is None else 0
-        timely_B = 0 * made_B if whole else held.timely(oldest).sum(0)
-        return Shares(timely_B, made_B - timely_B)
-
-    def _episodes_in(self, slot: int) -> list[Episode]:
-        held = self.ring.slots[slot]
-        rows = held.arrays["episode"][: int(held.envelope["num_episodes"])]
-        group = int(held.envelope["group"])
-        return [
-            Episode(group, int(r["env"]), float(r["episode_return"]), int(r["num_steps"]), int(r["seed"]), bool(r["truncated"]))
-            for r in rows
-            if not r["invalid"]
-        ]
-
-    def _log_entry(self, slot: int, identity: Identity) -> dict[str, Any]:
-        """What replay needs to make this rollout again: its identity, rows, and the policy version of each row."""
-        held = self.ring.slots[slot]
-        versions = held.arrays["policy_version"][: int(held.envelope["num_rows"])]
-        entry = {"id": list(identity), "steps": int(held.envelope["num_env_steps"]), "fate": self.plan.fate.label}
-        if held.envelope["paced"]:
-            return {**entry, "paced": True}
-        if given_up := self.groups[identity.group].suspects.given_up(identity.sequence):
-            entry["give_up"] = [list(place) for place in given_up]
-        return {**entry, "versions": version_runs(versions[:, 0])}
-
-
-def version_runs(version_T: Array) -> list[list[int]]:
-    """Policy versions of a rollout's rows as runs [[version, rows], ...]."""
-    edges = np.flatnonzero(np.diff(version_T)) + 1
-    bounds = [0, *edges.tolist(), len(version_T)]
-    return [[int(version_T[a]), b - a] for a, b in pairwise(bounds)]
-
-
-def _is_state(name: str) -> bool:
-    return name.startswith("policy_state/") and not name.endswith("/end")
-
-
-def _action_dtype(ring: Ring) -> str:
-    return next(f.dtype for f in ring.schema.fields if f.name == "action")

@@ -12,8 +12,9 @@ from __future__ import annotations
 import time
 from typing import Any, Protocol
 
-from shoal.engines.fleet import STOP_SECONDS, Fleet, Process, tell
+from shoal.engines.fleet import STOP_SECONDS, Fleet
 from shoal.engines.messages import Kind, Word, to_json
+from shoal.engines.process import Process, tell
 from shoal.engines.saves import Saves
 from shoal.engines.session import Session
 from shoal.errors import CheckpointError, ProcessError

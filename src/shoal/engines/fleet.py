@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from shoal import errors
 from shoal.config import MAX_ACTORS, RunConfig
+from shoal.engines.errors_told import rebuild_error
 from shoal.engines.messages import Word, place_of, to_json
 from shoal.engines.plan import Plan
+from shoal.engines.process import Death, Process, close_all, flush, tell, tell_with_file, words
 from shoal.engines.question import Question, stack_of
-from shoal.engines.ray_security import redact
 from shoal.engines.snippets import with_snippet
 from shoal.engines.traffic import Delivery
-from shoal.errors import EnvironmentFault, ProcessError, ShoalError
+from shoal.errors import EnvironmentFault, ProcessError
 from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema
 from shoal.supervision.channel import Channel, HasFileno, wait
@@ -34,76 +32,14 @@ from shoal.supervision.zygote import Event, Exited, Forked, Lost, Ready, Zygote,
 from shoal.types import ActivityRecord
 from shoal.weights.board import WeightBoard
 
+__all__ = ["Death", "Fleet", "Process", "flush", "tell", "tell_with_file", "words"]  # the second half for a cluster's fleet and nodes
+
 START_SECONDS = 120.0  # the zygote's imports, on a slow disk
 STOP_SECONDS = 10.0
 POLL_SECONDS = 0.25
-DEATHS_IN_A_ROW = 5  # of one role without a rollout or update in between: it is gone for good
 MAX_TRACE_LINES = 80
 _PRELOAD = ["torch", "gymnasium", "shoal.engines.mains"]
 _REPLAY_FILES = ("rows", "journal", "state-0", "state-1")  # of what a learner samples from: experience/replay_memory.py, keeping.py
-
-
-class WordChannel(Protocol):
-    """The supervisor's end of the way to a role: a `Channel`, or what leads to another machine."""
-
-    def send_with_fds(self, message: bytes, fds: Sequence[int]) -> bool: ...
-    def receive(self) -> bytes | None: ...
-    def fileno(self) -> int: ...
-    def close(self) -> None: ...
-
-
-@dataclass
-class Process:
-    """A role's process."""
-
-    name: str
-    index: int
-    incarnation: int = 0
-    pid: int = 0
-    channel: WordChannel | None = None
-    ready: bool = False
-    doomed: str = ""  # why a kill was ordered
-    asked_at: float = 0.0  # when its start was ordered
-    told_at: float = 0.0  # when its last order was given
-    doomed_at: float = 0.0
-    retired: bool = False  # it is to end, and comes again only where more are wanted
-    dismissed: bool = False  # it was told to end
-    node: str = ""  # of a cluster, where it lives on another machine
-    deaths: int = 0  # since it last achieved something
-    not_before: float = 0.0  # back-off of its next start
-    # Messages that its channel had no room for, with descriptors, or with the content of a file that is to come along.
-    unsent: deque[tuple[bytes, list[int] | bytes]] = field(default_factory=deque)
-
-    @property
-    def up(self) -> bool:
-        return self.channel is not None
-
-    @property
-    def gone_for_good(self) -> bool:
-        return self.deaths >= DEATHS_IN_A_ROW or self.retired
-
-    def ended(self) -> None:
-        """It is dead and reaped."""
-        if self.channel is not None:
-            self.channel.close()
-        self.channel, self.pid, self.ready, self.doomed = None, 0, False, ""
-        self.incarnation += 1
-        while self.unsent:
-            _close_all(self.unsent.popleft()[1])
-
-
-@dataclass(frozen=True)
-class Death:
-    """A role's process is dead and reaped.
-
-    why: set where the supervisor killed it. crashed: by its own doing. record: what it did last.
-    """
-
-    process: Process
-    how: str
-    why: str
-    crashed: bool
-    record: ActivityRecord
 
 
 class Fleet:
@@ -154,7 +90,7 @@ class Fleet:
         for memory in (self._memory, self._activities):
             if memory is not None:
                 memory.close()
-        _close_all([*self._kept, *self._meeting, *chain.from_iterable(self._kept_replays)])
+        close_all([*self._kept, *self._meeting, *chain.from_iterable(self._kept_replays)])
         self._kept, self._meeting, self._kept_replays = [], [], []
 
     @property
@@ -185,7 +121,7 @@ class Fleet:
 
     # ---- one look at the environment, in a process of its own ------------------------------------------------------
     def look(self) -> dict[str, Any]:
-        """Spec and sizes (mains.look); an environment that crashes or hangs there harms nobody."""
+        """Spec and sizes (engines/looking.py); an environment that crashes or hangs there harms nobody."""
         wait_until_ready(self.zygote, START_SECONDS)
         question = Question(self.zygote, self._config.env.id, self._config.env.step_timeout_seconds, self._directory / "logs")
         try:
@@ -241,7 +177,7 @@ class Fleet:
         if len(self.learners) == 1:
             return []
         if not any(learner.up for learner in self.learners):
-            _close_all(self._meeting)
+            close_all(self._meeting)
             self._meeting = []
             self._meeting = [anonymous_file("shoal-meeting")]
         return [*self._meeting, *self._kept, *(self._kept_replays[index] if self._kept_replays else ())]
@@ -404,87 +340,3 @@ class Fleet:
             if tail
             else f"Its log ({path}) is empty: a process that ends itself (os._exit) or is killed leaves no traceback."
         )
-
-
-def back_off_seconds(deaths: int) -> float:
-    """How long after its death a role is started again; `deaths`: since it last achieved something. The first time at once."""
-    return 0.0 if deaths < 2 else 0.1 * 2 ** min(deaths - 2, 6)
-
-
-def tell(process: Process, message: bytes, fds: Sequence[int] = (), *, must_arrive: bool = True) -> None:
-    """Send a message, in order. Where the channel is full (its reader got no processor for a while), it is kept and sent by `flush`, or
-    dropped unless it must arrive. One that is gone is heard of from the zygote; one that is stopped or hangs, by its activity."""
-    if process.channel is None:
-        return
-    flush(process)
-    if process.unsent:
-        if must_arrive:
-            process.unsent.append((message, [os.dup(fd) for fd in fds]))
-        return
-    try:
-        if not process.channel.send_with_fds(message, fds) and must_arrive:
-            process.unsent.append((message, [os.dup(fd) for fd in fds]))
-    except EOFError:
-        pass
-
-
-def tell_with_file(process: Process, message: bytes, content: bytes) -> None:
-    """`tell`, with a descriptor of a file that holds `content`: made when it is sent, and when there are descriptors left for it."""
-    if process.channel is not None:
-        process.unsent.append((message, content))
-        flush(process)
-
-
-def flush(process: Process) -> None:
-    """Send what did not fit into the channel before, or needs a descriptor that was not there."""
-    while process.channel is not None and process.unsent:
-        message, more = process.unsent[0]
-        try:
-            sent = (
-                _send_with_file(process.channel, message, more) if isinstance(more, bytes) else process.channel.send_with_fds(message, more)
-            )
-        except (EOFError, OSError):  # it is gone, which the zygote tells; or the limit of open files is reached
-            return
-        if not sent:
-            return
-        _close_all(process.unsent.popleft()[1])
-
-
-def _send_with_file(channel: WordChannel, message: bytes, content: bytes) -> bool:
-    with os.fdopen(anonymous_file("shoal-words"), "wb") as file:
-        file.write(content)
-        file.flush()
-        return channel.send_with_fds(message, [file.fileno()])
-
-
-def _close_all(more: list[int] | bytes) -> None:
-    for fd in () if isinstance(more, bytes) else more:
-        os.close(fd)
-
-
-def words(process: Process) -> list[bytes]:
-    """Everything that a role said, in order."""
-    said: list[bytes] = []
-    while process.channel is not None and (message := _receive(process.channel)) is not None:
-        said.append(message)
-    return said
-
-
-def _receive(channel: WordChannel) -> bytes | None:
-    try:
-        return channel.receive()
-    except EOFError:
-        return None
-
-
-def rebuild_error(facts: dict[str, Any]) -> Exception:
-    """An error that another process described (mains.describe_error), as this process raises it, without secrets."""
-    kind = getattr(errors, facts["error"], None)
-    message, trace = redact(facts["message"]), redact(facts.get("traceback", ""))
-    if kind is EnvironmentFault:
-        report = {name: redact(value) if isinstance(value, str) else value for name, value in facts["report"].items()}
-        report["traceback"] = report.get("traceback") or trace
-        return EnvironmentFault(message, report)
-    if isinstance(kind, type) and issubclass(kind, ShoalError):
-        return kind(message)
-    return ShoalError(f"{facts['error']}: {message}\n{trace}")

@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from shoal.engines.fleet import Process, tell, tell_with_file
 from shoal.engines.messages import Kind, Word, to_json
 from shoal.engines.plan import Lease
+from shoal.engines.process import Process, tell, tell_with_file
 from shoal.engines.session import Session
 from shoal.experience.envelope import Identity
 from shoal.experience.group_state import to_bytes

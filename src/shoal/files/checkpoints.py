@@ -1,0 +1,140 @@
+"""The checkpoints of a run: which there are, which is the newest that is whole, and what is in it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import CheckpointError
+from shoal.files.arrays import arrays_from_bytes
+from shoal.files.manifest import TornError, read_manifest, verify_file
+from shoal.files.names import committed
+from shoal.files.staging import Staging
+from shoal.locks import is_other_living_process
+from shoal.types import Arrays
+
+_STAGING = re.compile(r"\.staging-\d+-(\d+)")
+_TRASH = ".trash-"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A whole checkpoint. `warnings` has one line for each newer one that was passed over."""
+
+    path: Path
+    update: int
+    files: Mapping[str, tuple[int, str]]
+    warnings: tuple[str, ...] = ()
+
+    def arrays(self, name: str) -> Arrays:
+        """What `write_arrays(name, ...)` wrote. Raises CheckpointError where it is not in the checkpoint or was changed since."""
+        return arrays_from_bytes(self.read(f"{name}.safetensors"))
+
+    def json(self, name: str) -> Any:
+        """What `write_json(name, ...)` wrote. Raises CheckpointError as `arrays` does."""
+        try:
+            return json.loads(self.read(f"{name}.json"))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.path}/{name}.json is no JSON: {error}") from error
+
+    def read(self, file: str) -> bytes:
+        """The bytes of one file, hashed again so that what is used is what was checked."""
+        if file not in self.files:
+            raise CheckpointError(f"{self.path} holds no {file}; it holds {', '.join(sorted(self.files)) or 'nothing'}")
+        try:
+            content = (self.path / file).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{self.path / file} cannot be read: {os.strerror(error.errno or errno.EIO)}") from error
+        if (len(content), hashlib.sha256(content).hexdigest()) != self.files[file]:
+            raise CheckpointError(f"{self.path / file} was changed after it was checked")
+        return content
+
+
+class CheckpointDirectory:
+    """The checkpoints of a run. One process saves (the holder of `locks.lock_run`); any may read."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+        self._active: set[Path] = set()
+
+    def begin(self, update: int) -> Staging:
+        """Begin a checkpoint of the state after `update` updates."""
+        return Staging(self.root, update, self._active)
+
+    def paths(self) -> list[Path]:
+        """Committed checkpoints, unverified, oldest first."""
+        return [path for _, _, path in committed(self.root)]
+
+    def newest(self) -> Loaded:
+        """The newest whole checkpoint, every hash verified; a torn one is passed over with a warning.
+
+        Raises CheckpointError when none is whole, or when the newest was written by another version of the format.
+        """
+        torn: list[str] = []
+        for path in reversed(self.paths()):
+            try:
+                loaded = load_checkpoint(path)
+            except TornError as error:
+                torn.append(f"checkpoint {path.name} is not whole ({error})")
+                continue
+            return Loaded(loaded.path, loaded.update, loaded.files, tuple(f"{what}; taking the one before it" for what in torn))
+        if not torn:
+            raise CheckpointError(f"no checkpoint in {self.root}")
+        raise CheckpointError(
+            f"no whole checkpoint in {self.root}: {'; '.join(torn)}. Put a copy back; or move them away, and `shoal resume` begins again from the start"
+        )
+
+    def sweep(self, keep: int, spared: Collection[Path] = ()) -> None:
+        """Remove all but the newest `keep` updates, superseded revisions, and what dead processes left half made. Those spared stay in any case.
+
+        A disk that refuses is left as it is: the next sweep tries again.
+        """
+        if self.root.is_dir():
+            with contextlib.suppress(OSError):
+                self._sweep(keep, spared)
+
+    def _sweep(self, keep: int, spared: Collection[Path]) -> None:
+        newest = {update: path for update, _, path in committed(self.root)}
+        kept = {newest[update] for update in sorted(newest)[-keep:]}
+        for path in self.paths():
+            if path not in kept and path not in spared:
+                trash = path.with_name(f"{_TRASH}{path.name}-{os.getpid()}")
+                path.rename(trash)  # removal takes many steps; a kill between them must not leave a torn checkpoint
+                shutil.rmtree(trash, ignore_errors=True)
+        for path in self.root.iterdir():
+            staging = _STAGING.fullmatch(path.name)
+            dead = staging and path not in self._active and not is_other_living_process(int(staging[1]))
+            if dead or path.name.startswith(_TRASH):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Loaded:
+    """One committed checkpoint, every hash verified. Raises CheckpointError where it is not whole or of another format."""
+    path = Path(path)
+    try:
+        update, files = read_manifest(path)
+        for name, (size_bytes, sha256) in files.items():
+            verify_file(path, name, size_bytes, sha256)
+        return Loaded(path, update, files)
+    except OSError as error:
+        raise TornError(f"{error.filename}: {os.strerror(error.errno or errno.EIO)}") from error
+
+
+@contextlib.contextmanager
+def whole_state(path: Path) -> Iterator[None]:
+    """Around whoever takes a state out of a checkpoint: one without a part, or of another shape, is a CheckpointError."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} does not hold the state that this run needs ({type(error).__name__}: {error}); was it written by another version, or its run's configuration changed?"
+        ) from error
