@@ -38,7 +38,7 @@ _ACTIVITIES = {  # as the answer names them; `starting` is left out of it
 
 @dataclass(frozen=True)
 class Processor:
-    """Seconds that a process spent on a processor, and ready but waiting for one (Linux: /proc/PID/schedstat)."""
+    """Seconds that all threads of a process spent on a processor (Linux: /proc/PID/stat), and its first one ready but waiting for one (schedstat)."""
 
     cpu: float
     queued: float
@@ -46,10 +46,11 @@ class Processor:
     @classmethod
     def of(cls, pid: int) -> Processor | None:
         try:
-            cpu, queued, _ = Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii").split()
-        except (OSError, ValueError):
+            fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(") ")[2].split()
+            ticks, queued = int(fields[11]) + int(fields[12]), int(Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii").split()[1])
+        except (OSError, ValueError, IndexError):
             return None
-        return cls(int(cpu) / 1e9, int(queued) / 1e9)
+        return cls(ticks / os.sysconf("SC_CLK_TCK"), queued / 1e9)
 
 
 @dataclass(frozen=True)
