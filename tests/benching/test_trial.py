@@ -120,3 +120,16 @@ def test_without_processes_there_is_no_trial(watch: Watch, monkeypatch: pytest.M
 
 def test_a_run_that_was_too_short_is_none(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked_for(Watch(), monkeypatch, 0.0, COSTS)[1] is None
+
+
+def test_a_look_at_processes_that_have_ended_is_not_the_last_one(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = Processor.of
+    monkeypatch.setattr(training.time, "monotonic", lambda: 10.5)
+    monkeypatch.setattr(Processor, "of", lambda pid: None if pid == LEARNER else alive(pid))
+    watch.ticked(looked(10.5))
+    ends = watch.ends()
+    assert ends is not None
+    assert (ends[0].at, ends[1].at) == (3.0, 10.0)
+    found = figures(watch, cores=2, batch_env_steps=1000, words_us=3.0)
+    assert found is not None
+    assert found["acting_us"] == pytest.approx(1000.0)

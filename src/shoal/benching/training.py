@@ -66,6 +66,11 @@ class _Look:
         pids = {role.role: role.pid for role in roles} | {"supervisor": os.getpid()}
         return cls(time.monotonic(), roles, {name: (pid, Processor.of(pid)) for name, pid in pids.items()})
 
+    @property
+    def known(self) -> int:
+        """How many processes it knows the processor time of: one that has ended has none."""
+        return sum(spent is not None for _, spent in self.processors.values())
+
 
 @dataclass
 class Watch:
@@ -94,9 +99,11 @@ class Watch:
         return (n1 - n0) / (t1 - t0)
 
     def ends(self) -> tuple[_Look, _Look] | None:
-        """The roles at the first and at the last tick after the warm-up; None where that was shorter than two ticks."""
+        """The roles at the first and at the last tick after the warm-up, at which none had ended; None where that was shorter than two ticks."""
         begin = self.steady()[0][0]
         looks = [look for look in self.looks if look.at >= begin]
+        while len(looks) > 1 and looks[-1].known < looks[0].known:
+            looks.pop()
         return (looks[0], looks[-1]) if looks and looks[-1].at > looks[0].at else None
 
 
