@@ -27,7 +27,9 @@ TABLES = {"table/1 learner": 1, "table/8 learners": 8}  # learners by row
 
 
 def mean(before: Any, after: Any) -> Any:
-    """Of two answers of one bench: every number that differs becomes the mean of both."""
+    """Of two answers of one bench: every number that differs becomes the mean of both; where only one of them has a part, that counts."""
+    if before is None or after is None:
+        return after if before is None else before
     if isinstance(before, Mapping):
         return {key: mean(value, after[key]) for key, value in before.items()}
     number = isinstance(before, (int, float)) and not isinstance(before, bool)

@@ -1,7 +1,7 @@
 """What `make bench-plan` measures: trainings beside what `shoal plan` predicts for them, and what the driver takes that `shoal bench costs` does not measure.
 
-A row's training is `shoal bench train`, whose answer has the costs of its parts, measured after it; `shoal plan` is given these costs and nothing of the
-training. scaling/* are the runs of scaling.py on clusters on this machine, and table/* the plan for 1 to 10,000 nodes (planned.py). Every measurement
+A row's training is `shoal bench train`, whose answer has the costs of its parts and trials, short runs with another seed, of before and after it; `shoal plan` is
+given these and nothing of the training. In rows `A from B` they are those of another configuration. scaling/* are the runs of scaling.py on clusters on this machine, and table/* the plan for 1 to 10,000 nodes (planned.py). Every measurement
 is appended to `results/planning.jsonl` at once; `results/planning.md` is written from all of it.
 
     python benchmarks/planning.py                                  what is missing
@@ -65,11 +65,12 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """A training on one machine."""
+    """A training on one machine. costs_of: options with which the costs are measured beside, so that the plan is of a run that no trial was like."""
 
     name: str
     environment: str
     options: tuple[str, ...]
+    costs_of: tuple[str, ...] = ()
 
     @property
     def command(self) -> str:
@@ -81,6 +82,9 @@ ROWS = (
     Row("CartPole-v1 appo", "CartPole-v1", (*MATCHED.split(), *EPOCHS.split(), "--algorithm", "appo")),
     Row("CartPole-v1 impala", "CartPole-v1", IMPALA),
     Row("CartPole-v1 impala sync", "CartPole-v1", (*IMPALA, "--mode", "sync")),
+    Row("ppo from 1 actor", "CartPole-v1", (*MATCHED.split(), *EPOCHS.split()), ("--actors", "1")),
+    Row("ppo from rollouts of 512", "CartPole-v1", (*MATCHED.split(), *EPOCHS.split()), ("--sampling.rollout-length", "512")),
+    Row("impala from sync", "CartPole-v1", IMPALA, ("--mode", "sync")),
     Row("waiting fixed", "benchmarks/waiting.py:fixed", WAITING),
     Row("waiting exponential", "benchmarks/waiting.py:exponential", WAITING),
     Row("waiting fixed sync", "benchmarks/waiting.py:fixed", (*WAITING, "--mode", "sync")),
@@ -88,14 +92,18 @@ ROWS = (
 
 
 def beside(row: Row, options: argparse.Namespace) -> Figures:
-    """One training, and what is predicted for it from costs that are measured after it."""
-    length = ("--stop.seconds", f"{options.seconds:g}", "--seconds", f"{options.costs_seconds:g}")
+    """One training, and what is predicted for it from costs that are measured right before and right after it."""
+    seconds = f"{options.costs_seconds:g}"
+    others = ["bench", "costs", row.environment, *row.options, *row.costs_of, "--seconds", seconds, "--json"]
+    before = shoal(others) if row.costs_of else None
+    length = ("--stop.seconds", f"{options.seconds:g}", "--seconds", "0" if row.costs_of else seconds)
     trained = shoal(["bench", "train", row.environment, *row.options, *length, "--json"])
+    costs = trained if before is None else planned.mean(before, shoal(others))
     with scratch(options.runs) as directory:
-        costs = directory / "costs.json"
-        costs.write_text(json.dumps(trained), encoding="utf-8")
-        planned = shoal(["plan", row.environment, *row.options, "--costs", str(costs), "--json"])
-    return compared(trained, planned["rows"][0])
+        file = directory / "costs.json"
+        file.write_text(json.dumps(costs), encoding="utf-8")
+        found = shoal(["plan", row.environment, *row.options, "--costs", str(file), "--json"])
+    return compared(trained, found["rows"][0])
 
 
 def compared(trained: dict[str, Any], planned: dict[str, Any]) -> Figures:
@@ -214,7 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         clusters = {name: row for name, row in clusters.items() if not row.on_hosts}
     settings = [options.seconds, options.costs_seconds]
     wanted = [
-        Measurement(row.name, n, (row.name, n), digest([row.command, *settings]), partial(_training, row, n, options), _brief)
+        Measurement(
+            row.name, n, (row.name, n), digest([row.command, *row.costs_of, *settings]), partial(_training, row, n, options), _brief
+        )
         for row in ROWS
         for n in range(options.repeats)
         if row.name in names
@@ -305,7 +315,7 @@ def page(store: Store) -> Iterator[str]:
     yield "Made by `make bench-plan` (`benchmarks/planning.py`); raw rows in `planning.jsonl`.\n"
     yield from where_and_when(list(store.entries.values()))
     yield (
-        "Every training beside what `shoal plan` says from the costs of its parts alone, which were measured after it. The error is the prediction's: "
+        "Every training beside what `shoal plan` says from the costs of its parts and from trials of a few seconds with another seed, which were measured right before and right after it. In rows `A from B` costs and trials are those of another number of actors, length of rollouts or mode. The error is the prediction's: "
         f"positive where it is too high; the target is {TARGET:.0%} either way. Medians; in brackets the least and the largest error. lag: mean policy lag in "
         "updates, measured and predicted.\n"
     )
@@ -344,7 +354,7 @@ def page(store: Store) -> Iterator[str]:
     if updates:
         yield (
             f"An update takes the supervisor {median(updates):,.0f} us besides words and decisions (median of {len(updates)} trainings, {min(updates):,.0f} to "
-            f"{max(updates):,.0f}); a plan takes {DRIVER_UPDATE_US:,.0f}.\n"
+            f"{max(updates):,.0f}); a plan takes what it took in the trial, and {DRIVER_UPDATE_US:,.0f} without one.\n"
         )
     yield f"A look at what may be begun, by the number of groups; a plan takes {DRIVER_LOOK_US:g} us a group.\n"
     yield line("groups", "us a look and group", "us a lease, all at once")

@@ -41,6 +41,8 @@ def test_of_two_answers_every_number_is_the_mean_and_all_else_is_the_first() -> 
     assert found["machine"] == before["machine"]
     assert (found["settings"], found["environment"]["waits"], found["cores"]) == (before["settings"], False, 2)
     assert type(found["settings"]["group_size"]) is int
+    trial = {"acting": 0.5, "acting_us": None}
+    assert mean(costs(trial=None), costs(trial=trial))["trial"] == mean(costs(trial=trial), costs(trial=None))["trial"] == trial
 
 
 def test_costs_are_measured_before_and_after_the_run_and_the_plan_is_given_their_mean_and_the_link(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +70,27 @@ def test_what_is_simulated_for_known_times_is_the_run_that_is_trained(row: plann
     system = row.system(0.02)
     assert Plan.of(config) == system.plan
     assert (config.actors, system.costs.acting, system.costs.learning) == (system.actors, 0.02, pytest.approx(0.02 * row.learn))
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.costs_of], ids=lambda row: row.name)
+def test_costs_of_another_configuration_are_measured_before_and_after(
+    row: planning.Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def shoal(words: Sequence[str], timeout_seconds: float = 0.0) -> dict[str, Any]:
+        told.append(words[0] if words[0] == "plan" else words[1])
+        if words[0] == "plan":
+            assert json.loads(Path(words[words.index("--costs") + 1]).read_text())["cost"] == 2.0, "the mean of 1 and 3"
+            assert words[2 : 2 + len(row.options)] == list(row.options)
+            return {"rows": [{"env_steps_per_second": 9_000.0, "lag": {"mean": 0.0}, "bottleneck": {"name": None}}]}
+        if words[1] == "costs":
+            assert words[3:-3] == [*row.options, *row.costs_of]
+            return {"cost": float(len(told))}
+        assert words[words.index("--seconds") + 1] == "0"
+        return TRAINED
+
+    monkeypatch.setattr(planning, "shoal", shoal)
+    found = planning.beside(row, argparse.Namespace(seconds=1.0, costs_seconds=2.0, runs=tmp_path))
+    assert told == ["costs", "train", "costs", "plan"]
+    assert found["error"] == pytest.approx(-0.1)

@@ -14,7 +14,7 @@ import pytest
 SMALL = ["--preset", "none", "--sampling.groups", "2", "--sampling.group-size", "2", "--sampling.rollout-length", "16", "--actors", "1"]
 PARTS = {
     "settings", "date", "machine", "cores", "costs", "mixed", "crowding", "transport", "crossing", "learning", "several", "environment", "sizes",
-    "ceilings", "references",
+    "ceilings", "references", "trial",
 }  # fmt: skip
 
 
@@ -60,6 +60,12 @@ def test_costs_and_the_ceilings_that_follow(options: list[str], form: str, mode:
     assert 16 * 2 * (4 * 4 + 8) < found["sizes"]["rollout_bytes"] < 4096  # observations, rewards and a little more
     for beside in (found["references"][name] for name in ("environment", "inference", "learning")):
         assert beside["times"] == pytest.approx(beside["shoal_us"] / beside["bare_us"])
+    trial = found["trial"]
+    assert trial["env_steps_per_second"] > 0
+    assert trial["actors"] == 1
+    assert 0 < trial["acting"] <= 1
+    assert 0 < trial["learning"] <= 1
+    assert min(trial["acting_us"], trial["update_us"]) >= 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -125,6 +131,7 @@ def test_a_training_against_its_ceiling(tmp_path: Path) -> None:
 def test_a_training_can_be_kept_and_told_in_words(tmp_path: Path) -> None:
     done = shoal("bench", "train", "CartPole-v1", *SMALL, "--stop.updates", "60", "--seconds", "0", "--run-dir", "kept", cwd=tmp_path)
     assert "% of the ceiling" in done.stdout
+    assert "a trial run: " in done.stdout
     assert "microseconds of one core per environment step" in done.stdout
     assert (tmp_path / "kept" / "result.json").exists()
 

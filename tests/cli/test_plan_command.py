@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 
 from planning_costs import OPTIONS, costs
+from shoal.planning.plan import ALONE
 
-ANSWER = {"settings", "costs", "links", "driver", "way", "rows", "breaks", "warnings"}
+ANSWER = {"settings", "costs", "links", "driver", "fit", "way", "rows", "breaks", "warnings"}
 ROW = {
     "nodes", "engine", "learners", "env_steps_per_second", "env_steps_per_second_and_node", "updates_per_second", "batch_env_steps", "lag", "over_lag",
     "utilisation", "learner_bytes", "bottleneck", "moves",
@@ -40,7 +42,7 @@ def test_a_plan_from_a_file_as_json(file: str, tmp_path: Path) -> None:
     assert [row["nodes"] for row in found["rows"]] == [1, 20]
     assert all(set(row) == ROW for row in found["rows"])
     assert [row["engine"] for row in found["rows"]] == ["local", "ray"], "several nodes are a cluster of Ray"
-    assert (found["settings"]["engine"], found["warnings"]) == ("ray", [])
+    assert (found["settings"]["engine"], found["warnings"], found["fit"]) == ("ray", [ALONE], None), "a file of before the trials"
     one = found["rows"][0]
     assert 0.9e6 / (38 / 2 + 40) < one["env_steps_per_second"] <= 1e6 / (38 / 2 + 40)  # the driver takes the rest
     assert found["breaks"]["name"] == "learner"
@@ -68,12 +70,35 @@ def test_a_table_for_a_person(file: str, tmp_path: Path) -> None:
     assert "--learners" in said
 
 
+def test_what_was_fitted_to_a_trial_is_told(tmp_path: Path) -> None:
+    trial = {
+        "env_steps_per_second": 14_000.0,
+        "actors": 2,
+        "acting": 0.35,
+        "learning": 0.6,
+        "acting_us": 40.0,
+        "update_us": 500.0,
+        "max_policy_lag": 4,
+    }
+    (tmp_path / "costs.json").write_text(json.dumps(costs(trial=trial)))
+    done = shoal(*OPTIONS, "--costs", "costs.json", cwd=tmp_path)
+    step, learning = 2 * 0.35 / 14_000 / 38e-6, 0.6 / 14_000 / 40e-6
+    pause = 1024 / 14_000 * (1 - 0.35 - 0.6) - 0.0005
+    assert f"steps take {step:.2f} times as long as their parts alone, learning {learning:.2f}; " in done.stdout
+    told = re.search(r"([0-9.]+) ms of an update nobody works", done.stdout)
+    assert told is not None
+    assert float(told[1]) == pytest.approx(1e3 * pause, abs=0.05), "the driver also looks what may be begun"
+    assert "warning" not in done.stderr
+
+
 def test_costs_are_measured_where_no_file_is_given(tmp_path: Path) -> None:
     small = ["--preset", "none", "--sampling.groups", "2", "--sampling.group-size", "2", "--sampling.rollout-length", "16", "--actors", "1"]
     found = json.loads(shoal(*small, "--algorithm", "impala", "--seconds", "0", "--json", cwd=tmp_path).stdout)
     assert set(found) == ANSWER
     assert found["rows"][0]["env_steps_per_second"] > 0
     assert (found["settings"]["mode"], found["settings"]["actors"], found["breaks"]) == ("async", 1, None)
+    assert ALONE not in found["warnings"]
+    assert min(found["fit"]["acting"], found["fit"]["learning"]) > 0
     assert list(tmp_path.iterdir()) == []
 
 

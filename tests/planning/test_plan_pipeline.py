@@ -82,6 +82,17 @@ def test_an_actor_makes_its_groups_one_after_the_other() -> None:
     assert rate(cluster("sync", cores=2, groups=3, acting=40.0, learning=0.0)) == pytest.approx(3 * 1e6 / (2 * 40.0))
 
 
+def test_sync_a_pause_is_a_part_of_every_update_and_nobody_works_in_it() -> None:
+    system = cluster("sync", acting=40.0, learning=20.0, pause=0.01)
+    batch = system.batch_steps
+    seconds = batch * 40 * US + 0.01
+    found = simulate(system)
+    assert found.env_steps_per_second == pytest.approx(batch / seconds)
+    shares = (batch * 20 * US / seconds, batch * 20 * US / seconds)
+    assert (found.utilisation["actors"], found.utilisation["learner"]) == pytest.approx(shares)
+    assert rate(cluster("async", pause=0.01)) == rate(cluster("async"))
+
+
 # ---- several nodes ---------------------------------------------------------------------------------------------------
 def test_nodes_that_need_nobody_add_up() -> None:
     one = cluster("async", learning=0.01)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from simpy import Environment
+from simpy import Environment, Event
 
-from shoal.planning.resources import Cores, Link
+from shoal.planning.resources import Cores, Link, Occupied
 
 Job = tuple[float, float, int]  # when it comes, seconds of each thread, threads
 
@@ -82,3 +84,23 @@ def test_a_link_sends_one_thing_after_the_other_and_knows_how_long_it_was_busy()
     assert link.busy == pytest.approx(2.5)
     env.run()
     assert (ends[-1], link.busy) == pytest.approx((11.0, 3.5))
+
+
+def test_what_is_at_something_is_counted_as_long_as_it_is() -> None:
+    env = Environment()
+    occupied = Occupied(env)
+
+    def work() -> Generator[Event, None, None]:
+        occupied.change(3)
+        yield env.timeout(2.0)
+        occupied.change(-2)
+        yield env.timeout(4.0)
+        occupied.change(-1)
+        yield env.timeout(8.0)
+
+    env.process(work())
+    seen = []
+    for until in (1.0, 5.0, 14.0):
+        env.run(until=until)
+        seen.append(occupied.seconds)
+    assert seen == [3.0, 9.0, 10.0]

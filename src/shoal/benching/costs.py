@@ -24,17 +24,18 @@ if TYPE_CHECKING:
 def bench_costs(
     target: str, settings: Mapping[str, Any], *, seconds: float = 10.0, told: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Measure the parts of the training that `shoal train TARGET` with these settings would make, in this process, on one core.
+    """Measure the parts of the training that `shoal train TARGET` with these settings would make, in this process, on one core; then make it for a short while.
 
     Args:
-      seconds: for the parts; each of the bare loops takes a fifth of it.
+      seconds: for the parts, and as much for the trial; each of the bare loops takes a fifth of it.
       told: called with what is done at the moment.
     Returns:
-      settings, machine, costs, mixed, crowding, transport, crossing, learning, several, environment, sizes, ceilings, references: see docs/performance.md.
+      settings, machine, costs, mixed, crowding, transport, crossing, learning, several, environment, sizes, ceilings, references, trial: see docs/performance.md.
     Raises:
       ConfigError, EnvironmentFault: as `shoal.train`.
     """
     from shoal.benching.parts import measure_parts
+    from shoal.benching.trial import trial
     from shoal.engines.looking import look
     from shoal.engines.roles import Blueprint, UserObjects
 
@@ -60,7 +61,7 @@ def bench_costs(
         learning_cores=several["cores"] if several else learning_cores, num_envs=plan.num_groups * plan.group_size,
         blocking_us=blocking["wall_us"] if blocking["waits"] else None, own_device=own_device,
     )  # fmt: skip
-    return {
+    found = {
         "settings": _described(config, plan),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": {**machine(), "load": round(os.getloadavg()[0], 2)},
@@ -77,6 +78,7 @@ def bench_costs(
         "ceilings": bound.to_json(),
         "references": references,
     }
+    return {**found, "trial": trial(target, settings, config, found, seconds, told)}
 
 
 def _several(learners: int, cores: int, parts: PartCosts) -> dict[str, Any] | None:

@@ -38,7 +38,7 @@ _ACTIVITIES = {  # as the answer names them; `starting` is left out of it
 
 @dataclass(frozen=True)
 class Processor:
-    """Seconds that a process spent on a processor, and ready but waiting for one (Linux: /proc/PID/schedstat)."""
+    """Seconds that all threads of a process spent on a processor (Linux: /proc/PID/stat), and its first one ready but waiting for one (schedstat)."""
 
     cpu: float
     queued: float
@@ -46,10 +46,11 @@ class Processor:
     @classmethod
     def of(cls, pid: int) -> Processor | None:
         try:
-            cpu, queued, _ = Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii").split()
-        except (OSError, ValueError):
+            fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(") ")[2].split()
+            ticks, queued = int(fields[11]) + int(fields[12]), int(Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii").split()[1])
+        except (OSError, ValueError, IndexError):
             return None
-        return cls(int(cpu) / 1e9, int(queued) / 1e9)
+        return cls(ticks / os.sysconf("SC_CLK_TCK"), queued / 1e9)
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class _Look:
     def now(cls, roles: tuple[RoleTime, ...]) -> _Look:
         pids = {role.role: role.pid for role in roles} | {"supervisor": os.getpid()}
         return cls(time.monotonic(), roles, {name: (pid, Processor.of(pid)) for name, pid in pids.items()})
+
+    @property
+    def known(self) -> int:
+        """How many processes it knows the processor time of: one that has ended has none."""
+        return sum(spent is not None for _, spent in self.processors.values())
 
 
 @dataclass
@@ -93,9 +99,11 @@ class Watch:
         return (n1 - n0) / (t1 - t0)
 
     def ends(self) -> tuple[_Look, _Look] | None:
-        """The roles at the first and at the last tick after the warm-up; None where that was shorter than two ticks."""
+        """The roles at the first and at the last tick after the warm-up, at which none had ended; None where that was shorter than two ticks."""
         begin = self.steady()[0][0]
         looks = [look for look in self.looks if look.at >= begin]
+        while len(looks) > 1 and looks[-1].known < looks[0].known:
+            looks.pop()
         return (looks[0], looks[-1]) if looks and looks[-1].at > looks[0].at else None
 
 

@@ -16,7 +16,7 @@ seconds_option = click.option(
     type=click.FloatRange(min=0.0),
     default=10.0,
     show_default=True,
-    help="For the costs of the parts; bare loops take as much again.",
+    help="For the costs of the parts, and as much for a trial run; bare loops take as much again.",
 )
 
 
@@ -142,6 +142,11 @@ def _print_costs(found: Mapping[str, Any]) -> None:
     print(f"\nceilings for {found['cores']} cores, of which learning can use {learning:.2f} (env steps/s)")
     rows = [{"mode": name, "ceiling": round(bounds[name])} for name in ("async", "sync", "waiting") if bounds[name] is not None]
     print_table(rows, ["mode", "ceiling"], indent=2)
+    if (trial := found["trial"]) is not None:
+        print(
+            f"\na trial run: {trial['env_steps_per_second']:,.0f} env steps/s; actors step and choose {100 * trial['acting']:.0f} % of their time, "
+            f"the learner learns {100 * trial['learning']:.0f} % of its"
+        )
 
 
 def _cost_rows(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

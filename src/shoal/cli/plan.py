@@ -118,8 +118,15 @@ def _print(found: Mapping[str, Any]) -> None:
     )
     print(
         f"links: {8e-9 * links['node_bandwidth']:g} Gbit/s, of a learner {8e-9 * links['learner_bandwidth']:g}, {1e6 * links['latency']:g} us; "
-        f"costs of {costs['measured_on'].get('cpu')}, {costs['date']}\n"
+        f"costs of {costs['measured_on'].get('cpu')}, {costs['date']}"
     )
+    if (fit := found["fit"]) is not None:
+        waits = "" if costs["blocking"] is None else f", waits {fit['blocking']:.2f}"
+        print(
+            f"fitted to a trial run: steps take {fit['acting']:.2f} times as long as their parts alone, learning {fit['learning']:.2f}{waits}; "
+            f"{1e3 * fit['pause']:.2f} ms of an update nobody works"
+        )
+    print()
     rows = found["rows"]
     print_table([_cells(row) for row in rows], list(_cells(rows[0])), indent=2)
     print()

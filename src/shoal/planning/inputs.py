@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from shoal.config import PositiveFloat, RunConfig, Weight
+from shoal.config import Fraction, PositiveFloat, RunConfig, Weight
 from shoal.engines.plan import Plan
 from shoal.errors import ConfigError
 from shoal.planning.system import Driver, Links, StepCosts, System, Way
@@ -33,12 +33,14 @@ class _Settings(BaseModel):
     form: str
     algorithm: str
     mode: Literal["sync", "async"]
+    groups: int = Field(gt=0)
     group_size: int = Field(gt=0)
     rollout_length: int = Field(gt=0)
     batch_env_steps: int = Field(gt=0)
     epochs: int = Field(gt=0)
     minibatch_size: int | None = Field(gt=0)
     actors: int
+    learner_threads: int = Field(gt=0)
 
 
 class _StepCosts(BaseModel):
@@ -76,6 +78,18 @@ class _Sizes(BaseModel):
     weights_bytes: int = Field(gt=0)
 
 
+class Trial(BaseModel):
+    """A short run of the training that was measured, see benching/trial.py."""
+
+    env_steps_per_second: PositiveFloat
+    actors: int = Field(gt=0)
+    acting: Fraction
+    learning: Fraction
+    acting_us: Weight | None
+    update_us: Weight | None
+    max_policy_lag: int = Field(gt=0)
+
+
 class Measured(BaseModel):
     """What a plan reads of an answer of `shoal bench costs`, in microseconds."""
 
@@ -91,6 +105,7 @@ class Measured(BaseModel):
     learning: _Learning
     environment: _Environment
     sizes: _Sizes
+    trial: Trial | None = None
 
 
 @dataclass(frozen=True)

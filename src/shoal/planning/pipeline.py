@@ -20,7 +20,7 @@ from typing import Any
 
 from simpy import Environment, Event, Store
 
-from shoal.planning.resources import Cores, Link, call_after
+from shoal.planning.resources import Cores, Link, Occupied, call_after
 from shoal.planning.rules import Rollout, Rules
 from shoal.planning.system import System
 
@@ -38,7 +38,7 @@ class Prediction:
     Attributes:
       lag: share of the trained env steps by policy lag in updates. over_lag: share of all env steps that came too late to be trained.
       utilisation: share of its time or capacity that each resource is used: `cores` of all nodes, `learner_cores` of the first learner's node,
-        `learner`, `driver`, `learner_link` and `node_links` (the busier direction).
+        `actors` (making rollouts), `learner`, `driver`, `learner_link` and `node_links` (the busier direction).
       learner_bytes: rollouts that lie with one learner at most, with the copy of its batch.
     """
 
@@ -113,6 +113,7 @@ class _Pipeline:
         self._woken, self._published, self._finished = env.event(), env.event(), env.event()
         self._batches = Store(env)
         self._spent = {"learner": 0.0, "driver": 0.0}
+        self._acting = Occupied(env)
         self._lag: defaultdict[int, float] = defaultdict(float)
         self._late_steps = 0.0
         self._most_held = 0
@@ -159,7 +160,9 @@ class _Pipeline:
                     yield node.cores.work(self._system.refresh)
                 if piece and version - rollout.version_min >= plan.close_after_lag:
                     break
+                self._acting.change(node.amount)
                 yield self._make(node, 1 / pieces)
+                self._acting.change(-node.amount)
                 rollout.pieces.append((version, self._system.rollout_steps / pieces))
             self._env.process(self._deliver(node, rollout))
 
@@ -236,7 +239,7 @@ class _Pipeline:
     # ---- learners ------------------------------------------------------------------------------------------------
     def _learn(self) -> _Process:
         """Every learner has an equal share of each batch; what one does, all do at the same time."""
-        costs, learners = self._system.costs, self._system.learners
+        system, costs, learners = self._system, self._system.costs, self._system.learners
         while True:
             batch = yield self._batches.get()
             begun = self._env.now
@@ -246,7 +249,9 @@ class _Pipeline:
             if steps:
                 yield from self._update(steps / learners)
             self._spent["learner"] += self._env.now - begun
-            self._tell(self._system.driver.update, partial(self._trained, steps))
+            if self._sync and system.pause:
+                yield self._env.timeout(system.pause)
+            self._tell(system.driver.update, partial(self._trained, steps))
 
     def _update(self, steps: float) -> _Process:
         system, costs = self._system, self._system.costs
@@ -315,6 +320,7 @@ class _Pipeline:
         busy = {
             "cores": cores,
             "learner_cores": self._nodes[0].cores.busy / (system.learner_cores or system.cores),
+            "actors": self._acting.seconds / (system.nodes * system.actors),
             **self._spent,
             "learner_link": max(self._learners_in.busy, self._learners_out.busy),
             "node_links": max((max(node.up.busy, node.down.busy) for node in far), default=0.0),

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 TABLE = (1, 10, 100, 1000, 10_000)
 _BUSY = 0.5  # of the cores
 _CLOSE = 1.05  # the size at which something breaks is looked for to 5 %
+ALONE = (
+    "the costs are of the parts alone, without a trial run (benches of before made none; it can also be too short): a run takes more, so the plan is too high. "
+    "Measure anew: shoal bench costs ENV --json > FILE"
+)
 
 
 def plan(
@@ -39,14 +43,14 @@ def plan(
       settings: as of a training on one node: `sampling.groups` and `actors` are those of each node.
       costs_file: an answer of `shoal bench costs --json`; None: they are measured here, for `seconds`.
     Returns:
-      settings (its engine is that of the largest size), costs, links, driver, way, rows (one for each size), breaks, warnings: see
+      settings (its engine is that of the largest size), costs, links, driver, fit, way, rows (one for each size), breaks, warnings: see
       docs/performance.md.
     Raises:
       ConfigError: SimPy is missing, or the costs are of something else; otherwise as `shoal bench costs`.
     """
     _need_simulator()
     config, _ = resolve(target, settings)
-    warnings = []
+    warnings: list[str] = []
     if costs_file is None:
         from shoal.benching.costs import bench_costs
 
@@ -59,6 +63,8 @@ def plan(
     else:
         measured = read_costs(costs_file)
     check_same(config, measured, "shoal bench costs" if costs_file is None else str(costs_file))
+    if measured.trial is None:
+        warnings.append(ALONE)
     return {**predict(config, measured, asked, told), "warnings": warnings}
 
 
@@ -81,11 +87,13 @@ def _need_simulator() -> None:
 
 def predict(config: RunConfig, measured: Measured, asked: Asked, told: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """The answer of `plan`, from costs that are known."""
+    from shoal.planning.fitting import fit
     from shoal.planning.levers import moves
     from shoal.planning.pipeline import simulate
 
     rows, found = [], {}
-    planned = systems(config, measured, asked)
+    fitted = fit(measured)
+    planned = {nodes: fitted.of(system) for nodes, system in systems(config, measured, asked).items()}
     for nodes, system in planned.items():
         told(f"plan: {nodes:,} node{'s' if nodes > 1 else ''}")
         prediction = simulate(system)
@@ -94,7 +102,7 @@ def predict(config: RunConfig, measured: Measured, asked: Asked, told: Callable[
     told("plan: what breaks first")
 
     def sized(nodes: int) -> System:
-        return systems(config, measured, replace(asked, sizes=(nodes,)))[nodes]
+        return fitted.of(systems(config, measured, replace(asked, sizes=(nodes,)))[nodes])
 
     first = next(iter(planned.values()))
     return {
@@ -102,6 +110,7 @@ def predict(config: RunConfig, measured: Measured, asked: Asked, told: Callable[
         "costs": {**asdict(first.costs), "measured_on": measured.machine, "date": measured.date},
         "links": asdict(first.links),
         "driver": asdict(first.driver),
+        "fit": None if measured.trial is None else asdict(fitted),
         "way": None if (way := next(reversed(planned.values())).way) is None else asdict(way),
         "rows": rows,
         "breaks": _breaks(sized, found),

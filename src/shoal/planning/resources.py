@@ -73,6 +73,24 @@ class Cores:
         self._set_alarm()
 
 
+class Occupied:
+    """How long things were at something, all of them together."""
+
+    def __init__(self, env: Environment) -> None:
+        self._env = env
+        self._number = self._seconds = self._at = 0.0
+
+    def change(self, number: float) -> None:
+        """So many more are at it from now on; fewer, where it is negative."""
+        self._seconds, self._at = self.seconds, self._env.now
+        self._number += number
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self._seconds + self._number * (self._env.now - self._at)
+
+
 class Link:
     """One direction of a connection: what is sent goes one after the other."""
 

@@ -76,6 +76,7 @@ class System:
       learner_cores: cores of a node with a learner; None: as many as the others have.
       way: to the actors of every node, those of the learner's own too; None: these are in shared memory, and what the others send costs no core.
       one_machine: all nodes share the cores of one.
+      pause: sync mode: seconds of each update in which nobody works, since processes wake and wait for the slowest.
     """
 
     plan: Plan
@@ -95,6 +96,7 @@ class System:
     learner_cores: int | None = None
     way: Way | None = None
     one_machine: bool = False
+    pause: float = 0.0
 
     @property
     def groups_of_node(self) -> int:
