@@ -9,7 +9,7 @@ from typing import TypeVar
 from shoal.learners.distributed import TorchRanks, meet, memory_store
 
 T = TypeVar("T")
-TIMEOUT_SECONDS = 120.0
+TIMEOUT_SECONDS = 300.0
 
 
 def several(size: int, work: Callable[[TorchRanks], T]) -> list[T]:

@@ -8,7 +8,7 @@ import time
 
 from shoal.supervision.processes import process_state
 
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 300.0
 
 
 def stop_process(pid: int) -> None:

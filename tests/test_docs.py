@@ -60,7 +60,7 @@ def test_a_cluster_that_is_started_as_the_guide_says_is_joined_without_a_warning
     show = f"{sys.executable} -c 'import json, os; print(json.dumps(dict(os.environ)))'"
     script = "\n".join(["set -e", f'shoal() {{ {sys.executable} -m shoal.cli "$@" >&2; }}', *before, show])
     around = {**{name: value for name, value in os.environ.items() if not name.startswith("RAY_")}, "HOME": str(tmp_path)}
-    done = subprocess.run(["sh", "-c", script], env=around, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(["sh", "-c", script], env=around, capture_output=True, text=True, timeout=300, check=True)
     environment = json.loads(done.stdout)
     assert check_cluster(environment, allow_insecure=False, ask=lambda: True) == []
     assert all(Path(environment[f"RAY_TLS_{name}"]).is_file() for name in ("SERVER_CERT", "SERVER_KEY", "CA_CERT"))

@@ -402,7 +402,7 @@ def test_a_forked_child_does_not_hold_the_run(tmp_path: Path) -> None:
         parent.stdout.readline()
         parent.wait()
         try:
-            lock_run(tmp_path, wait_seconds=60).release()
+            lock_run(tmp_path, wait_seconds=300).release()
         finally:
             os.killpg(parent.pid, signal.SIGKILL)
 

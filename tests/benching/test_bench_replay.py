@@ -51,3 +51,9 @@ def test_the_rollouts_of_each_case_are_whole_and_stacks_are_found_to_be_some() -
         assert {int(slot.envelope["num_env_steps"]) for slot in slots} == {case.rollout_length * GROUP_SIZE}
         layout = Layout.of(slots[0], GROUPS, ReplayConfig(capacity_steps=case.capacity_steps))
         assert list(layout.stacks) == (["observation"] if case.dtype == "uint8" else [])
+
+
+def test_stacks_are_stored_once_for_each_frame() -> None:
+    stacks = next(case for case in CASES if case.name == "stacks")
+    (slot, *_), config = replays._rollouts(stacks), ReplayConfig(capacity_steps=stacks.capacity_steps, prioritised=True, n_step=N_STEP)
+    assert 84 * 84 < Replay.size_bytes(slot.schema, GROUPS, config) / stacks.capacity_steps < 1.1 * 84 * 84

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -189,10 +190,11 @@ ASK = "import socket, sys; print(socket.create_connection((sys.argv[1], 7), 60).
 def test_hosts_reach_each_other_and_nothing_else_and_are_removed_with_what_runs_in_them() -> None:
     if reason := namespaces.why_not():
         pytest.skip(reason)
-    names, addresses = ["shoal-test-0", "shoal-test-1"], ["10.213.0.1", "10.213.0.2"]
+    tag, addresses = f"shoal-test-{os.getpid()}", ["10.213.0.1", "10.213.0.2"]
+    names = [f"{tag}-0", f"{tag}-1"]
     inside = [["ip", "netns", "exec", name, sys.executable, "-c"] for name in names]
     try:
-        namespaces._connect("shoal-test-bridge", names, addresses)
+        namespaces._connect(f"{tag}-bridge", names, addresses)
         listening = subprocess.Popen([*inside[0], LISTEN, addresses[0]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert listening.stdout is not None
         assert listening.stdout.readline() == "up\n"
@@ -200,14 +202,14 @@ def test_hosts_reach_each_other_and_nothing_else_and_are_removed_with_what_runs_
         routes = subprocess.run(["ip", "-n", names[0], "route"], capture_output=True, text=True, check=True).stdout.split()
         assert "default" not in routes
     finally:
-        for name in (*names, "shoal-test-bridge"):
+        for name in (*names, f"{tag}-bridge"):
             namespaces._remove(name)
     assert listening.stdin is not None
     listening.stdin.close()
     listening.stdout.close()
-    assert listening.wait(60.0) == -9
+    assert listening.wait(300.0) == -9
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    assert "shoal-test" not in left
+    assert tag not in left
 
 
 # ---- clusters --------------------------------------------------------------------------------------------------------

@@ -6,10 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from shoal.benching import costs, replays
+from shoal.cli import main
+from shoal.cli.bench import _print_costs
 
 SMALL = ["--preset", "none", "--sampling.groups", "2", "--sampling.group-size", "2", "--sampling.rollout-length", "16", "--actors", "1"]
 PARTS = {
@@ -69,7 +74,7 @@ def test_costs_and_the_ceilings_that_follow(options: list[str], form: str, mode:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_learners_are_measured_at_their_part_and_at_what_they_add_up(tmp_path: Path) -> None:
+def test_several_learners_are_measured_at_their_part_and_at_what_they_add_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--algorithm", "ppo", "--algorithm.epochs", "2", "--algorithm.minibatch-size", "32", "--learners", "2"]
     found = answer("bench", "costs", "CartPole-v1", *SMALL, *options, "--seconds", "0", cwd=tmp_path)
     several = found["several"]
@@ -82,18 +87,19 @@ def test_several_learners_are_measured_at_their_part_and_at_what_they_add_up(tmp
     acting = found["costs"]["e"] + found["costs"]["i"] + found["costs"]["x"]
     assert found["ceilings"]["async"] == pytest.approx(found["cores"] * 1e6 / (acting + whole))
     assert found["ceilings"]["sync"] == pytest.approx(1e6 / (acting / found["cores"] + whole / several["cores"]))
-    done = shoal("bench", "costs", "CartPole-v1", *SMALL, *options, "--seconds", "0", cwd=tmp_path)
-    assert "each of 2 learners: its part" in done.stdout
-    assert "5 exchanges an update" in done.stdout
+    _print_costs(found)
+    said = capsys.readouterr().out
+    assert "each of 2 learners: its part" in said
+    assert "5 exchanges an update" in said
 
 
-def test_a_network_that_bare_loops_have_not_is_measured_without_them(tmp_path: Path) -> None:
-    command = ["bench", "costs", "CartPole-v1", *SMALL, "--policy.memory", "lstm", "--seconds", "0"]
-    found = answer(*command, cwd=tmp_path)
+def test_a_network_that_bare_loops_have_not_is_measured_without_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer("bench", "costs", "CartPole-v1", *SMALL, "--policy.memory", "lstm", "--seconds", "0", cwd=tmp_path)
     assert (found["references"]["inference"], found["references"]["learning"]) == (None, None)
     assert found["references"]["environment"]["times"] > 0
     assert found["references"]["missing"] == "its network has a memory"
-    assert "no bare loop beside inference and learning: its network has a memory" in shoal(*command, cwd=tmp_path).stdout
+    _print_costs(found)
+    assert "no bare loop beside inference and learning: its network has a memory" in capsys.readouterr().out
 
 
 def test_environments_that_wait_bound_what_can_be_reached(tmp_path: Path) -> None:
@@ -112,7 +118,7 @@ def test_environments_that_wait_bound_what_can_be_reached(tmp_path: Path) -> Non
 
 
 def test_a_training_against_its_ceiling(tmp_path: Path) -> None:
-    found = answer("bench", "train", "CartPole-v1", *SMALL, "--stop.seconds", "2", "--seconds", "0", cwd=tmp_path)
+    found = answer("bench", "train", "CartPole-v1", *SMALL, "--stop.seconds", "4", "--seconds", "0", cwd=tmp_path)
     assert found["costs"]["x"] == pytest.approx(sum(found["transport"].values()))
     assert set(found) == PARTS | {
         "env_steps_per_second", "ceiling", "ceiling_before", "ceiling_after", "fraction", "time_by_role", "processor", "missing", "words", "result",
@@ -128,26 +134,46 @@ def test_a_training_against_its_ceiling(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []  # the run is gone
 
 
-def test_a_training_can_be_kept_and_told_in_words(tmp_path: Path) -> None:
-    done = shoal("bench", "train", "CartPole-v1", *SMALL, "--stop.updates", "60", "--seconds", "0", "--run-dir", "kept", cwd=tmp_path)
-    assert "% of the ceiling" in done.stdout
-    assert "a trial run: " in done.stdout
-    assert "microseconds of one core per environment step" in done.stdout
+def here(*args: str) -> int:
+    """The command in this process; its exit code."""
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", *args])
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The costs, once for all that do not ask how they are measured."""
+    return answer("bench", "costs", "CartPole-v1", *SMALL, "--algorithm", "ppo", "--seconds", "0", cwd=tmp_path_factory.mktemp("costs"))
+
+
+def test_a_training_can_be_kept_and_told_in_words(
+    measured: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(costs, "bench_costs", lambda *asked, **how: measured)
+    assert here("train", "CartPole-v1", *SMALL, "--stop.updates", "60", "--seconds", "0", "--run-dir", str(tmp_path / "kept")) == 0
+    said = capfd.readouterr().out
+    assert "% of the ceiling" in said
+    assert "a trial run: " in said
+    assert "microseconds of one core per environment step" in said
     assert (tmp_path / "kept" / "result.json").exists()
 
 
-def test_a_training_that_is_too_short_is_refused(tmp_path: Path) -> None:
-    done = shoal("bench", "train", "CartPole-v1", *SMALL, "--stop.updates", "1", "--seconds", "0", cwd=tmp_path, code=2)
-    assert "too short to be measured" in done.stderr
+def test_a_training_that_is_too_short_is_refused(
+    measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(costs, "bench_costs", lambda *asked, **how: measured)
+    assert here("train", "CartPole-v1", *SMALL, "--stop.updates", "1", "--seconds", "0") == 2
+    assert "too short to be measured" in capfd.readouterr().err
 
 
-def test_the_replay_is_measured_with_vectors_and_with_stacks(tmp_path: Path) -> None:
-    found = answer("bench", "replay", "--seconds", "0", cwd=tmp_path)
+def test_the_replay_is_measured_with_vectors_and_with_stacks(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Small ones: how large those of the command are is in tests/benching/test_bench_replay.py."""
+    monkeypatch.setattr(replays, "CASES", tuple(replace(case, capacity_steps=4160) for case in replays.CASES))
+    assert here("replay", "--seconds", "0", "--json") == 0
+    found = json.loads(capfd.readouterr().out)
     assert set(found) == {"settings", "date", "machine", "cases"}
     assert set(found["cases"]) == {"vector", "short rollouts", "stacks"}
     for case in found["cases"].values():
         assert case["insert_per_second"] > 0
         assert case["sample_per_second"] > 0
-    stacks = found["cases"]["stacks"]
-    assert 84 * 84 < stacks["size_bytes"] / stacks["capacity_steps"] < 1.1 * 84 * 84
-    assert list(tmp_path.iterdir()) == []

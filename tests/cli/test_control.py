@@ -21,7 +21,7 @@ from shoal.errors import RunError
 from shoal.locks import lock_run
 from shoal.runs import create_run
 
-WAIT_SECONDS = 120.0
+WAIT_SECONDS = 300.0
 
 
 def ends_with(*args: str) -> int:

@@ -20,7 +20,7 @@ RUN = ["--stop.updates", "1", "--actors", "0", "--seed", "3", "--run-dir", "runs
 def shoal(*args: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
     command = [sys.executable, "-m", "shoal.cli", *args]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == code, done.stderr
     return done
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from faults.living import TINY, command
+from shoal.cli import main
 
 RESULT = {
     "run", "reason", "env_steps", "updates", "seconds", "env_steps_per_second", "mean_return", "policy_version", "weights_sha256", "ledger",
@@ -65,11 +66,16 @@ class Own(DQN):
         (["--learners", "0"], "learners: should be greater than or equal to 1"),
     ],
 )
-def test_what_several_learners_cannot_do_is_refused_before_anything_is_made(given: list[str], said: str, tmp_path: Path) -> None:
+def test_what_several_learners_cannot_do_is_refused_before_anything_is_made(
+    given: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "alone.py").write_text(ALONE)
     (tmp_path / "own.py").write_text(OWN)
-    code, _, errors = command("train", "CartPole-v1", *given, "--stop.updates", "1", "--run-dir", "run", cwd=tmp_path)
-    assert (code, said in errors) == (2, True), errors
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "CartPole-v1", *given, "--actors", "0", "--stop.updates", "1", "--run-dir", "run"])
+    errors = capfd.readouterr().err
+    assert (ended.value.code, said in errors) == (2, True), errors
     assert not (tmp_path / "run").exists()
 
 

@@ -21,7 +21,7 @@ from shoal.streams import episode_seed
 from stopping import stop_process
 
 WALLS = Path(__file__).parents[1] / "engines" / "walls.py"
-WAIT_SECONDS = 120.0
+WAIT_SECONDS = 300.0
 
 
 def ends_with(*args: str) -> int:

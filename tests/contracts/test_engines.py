@@ -18,6 +18,7 @@ from shoal.errors import EnvironmentFault
 from shoal.monitoring.live import SilentView
 
 ENGINES = {"inline": 0, "local, one actor": 1, "local, two actors": 2}
+apart = pytest.mark.parametrize("actors", [0, 2], ids=["inline", "local"])  # what one actor would show, two do, too
 SMALL = {
     "sampling": {"groups": 3, "group_size": 2, "rollout_length": 8},
     "policy": {"hidden_sizes": [8], "normalise_observations": True, "normalise_rewards": True},
@@ -103,7 +104,7 @@ def test_a_training_that_was_interrupted_goes_on_as_if_it_had_not_been(actors, s
     assert balance["produced"] == 288 + sum(balance["dropped"].values())
 
 
-@pytest.mark.parametrize("actors", [0, 2], ids=["inline", "local"])
+@apart
 def test_an_async_training_balances_stays_within_its_lag_and_can_be_replayed(actors, tmp_path):
     run = train(tmp_path / "run", actors, APPO, max_policy_lag=2, stop={"updates": 8})
     result = run.result
@@ -122,6 +123,7 @@ def straight_together(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return train(tmp_path_factory.mktemp("together") / "run", 0, learners=3, stop={"updates": 6})
 
 
+@apart
 def test_several_learners_give_the_same_training_in_every_engine_and_with_a_replay(actors, straight, straight_together, tmp_path):
     run = train(tmp_path / "run", actors, learners=3, stop={"updates": 6})
     assert {k: run.result[k] for k in COMPARED} == {k: straight_together.result[k] for k in COMPARED}
@@ -132,7 +134,7 @@ def test_several_learners_give_the_same_training_in_every_engine_and_with_a_repl
     assert shoal.replay(run.path, env=Drift)["equal"]
 
 
-@pytest.mark.parametrize("actors", [0, 2], ids=["inline", "local"])
+@apart
 def test_several_learners_in_async_mode_can_be_replayed(actors, tmp_path):
     run = train(tmp_path / "run", actors, APPO, learners=2, max_policy_lag=2, stop={"updates": 8})
     assert (run.result["ledger"]["in_flight"], run.result["lag"]["max"] <= 2) == (0, True)
@@ -165,7 +167,7 @@ def test_a_training_that_learns_from_a_replay_goes_on_with_it_after_an_interrupt
     assert {k: resumed.result[k] for k in compared} == {k: replayed_straight.result[k] for k in compared}
 
 
-@pytest.mark.parametrize("actors", [0, 2], ids=["inline", "local"])
+@apart
 def test_an_async_training_that_learns_from_a_replay_keeps_its_rate_and_can_be_executed_again(actors, tmp_path):
     settings = {
         **DQN,
@@ -205,6 +207,7 @@ def with_critics(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     return settings, environment, run
 
 
+@apart
 def test_policies_with_critics_are_trained_alike_everywhere_through_an_interruption_and_again(actors, with_critics, tmp_path):
     settings, environment, straight = with_critics
     more = {"run_dir": str(tmp_path / "run"), "stop": {"updates": 8}, "callbacks": [lambda facts: facts["update"] < 4]}
@@ -216,6 +219,7 @@ def test_policies_with_critics_are_trained_alike_everywhere_through_an_interrupt
     assert shoal.replay(resumed.path, env=environment)["equal"]
 
 
+@apart
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_a_training_from_sequences_can_be_executed_again_and_its_policy_remembers(actors, mode, tmp_path):
     run = train(tmp_path / "run", actors, R2D2, mode=mode, stop={"updates": 8})

@@ -189,7 +189,7 @@ def test_a_snippet_of_many_numbers_keeps_them_in_a_file_beside_it(tmp_path: Path
     told = with_snippet(fault, config, tmp_path, {0: [(3, [0] * 50_100)]})
     assert (tmp_path / "faults" / "fault-1.json").exists()
     path = Path(str(told.report["snippet"]))
-    shown = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    shown = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert shown.returncode == 0, shown.stderr
     assert "no fault this time" in shown.stdout
 

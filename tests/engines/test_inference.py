@@ -24,7 +24,7 @@ from shoal.types import Arrays, NullRecorder
 from shoal.weights.board import WeightBoard
 
 B, ROWS = 3, 5
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 300.0
 
 
 class Ended(Exception):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_ray_fleet import SETTINGS, ClusterHere, events
+from test_ray_fleet import SETTINGS, ClusterHere, events, learned_as_on_one_machine
 
 import shoal
 from shoal.cli.control import tell_run
@@ -23,7 +23,7 @@ from shoal.errors import RunError
 from shoal.monitoring.store import RunReader
 
 
-def wait_for(true: Callable[[], object], seconds: float = 120.0) -> None:
+def wait_for(true: Callable[[], object], seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
@@ -92,11 +92,6 @@ def looked_at_again(cluster: ClusterHere) -> None:
     """The run has looked at the cluster twice since: the first look may have begun before."""
     before = cluster.looks
     wait_for(lambda: cluster.looks >= before + 2)
-
-
-def learned_as_on_one_machine(run: shoal.Run) -> None:
-    """As in one process, which makes the same updates again."""
-    assert shoal.replay(run.path)["equal"]
 
 
 @pytest.fixture

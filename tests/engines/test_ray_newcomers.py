@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_ray_fleet import SETTINGS, ClusterHere, NodeHere, events
+from test_ray_fleet import SETTINGS, ClusterHere, NodeHere, events, learned_as_on_one_machine
 
 import shoal
 from shoal.engines import ray_fleet
@@ -64,17 +64,16 @@ class MisplacedCluster(ClusterHere):
 
 @pytest.fixture
 def run_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., shoal.Run]:
-    """Train on a cluster; `cluster` None: on the local engine."""
+    """Train on a cluster."""
     numbers = iter(range(100))
 
-    def run(cluster: ClusterHere | None, target: Any = "CartPole-v1", **settings: Any) -> shoal.Run:
+    def run(cluster: ClusterHere, target: Any = "CartPole-v1", **settings: Any) -> shoal.Run:
         monkeypatch.setattr(ray_fleet, "connect", lambda config, warn: cluster)
-        engine = {"actors": 2} if cluster is None else {"engine": "ray"}
         return shoal.train(
             target,
             run_dir=str(tmp_path / f"run{next(numbers)}"),
             progress=SilentView(io.StringIO()),
-            **{**SETTINGS, **engine, **settings},
+            **{**SETTINGS, "engine": "ray", **settings},
         )
 
     return run
@@ -93,7 +92,7 @@ def gone(node: NodeHere) -> bytes:
 def test_a_node_that_is_gone_before_it_took_part_is_left_out(run_on: Any) -> None:
     cluster = MixedCluster(["a", "b"], {"b": gone})
     run = run_on(cluster, stop={"updates": 4})
-    assert run.result["weights_sha256"] == run_on(None, stop={"updates": 4}).result["weights_sha256"]
+    learned_as_on_one_machine(run)
 
 
 def test_a_cluster_where_no_node_answers_is_refused(run_on: Any) -> None:
@@ -135,7 +134,7 @@ def test_a_node_that_comes_later_and_differs_is_told_and_not_used(run_on: Any) -
         return len(later) < 20
 
     run = run_on(cluster, stop={"updates": 100_000}, callbacks=[watch])
-    assert run.result["weights_sha256"] == run_on(None, stop={"updates": run.result["updates"]}).result["weights_sha256"]
+    learned_as_on_one_machine(run)
     assert events(run, "node_joined") == []
     (refused,) = events(run, "node_refused")
     assert refused["node"] == "b"

@@ -44,18 +44,34 @@ def surroundings(home: Path) -> dict[str, str]:
 @contextmanager
 def cluster(environment: dict[str, str]) -> Iterator[str]:
     """Its address. It ends with its standard input, and Ray's own reaper sees to the rest."""
+    started, address = _started(environment)
+    for _ in range(2):
+        if not address:  # Ray gives its own processes half a minute to come up
+            _end(started)
+            started, address = _started(environment)
+    try:
+        assert address, "no cluster was started"
+        yield address
+    finally:
+        _end(started)
+
+
+def _started(environment: dict[str, str]) -> tuple[subprocess.Popen[str], str]:
+    """Whoever holds a cluster, and its address; empty where it did not come up."""
     started = subprocess.Popen([sys.executable, "-c", CLUSTER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert started.stdout is not None
+    return started, started.stdout.readline().strip()
+
+
+def _end(started: subprocess.Popen[str]) -> None:
     assert started.stdin is not None
     assert started.stdout is not None
+    started.stdin.close()
+    started.stdout.close()
     try:
-        yield started.stdout.readline().strip()
-    finally:
-        started.stdin.close()
-        started.stdout.close()
-        try:
-            started.wait(LIMIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            started.kill()
+        started.wait(LIMIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        started.kill()
 
 
 def join(address: str, environment: dict[str, str]) -> str:

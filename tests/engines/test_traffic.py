@@ -166,7 +166,7 @@ def test_what_is_posted_at_one_moment_goes_as_one_message_and_not_before_it_is_l
         link.post(order)
     assert not node.taken.wait(0.2)
     link.flush()
-    assert node.taken.wait(60.0)
+    assert node.taken.wait(300.0)
     assert [list(decode(message)) for message in node.said] == [orders]
     node.taken.clear()
     link.flush()
@@ -181,13 +181,14 @@ def test_what_is_posted_at_one_moment_goes_as_one_message_and_not_before_it_is_l
 def test_a_large_message_goes_in_parts_of_which_each_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_link, "FIRST_PART_BYTES", 1000)
     monkeypatch.setattr(ray_link, "MOST_PART_BYTES", 3000)
+    monkeypatch.setattr(ray_link, "PART_SECONDS", (600.0, 2400.0))  # a link that is fast, however slow the machine
     waits, go_on = threading.Event(), threading.Semaphore(0)
 
     class Waiting(Quiet):
         def say(self, message: bytes) -> None:
             super().say(message)
             waits.set()
-            assert go_on.acquire(timeout=10.0)
+            assert go_on.acquire(timeout=300.0)
 
     node = Waiting()
     link = NodeLink("a", node, lambda version: (version, b""))
@@ -196,7 +197,7 @@ def test_a_large_message_goes_in_parts_of_which_each_is_awaited(monkeypatch: pyt
     link.flush()
     seen = []
     for count in range(1, 5):
-        assert waits.wait(10.0)
+        assert waits.wait(300.0)
         assert len(node.said) == count
         delivery = link.delivery
         assert delivery is not None

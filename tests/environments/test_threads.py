@@ -67,7 +67,7 @@ def test_an_environment_lives_in_one_thread_from_making_to_closing():
 
 
 def test_environments_wait_at_the_same_time():
-    meeting = threading.Barrier(4, timeout=120)
+    meeting = threading.Barrier(4, timeout=300)
 
     class Meets(Walk):
         def step(self, action):
@@ -136,7 +136,7 @@ def test_paced_environments_act_on_their_own_and_give_the_same_episodes():
     group.send(0, np.int64(1))
     for t in range(6):  # environment 1 makes six steps while environment 0 is still in its first
         group.send(1, np.int64(1))
-        assert group.ready(120) == [1]
+        assert group.ready(300) == [1]
         step = group.take(1, out)
         np.testing.assert_array_equal(out["observation"], python.rows[t + 1]["observation"][1])
         assert step.reward == python.steps[t].reward_B[1]
@@ -149,7 +149,7 @@ def test_paced_environments_act_on_their_own_and_give_the_same_episodes():
     with pytest.raises(RuntimeError, match="take"):
         group.send(0, np.int64(1))
     gate.set()
-    while group.ready(120) != [0]:
+    while group.ready(300) != [0]:
         time.sleep(0.001)
     assert group.take(0, out).reward == python.steps[0].reward_B[0]
     group.close()

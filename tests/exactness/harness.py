@@ -53,8 +53,9 @@ TASKS = {
         "--policy.normalise-observations", "true", "--policy.normalise-rewards", "true",
     ],
 }  # fmt: skip
-# Of several learners that learn from replays: not among TASKS, since a whole run takes its time, and each test of all would make some of them.
-SEVERAL = {f"{name}, two learners": [*TASKS[name], "--learners", "2"] for name in ("dqn", "sac")}
+# Of several learners that learn from replays: not among TASKS, since a whole run takes its time, and each test of all would make some of them. Few steps for
+# each insert, since each is an exchange.
+SEVERAL = {f"{name}, two learners": [*TASKS[name], "--learners", "2", "--replay.samples-per-insert", "1.1"] for name in ("dqn", "sac")}
 
 
 @dataclass
@@ -135,6 +136,7 @@ def train_through_kills(
     """
     rng = random.Random(f"whole {kills} {updates} {seed}")
     moments = sorted(rng.randint(0, int(updates * 0.8)) for _ in range(kills))
+    all_of_it = rng.random() < 0.5
     log = run.with_suffix(".log")
     saves_hit = 0
     old: list[int] = []
@@ -147,12 +149,13 @@ def train_through_kills(
                 if moment is None:
                     attend(process, held, killers)
                 else:
-                    old += kill_whole(process, line, moment, rng, log)
+                    old += kill_whole(process, line, moment, rng, log, all_of_it=all_of_it)
+                    all_of_it = not all_of_it
                     saves_hit += any(name.startswith(".staging") for name in _names(run / "checkpoints"))
             finally:
                 process.kill()
                 process.wait()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while any(map(alive, old)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(alive, old)), "processes outlived the supervisor that was killed"

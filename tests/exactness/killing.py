@@ -138,9 +138,9 @@ def attend(process: subprocess.Popen[str], line: Line | None, killers: tuple[Kil
             killer.tick(process.pid, line)
 
 
-def kill_whole(process: subprocess.Popen[str], line: Line, moment: int, rng: random.Random, log: Path) -> list[int]:
-    """Wait until the run has made `moment` updates and has a learner, and a bit longer, then kill its supervisor alone, or every process of it in
-    random order. Returns the pids of all its processes."""
+def kill_whole(process: subprocess.Popen[str], line: Line, moment: int, rng: random.Random, log: Path, *, all_of_it: bool) -> list[int]:
+    """Wait until the run has made `moment` updates and has a learner, and a bit longer, then kill its supervisor alone, or (`all_of_it`) every process of
+    it in random order. Returns the pids of all its processes."""
     line.reach(moment, process, log)
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not any(p.name.startswith("shoal:learner") for p in descendants(process.pid)):
@@ -152,7 +152,7 @@ def kill_whole(process: subprocess.Popen[str], line: Line, moment: int, rng: ran
     wait_a_moment(line, rng, 0.4)
     below = descendants(process.pid)
     victims = [process.pid]
-    if rng.random() < 0.5:
+    if all_of_it:
         victims += [p.pid for p in below]
         rng.shuffle(victims)
     for pid in victims:

@@ -29,9 +29,9 @@ def in_shared_memory() -> set[str]:
 
 
 def nothing_more_than(before: set[str]) -> None:
-    """What other processes of this machine put there has its name for a moment only."""
-    deadline = time.monotonic() + GONE_SECONDS
-    while more := in_shared_memory() - before:
+    """What other processes of this machine put there has its name for a moment only, though they may go on to put more there."""
+    deadline, more = time.monotonic() + GONE_SECONDS, in_shared_memory() - before
+    while more := more & in_shared_memory():
         assert time.monotonic() < deadline, f"left in shared memory: {more}"
         time.sleep(0.05)
 

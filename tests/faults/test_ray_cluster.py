@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import ray.cluster_utils
@@ -34,12 +34,24 @@ LIMIT_SECONDS = 300.0
 KNOWN: dict[int, str] = {}  # weights by updates
 
 
+T = TypeVar("T")
+
+
+def started(start: Callable[[], T], times: int = 3) -> T:
+    """Ray gives its processes half a minute to come up, which they do not always do on a busy machine: then it is tried again."""
+    for _ in range(times - 1):
+        with contextlib.suppress(Exception):  # a plain one is all that Ray raises
+            return start()
+    return start()
+
+
 class Machines:
     """A cluster of raylets, each with two CPUs."""
 
     def __init__(self) -> None:
         # Tokens and TLS are tried in tests/engines/test_ray_tokens.py; here a cluster without them is allowed by hand.
-        self.cluster = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        head = {"num_cpus": 2, "include_dashboard": False, "dashboard_agent_listen_port": 0}  # a port that is free
+        self.cluster = started(lambda: ray.cluster_utils.Cluster(initialize_head=True, head_node_args=head))
         self.others: list[Any] = []
 
     @property
@@ -51,7 +63,7 @@ class Machines:
         while len(self.others) + 1 > count:
             self.cluster.remove_node(self.others.pop())
         while len(self.others) + 1 < count:
-            self.others.append(self.cluster.add_node(num_cpus=2))
+            self.others.append(started(lambda: self.cluster.add_node(num_cpus=2)))
         self.cluster.wait_for_nodes()
 
     def kill_one(self) -> None:
@@ -145,9 +157,9 @@ def expected(directory: Path, updates: int) -> str:
     return KNOWN[updates]
 
 
-def test_one_two_and_three_nodes_learn_the_bits_of_the_local_engine(machines: Machines, tmp_path: Path) -> None:
+def test_one_and_three_nodes_learn_the_bits_of_the_local_engine(machines: Machines, tmp_path: Path) -> None:
     wanted = expected(tmp_path, UPDATES)
-    for count in (1, 2, 3):
+    for count in (1, 3):  # two in the tests below
         machines.be(count)
         on = (
             "--engine",
@@ -228,11 +240,15 @@ def test_a_run_in_a_store_whose_driver_is_killed_is_resumed_by_another_machine(
 def test_a_run_that_asks_for_more_nodes_than_there_are_is_told_so(
     machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = tmp_path / "run"
-    process = start(run, "train", *SMALL, "--engine", "ray", "--nodes", "2", "--stop.updates", "1", "--run-dir", str(run))
-    process.communicate(timeout=LIMIT_SECONDS)
-    assert process.returncode == 2
-    assert "ray.nodes: 2 with" in run.with_suffix(".log").read_text()
+    said = "too busy for Ray to start in time"
+    for attempt in range(3):  # half a minute is all that Ray gives its own processes
+        if "too busy for Ray to start in time" in said:
+            run = tmp_path / f"run{attempt}"
+            process = start(run, "train", *SMALL, "--engine", "ray", "--nodes", "2", "--stop.updates", "1", "--run-dir", str(run))
+            process.communicate(timeout=LIMIT_SECONDS)
+            assert process.returncode == 2
+            said = run.with_suffix(".log").read_text()
+    assert "ray.nodes: 2 with" in said
 
 
 def test_a_cluster_without_a_token_is_refused(machines: Machines, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Actors and nodes that come and go on a real Ray cluster, with the weights of the local engine: scaled by hand, drained by Ray, ended by SIGTERM."""
+"""Actors and nodes that come and go on a real Ray cluster, with the weights of one process: scaled by hand, drained by Ray, ended by SIGTERM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from faults.test_ray_cluster import LIMIT_SECONDS, SMALL, Machines, answer, events, start, train, wait_for
+import shoal
+from faults.test_ray_cluster import LIMIT_SECONDS, SMALL, Machines, answer, events, start, wait_for
 from held import Line
 from shoal.cli.control import tell_run
 
@@ -44,8 +45,8 @@ def living(machines: Machines, tmp_path: Path) -> Callable[[Callable[[Path, subp
             wait_for(lambda: update_of(run) >= at + 5, process)
             tell_run(run, "stop")
             result = ended(process, run)
-        alone = train(tmp_path / "alone", "--actors", "2", "--stop.updates", str(result["updates"]))
-        assert result["weights_sha256"] == alone["weights_sha256"]
+        again = shoal.replay(run)  # in this process
+        assert (again["updates"], again["expected_sha256"], again["equal"]) == (result["updates"], result["weights_sha256"], True)
         dropped = {**result["ledger"]["dropped"], "shutdown": 0}
         assert dropped == {**begun["dropped"], "shutdown": 0}
         assert (result["restarts"], events(run, "node_lost")) == (begun["restarts"], [])

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import ray.cluster_utils
 
+from faults.test_ray_cluster import started
+
 LIMIT_SECONDS = 300.0
 SOURCES = str(Path(__file__).resolve().parents[2] / "src")
 WORLD = "import gymnasium\n\ndef make():\n    return gymnasium.make('CartPole-v1')\n"
@@ -35,9 +37,10 @@ def cluster(modules: Path, tmp_path: Path) -> Iterator[Any]:
     (other / "shoal" / "__init__.py").write_text(OTHER_SHOAL)
     paths = [[SOURCES, str(modules)], [SOURCES], [str(other)]]
     nodes = [{"num_cpus": 1, "env_vars": {"PYTHONPATH": os.pathsep.join(path)}} for path in paths]
-    made = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={**nodes[0], "include_dashboard": False})
+    head = {**nodes[0], "include_dashboard": False, "dashboard_agent_listen_port": 0}
+    made = started(lambda: ray.cluster_utils.Cluster(initialize_head=True, head_node_args=head))
     for node in nodes[1:]:
-        made.add_node(**node)
+        started(lambda node=node: made.add_node(**node))  # type: ignore[misc]
     made.wait_for_nodes()
     yield made
     made.shutdown()

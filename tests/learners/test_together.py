@@ -33,7 +33,7 @@ def kept() -> Iterator[tuple[int, int]]:
 
 def test_learners_in_threads_make_the_same_weights_and_those_of_learners_elsewhere() -> None:
     worlds = [World() for _ in range(3)]
-    together = Together([world.learner for world in worlds], threads=1, timeout_seconds=120.0)
+    together = Together([world.learner for world in worlds], threads=1, timeout_seconds=300.0)
     shas = []
     for sequence in range(3):
         for world in worlds:

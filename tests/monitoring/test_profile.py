@@ -171,7 +171,7 @@ def test_a_killed_actor_is_there_as_far_as_it_wrote(tmp_path: Path) -> None:
             os.kill(pids[-1], signal.SIGKILL)
             until(run, lambda: recovered(tmp_path / "run"), "a rollout of another actor in its place")
             tell_run(tmp_path / "run", "stop")
-            assert run.wait(timeout=120) == 130
+            assert run.wait(timeout=300) == 130
         finally:
             run.kill()
     found = by_track((tmp_path / "run" / "profile.json").read_text())
@@ -182,7 +182,7 @@ def test_a_killed_actor_is_there_as_far_as_it_wrote(tmp_path: Path) -> None:
 
 
 def until(run: subprocess.Popen[bytes], condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert run.poll() is None, f"the run ended before {what}"
         assert time.monotonic() < deadline, f"the run did not come to {what}"

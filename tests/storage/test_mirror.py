@@ -73,7 +73,7 @@ def there(shaky: Path) -> Path:
 
 
 def until(what: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not what():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -130,13 +130,13 @@ def test_a_run_that_is_killed_in_the_middle_of_an_upload_goes_on_elsewhere_with_
     there = shaky / "bucket" / "runs" / "x"
     assert (there / NAME).exists()
     on_machine("b", tmp_path, monkeypatch)
-    shown = done("show", URL, cwd=tmp_path)
+    shown = show(URL)
     assert (shown["status"], shown["checkpoint"]["update"]) == ("stopped", last)
     resumed = done("resume", URL, "--stop.updates", str(last + 5), cwd=tmp_path)
     assert resumed["weights_sha256"] == weights(last + 5, tmp_path)
     balance = resumed["ledger"]
     assert balance["produced"] == balance["trained"] + sum(balance["dropped"].values()) + balance["in_flight"]
-    events = done("show", URL, cwd=tmp_path)["faults"]["newest"]
+    events = show(URL)["faults"]["newest"]
     assert [event["update"] for event in events if event["kind"] == "resumed"] == [last]
     assert any("taken over from process" in event["message"] for event in events if event["kind"] == "warning")
     assert len(list((there / "checkpoints").iterdir())) == 3  # what was half there is swept
@@ -158,7 +158,7 @@ def test_on_the_machine_that_made_it_a_killed_run_goes_on_from_what_was_not_copi
     assert last > stored(shaky)[-1]
     resumed = done("resume", URL, "--stop.updates", str(last + 3), cwd=tmp_path)
     assert resumed["weights_sha256"] == weights(last + 3, tmp_path)
-    assert [e["update"] for e in done("show", URL, cwd=tmp_path)["faults"]["newest"] if e["kind"] == "resumed"] == [last]
+    assert [e["update"] for e in show(URL)["faults"]["newest"] if e["kind"] == "resumed"] == [last]
 
 
 def test_a_torn_upload_is_passed_over_with_a_warning(shaky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def test_a_torn_upload_is_passed_over_with_a_warning(shaky: Path, tmp_path: Path
     assert "is not whole (learner.safetensors does not have the SHA-256 that the manifest says); taking the one before it" in said
     resumed = done("resume", URL, "--stop.updates", "6", cwd=tmp_path)
     assert resumed["weights_sha256"] == weights(6, tmp_path)
-    assert [event["update"] for event in done("show", URL, cwd=tmp_path)["faults"]["newest"] if event["kind"] == "resumed"] == [2, 2]
+    assert [event["update"] for event in show(URL)["faults"]["newest"] if event["kind"] == "resumed"] == [2, 2]
 
 
 @pytest.mark.parametrize("actors", ["0", "1"])
@@ -191,7 +191,7 @@ def test_a_slow_store_slows_no_training(actors: str, shaky: Path, tmp_path: Path
         rule()
         assert run.ends() == 130
     assert stored(shaky)[-1] == newest(here)
-    assert done("show", URL, cwd=tmp_path)["faults"]["counts"]["upload_skipped"] >= 1
+    assert show(URL)["faults"]["counts"]["upload_skipped"] >= 1
 
 
 def test_a_store_that_is_away_at_the_end_ends_the_run_with_1_and_a_resume_copies_it(
@@ -213,7 +213,7 @@ def test_a_store_that_is_away_at_the_end_ends_the_run_with_1_and_a_resume_copies
     done("resume", URL, "--stop.updates", str(last), cwd=tmp_path)
     assert stored(shaky)[-1] == last
     on_machine("b", tmp_path, monkeypatch)
-    assert done("show", URL, cwd=tmp_path)["status"] == "updates"
+    assert show(URL)["status"] == "updates"
 
 
 def test_a_store_that_is_away_is_no_run_and_no_new_run(shaky: Path, tmp_path: Path) -> None:
@@ -237,9 +237,9 @@ def test_two_drivers_do_not_have_one_run(shaky: Path, tmp_path: Path, monkeypatc
             error = done(*args, cwd=tmp_path, code=1)["error"]
             assert error["kind"] == "StorageError"
             assert f"is in use by process {run.process.pid} on " in error["message"]
-        shown = done("show", URL, cwd=tmp_path)
+        shown = show(URL)
         assert (shown["status"], shown["process"]) == ("running", run.process.pid)
-        assert done("runs", "shaky://bucket/runs", cwd=tmp_path)["runs"][0]["status"] == "running"
+        assert list_runs("shaky://bucket/runs")[0]["status"] == "running"
         assert done("control", URL, "state", cwd=tmp_path, code=2)["error"]["kind"] == "NoRunError"
         on_machine("a", tmp_path, monkeypatch)
         assert done("control", URL, "state", cwd=tmp_path)["state"]["run"] == "x"
@@ -249,7 +249,7 @@ def test_two_drivers_do_not_have_one_run(shaky: Path, tmp_path: Path, monkeypatc
         assert f"{URL} was taken over by " in run.said
         run.gone()
     assert taken["weights_sha256"] == weights(taken["updates"], tmp_path)
-    assert done("show", URL, cwd=tmp_path)["checkpoint"]["update"] == taken["updates"]
+    assert show(URL)["checkpoint"]["update"] == taken["updates"]
     error = done("train", "CartPole-v1", *TINY, "--run-dir", URL, cwd=tmp_path, code=2)["error"]
     assert f"{URL} is a run already" in error["message"]
 
@@ -312,11 +312,11 @@ def test_a_damaged_database_in_the_store_costs_numbers_and_no_bit(shaky: Path, t
     done("train", "CartPole-v1", *TINY, "--actors", "0", "--stop.updates", "2", "--run-dir", URL, cwd=tmp_path)
     (shaky / "bucket" / "runs" / "x" / "run.db").write_bytes(b"SQLite format 3\0 and nothing of it")
     on_machine("b", tmp_path, monkeypatch)
-    shown = done("show", URL, cwd=tmp_path)
+    shown = show(URL)
     assert (shown["status"], shown["results"]["updates"]) == ("updates", 2)
     assert "run.db cannot be used" in shown["warnings"][0]
     assert done("resume", URL, "--stop.updates", "4", cwd=tmp_path)["weights_sha256"] == weights(4, tmp_path)
-    warnings = [event["message"] for event in done("show", URL, cwd=tmp_path)["faults"]["newest"] if event["kind"] == "warning"]
+    warnings = [event["message"] for event in show(URL)["faults"]["newest"] if event["kind"] == "warning"]
     assert any("run.db cannot be used" in message for message in warnings)
 
 
@@ -348,11 +348,11 @@ def test_a_run_goes_from_machine_to_machine_over_http(tmp_path: Path, monkeypatc
             os.kill(run.process.pid, signal.SIGKILL)
             run.ends()
         on_machine("b", tmp_path, monkeypatch)
-        last = done("show", url, cwd=tmp_path)["checkpoint"]["update"]
+        last = show(url)["checkpoint"]["update"]
         resumed = done("resume", url, "--stop.updates", str(last + 5), cwd=tmp_path)
         assert resumed["weights_sha256"] == weights(last + 5, tmp_path)
-        assert done("evaluate", url, "--episodes", "1", cwd=tmp_path)["episodes"] == 1
-        assert done("runs", f"{top}/runs", cwd=tmp_path)["runs"][0]["status"] == "updates"
+        assert shoal.evaluate(url, episodes=1)["episodes"] == 1
+        assert list_runs(f"{top}/runs")[0]["status"] == "updates"
     error = done("show", url, cwd=tmp_path, code=1)["error"]
     assert error["kind"] == "StorageError"
     assert "Connection refused" in error["message"]

@@ -112,7 +112,7 @@ def test_wait_names_those_that_have_something():
     assert wait(mine, 0) == []
     pairs[3][1].send(b"x")
     pairs[1][1].close()
-    assert wait(mine, 10) == [mine[1], mine[3]]
+    assert wait(mine, 300) == [mine[1], mine[3]]
     for end in (end for ends in pairs for end in ends):
         end.close()
 

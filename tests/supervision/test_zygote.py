@@ -23,7 +23,7 @@ from shoal.supervision.processes import marked_processes, process_state, pss_byt
 from shoal.supervision.zygote import Exited, Forked, Lost, Ready, Zygote, wait_until_ready
 from stopping import stop_process
 
-LIMIT_SECONDS = 120.0
+LIMIT_SECONDS = 300.0
 HERE = Path(__file__).parent
 ROLES = "supervision_roles"
 
@@ -398,10 +398,10 @@ for index, function in enumerate(["breed_and_wait", "breed_and_wait", "echo_unti
     zygote.fork("supervision_roles:" + function, "role", index, 0, theirs)
     ends.append(mine)
 if not zygote_hangs:
-    heard = [wait([end], 120) and end.receive() for end in ends[:2]]
+    heard = [wait([end], 300) and end.receive() for end in ends[:2]]
     forked = []
     while len(forked) < 3:  # a role may speak before the helper says that it was forked
-        wait([zygote], 120)
+        wait([zygote], 300)
         forked += [event for event in zygote.receive() if hasattr(event, "pid")]
     os.kill(forked[1].pid, signal.SIGSTOP)
     if zygote_stopped:
@@ -438,7 +438,7 @@ print("main runs", flush=True)
 zygote = Zygote.start({{}}, cloudpickle.dumps(lambda number: number + 41), ["torch"], log_path={log!r})
 mine, theirs = Channel.pair()
 zygote.fork("supervision_roles:apply_pickled", "role", 0, 0, theirs)
-wait([mine], 120)
+wait([mine], 300)
 print(mine.receive().decode())
 """
 
