@@ -72,7 +72,7 @@ class Node:
     """`say` and `hear` are called from two threads, `look`, `beat` and `close` from any; a third one serves.
 
     Args:
-      setup: JSON: config, fields, sizes and names of packages (see `node_setup` of engines/ray_fleet.py).
+      setup: JSON: config, fields, sizes and names of packages (see `node_setup` of engines/ray_joining.py).
       pickled: the user's own objects by cloudpickle, which only processes of their own open; None for none.
     """
 
