@@ -20,7 +20,7 @@ from shoal.config import MAX_ACTORS, RunConfig
 from shoal.engines.messages import Word, place_of, to_json
 from shoal.engines.plan import Plan
 from shoal.engines.question import Question, stack_of
-from shoal.engines.ray_security import redact
+from shoal.engines.ray_security import redact_all
 from shoal.engines.snippets import with_snippet
 from shoal.engines.traffic import Delivery
 from shoal.errors import EnvironmentFault, ProcessError, ShoalError
@@ -480,9 +480,10 @@ def _receive(channel: WordChannel) -> bytes | None:
 def rebuild_error(facts: dict[str, Any]) -> Exception:
     """An error that another process described (mains.describe_error), as this process raises it, without secrets."""
     kind = getattr(errors, facts["error"], None)
-    message, trace = redact(facts["message"]), redact(facts.get("traceback", ""))
+    facts = redact_all(facts)
+    message, trace = facts["message"], facts.get("traceback", "")
     if kind is EnvironmentFault:
-        report = {name: redact(value) if isinstance(value, str) else value for name, value in facts["report"].items()}
+        report = dict(facts["report"])
         report["traceback"] = report.get("traceback") or trace
         return EnvironmentFault(message, report)
     if isinstance(kind, type) and issubclass(kind, ShoalError):

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from shoal.config import RunConfig
-from shoal.engines.ray_link import NodeHandle, UnfitNodeError
+from shoal.engines.ray_link import FIRST_PART_BYTES, LEAST_PART_BYTES, NodeHandle, UnfitNodeError, next_part_bytes
 from shoal.engines.ray_node import SignalledNode
 from shoal.engines.ray_roll import Roll
 from shoal.engines.ray_security import asks_for_token, check_cluster, local_environment, redact
+from shoal.engines.ray_words import is_part
 from shoal.errors import ConfigError, ProcessError
 from shoal.settings import available_cores
 
@@ -58,20 +59,29 @@ class RemoteNode:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
         self._asked: deque[Any] = deque()
+        self._part_bytes, self._full, self._heard_at = FIRST_PART_BYTES, False, 0.0
 
     def say(self, message: bytes) -> None:
         self._wait(self._actor.say.options(concurrency_group="say").remote(message))
 
     def hear(self) -> bytes:
-        """The next questions are asked before this answer is looked at; they are answered in their order, one at a time."""
+        """The next questions are asked before this answer is looked at; they are answered in their order, one at a time, in parts that take a few seconds."""
         hear = self._actor.hear.options(concurrency_group="hear")
         first = not self._asked
         while len(self._asked) < ASKED_AHEAD:
-            self._asked.append(hear.remote())
+            self._asked.append(hear.remote(self._part_bytes))
         answer: bytes = self._get(self._asked[0], START_SECONDS) if first else self._wait(self._asked[0])
+        self._measure(answer)
         self._asked.popleft()
-        self._asked.append(hear.remote())
+        self._asked.append(hear.remote(self._part_bytes))
         return answer
+
+    def _measure(self, answer: bytes) -> None:
+        """A part that came right after another one was under way as long as both, since they share the way."""
+        now, full = time.monotonic(), len(answer) > LEAST_PART_BYTES and is_part(answer)
+        if full and self._full:
+            self._part_bytes = next_part_bytes(self._part_bytes, ASKED_AHEAD * (now - self._heard_at))
+        self._full, self._heard_at = full, now
 
     def look(self) -> bytes:
         answer: bytes = self._get(self._actor.look.remote(), LOOK_SECONDS)

@@ -36,6 +36,7 @@ from shoal.engines.ray_hearing import Hearing, RemoteChannel
 from shoal.engines.ray_job import check_run_directory, passing_files
 from shoal.engines.ray_joining import Newcomers, node_setup, report_of
 from shoal.engines.ray_link import NodeLink
+from shoal.engines.ray_node import REPORT_BYTES
 from shoal.engines.ray_words import Frame, Kind
 from shoal.engines.traffic import Delivery, summary
 from shoal.errors import ConfigError, ProcessError
@@ -80,7 +81,7 @@ class RayFleet(Fleet):
         self._wanted = MAX_ACTORS
         self._crowd = 0  # actors that each node is to have, where that is more than its part of the cluster
         self._changed = self._told_blind = False
-        self._num_groups = self._num_weights = 0
+        self._num_groups = self._num_weights = self._most_bytes = 0
 
     # ---- start and end -------------------------------------------------------------------------------------------
     def open(self) -> None:
@@ -104,6 +105,7 @@ class RayFleet(Fleet):
         assert self._activities is not None
         self._hearing.begin(ring, self._activities)
         self._num_weights = weights
+        self._most_bytes = REPORT_BYTES + schema.slot_bytes
         self._board = WeightBoard(weights, self._memory.buffer[self._common["ring_bytes"] :])
         packages = self._look_here()
         self._setup = node_setup(self._config, self._common, schema, weights, packages)
@@ -127,7 +129,7 @@ class RayFleet(Fleet):
 
     def _link(self, node: ClusterNode) -> NodeLink:
         """This run's fleet on a node, which is started there now."""
-        return NodeLink(node.name, self.cluster.start(node, self._setup, self._pickled), self._weights_for)
+        return NodeLink(node.name, self.cluster.start(node, self._setup, self._pickled), self._weights_for, self._most_bytes)
 
     def _look_here(self) -> list[str]:
         """What this machine is, which the nodes are compared with. Returns the packages that the run's own code needs."""

@@ -20,7 +20,7 @@ from shoal.engines.messages import NOBODY, Word, place_of
 from shoal.engines.messages import Kind as Told
 from shoal.engines.ray_heard import Forked, HelperLost, read_activities, read_happened, read_slot
 from shoal.engines.ray_link import NodeLink
-from shoal.engines.ray_security import redact
+from shoal.engines.ray_saying import Allowance, BoundedLog, LogText, without_secrets
 from shoal.engines.ray_words import Frame, Kind
 from shoal.errors import SchemaError
 from shoal.experience.envelope import Identity
@@ -102,6 +102,8 @@ class Hearing:
         self.states: dict[int, str] = {}
         self.seen_at: dict[int, float] = {}
         self._clocks: dict[NodeLink, int] = {}  # ns to add to a node's monotonic clock
+        self._logs: dict[int, BoundedLog] = {}  # by an actor's index
+        self._allowances: dict[NodeLink, Allowance] = {}
 
     def begin(self, ring: Ring, activities: ActivityBoard) -> None:
         """Where rollouts, and what actors do, are written."""
@@ -116,7 +118,7 @@ class Hearing:
         """Hear what a node said. `link.lost` says what is wrong with one that says what no node says."""
         for frame in link.take():
             try:
-                self._take(link, frame)
+                self._take(link, without_secrets(frame))
             except ValueError as error:
                 link.lost = link.lost or f"it said what no node says ({frame.kind.name}: {error})"
                 break
@@ -127,6 +129,8 @@ class Hearing:
         return events
 
     def died(self, process: Process, exited: Exited) -> None:
+        if (log := self._logs.pop(process.index, None)) is not None:
+            self._write(process, log.end(time.monotonic()))
         crashed = exited.crashed and not process.doomed
         record = self._board.record(place_of("actor", process.index, self._board.num_roles))
         self.events.append(Death(process, exited.describe(), process.doomed, crashed, record))
@@ -157,8 +161,18 @@ class Hearing:
         elif frame.kind is Kind.PARTIAL:
             self._take_part(process, frame)
         elif frame.kind is Kind.LOG:
+            log = self._logs.get(process.index)
+            if log is None or log.allowance is not self._allowance(link):
+                log = self._logs[process.index] = BoundedLog(self._allowance(link), link.name, LogText())
+            self._write(process, log.take(frame.body, time.monotonic()))
+
+    def _allowance(self, link: NodeLink) -> Allowance:
+        return self._allowances.setdefault(link, Allowance())
+
+    def _write(self, process: Process, said: bytes) -> None:
+        if said:
             with self._house.log_of(process).open("ab") as log:
-                log.write(redact(frame.body.decode(errors="surrogateescape")).encode(errors="surrogateescape"))
+                log.write(said)
 
     def _actor_of(self, link: NodeLink, frame: Frame) -> Process | None:
         """The living actor that a frame is of; None where it is of an earlier incarnation, or lives elsewhere by now."""

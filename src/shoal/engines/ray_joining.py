@@ -13,9 +13,10 @@ from collections import deque
 from typing import Any
 
 from shoal.config import RunConfig
-from shoal.engines.messages import to_json
+from shoal.engines.messages import from_json, to_json
 from shoal.engines.node_report import NodeReport
 from shoal.engines.ray_link import NodeHandle, NodeLink, UnfitNodeError
+from shoal.engines.ray_security import redact_all
 from shoal.errors import ProcessError
 from shoal.experience.schema import Schema
 
@@ -56,7 +57,7 @@ class Newcomers:
 def report_of(node: NodeHandle) -> NodeReport:
     """What a node says of itself. Waits for its imports, as long as its handle lets it. Raises ProcessError where it cannot be reached."""
     try:
-        return NodeReport.from_json(node.look())
+        return NodeReport.from_json(to_json(redact_all(from_json(node.look()))))
     except (UnfitNodeError, ValueError) as error:
         return NodeReport("", error=str(error))
 

@@ -309,9 +309,30 @@ def asks_for_token(address: str, environment: Mapping[str, str], timeout_seconds
 # ---- saying ----------------------------------------------------------------------------------------------------------------------
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
     """The text without secrets: this environment's token (default: the process's own), whatever a call or a variable would show as one, and private keys."""
-    with contextlib.suppress(ConfigError):
-        token = find_token(os.environ if environment is None else environment)
-        text = text.replace(token, _HIDDEN) if token else text
+    if token := _own_token(environment):
+        text = text.replace(token, _HIDDEN)
     for pattern, hidden in _SECRETS_IN_TEXT:
         text = pattern.sub(hidden, text)
     return text
+
+
+def redact_all(value: Any) -> Any:
+    """What was JSON, with every text in it redacted, those that are keys too."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {redact_all(key): redact_all(each) for key, each in value.items()}
+    return [redact_all(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def secret_spans(text: str) -> list[tuple[int, int]]:
+    """Where `redact` hides something: begin and end of each."""
+    token = _own_token(None)
+    patterns = [*([re.compile(re.escape(token))] if token else []), *(pattern for pattern, _ in _SECRETS_IN_TEXT)]
+    return [found.span() for pattern in patterns for found in pattern.finditer(text)]
+
+
+def _own_token(environment: Mapping[str, str] | None) -> str | None:
+    with contextlib.suppress(ConfigError):
+        return find_token(os.environ if environment is None else environment)
+    return None
