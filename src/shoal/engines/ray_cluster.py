@@ -155,7 +155,7 @@ class Cluster:
         """The nodes that the run takes.
 
         Raises:
-          ConfigError: fewer than were asked for came within NODES_SECONDS.
+          ConfigError: the cluster that was started for this run has too few CPUs. ProcessError: fewer than were asked for came within NODES_SECONDS.
         """
         deadline = time.monotonic() + NODES_SECONDS
         while True:
@@ -164,7 +164,7 @@ class Cluster:
             if nodes and (self.num_nodes is None or len(nodes) >= self.num_nodes):
                 return nodes[: self.num_nodes]
             if self.secrets or time.monotonic() > deadline:
-                raise ConfigError(
+                raise (ConfigError if self.secrets else ProcessError)(
                     f"ray.nodes: {self.num_nodes or 1} with {self.actors_per_node} CPUs each were asked for (--nodes, --actors-per-node), the "
                     f"cluster has {len(nodes)}; ask for less, or add machines to it: `ray start --address HEAD:PORT` on each"
                 )

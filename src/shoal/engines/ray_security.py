@@ -26,6 +26,7 @@ from typing import Any
 from shoal.errors import ConfigError
 
 TOKEN, AUTHORITY, AUTHORITY_KEY, CERTIFICATE, KEY = "token", "ca.crt", "ca.key", "tls.crt", "tls.key"
+MOST_ADDRESSES = 4096  # in one certificate
 AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 365
 _CLOCKS_DIFFER = timedelta(minutes=10)
 _HOST = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
@@ -77,11 +78,13 @@ def make_certificate(authority: Path, out: Path, names: Sequence[str]) -> None:
     """`tls.crt` and `tls.key` of a node in `out`, signed by the authority in the other directory, whose `ca.crt` is put beside them.
 
     Args:
-      names: host names and IP addresses at which others reach the node; Ray connects by address, and TLS compares.
+      names: host names and IP addresses at which others reach the node, or an IPv4 network such as 10.0.0.0/28, all of whose addresses are meant; Ray connects by
+        address, and TLS compares.
     Raises:
       ConfigError: a name that is none, an authority that is missing or damaged, or the package `cryptography` missing.
     """
     x509, hashes, serialization, ec = _cryptography()
+    names = [each for name in names for each in _addresses(name)]
     wrong = [name for name in names if not _is_address(name) and not _HOST.fullmatch(name)]
     if wrong or not names:
         raise ConfigError(f"name: {wrong[0] if wrong else 'nothing'!r} is neither a host name nor an IP address")
@@ -157,6 +160,15 @@ def _builder(x509: Any, subject: Any, issuer: Any, public_key: Any, days: int) -
 def _key_bytes(serialization: Any, key: Any) -> bytes:
     content: bytes = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     return content
+
+
+def _addresses(name: str) -> list[str]:
+    """The addresses of hosts in a small network; a name that is none as it is."""
+    with contextlib.suppress(ValueError):
+        network = ipaddress.IPv4Network(name)
+        if "/" in name and network.num_addresses <= MOST_ADDRESSES:
+            return [str(address) for address in network.hosts()]
+    return [name]
 
 
 def _is_address(name: str) -> bool:
