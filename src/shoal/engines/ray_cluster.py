@@ -249,7 +249,9 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
     """
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("engine: ray needs the extra `ray`: pip install 'shoal[ray]'")
-    address = config.ray.address or os.environ.get("RAY_ADDRESS")  # the latter in a job that was submitted
+    address, named = config.ray.address, "--address"
+    if address in (None, "auto") and os.environ.get("RAY_ADDRESS"):  # as Ray takes it, and as it is in a job that was submitted
+        address, named = os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     secrets: tempfile.TemporaryDirectory[str] | None = None
     if address is None:
@@ -258,7 +260,10 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
         address = "local"
         quiet |= {"num_cpus": max(available_cores(), config.ray.actors_per_node or 1), "include_dashboard": False}
     else:
-        _check_reachable(address)
+        if address == "auto":
+            _check_there_is_one()
+        else:
+            _check_reachable(address, named)
         for warning in check_cluster(os.environ, config.ray.allow_insecure_cluster, lambda: asks_for_token(address, os.environ)):
             warn(warning)
     import ray
@@ -285,16 +290,45 @@ def _why(text: str) -> str:
     return " ".join(text.split("\n\n", maxsplit=1)[0].split())
 
 
-def _check_reachable(address: str) -> None:
-    """Raise ConfigError where nobody listens at `HOST:PORT`, on which Ray would wait for minutes; `auto` is left to Ray."""
+def _check_there_is_one() -> None:
+    """Raise ConfigError where `auto` finds no cluster on this machine."""
+    for address in local_clusters():
+        host, _, port = address.rpartition(":")
+        with contextlib.suppress(OSError, ValueError):
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+            return
+    raise ConfigError(
+        "ray.address: --address auto joins the cluster of this machine, and none runs here: `ray start --head` starts one, --address HEAD:PORT names one "
+        "elsewhere; without --address this machine has its own"
+    )
+
+
+def local_clusters() -> list[str]:
+    """The addresses of clusters whose nodes run here, as Ray finds them: by the processes of nodes, and in the file that `ray start` writes."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            arguments = place.read_bytes().decode(errors="replace").split("\0")
+            if Path(arguments[0]).name == "raylet":
+                found += [each.partition("=")[2] for each in arguments if each.startswith("--gcs-address=")]
+    with contextlib.suppress(OSError):
+        found.append((Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster").read_text().strip())
+    return list(dict.fromkeys(filter(None, found)))
+
+
+def _check_reachable(address: str, named: str) -> None:
+    """Raise ConfigError where nobody listens at `HOST:PORT`, on which Ray would wait for minutes. named: what names it."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon:
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
-        advice = "`ray start --head` on that machine starts one; without --address this machine has its own"
-        raise ConfigError(f"ray.address: no cluster could be joined at {address}: {error}; {advice}") from error
+        without = "without --address" if named == "--address" else "with neither RAY_ADDRESS (`unset RAY_ADDRESS`) nor --address"
+        raise ConfigError(
+            f"ray.address: no cluster could be joined at {address}, which {named} names: {error}; `ray start --head` on that machine starts one; {without} "
+            "this machine has its own"
+        ) from error
 
 
 @contextlib.contextmanager
