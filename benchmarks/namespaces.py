@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -44,7 +45,8 @@ def why_not() -> str:
 @contextlib.contextmanager
 def hosts(number: int, cpus: int) -> Iterator[Place]:
     """A cluster of so many hosts, `cpus` each; drivers run on the first. Raises CommandError: it did not come up."""
-    tag = f"shoal-{os.getpid()}"
+    sweep()
+    tag = f"shoal-{os.getpid()}-{_started(os.getpid())}"
     names = [f"{tag}-{n}" for n in range(number)]
     addresses = [f"10.213.0.{n + 1}" for n in range(number)]
     with tempfile.TemporaryDirectory(prefix="shoal-hosts-") as directory:
@@ -53,8 +55,38 @@ def hosts(number: int, cpus: int) -> Iterator[Place]:
             environment = secured(Path(directory), addresses)
             yield _cluster(names, addresses, cpus, Path(directory), environment)
         finally:
-            for name in (*names, f"{tag}-bridge"):
-                _remove(name)
+            remove_all([*names, f"{tag}-bridge"])
+
+
+def remove_all(names: Sequence[str]) -> None:
+    """All of them, whatever becomes of one. Raises CommandError in the end: names what is left, and why."""
+    left = []
+    for name in names:
+        try:
+            _remove(name)
+        except (CommandError, OSError, subprocess.SubprocessError) as error:
+            left.append(str(error))
+    if left:
+        raise CommandError("; ".join(left))
+
+
+def sweep() -> None:
+    """Remove what makers that were killed left behind: namespaces whose process, by number and start, is gone."""
+    made = [re.fullmatch(r"shoal-(\d+)-(\d+)-\w+", name) for name in _names()]
+    remove_all([found[0] for found in made if found and _started(int(found[1])) != found[2]])
+
+
+def _names() -> list[str]:
+    found = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False)
+    return [line.split()[0] for line in found.stdout.splitlines() if line.strip()]
+
+
+def _started(pid: int) -> str:
+    """When a process began, in the kernel's ticks; empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[19]
+    except OSError:
+        return ""
 
 
 def _connect(bridge: str, names: Sequence[str], addresses: Sequence[str]) -> None:
@@ -96,7 +128,9 @@ def _remove(name: str) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
-    subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+    done = subprocess.run(["ip", "netns", "delete", name], capture_output=True, text=True, check=False)
+    if name in _names():
+        raise CommandError(f"the namespace {name} cannot be removed: {done.stderr.strip()}")
 
 
 def _inside(name: str) -> list[int]:

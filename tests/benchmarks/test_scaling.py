@@ -212,6 +212,43 @@ def test_hosts_reach_each_other_and_nothing_else_and_are_removed_with_what_runs_
     assert tag not in left
 
 
+def test_a_removal_that_fails_leaves_the_others_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    removed = []
+
+    def remove(name: str) -> None:
+        if name == "b":
+            raise CommandError("b does not end")
+        removed.append(name)
+
+    monkeypatch.setattr(namespaces, "_remove", remove)
+    with pytest.raises(CommandError, match=r"^b does not end$"):
+        namespaces.remove_all(["a", "b", "c"])
+    assert removed == ["a", "c"]
+
+
+def test_what_a_killed_maker_left_is_removed_by_the_next_start_and_what_lives_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := namespaces.why_not():
+        pytest.skip(reason)
+    own = f"{os.getpid()}-{namespaces._started(os.getpid())}"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = [f"shoal-{gone.pid}-1-0", f"shoal-{gone.pid}-1-bridge", f"shoal-{os.getpid()}-1-0"]  # the last: the number is another's by now
+    stays = [f"shoal-{own}-0", "shoal-of-somebody"]
+    try:
+        for name in (*left, *stays):
+            subprocess.run(["ip", "netns", "add", name], check=True)
+        sleeping = subprocess.Popen(["ip", "netns", "exec", left[0], "sleep", "600"])
+        while not namespaces._inside(left[0]):
+            assert sleeping.poll() is None
+        namespaces.sweep()
+        assert sleeping.wait(60.0) == -9
+        there = set(namespaces._names())
+        assert there.isdisjoint(left)
+        assert set(stays) <= there
+    finally:
+        namespaces.remove_all([*left, *stays])
+
+
 # ---- clusters --------------------------------------------------------------------------------------------------------
 @pytest.mark.soak
 def test_a_cluster_takes_a_run_is_watched_and_is_gone_afterwards(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -70,7 +71,7 @@ def test_an_attempt_that_fails_is_followed_by_another(planned: Planned) -> None:
     spec = documents(planned())["RayJob"]["spec"]
     assert spec["backoffLimit"] > 0
     assert spec["shutdownAfterJobFinishes"] is True
-    assert spec["entrypoint"] == "sh /etc/shoal/run.sh"
+    assert spec["entrypoint"] == "sh /etc/shoal/job.sh"
 
 
 def test_token_and_tls_are_on_in_every_pod_and_no_secret_is_in_the_file(planned: Planned) -> None:
@@ -137,6 +138,22 @@ def test_the_entry_point_trains_and_resumes_what_it_began(planned: Planned, exec
     (runs / "one").mkdir(parents=True)
     (runs / "one" / "config.yaml").write_text("")
     assert says() == f"resume {runs}/one --view lines"
+
+
+@pytest.mark.parametrize(("code", "stopped"), [(0, False), (1, False), (137, False), (2, True), (3, True), (4, True), (130, True)])
+def test_a_job_that_would_fail_so_again_is_stopped_which_is_not_repeated(
+    code: int, stopped: bool, planned: Planned, executable: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    data = documents(planned())["ConfigMap"]["data"]
+    (tmp_path / "run.sh").write_text(f"exit {code}\n")
+    (tmp_path / "job.sh").write_text(data["job.sh"].replace("/etc/shoal", str(tmp_path)))
+    executable("ray", f'#!/bin/sh\necho "$@" >> {tmp_path}/ray\n')
+    fakes = executable("sleep", "#!/bin/sh\n")
+    job = json.dumps({"runtime_env": {}, "metadata": {"job_submission_id": "one-x7", "job_name": "one-x7"}})
+    environment = {**os.environ, "PATH": f"{fakes}:{os.environ['PATH']}", "RAY_JOB_CONFIG_JSON_ENV_VAR": job}
+    assert subprocess.run(["sh", tmp_path / "job.sh"], env=environment, check=False).returncode == code
+    said = (tmp_path / "ray").read_text() if (tmp_path / "ray").exists() else ""
+    assert said == ("job stop --address http://127.0.0.1:8265 --no-wait one-x7\n" if stopped else "")
 
 
 def test_a_run_in_an_object_store_needs_no_volume(stored: Planned, executable: Callable[[str, str], Path], tmp_path: Path) -> None:

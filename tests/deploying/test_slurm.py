@@ -257,7 +257,7 @@ def test_a_job_that_is_preempted_saves_and_leaves_the_rest_to_slurm(planned: Pla
     assert not (slurm_cluster.root / "runs" / ".one-41234").exists()
 
 
-@pytest.mark.parametrize("code", ["1", "2", "3"])
+@pytest.mark.parametrize("code", ["1", "2", "3", "4"])
 def test_a_training_that_fails_ends_the_job_with_its_code(code: str, planned: Planned, cluster: Callable[[str], Cluster]) -> None:
     slurm_cluster = cluster(text_of(planned(name="one", nodes=1)))
     ended, output = slurm_cluster.end(slurm_cluster.submit(nodes=1, FAKE_CODE=code))

@@ -57,7 +57,7 @@ def test_a_frame_that_cannot_be_read_costs_the_node_and_nothing_else(frame: Fram
     process = node.hear([frame])
     assert node.lost.startswith(f"it said what no node says ({frame.kind.name}: ")
     assert node.told == ["node_lost"]
-    assert [death.process for death in node.fleet._events] == [process]
+    assert [death.process for death in node.fleet._hearing.events] == [process]
 
 
 def test_what_a_node_truly_says_is_heard(node: NodeSays) -> None:
@@ -97,9 +97,9 @@ def test_a_part_of_another_run_or_attempt_is_told_and_not_taken(node: NodeSays) 
 def test_a_slot_that_was_leased_to_another_actor_since_is_not_the_first_ones(node: NodeSays) -> None:
     first = node.hear([], (1, IDENTITY))
     second = node.hear([], (1, Identity(0, 3, 2)))
-    assert not node.fleet._is_leased(first, 1, IDENTITY)
-    assert not node.fleet._is_leased(second, 1, IDENTITY)
-    assert node.fleet._is_leased(second, 1, Identity(0, 3, 2))
+    assert not node.fleet._hearing.is_leased(first, 1, IDENTITY)
+    assert not node.fleet._hearing.is_leased(second, 1, IDENTITY)
+    assert node.fleet._hearing.is_leased(second, 1, Identity(0, 3, 2))
 
 
 def test_only_rollouts_of_what_is_leased_are_kept_until_their_word_is_heard(node: NodeSays) -> None:
@@ -107,6 +107,6 @@ def test_only_rollouts_of_what_is_leased_are_kept_until_their_word_is_heard(node
         return Frame(Kind.WORD, head=Word(Told.FILLED, slot, identity).encode(), body=b"a rollout")
 
     node.hear([filled(slot, IDENTITY) for slot in range(100) if slot != 1] + [filled(1, Identity(0, 3, 2))], (1, IDENTITY))
-    assert not node.fleet._arrived
+    assert not node.fleet._hearing.arrived
     node.hear([filled(1, IDENTITY)], (1, IDENTITY))
-    assert node.fleet._arrived == {1: (IDENTITY, b"a rollout")}
+    assert node.fleet._hearing.arrived == {1: (IDENTITY, b"a rollout")}

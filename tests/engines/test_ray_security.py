@@ -286,12 +286,47 @@ def test_whatever_ray_raises_as_it_begins_is_one_line_without_secrets(
     monkeypatch.setitem(sys.modules, "ray", fake)
     monkeypatch.setattr(os, "environ", {**os.environ, **SAFE})
     monkeypatch.setattr(ray_cluster, "asks_for_token", lambda *asked: True)
+    monkeypatch.setattr(ray_cluster, "_check_there_is_one", lambda: None)
+    monkeypatch.delitem(os.environ, "RAY_ADDRESS", raising=False)
     config, _ = resolve("CartPole-v1", {"engine": "ray", "ray.address": address})
     with pytest.raises(ConfigError, match=f"no cluster could be {said}: The current node timed out") as refused:
         ray_cluster.connect(config, print)
     assert "c0ffee" not in str(refused.value)
     assert ("too busy" in str(refused.value)) == (address is None)
     assert refused.value.__suppress_context__, "the cause is not redacted"
+
+
+@pytest.mark.parametrize(
+    ("address", "variable", "said"),
+    [
+        ("auto", None, "--address auto joins the cluster of this machine, and none runs here: `ray start --head` starts one"),
+        ("auto", "127.0.0.1:1", "at 127.0.0.1:1, which RAY_ADDRESS names: .*`unset RAY_ADDRESS`"),
+        (None, "127.0.0.1:1", "at 127.0.0.1:1, which RAY_ADDRESS names: .*`unset RAY_ADDRESS`"),
+        (None, "http://127.0.0.1:8265", "at http://127.0.0.1:8265, which RAY_ADDRESS names"),
+        ("127.0.0.1:1", "127.0.0.1:2", "at 127.0.0.1:1, which --address names: .*; without --address this machine has its own"),
+    ],
+)
+def test_an_address_where_no_cluster_is_says_in_one_line_what_to_do(
+    address: str | None, variable: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path / "ray" / "ray_current_cluster", "127.0.0.1:1")  # of a cluster that is gone
+    monkeypatch.setattr(ray_cluster, "Path", lambda place: Path(tmp_path if str(place) == "/proc" else place))
+    around = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    monkeypatch.setattr(os, "environ", {**around, "RAY_TMPDIR": str(tmp_path), **({"RAY_ADDRESS": variable} if variable else {})})
+    config, _ = resolve("CartPole-v1", {"engine": "ray", "ray.address": address})
+    with pytest.raises(ConfigError, match=said) as refused:
+        ray_cluster.connect(config, print)
+    assert "\n" not in str(refused.value)
+    assert "CVE" not in str(refused.value), "that is no matter of tokens"
+
+
+def test_clusters_of_this_machine_are_found_by_their_nodes_and_by_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path / "ray" / "ray_current_cluster", "127.0.0.1:1\n")
+    written(tmp_path / "7" / "cmdline", "/site/ray/core/src/ray/raylet/raylet\0--gcs-address=10.0.0.1:6379\0")
+    written(tmp_path / "8" / "cmdline", "vi\0--gcs-address=10.0.0.2:6379\0")
+    monkeypatch.setattr(ray_cluster, "Path", lambda place: Path(tmp_path if str(place) == "/proc" else place))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert ray_cluster.local_clusters() == ["10.0.0.1:6379", "127.0.0.1:1"]
 
 
 # ---- saying

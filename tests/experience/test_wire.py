@@ -112,6 +112,15 @@ def test_observations_that_changed_on_the_way_are_refused() -> None:
         unpack(changed(message, HEADER_BYTES + 3), allocate(schema(), 1).slots[0], RUN, IDENTITY, 7)
 
 
+@given(st.integers(0, 2**20), st.integers(1, 255))
+@settings(max_examples=60)
+def test_no_byte_behind_the_header_may_change_on_the_way(at: int, by: int) -> None:
+    message = pack(rollout(allocate(schema(), 1), 1))
+    at = HEADER_BYTES + at % (len(message) - HEADER_BYTES)
+    with pytest.raises(SchemaError, match=r"it changed after|episode's end"):
+        unpack(changed(message, at, by), allocate(schema(), 1).slots[0], RUN, IDENTITY, 7)
+
+
 def float_places() -> list[tuple[str, str]]:
     """Every field of the schema that has floats, and within one of records the part that is."""
     return [
@@ -144,6 +153,7 @@ def test_numbers_that_are_not_finite_are_refused(name: str, part: str, value: fl
 def test_actions_that_there_are_not_are_refused(action: int) -> None:
     slot = rollout(allocate(schema(), 1), 1)
     slot.arrays["action"][2, 1] = action
+    slot.envelope["checksum"] = slot.checksum()
     with pytest.raises(SchemaError, match="actions of"):
         unpack(pack(slot), allocate(schema(), 1).slots[0], RUN, IDENTITY, 7)
 
@@ -161,11 +171,13 @@ def test_each_component_of_an_action_has_its_own_range(leaf: LeafSpec, least: li
     slot, into = rollout(allocate(made, 1), 1), allocate(made, 1).slots[0]
     for row, allowed in ((0, least), (1, most)):
         slot.arrays["action"][row, 0] = allowed
+        slot.envelope["checksum"] = slot.checksum()
     unpack(pack(slot), into, RUN, IDENTITY, 7)
     for component in range(3):
         for outside in (least[component] - 1, most[component] + 1):
             slot.arrays["action"][1, 0] = most
             slot.arrays["action"][1, 0, component] = outside
+            slot.envelope["checksum"] = slot.checksum()
             with pytest.raises(SchemaError, match="actions of"):
                 unpack(pack(slot), into, RUN, IDENTITY, 7)
 
@@ -194,6 +206,7 @@ def test_versions_of_rows_that_are_not_valid_are_looked_at_too(row: int, version
     slot.arrays["policy_version"][row, 0], slot.arrays["valid"][row, 0] = version, False
     slot.envelope["version_min"], slot.envelope["version_max"] = min(7, version), max(7, version)
     slot.envelope["num_env_steps"] = T * B - 1
+    slot.envelope["checksum"] = slot.checksum()
     with pytest.raises(SchemaError, match="the newest is 7"):
         unpack(pack(slot), allocate(schema(), 1).slots[0], RUN, IDENTITY, 7)
 

@@ -28,7 +28,8 @@ from shoal.engines.messages import Kind as Told
 from shoal.engines.messages import Word, from_json, to_json
 from shoal.engines.node_report import NodeReport
 from shoal.engines.plan import Plan
-from shoal.engines.ray_fleet import RayFleet, RemoteChannel
+from shoal.engines.ray_fleet import RayFleet
+from shoal.engines.ray_hearing import RemoteChannel
 from shoal.engines.ray_node import ACTIVITY
 from shoal.engines.ray_words import Frame, decode, encode
 from shoal.engines.ray_words import Kind as NodeKind
@@ -103,7 +104,7 @@ class NodeSays:
         self.ring = allocate(scripted_schema(4, 2), 2)
         self.lost = ""
         self.fleet = RayFleet(config, None, directory, RUN_ID, "", lambda kind, **facts: self.told.append(kind))
-        self.fleet._ring, self.fleet._activities = self.ring, ActivityBoard.create(4)
+        self.fleet._hearing.begin(self.ring, ActivityBoard.create(4))
         (directory / "logs").mkdir()
 
     def __call__(self, content: bytes) -> None:
@@ -116,23 +117,22 @@ class NodeSays:
 
     def hear(self, frames: list[Frame], lease: tuple[int, Identity] | None = None) -> Process:
         """Have an actor live on a new node, with a lease or none, and hear these frames of that node."""
-        fleet, process = self.fleet, Process("actor", 0)
+        fleet, hearing, process = self.fleet, self.fleet._hearing, Process("actor", 0)
         link: Any = _Link(frames)
-        channel = RemoteChannel(link, 0, 0, fleet._leases)
-        fleet._leases.clear()
-        fleet._arrived.clear()
+        channel = RemoteChannel(link, 0, 0, hearing.leases)
+        hearing.forget()
         process.channel, fleet.actors = channel, [process]
-        fleet._links, fleet._homes, fleet._events = {"far": link}, {0: link}, []
-        for kept in (fleet._gone, fleet._leaving, fleet._clocks):
+        fleet._links, fleet._homes, hearing.events = {"far": link}, {0: link}, []
+        for kept in (fleet._gone, fleet._leaving, hearing._clocks):
             kept.clear()
         if lease is not None:
             channel.send(Word(Told.LEASE, *lease).encode())
         before = self.ring._buffer.copy()
         fleet._take_in(link)
-        fleet._activities.records()
+        hearing._board.records()
         self.lost = link.lost
         assert bool(self.lost) == ("far" not in fleet._links)
-        assert lease is not None or (np.array_equal(self.ring._buffer, before) and not fleet._arrived)
+        assert lease is not None or (np.array_equal(self.ring._buffer, before) and not hearing.arrived)
         return process
 
 

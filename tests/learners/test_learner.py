@@ -126,6 +126,7 @@ def test_of_a_rollout_whose_environments_acted_on_their_own_only_late_rows_are_l
         slot.envelope["paced"] = True
         slot.arrays["policy_version"][late, 1 if late.stop else slice(None)] = 2
         slot.envelope["version_min"] = 2
+        slot.envelope["checksum"] = slot.checksum()
     consumed = world.learner.consume(orders)
     assert consumed.dropped == {Identity(1, 0, 0): Fate.OVER_LAG}  # nothing of it was in time
     assert consumed.batch.valid_TN.tolist() == [[True, False, True], *[[True] * 3] * 3]
@@ -146,7 +147,7 @@ def test_a_slot_that_holds_something_else_is_refused():
     with pytest.raises(SchemaError, match="holds Identity"):
         world.learner.consume([(0, Identity(0, 1, 0))])
     world.ring.slots[1].arrays["reward"][0, 0] += 1
-    with pytest.raises(SchemaError, match="slot 1: observations or rewards changed"):
+    with pytest.raises(SchemaError, match="slot 1: it changed after"):
         world.learner.consume(orders)
 
 

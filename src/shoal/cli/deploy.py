@@ -139,7 +139,13 @@ def secrets(directory: Path, as_json: bool, debug: bool) -> None:
 @deploy.command()
 @click.argument("authority", metavar="SECRETS", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--out", metavar="DIR", required=True, type=click.Path(file_okay=False, path_type=Path), help="Where it is put.")
-@click.option("--name", "names", metavar="NAME", multiple=True, help="A host name or address besides this host's own; may be repeated.")
+@click.option(
+    "--name",
+    "names",
+    metavar="NAME",
+    multiple=True,
+    help="A host name, an address or a network (10.0.0.0/28) besides this host's own; may be repeated.",
+)
 @json_option
 @debug_option
 def certificate(authority: Path, out: Path, names: tuple[str, ...], as_json: bool, debug: bool) -> None:

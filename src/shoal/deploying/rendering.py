@@ -1,10 +1,12 @@
-"""A deployment put into the templates beside this file: `kubernetes.yaml` (with `claim.yaml`), `slurm.sh`, `compose.yaml`, and `run.sh`, which all but Slurm execute.
+"""A deployment put into the templates beside this file: `kubernetes.yaml` (with `claim.yaml` and `job.sh`), `slurm.sh`, `compose.yaml` (with `head.sh`), and `run.sh`,
+which all but Slurm execute.
 
 No secret is in what they print: they name where the secrets will lie.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import re
 from collections.abc import Mapping
@@ -21,7 +23,7 @@ def kubernetes(deployment: Deployment, *, image: str, namespace: str, runs: str,
     """ConfigMap, PersistentVolumeClaim and KubeRay RayJob. `runs` is where the volume is mounted; a run in an object store has none."""
     values = {**_common(deployment, runs), "image": image, "namespace": namespace, "ray_version": ray_version}
     claim = fill(_template("claim.yaml"), values) if values["runs"] else None
-    return fill(_template("kubernetes.yaml"), {**values, "claim": claim, "run": _run_script(deployment, runs)})
+    return fill(_template("kubernetes.yaml"), {**values, "claim": claim, "run": _run_script(deployment, runs), "job": _template("job.sh")})
 
 
 def slurm(deployment: Deployment, *, runs: str, partition: str | None, time: str) -> str:
@@ -32,11 +34,17 @@ def slurm(deployment: Deployment, *, runs: str, partition: str | None, time: str
 
 def compose(deployment: Deployment, *, image: str, runs: str) -> str:
     """A Compose file. In it a dollar is written twice where it is meant."""
-    texts = {"settings": deployment.settings, "run": _run_script(deployment, runs)}
+    common = _common(deployment, runs)
+    texts = {"settings": deployment.settings, "run": _run_script(deployment, runs), "head": fill(_template("head.sh"), common)}
     doubled = {name: text.replace("$", "$$") for name, text in texts.items()}
     shared = {"shared_memory_gib": math.ceil(deployment.memory_gib * _SHARED_MEMORY)}
-    values = {**_common(deployment, runs), **shared, **doubled, "image": image}
+    values = {**common, **shared, **doubled, "image": image, "subnet": str(_subnet(deployment.nodes))}
     return fill(_template("compose.yaml"), {**values, "volume": "runs: " if values["runs"] else None})
+
+
+def _subnet(nodes: int) -> ipaddress.IPv4Network:
+    """Addresses of containers: twice as many as there are nodes, since one that is made again may get another, besides gateway and broadcast."""
+    return ipaddress.IPv4Network(f"10.213.64.0/{32 - max(4, (2 * nodes + 3).bit_length())}")
 
 
 def _common(deployment: Deployment, runs: str) -> dict[str, object]:

@@ -13,7 +13,8 @@
 #SBATCH --signal=B:USR1@180
 
 # A training on the nodes of one job, as a Ray cluster of its own. The job begins the run, or goes on with it where it exists: after a requeue, and when this
-# script is submitted again. Three minutes before its time is over it saves and requeues itself; where it is preempted, Slurm requeues it.
+# script is submitted again. Three minutes before its time is over it saves and requeues itself; where it is preempted, or loses a node, Slurm requeues it. One that
+# ended by itself is not repeated, whatever its code: it would end so again with 2 (configuration), 3 (a fault of the environment) and 4 (diverged); after 1, submit it again.
 # `shoal` and `ray` must be on PATH on every node, with the package cryptography: load modules or activate an environment here.
 
 set -euo pipefail

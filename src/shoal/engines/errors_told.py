@@ -7,7 +7,7 @@ import traceback
 from typing import Any
 
 from shoal import errors
-from shoal.engines.ray_security import redact
+from shoal.engines.ray_security import redact_all
 from shoal.environments.faults import cut
 from shoal.errors import EnvironmentFault, ShoalError
 from shoal.supervision.channel import MAX_MESSAGE_BYTES
@@ -38,9 +38,10 @@ def encoded(facts: dict[str, Any]) -> bytes:
 def rebuild_error(facts: dict[str, Any]) -> Exception:
     """An error that another process described (`describe_error`), as this process raises it, without secrets."""
     kind = getattr(errors, facts["error"], None)
-    message, trace = redact(facts["message"]), redact(facts.get("traceback", ""))
+    facts = redact_all(facts)
+    message, trace = facts["message"], facts.get("traceback", "")
     if kind is EnvironmentFault:
-        report = {name: redact(value) if isinstance(value, str) else value for name, value in facts["report"].items()}
+        report = dict(facts["report"])
         report["traceback"] = report.get("traceback") or trace
         return EnvironmentFault(message, report)
     if isinstance(kind, type) and issubclass(kind, ShoalError):

@@ -41,6 +41,7 @@ def place_of(role: str, index: int, num_roles: int) -> int:
 
 NOBODY = Identity(0, 0, 0)
 _WORD = struct.Struct("<BxxxIIIQq")
+WORD_BYTES = _WORD.size  # before what rides along
 
 
 @dataclass(frozen=True)

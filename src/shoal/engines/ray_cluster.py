@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from shoal.config import RunConfig
-from shoal.engines.ray_link import NodeHandle, UnfitNodeError
+from shoal.engines.ray_link import FIRST_PART_BYTES, LEAST_PART_BYTES, NodeHandle, UnfitNodeError, next_part_bytes
 from shoal.engines.ray_node import SignalledNode
 from shoal.engines.ray_roll import Roll
 from shoal.engines.ray_security import asks_for_token, check_cluster, local_environment, redact
+from shoal.engines.ray_words import is_part
 from shoal.errors import ConfigError, ProcessError
 from shoal.settings import available_cores
 
@@ -58,20 +59,29 @@ class RemoteNode:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
         self._asked: deque[Any] = deque()
+        self._part_bytes, self._full, self._heard_at = FIRST_PART_BYTES, False, 0.0
 
     def say(self, message: bytes) -> None:
         self._wait(self._actor.say.options(concurrency_group="say").remote(message))
 
     def hear(self) -> bytes:
-        """The next questions are asked before this answer is looked at; they are answered in their order, one at a time."""
+        """The next questions are asked before this answer is looked at; they are answered in their order, one at a time, in parts that take a few seconds."""
         hear = self._actor.hear.options(concurrency_group="hear")
         first = not self._asked
         while len(self._asked) < ASKED_AHEAD:
-            self._asked.append(hear.remote())
+            self._asked.append(hear.remote(self._part_bytes))
         answer: bytes = self._get(self._asked[0], START_SECONDS) if first else self._wait(self._asked[0])
+        self._measure(answer)
         self._asked.popleft()
-        self._asked.append(hear.remote())
+        self._asked.append(hear.remote(self._part_bytes))
         return answer
+
+    def _measure(self, answer: bytes) -> None:
+        """A part that came right after another one was under way as long as both, since they share the way."""
+        now, full = time.monotonic(), len(answer) > LEAST_PART_BYTES and is_part(answer)
+        if full and self._full:
+            self._part_bytes = next_part_bytes(self._part_bytes, ASKED_AHEAD * (now - self._heard_at))
+        self._full, self._heard_at = full, now
 
     def look(self) -> bytes:
         answer: bytes = self._get(self._actor.look.remote(), LOOK_SECONDS)
@@ -145,7 +155,7 @@ class Cluster:
         """The nodes that the run takes.
 
         Raises:
-          ConfigError: fewer than were asked for came within NODES_SECONDS.
+          ConfigError: the cluster that was started for this run has too few CPUs. ProcessError: fewer than were asked for came within NODES_SECONDS.
         """
         deadline = time.monotonic() + NODES_SECONDS
         while True:
@@ -154,7 +164,7 @@ class Cluster:
             if nodes and (self.num_nodes is None or len(nodes) >= self.num_nodes):
                 return nodes[: self.num_nodes]
             if self.secrets or time.monotonic() > deadline:
-                raise ConfigError(
+                raise (ConfigError if self.secrets else ProcessError)(
                     f"ray.nodes: {self.num_nodes or 1} with {self.actors_per_node} CPUs each were asked for (--nodes, --actors-per-node), the "
                     f"cluster has {len(nodes)}; ask for less, or add machines to it: `ray start --address HEAD:PORT` on each"
                 )
@@ -239,7 +249,9 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
     """
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("engine: ray needs the extra `ray`: pip install 'shoal[ray]'")
-    address = config.ray.address or os.environ.get("RAY_ADDRESS")  # the latter in a job that was submitted
+    address, named = config.ray.address, "--address"
+    if address in (None, "auto") and os.environ.get("RAY_ADDRESS"):  # as Ray takes it, and as it is in a job that was submitted
+        address, named = os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     secrets: tempfile.TemporaryDirectory[str] | None = None
     if address is None:
@@ -248,7 +260,10 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
         address = "local"
         quiet |= {"num_cpus": max(available_cores(), config.ray.actors_per_node or 1), "include_dashboard": False}
     else:
-        _check_reachable(address)
+        if address == "auto":
+            _check_there_is_one()
+        else:
+            _check_reachable(address, named)
         for warning in check_cluster(os.environ, config.ray.allow_insecure_cluster, lambda: asks_for_token(address, os.environ)):
             warn(warning)
     import ray
@@ -275,16 +290,45 @@ def _why(text: str) -> str:
     return " ".join(text.split("\n\n", maxsplit=1)[0].split())
 
 
-def _check_reachable(address: str) -> None:
-    """Raise ConfigError where nobody listens at `HOST:PORT`, on which Ray would wait for minutes; `auto` is left to Ray."""
+def _check_there_is_one() -> None:
+    """Raise ConfigError where `auto` finds no cluster on this machine."""
+    for address in local_clusters():
+        host, _, port = address.rpartition(":")
+        with contextlib.suppress(OSError, ValueError):
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+            return
+    raise ConfigError(
+        "ray.address: --address auto joins the cluster of this machine, and none runs here: `ray start --head` starts one, --address HEAD:PORT names one "
+        "elsewhere; without --address this machine has its own"
+    )
+
+
+def local_clusters() -> list[str]:
+    """The addresses of clusters whose nodes run here, as Ray finds them: by the processes of nodes, and in the file that `ray start` writes."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            arguments = place.read_bytes().decode(errors="replace").split("\0")
+            if Path(arguments[0]).name == "raylet":
+                found += [each.partition("=")[2] for each in arguments if each.startswith("--gcs-address=")]
+    with contextlib.suppress(OSError):
+        found.append((Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster").read_text().strip())
+    return list(dict.fromkeys(filter(None, found)))
+
+
+def _check_reachable(address: str, named: str) -> None:
+    """Raise ConfigError where nobody listens at `HOST:PORT`, on which Ray would wait for minutes. named: what names it."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon:
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
-        advice = "`ray start --head` on that machine starts one; without --address this machine has its own"
-        raise ConfigError(f"ray.address: no cluster could be joined at {address}: {error}; {advice}") from error
+        without = "without --address" if named == "--address" else "with neither RAY_ADDRESS (`unset RAY_ADDRESS`) nor --address"
+        raise ConfigError(
+            f"ray.address: no cluster could be joined at {address}, which {named} names: {error}; `ray start --head` on that machine starts one; {without} "
+            "this machine has its own"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ Nodes come and go while a run goes on. One is taken in where there are groups fo
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 from collections import Counter, deque
@@ -27,25 +26,22 @@ import numpy as np
 from shoal.config import MAX_ACTORS, RunConfig, actor_bounds
 from shoal.engines.fleet import Death, Fleet, Process
 from shoal.engines.importing import try_imports
-from shoal.engines.messages import NOBODY, Word, place_of, to_json
-from shoal.engines.messages import Kind as Told
+from shoal.engines.messages import Word, to_json
 from shoal.engines.node_report import NodeReport, refusal, report_here
 from shoal.engines.placement import shares
 from shoal.engines.plan import Plan
 from shoal.engines.question import read_log
 from shoal.engines.ray_cluster import HEAD_SECONDS, Cluster, ClusterNode, connect
-from shoal.engines.ray_heard import Forked, HelperLost, read_activities, read_happened, read_slot
+from shoal.engines.ray_hearing import Hearing, RemoteChannel
 from shoal.engines.ray_job import check_run_directory, passing_files
-from shoal.engines.ray_joining import Newcomers, report_of
+from shoal.engines.ray_joining import Newcomers, node_setup, report_of
 from shoal.engines.ray_link import NodeLink
-from shoal.engines.ray_security import redact
+from shoal.engines.ray_node import REPORT_BYTES
 from shoal.engines.ray_words import Frame, Kind
 from shoal.engines.traffic import Delivery, summary
-from shoal.errors import ConfigError, ProcessError, SchemaError
-from shoal.experience.envelope import Identity
+from shoal.errors import ConfigError, ProcessError
 from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema
-from shoal.experience.wire import unpack, unpack_part
 from shoal.supervision.channel import HasFileno, wait
 from shoal.supervision.zygote import Exited, Lost, Role
 from shoal.types import ActivityRecord
@@ -56,41 +52,6 @@ NODELESS_SECONDS = 60.0  # a run without any node waits so long for one
 REJOIN_SECONDS = 10.0  # until a node that was lost and seems alive to Ray is tried again: a fleet that died, a partition that healed
 SLOW_SECONDS = 1.0  # what takes longer to a node is not the fault of whom it is for
 STACK_SECONDS = 1.0
-_TIMES = ("begun_ns", "finished_ns")
-
-
-class RemoteChannel:
-    """An actor's channel whose other end lies on a node. Takes the part of a `Channel` in `Process`.
-
-    leases: of all actors, by slot; those that are told here are written there.
-    """
-
-    def __init__(self, link: NodeLink, index: int, incarnation: int, leases: dict[int, tuple[RemoteChannel, Identity]]) -> None:
-        self._link, self._index, self._incarnation, self._leases = link, index, incarnation, leases
-        self.said: deque[bytes] = deque()
-
-    def send(self, message: bytes) -> bool:
-        return self.send_with_fds(message, ())
-
-    def send_with_fds(self, message: bytes, fds: Sequence[int]) -> bool:
-        """Always room: what the supervisor says is bounded by the slots that there are. The content of a file travels, not its descriptor."""
-        if self._link.lost:
-            raise EOFError(self._link.lost)
-        word = Word.decode(message)
-        if word.kind is Told.LEASE:
-            self._leases[word.slot] = self, word.identity
-        body = b"".join(os.pread(fd, os.fstat(fd).st_size, 0) for fd in fds)
-        self._link.post(Frame(Kind.WORD, self._index, self._incarnation, message, body))
-        return True
-
-    def receive(self) -> bytes | None:
-        return self.said.popleft() if self.said else None
-
-    def fileno(self) -> int:
-        return -1
-
-    def close(self) -> None:
-        self.said.clear()
 
 
 class RayFleet(Fleet):
@@ -101,18 +62,12 @@ class RayFleet(Fleet):
     ) -> None:
         """told: of what happens to nodes, as `Observer.event`."""
         super().__init__(config, pickled, directory, run_id, traces)
-        self._run_id, self._told = run_id, told
+        self._told = told
         self._cluster: Cluster | None = None
         self._links: dict[str, NodeLink] = {}  # by the node's id
         self._homes: dict[int, NodeLink] = {}  # by an actor's index
-        self._events: list[Death | Lost] = []
-        self._arrived: dict[int, tuple[Identity, bytes]] = {}  # rollouts by slot, until their word is heard
-        self._leases: dict[int, tuple[RemoteChannel, Identity]] = {}  # what each slot was leased for last, until its rollout is here
-        self._states: dict[int, str] = {}
-        self._seen_at: dict[int, float] = {}  # when its node last said what an actor does, by its index
-        self._clocks: dict[NodeLink, int] = {}  # ns to add to a node's monotonic clock
+        self._hearing = Hearing(run_id, self, told)
         self._setup: bytes = b""
-        self._ring: Ring | None = None
         self._board: WeightBoard | None = None
         self._weights_lock = threading.Lock()
         self._newest: tuple[int, bytes] = (-1, b"")
@@ -126,7 +81,7 @@ class RayFleet(Fleet):
         self._wanted = MAX_ACTORS
         self._crowd = 0  # actors that each node is to have, where that is more than its part of the cluster
         self._changed = self._told_blind = False
-        self._num_groups = self._num_weights = 0
+        self._num_groups = self._num_weights = self._most_bytes = 0
 
     # ---- start and end -------------------------------------------------------------------------------------------
     def open(self) -> None:
@@ -147,8 +102,10 @@ class RayFleet(Fleet):
     def allocate(self, schema: Schema, plan: Plan, weights: int) -> Ring:
         ring = super().allocate(schema, plan, weights)
         assert self._memory is not None
-        self._ring = ring
+        assert self._activities is not None
+        self._hearing.begin(ring, self._activities)
         self._num_weights = weights
+        self._most_bytes = REPORT_BYTES + schema.slot_bytes
         self._board = WeightBoard(weights, self._memory.buffer[self._common["ring_bytes"] :])
         packages = self._look_here()
         self._setup = node_setup(self._config, self._common, schema, weights, packages)
@@ -172,7 +129,7 @@ class RayFleet(Fleet):
 
     def _link(self, node: ClusterNode) -> NodeLink:
         """This run's fleet on a node, which is started there now."""
-        return NodeLink(node.name, self.cluster.start(node, self._setup, self._pickled), self._weights_for)
+        return NodeLink(node.name, self.cluster.start(node, self._setup, self._pickled), self._weights_for, self._most_bytes)
 
     def _look_here(self) -> list[str]:
         """What this machine is, which the nodes are compared with. Returns the packages that the run's own code needs."""
@@ -207,7 +164,7 @@ class RayFleet(Fleet):
             return
         link = self._homes[process.index]
         config = self._config.model_dump(mode="json", by_alias=True)
-        channel: Any = RemoteChannel(link, process.index, process.incarnation, self._leases)
+        channel: Any = RemoteChannel(link, process.index, process.incarnation, self._hearing.leases)
         process.channel, process.ready, process.doomed, process.pid = channel, False, "", 0
         process.asked_at = process.told_at = time.monotonic()
         body = to_json({"config": config, **self._common, **setup, "traces": ""})
@@ -222,8 +179,7 @@ class RayFleet(Fleet):
 
     def stop_all(self, why: str) -> Lost | None:
         lost = super().stop_all(why)
-        self._arrived.clear()
-        self._leases.clear()
+        self._hearing.forget()
         with self._weights_lock:
             self._newest = (-1, b"")
             for link in self._links.values():
@@ -237,13 +193,13 @@ class RayFleet(Fleet):
             self.flush(process)
         waiting: list[HasFileno] = [*(p.channel for p in own if p.channel is not None), self.zygote, *self._links.values(), *also]
         self.push()
-        if self._events or any(self._said(actor) for actor in self.actors):
+        if self._hearing.events or any(self._said(actor) for actor in self.actors):
             timeout_seconds = 0.0
         ready = wait(waiting, timeout_seconds)
         for link in list(self._links.values()):
             if link in ready:
                 self._take_in(link)
-        if self._events and self.zygote not in ready:
+        if self._hearing.events and self.zygote not in ready:
             ready.append(self.zygote)
         return [*ready, *(actor.channel for actor in self.actors if actor.channel is not None and self._said(actor))]
 
@@ -255,8 +211,7 @@ class RayFleet(Fleet):
         self.push()
         for link in list(self._links.values()):
             self._take_in(link)
-        events, self._events = self._events, []
-        return super().happened() + events
+        return super().happened() + self._hearing.deaths()
 
     def sources(self) -> list[HasFileno]:
         self.push()
@@ -269,82 +224,9 @@ class RayFleet(Fleet):
 
     def _take_in(self, link: NodeLink) -> None:
         """Hear what a node said. One that says what no node says is given up, like one that is lost."""
-        for frame in link.take():
-            try:
-                self._take(link, frame)
-            except ValueError as error:
-                link.lost = link.lost or f"it said what no node says ({frame.kind.name}: {error})"
-                break
+        self._hearing.take_in(link)
         if link.lost:
             self._lose(link)
-
-    def _take(self, link: NodeLink, frame: Frame) -> None:
-        if frame.kind is Kind.ACTIVITIES:
-            self._take_activities(link, frame)
-        elif frame.kind is Kind.LEAVING:
-            self._notice(link, frame.head.decode(errors="replace"), None)
-        elif frame.kind is Kind.HAPPENED:
-            self._take_happened(link, frame)
-        elif (process := self._actor_of(link, frame)) is None:
-            return
-        elif frame.kind is Kind.WORD:
-            self._take_word(process, frame)
-        elif frame.kind is Kind.PARTIAL:
-            self._take_part(process, frame)
-        elif frame.kind is Kind.LOG:
-            with self.log_of(process).open("ab") as log:
-                log.write(redact(frame.body.decode(errors="surrogateescape")).encode(errors="surrogateescape"))
-
-    def _actor_of(self, link: NodeLink, frame: Frame) -> Process | None:
-        """The living actor that a frame is of; None where it is of an earlier incarnation, or lives elsewhere by now."""
-        for process in self.actors:
-            if (
-                process.index == frame.index
-                and process.incarnation == frame.incarnation
-                and process.up
-                and self._homes[process.index] is link
-            ):
-                return process
-        return None
-
-    def _take_happened(self, link: NodeLink, frame: Frame) -> None:
-        said = read_happened(frame.head)
-        if isinstance(said, HelperLost):
-            self._told("warning", message=f"node {link.name}: {said.reason.partition(chr(10))[0]}; it is started again")
-        elif (process := self._actor_of(link, frame)) is None:
-            return
-        elif isinstance(said, Forked):
-            process.pid = said.pid
-        else:
-            self._dead(process, Exited(said.pid, Role("actor", process.index, process.incarnation), said.status, said.error))
-
-    def _take_word(self, process: Process, frame: Frame) -> None:
-        if frame.body:
-            word = Word.decode(frame.head)
-            if self._is_leased(process, word.slot, word.identity):
-                self._arrived[word.slot] = word.identity, frame.body
-        process.channel.said.append(frame.head)  # type: ignore[union-attr]
-
-    def _take_part(self, process: Process, frame: Frame) -> None:
-        """What an actor was making when it died, if it is what it held a lease for."""
-        index = read_slot(frame.head)
-        leased_to, identity = self._leases.get(index, (None, NOBODY))
-        if leased_to is not process.channel:
-            return  # it is too late, or of what the actor gave up before
-        assert self._ring is not None
-        try:
-            unpack_part(frame.body, self._ring.slots[index], self._run_id, identity)
-        except SchemaError as error:
-            self._told("warning", message=f"what actor-{process.index} was making when it died cannot be read: {error}")
-
-    def _is_leased(self, process: Process, slot: int, identity: Identity) -> bool:
-        return self._leases.get(slot) == (process.channel, identity)
-
-    def _dead(self, process: Process, exited: Exited) -> None:
-        assert self._activities is not None
-        crashed = exited.crashed and not process.doomed
-        record = self._activities.record(place_of("actor", process.index, self._activities.num_roles))
-        self._events.append(Death(process, exited.describe(), process.doomed, crashed, record))
 
     def _lose(self, link: NodeLink) -> None:
         """All that lived on a node that is gone is dead, as far as this run is concerned, and its groups move to others; what it says later is
@@ -363,37 +245,16 @@ class RayFleet(Fleet):
         for process in lived:
             process.retired = True
             if process.up:
-                self._dead(
+                self._hearing.died(
                     process, Exited(0, Role("actor", process.index, process.incarnation), None, f"node {link.name} is lost: {link.lost}")
                 )
 
-    def _take_activities(self, link: NodeLink, frame: Frame) -> None:
-        now_ns, doing = read_activities(frame)
-        offset = time.monotonic_ns() - now_ns  # what the way took is in it, which the least of all hardly has
-        self._clocks[link] = offset = min(offset, self._clocks.get(link, offset))
-        assert self._activities is not None
-        for each in doing:
-            if self._homes.get(each.index) is not link:
-                continue
-            each.record["since_ns"] += offset
-            self._activities.put(place_of("actor", each.index, self._activities.num_roles), each.record)
-            self._states[each.index] = each.letter
-            self._seen_at[each.index] = time.monotonic()
-
     def collect(self, actor: Process, word: Word, newest_version: int) -> None:
-        """Put the rollout that came with a word into its slot, which is leased to that actor.
+        """Put the rollout that came with a word into its slot. Raises SchemaError: none came, or what came does not stand its checks."""
+        self._hearing.collect(self._homes[actor.index], word, newest_version)
 
-        Raises:
-          SchemaError: none came, or what came does not stand its checks.
-        """
-        assert self._ring is not None
-        identity, body = self._arrived.pop(word.slot, (word.identity, b""))
-        self._leases.pop(word.slot, None)
-        slot = self._ring.slots[word.slot]
-        unpack(body if identity == word.identity else b"", slot, self._run_id, word.identity, newest_version)
-        self._homes[actor.index].env_steps += int(slot.envelope["num_env_steps"])
-        for name in _TIMES:
-            slot.envelope[name] += self._clocks.get(self._homes[actor.index], 0)
+    def home_of(self, index: int) -> NodeLink | None:
+        return self._homes.get(index)
 
     # ---- nodes and actors that come and go -------------------------------------------------------------------------
     @property
@@ -454,7 +315,7 @@ class RayFleet(Fleet):
             return
         process.retired, process.deaths, process.not_before, process.node = False, 0, 0.0, link.name
         self._homes[process.index], self._changed = link, True
-        self._states.pop(process.index, None)
+        self._hearing.states.pop(process.index, None)
 
     def renew(self) -> bool:
         """Look which nodes have come or are to go, about once a second; says whether actors came or went since the last call.
@@ -486,7 +347,7 @@ class RayFleet(Fleet):
             )
         for node_id, seconds in (draining or {}).items():
             if node_id in self._links:
-                self._notice(self._links[node_id], "Ray takes the node away", seconds)
+                self.notice(self._links[node_id], "Ray takes the node away", seconds)
         absent = {node_id for node_id, since in self._left.items() if now - since < REJOIN_SECONDS} | set(draining or ())
         staying = [node_id for node_id, link in self._links.items() if link not in self._leaving] + list(self._newcomers.asked)
         self._candidates = deque(node for node in self.cluster.new_nodes(staying, absent) if node.id not in self._links)
@@ -505,7 +366,7 @@ class RayFleet(Fleet):
                 self._links[node_id] = link
                 self._told("node_joined", node=link.name)
 
-    def _notice(self, link: NodeLink, notice: str, seconds: float | None) -> None:
+    def notice(self, link: NodeLink, notice: str, seconds: float | None = None) -> None:
         """A node is to be taken away, in so many seconds where somebody said: whoever lives there moves, with the next look at the nodes."""
         if link not in self._leaving:
             self._leaving[link] = notice
@@ -546,7 +407,7 @@ class RayFleet(Fleet):
             if process.name == "actor":
                 if self.delivery_of(process) is not None:
                     process.told_at = now
-                unseen_seconds = now - self._seen_at.get(process.index, now)
+                unseen_seconds = now - self._hearing.seen_at.get(process.index, now)
                 records[at] = replace(records[at], age_seconds=max(0.0, records[at].age_seconds - unseen_seconds))
         return records
 
@@ -555,7 +416,7 @@ class RayFleet(Fleet):
         return delivery if delivery is not None and delivery.seconds > SLOW_SECONDS else None
 
     def state_of(self, process: Process) -> str | None:
-        return super().state_of(process) if process.name != "actor" else self._states.get(process.index)
+        return super().state_of(process) if process.name != "actor" else self._hearing.states.get(process.index)
 
     def stopped_itself(self, process: Process) -> bool:
         return process.name != "actor" and super().stopped_itself(process)
@@ -592,20 +453,3 @@ class RayFleet(Fleet):
                 flat = np.empty(self._num_weights, np.float32)
                 self._newest = self._board.read(flat), flat.tobytes()
             return self._newest
-
-
-def node_setup(config: RunConfig, common: dict[str, Any], schema: Schema, weights: int, packages: list[str]) -> bytes:
-    """What a node builds its memory from: the same sizes and numbers of slots as here; and of which packages it is to say the versions."""
-    fields = [{"name": f.name, "dtype": f.dtype, "shape": list(f.shape), "axis": f.axis} for f in schema.fields]
-    sizes = {name: common[name] for name in ("ring_bytes", "memory_bytes", "num_slots", "num_roles")}
-    return to_json(
-        {
-            "config": config.model_dump(mode="json", by_alias=True),
-            "fields": fields,
-            "num_rows": schema.num_rows,
-            "num_envs": schema.num_envs,
-            "weights": weights,
-            "packages": packages,
-            **sizes,
-        }
-    )

@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from typing import Any
 
+from shoal.config import RunConfig
+from shoal.engines.messages import from_json, to_json
 from shoal.engines.node_report import NodeReport
 from shoal.engines.ray_link import NodeHandle, NodeLink, UnfitNodeError
+from shoal.engines.ray_security import redact_all
 from shoal.errors import ProcessError
+from shoal.experience.schema import Schema
 
 Answer = tuple[str, NodeLink, NodeReport | None]  # the node's id, the way to it, what it is
 
@@ -52,6 +57,23 @@ class Newcomers:
 def report_of(node: NodeHandle) -> NodeReport:
     """What a node says of itself. Waits for its imports, as long as its handle lets it. Raises ProcessError where it cannot be reached."""
     try:
-        return NodeReport.from_json(node.look())
+        return NodeReport.from_json(to_json(redact_all(from_json(node.look()))))
     except (UnfitNodeError, ValueError) as error:
         return NodeReport("", error=str(error))
+
+
+def node_setup(config: RunConfig, common: dict[str, Any], schema: Schema, weights: int, packages: list[str]) -> bytes:
+    """What a node builds its memory from: the same sizes and numbers of slots as here; and of which packages it is to say the versions."""
+    fields = [{"name": f.name, "dtype": f.dtype, "shape": list(f.shape), "axis": f.axis} for f in schema.fields]
+    sizes = {name: common[name] for name in ("ring_bytes", "memory_bytes", "num_slots", "num_roles")}
+    return to_json(
+        {
+            "config": config.model_dump(mode="json", by_alias=True),
+            "fields": fields,
+            "num_rows": schema.num_rows,
+            "num_envs": schema.num_envs,
+            "weights": weights,
+            "packages": packages,
+            **sizes,
+        }
+    )

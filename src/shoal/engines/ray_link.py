@@ -5,7 +5,7 @@ waits for   the node's answers, as long as its handle lets it
 unblocked   by an answer, or by the handle's error: the node is dead, or has been silent for too long
 on failure  `lost` says why, once; nothing of this node is heard any more
 
-A large message goes in parts that take a few seconds each, one after the other: what has not arrived after ten seconds, Ray sends all over again.
+A large message goes in parts that take a few seconds each, either way, one after the other: what has not arrived after ten seconds, Ray sends all over again.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from typing import Protocol
 
 from shoal.engines.messages import Kind as Told
 from shoal.engines.messages import Word
-from shoal.engines.ray_words import Frame, Kind, decode, encode
+from shoal.engines.ray_words import Frame, Kind, Parts, encode, part
 from shoal.engines.traffic import Counted, Delivery, Traffic
 from shoal.errors import ProcessError
 
 MESSAGE_BYTES = 4 << 20  # of orders in one message, but for a single frame that is larger
 FIRST_PART_BYTES = 1 << 20
 LEAST_PART_BYTES, MOST_PART_BYTES = 1 << 18, 1 << 26
+MOST_HEARD_BYTES = 1 << 30  # where nobody knows how large a rollout is
 PART_SECONDS = (1.0, 4.0)  # a part that takes less may be larger, one that takes more is to be smaller
 
 Weights = Callable[[int], tuple[int, bytes]]  # a version -> that version or a newer one, and its bytes
@@ -40,7 +41,9 @@ class NodeHandle(Protocol):
     """A node, wherever it is. Each method returns when it is done, or raises: the node is gone."""
 
     def say(self, message: bytes) -> None: ...
-    def hear(self) -> bytes: ...
+    def hear(self) -> bytes:
+        """One message, or a part of one."""
+
     def look(self) -> bytes: ...
     def end(self) -> None: ...
     def leave(self) -> None:
@@ -52,17 +55,19 @@ class NodeLink:
 
     Args:
       weights: called from a thread of this link.
+      most_bytes: of one message of the node.
     Attributes:
       name: of the node, for people. lost: why it is gone; empty while it is there.
       said, heard: what went there and came from there, since the beginning. env_steps: of the rollouts that came; counted by the supervisor.
     """
 
-    def __init__(self, name: str, node: NodeHandle, weights: Weights) -> None:
+    def __init__(self, name: str, node: NodeHandle, weights: Weights, most_bytes: int = MOST_HEARD_BYTES) -> None:
         self.name, self.node, self.lost = name, node, ""
         self.said, self.heard, self.env_steps = Counted(), Counted(), 0
         self._under_way: tuple[float, int, int] | None = None  # since when, bytes that are there, bytes in all
         self._part_bytes = FIRST_PART_BYTES
         self._weights = weights
+        self._parts = Parts(most_bytes)
         self._sent_version = -1
         self._posted: list[Frame] = []
         self._out: deque[Frame] = deque()
@@ -147,13 +152,11 @@ class NodeLink:
         while there < len(message) and not self._closing:
             self._under_way = since, there, len(message)
             size, begun = self._part_bytes, time.monotonic()
-            part = message[there : there + size]
-            there += len(part)
-            if len(part) < len(message):
-                part = encode([Frame(Kind.PART, head=b"more" if there < len(message) else b"", body=part)])
-            self.node.say(part)
-            self.said = self.said.plus(part)
-            if len(part) >= size:
+            piece = part(message, there, size) if len(message) > size or there else message
+            there += size
+            self.node.say(piece)
+            self.said = self.said.plus(piece)
+            if len(piece) >= size:
                 self._part_bytes = next_part_bytes(size, time.monotonic() - begun)
         self._under_way = None
 
@@ -180,7 +183,7 @@ class NodeLink:
         while not self._closing:
             message = self.node.hear()
             self.heard = self.heard.plus(message)
-            if frames := list(decode(message)):
+            if frames := self._parts.take(message):
                 self._in.extend(frames)
                 os.eventfd_write(self._ready, 1)
 

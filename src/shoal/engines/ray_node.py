@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -32,7 +33,8 @@ from shoal.engines.importing import try_imports
 from shoal.engines.messages import Kind as Told
 from shoal.engines.messages import Word, from_json, place_of, to_json
 from shoal.engines.node_report import report_here
-from shoal.engines.ray_words import Frame, Kind, decode, encode
+from shoal.engines.ray_saying import LogText, without_secrets
+from shoal.engines.ray_words import Frame, Kind, Parts, encode, part
 from shoal.errors import SchemaError
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring
@@ -51,7 +53,7 @@ HEAR_SECONDS = 1.0  # an answer comes at least so often, if an empty one
 HOLD_SECONDS = (
     0.02  # async: a rollout waits so long for others that are being made here, to go with them: what a message costs is hardly its bytes
 )
-REPORT_BYTES = 8 << 20  # of one answer, but for a single rollout that is larger
+REPORT_BYTES = 8 << 20  # of one message, but for a single rollout that is larger
 LOG_BYTES = 1 << 16  # of a process's log in one frame
 RESTART_SECONDS = 1.0  # between two zygotes
 READY_SECONDS = 300.0  # the first zygote's imports, on a slow disk, or a machine that is busy with other things
@@ -66,13 +68,14 @@ class _Hosted(Process):
     leases: dict[int, Identity] = field(default_factory=dict)
     log: IO[bytes] | None = None
     log_at: int = 0
+    said: LogText = field(default_factory=LogText)
 
 
 class Node:
     """`say` and `hear` are called from two threads, `look`, `beat` and `close` from any; a third one serves.
 
     Args:
-      setup: JSON: config, fields, sizes and names of packages (see `node_setup` of engines/ray_fleet.py).
+      setup: JSON: config, fields, sizes and names of packages (see `node_setup` of engines/ray_joining.py).
       pickled: the user's own objects by cloudpickle, which only processes of their own open; None for none.
     """
 
@@ -91,7 +94,8 @@ class Node:
         self._log = _new_log()
         self._actors: dict[int, _Hosted] = {}
         self._orders: deque[Frame] = deque()
-        self._parts: list[bytes] = []
+        self._parts = Parts(sys.maxsize)  # the driver is trusted
+        self._message, self._told_of = b"", 0  # what is told in parts, and how much of it was
         self._reports: deque[Frame] = deque()
         self._something = threading.Condition()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -106,18 +110,25 @@ class Node:
     # ---- called by the driver ------------------------------------------------------------------------------------
     def say(self, message: bytes) -> None:
         """Orders, in one message or a part of one; returns once they are taken, not once they are done."""
-        frames = list(decode(message))
-        if frames and frames[0].kind is Kind.PART:
-            self._parts.append(frames[0].body)
-            if frames[0].head:
-                return
-            frames = list(decode(b"".join(self._parts)))
-            self._parts.clear()
-        self._orders.extend(frames)
-        os.eventfd_write(self._wake, 1)
+        if frames := self._parts.take(message):
+            self._orders.extend(frames)
+            os.eventfd_write(self._wake, 1)
 
-    def hear(self) -> bytes:
-        """What happened since the last call, in one message: waits HEAR_SECONDS at most. Raises RuntimeError where this node serves no more."""
+    def hear(self, most_bytes: int = REPORT_BYTES) -> bytes:
+        """What happened since the last call, in one message: waits HEAR_SECONDS at most. One of more than `most_bytes` goes in parts, with one call each.
+        Raises RuntimeError where this node serves no more."""
+        if self._told_of >= len(self._message):
+            self._message, self._told_of = self._next_message(), 0
+            if len(self._message) <= most_bytes:
+                self._told_of = len(self._message)
+                return self._message
+        elif self._failure:
+            raise RuntimeError(self._failure)
+        piece = part(self._message, self._told_of, most_bytes)
+        self._told_of += most_bytes
+        return piece
+
+    def _next_message(self) -> bytes:
         with self._something:
             self._something.wait_for(lambda: self._reports or self._failure, HEAR_SECONDS)
             self._something.wait_for(lambda: self._failure or self._in_a_hurry(), HOLD_SECONDS)
@@ -217,7 +228,7 @@ class Node:
 
     def _report(self, *frames: Frame) -> None:
         with self._something:
-            self._reports.extend(frames)
+            self._reports.extend(map(without_secrets, frames))
             self._something.notify_all()
 
     # ---- orders --------------------------------------------------------------------------------------------------
@@ -303,6 +314,7 @@ class Node:
             return
         self._hear(actor)
         self._tell_activities()
+        self._tell_of_log(actor, actor.said.rest())
         self._tell_remains(actor)
         self._report(_exited(actor, event.status, event.error))
         actor.ended()
@@ -334,10 +346,12 @@ class Node:
 
     def _tell_log(self, actor: _Hosted) -> None:
         if actor.log is not None and (written := os.pread(actor.log.fileno(), LOG_BYTES, actor.log_at)):
-            if len(written) == LOG_BYTES:  # more follows: a line is not cut, since what is redacted is looked for in one frame
-                written = written[: written.rfind(b"\n") + 1] or written
             actor.log_at += len(written)
-            self._report(Frame(Kind.LOG, actor.index, actor.incarnation, body=written))
+            self._tell_of_log(actor, actor.said.take(written))
+
+    def _tell_of_log(self, actor: _Hosted, said: bytes) -> None:
+        if said:
+            self._report(Frame(Kind.LOG, actor.index, actor.incarnation, body=said))
 
 
 class SignalledNode(Node):

@@ -26,6 +26,7 @@ from typing import Any
 from shoal.errors import ConfigError
 
 TOKEN, AUTHORITY, AUTHORITY_KEY, CERTIFICATE, KEY = "token", "ca.crt", "ca.key", "tls.crt", "tls.key"
+MOST_ADDRESSES = 4096  # in one certificate
 AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 365
 _CLOCKS_DIFFER = timedelta(minutes=10)
 _HOST = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
@@ -77,11 +78,13 @@ def make_certificate(authority: Path, out: Path, names: Sequence[str]) -> None:
     """`tls.crt` and `tls.key` of a node in `out`, signed by the authority in the other directory, whose `ca.crt` is put beside them.
 
     Args:
-      names: host names and IP addresses at which others reach the node; Ray connects by address, and TLS compares.
+      names: host names and IP addresses at which others reach the node, or an IPv4 network such as 10.0.0.0/28, all of whose addresses are meant; Ray connects by
+        address, and TLS compares.
     Raises:
       ConfigError: a name that is none, an authority that is missing or damaged, or the package `cryptography` missing.
     """
     x509, hashes, serialization, ec = _cryptography()
+    names = [each for name in names for each in _addresses(name)]
     wrong = [name for name in names if not _is_address(name) and not _HOST.fullmatch(name)]
     if wrong or not names:
         raise ConfigError(f"name: {wrong[0] if wrong else 'nothing'!r} is neither a host name nor an IP address")
@@ -157,6 +160,15 @@ def _builder(x509: Any, subject: Any, issuer: Any, public_key: Any, days: int) -
 def _key_bytes(serialization: Any, key: Any) -> bytes:
     content: bytes = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     return content
+
+
+def _addresses(name: str) -> list[str]:
+    """The addresses of hosts in a small network; a name that is none as it is."""
+    with contextlib.suppress(ValueError):
+        network = ipaddress.IPv4Network(name)
+        if "/" in name and network.num_addresses <= MOST_ADDRESSES:
+            return [str(address) for address in network.hosts()]
+    return [name]
 
 
 def _is_address(name: str) -> bool:
@@ -309,9 +321,30 @@ def asks_for_token(address: str, environment: Mapping[str, str], timeout_seconds
 # ---- saying ----------------------------------------------------------------------------------------------------------------------
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
     """The text without secrets: this environment's token (default: the process's own), whatever a call or a variable would show as one, and private keys."""
-    with contextlib.suppress(ConfigError):
-        token = find_token(os.environ if environment is None else environment)
-        text = text.replace(token, _HIDDEN) if token else text
+    if token := _own_token(environment):
+        text = text.replace(token, _HIDDEN)
     for pattern, hidden in _SECRETS_IN_TEXT:
         text = pattern.sub(hidden, text)
     return text
+
+
+def redact_all(value: Any) -> Any:
+    """What was JSON, with every text in it redacted, those that are keys too."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {redact_all(key): redact_all(each) for key, each in value.items()}
+    return [redact_all(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def secret_spans(text: str) -> list[tuple[int, int]]:
+    """Where `redact` hides something: begin and end of each."""
+    token = _own_token(None)
+    patterns = [*([re.compile(re.escape(token))] if token else []), *(pattern for pattern, _ in _SECRETS_IN_TEXT)]
+    return [found.span() for pattern in patterns for found in pattern.finditer(text)]
+
+
+def _own_token(environment: Mapping[str, str] | None) -> str | None:
+    with contextlib.suppress(ConfigError):
+        return find_token(os.environ if environment is None else environment)
+    return None

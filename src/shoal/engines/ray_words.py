@@ -23,7 +23,7 @@ class Kind(IntEnum):
     KILL = 3
     WEIGHTS = 4  # head: version, int64; body: float32 weights. Words behind it may name that version
     DUMP = 5  # have a process write its stacks into its log
-    PART = 6  # body: a piece of a message that goes in several; head: empty with the last
+    PART = 6  # either way: body: a piece of a message that goes in several; head: `more`, or empty with the last
     # from a node
     HAPPENED = 17  # head: JSON, what the zygote told of a process, or of itself
     PARTIAL = 18  # head: slot, uint32; body: the rollout as far as it was when its actor died
@@ -67,3 +67,48 @@ def decode(message: bytes) -> Iterator[Frame]:
             raise ValueError(f"a frame of {head + body} bytes is said to come, {len(view) - at} are left")
         yield Frame(Kind(kind), index, incarnation, bytes(view[at : at + head]), bytes(view[at + head : at + head + body]))
         at += head + body
+
+
+MORE = b"more"
+
+
+def part(message: bytes, at: int, size: int) -> bytes:
+    """The piece of a message that begins at `at`, as a message of its own; `Parts` puts them together."""
+    return encode([Frame(Kind.PART, head=MORE if at + size < len(message) else b"", body=message[at : at + size])])
+
+
+def is_part(message: bytes) -> bool:
+    return message[:1] == bytes([Kind.PART])
+
+
+class Parts:
+    """Messages that come in one piece or in several, one after the other. most_bytes: that the pieces of one may have."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._pieces: list[bytes] = []
+        self._size = 0
+
+    def take(self, message: bytes) -> list[Frame]:
+        """The frames of the message that is whole with this one; none where more of it is to come. Raises ValueError for what is no message, for one that
+        comes between the parts of another, and for parts of more than `most_bytes`."""
+        frames = list(decode(message))
+        if not any(frame.kind is Kind.PART for frame in frames):
+            if frames and self._pieces:
+                raise ValueError("a message came between the parts of another")
+            return frames
+        (piece, *others) = frames
+        if others or piece.kind is not Kind.PART or piece.head not in (MORE, b""):
+            raise ValueError("a part of a message comes alone")
+        self._size += len(piece.body)
+        if self._size > self._most_bytes:
+            raise ValueError(f"a message has at most {self._most_bytes:,} bytes, {self._size:,} came")
+        self._pieces.append(piece.body)
+        if piece.head:
+            return []
+        whole = b"".join(self._pieces)
+        self._pieces, self._size = [], 0
+        frames = list(decode(whole))
+        if any(frame.kind is Kind.PART for frame in frames):
+            raise ValueError("a part of a message has no parts")
+        return frames

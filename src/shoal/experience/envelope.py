@@ -66,7 +66,7 @@ ENVELOPE = np.dtype(
         ("version_min", np.int64),
         ("version_max", np.int64),
         ("stream_epoch", np.int64),  # with run seed, group, sequence: the random state at its start
-        ("checksum", np.uint32),  # crc32 over observations, then rewards
+        ("checksum", np.uint32),  # crc32 over all fields behind this header (Slot.checksum)
         ("begun_ns", np.int64),  # monotonic clock
         ("finished_ns", np.int64),
         ("received_ns", np.int64),

@@ -6,6 +6,7 @@ Who may write which slot is decided elsewhere (engines/coordinator.py leases the
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from shoal.errors import SchemaError
 from shoal.experience.envelope import Identity
 from shoal.experience.schema import Schema
-from shoal.types import Array, Arrays
+from shoal.types import Array, Arrays, FieldSpec
 
 
 @dataclass
@@ -73,13 +74,11 @@ class Slot:
         return timely
 
     def checksum(self) -> int:
-        """crc32 over the observations and rewards of the rows that were written."""
-        num_rows = int(self.envelope["num_rows"])
+        """crc32 over all fields behind the header, of each the rows that were written, in the schema's order."""
         crc = 0
-        for field in self.schema.fields:
-            if field.axis == "T+1":
-                crc = zlib.crc32(self.arrays[field.name][: num_rows + 1].data, crc)
-        return zlib.crc32(self.arrays["reward"][:num_rows].data, crc)
+        for field, rows in written_fields(self.schema, self.envelope):
+            crc = zlib.crc32(self.arrays[field.name][:rows].data, crc)
+        return crc
 
     def check(self, run_id: bytes, identity: Identity | None = None) -> None:
         """Raise SchemaError unless this is a finished rollout of this run and schema, whose bytes are as they were written."""
@@ -92,7 +91,7 @@ class Slot:
             raise SchemaError(f"slot {self.index}: holds {self.identity}, expected {identity}")
         self.check_counts()
         if self.checksum() != int(e["checksum"]):
-            raise SchemaError(f"slot {self.index}: observations or rewards changed after {self.identity} was finished")
+            raise SchemaError(f"slot {self.index}: it changed after {self.identity} was finished")
 
     def check_counts(self) -> None:
         """Raise SchemaError unless all that the header counts, and the rows that it points to, lie within the slot."""
@@ -141,3 +140,17 @@ class Ring:
 def allocate(schema: Schema, num_slots: int) -> Ring:
     """A ring in this process's own memory."""
     return Ring(schema, num_slots, np.zeros(Ring.size_bytes(schema, num_slots), np.uint8))
+
+
+def written_fields(schema: Schema, header: Any) -> Iterator[tuple[FieldSpec, int]]:
+    """Fields behind the header, with how many entries of their first axis are written."""
+    num_rows, num_episodes, num_finals = (int(header[name]) for name in ("num_rows", "num_episodes", "num_finals"))
+    for field in schema.fields:
+        if field.axis == "T":
+            yield field, num_rows
+        elif field.axis == "T+1":
+            yield field, num_rows + 1
+        elif field.axis == "B":
+            yield field, schema.num_envs
+        elif field.axis == "final":
+            yield field, num_episodes if field.name == "episode" else num_finals

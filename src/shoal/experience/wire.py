@@ -13,7 +13,7 @@ import numpy as np
 
 from shoal.errors import SchemaError
 from shoal.experience.envelope import ENVELOPE, Identity
-from shoal.experience.ring import Slot, check_header
+from shoal.experience.ring import Slot, check_header, written_fields
 from shoal.experience.schema import Schema, numpy_dtype
 from shoal.types import Array, FieldSpec
 
@@ -22,12 +22,12 @@ HEADER_BYTES = ENVELOPE.itemsize
 
 def pack(slot: Slot) -> bytes:
     """The rollout in `slot`, finished or as far as it is; its header must hold (Slot.check_counts)."""
-    return b"".join([slot.envelope.tobytes(), *(slot.arrays[f.name][:rows].data for f, rows in _parts(slot.schema, slot.envelope))])
+    return b"".join([slot.envelope.tobytes(), *(slot.arrays[f.name][:rows].data for f, rows in written_fields(slot.schema, slot.envelope))])
 
 
 def packed_bytes(schema: Schema, header: np.void) -> int:
     """Length of a packed rollout with this header."""
-    return HEADER_BYTES + sum(_row_bytes(schema, field) * rows for field, rows in _parts(schema, header))
+    return HEADER_BYTES + sum(_row_bytes(schema, field) * rows for field, rows in written_fields(schema, header))
 
 
 def unpack(message: bytes, slot: Slot, run_id: bytes, identity: Identity, newest_version: int) -> None:
@@ -44,7 +44,7 @@ def unpack(message: bytes, slot: Slot, run_id: bytes, identity: Identity, newest
     if len(message) != expected:
         raise SchemaError(f"a rollout of {len(message):,} bytes came, its header says {expected:,}")
     at = HEADER_BYTES
-    for field, rows in _parts(slot.schema, header):
+    for field, rows in written_fields(slot.schema, header):
         size = _row_bytes(slot.schema, field) * rows
         into = slot.arrays[field.name][:rows]
         into[...] = np.frombuffer(message, into.dtype, into.size, at).reshape(into.shape)
@@ -67,7 +67,7 @@ def unpack_part(message: bytes, slot: Slot, run_id: bytes, identity: Identity) -
     if len(message) != packed_bytes(slot.schema, header):
         raise SchemaError(f"a part of a rollout of {len(message):,} bytes came, its header says {packed_bytes(slot.schema, header):,}")
     at = HEADER_BYTES
-    for field, rows in _parts(slot.schema, header):
+    for field, rows in written_fields(slot.schema, header):
         size = _row_bytes(slot.schema, field) * rows
         if field.name == "valid":
             into = slot.arrays["valid"][:rows]
@@ -85,27 +85,13 @@ def _header(message: bytes, schema: Schema) -> np.void:
     return header
 
 
-def _parts(schema: Schema, header: np.void) -> Iterator[tuple[FieldSpec, int]]:
-    """Fields behind the header, with how many entries of their first axis are written."""
-    num_rows, num_episodes, num_finals = (int(header[name]) for name in ("num_rows", "num_episodes", "num_finals"))
-    for field in schema.fields:
-        if field.axis == "T":
-            yield field, num_rows
-        elif field.axis == "T+1":
-            yield field, num_rows + 1
-        elif field.axis == "B":
-            yield field, schema.num_envs
-        elif field.axis == "final":
-            yield field, num_episodes if field.name == "episode" else num_finals
-
-
 def _row_bytes(schema: Schema, field: FieldSpec) -> int:
     return int(np.prod(schema.full_shape(field)[1:], dtype=np.int64)) * numpy_dtype(field.dtype).itemsize
 
 
 def _check_numbers(slot: Slot, newest_version: int) -> None:
     e = slot.envelope
-    for field, rows in _parts(slot.schema, e):
+    for field, rows in written_fields(slot.schema, e):
         values = slot.arrays[field.name][:rows]
         for name, numbers in _floats(field.name, values):
             if not np.isfinite(numbers).all():
