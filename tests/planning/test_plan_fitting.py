@@ -112,6 +112,16 @@ def test_a_driver_that_takes_longer_than_was_left_of_an_update_worked_meanwhile(
     assert found.pause == 0.0
 
 
+def test_roles_that_were_at_work_at_once_in_a_sync_run_take_less_than_they_say() -> None:
+    seen = shown(answer("ppo"), Fit(1.3, 1.2, update=0.001))
+    assert seen.trial is not None
+    said = {"acting": 1.08 * seen.trial.acting, "learning": 1.08 * seen.trial.learning}
+    found = fit(seen.model_copy(update={"trial": seen.trial.model_copy(update=said)}))
+    assert (found.acting / found.learning, found.update, found.pause) == pytest.approx((1.3 / 1.2, 0.0, 0.0), rel=0.01)
+    made = simulate(found.of(trial_system(seen, seen.trial)))
+    assert made.env_steps_per_second == pytest.approx(seen.trial.env_steps_per_second, rel=0.01)
+
+
 def test_without_a_trial_nothing_is_changed_and_the_plan_warns(tmp_path: Any) -> None:
     measured = measured_of(costs(), "a file")
     system = planned_system(measured, "ppo")

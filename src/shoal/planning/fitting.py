@@ -73,11 +73,18 @@ def _times(share: float, trial: Trial, made: Prediction, role: str) -> float:
 
 
 def _with_pause(found: Fit, system: System, trial: Trial) -> Fit:
-    """An update's time in which neither actors nor learner are at work: the driver's, as far as it is known, and else a pause."""
-    made = simulate(replace(found, update=0.0).of(system))
-    left = max(0.0, system.batch_steps / trial.env_steps_per_second - 1.0 / made.updates_per_second)
-    update = min(left, system.driver.update if found.update is None else found.update)
-    return replace(found, update=update, pause=left - update)
+    """An update's time in which neither actors nor learner are at work: the driver's, as far as it is known, and else a pause.
+
+    Where there is none, both were at work at once: whoever wakes another one and loses its core to it is at its own work meanwhile. So both take less.
+    """
+    seconds = system.batch_steps / trial.env_steps_per_second
+    working = 1.0 / simulate(replace(found, update=0.0).of(system)).updates_per_second
+    if working > seconds:
+        less = seconds / working
+        waits = found.blocking if system.costs.blocking is None else less * found.blocking
+        return replace(found, acting=less * found.acting, learning=less * found.learning, blocking=waits, update=0.0)
+    update = min(seconds - working, system.driver.update if found.update is None else found.update)
+    return replace(found, update=update, pause=seconds - working - update)
 
 
 def trial_system(measured: Measured, trial: Trial) -> System:
