@@ -25,6 +25,7 @@ from shoal.engines.ray_security import local_environment
 from shoal.errors import RunError
 from shoal.files import CheckpointDirectory
 from shoal.monitoring.store import RunReader
+from standing_cluster import LIMIT_SECONDS, standing_cluster
 
 if importlib.util.find_spec("ray") is None:
     pytest.skip("Ray is not installed: pip install 'shoal[ray]'", allow_module_level=True)
@@ -38,7 +39,6 @@ if MISSING:
 
 SOURCES = str(Path(__file__).resolve().parents[2] / "src")
 TESTS = str(Path(__file__).resolve().parents[1])  # of `held`: a run that is stopped there waits for its update, however slow the machine
-LIMIT_SECONDS = 300.0
 # Ray looks in its own directory for the address that a job gets, where more than one cluster is on a host. The agent that starts jobs takes
 # one fixed port unless told otherwise, and where another cluster has it already, it goes on without its server: no job is ever started.
 CLUSTER = """
@@ -98,36 +98,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment = {**kept, **local_environment(directory / "private"), "HOME": str(directory), "RAY_USAGE_STATS_ENABLED": "0"}
     environment |= {"PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1", "TERM": "dumb", "RAY_ADDRESS": ""}
-    started, url = _started(environment, directory, own)
     try:
-        for _ in range(2):
-            if not url:  # Ray gives its own processes half a minute to come up
-                _end(started)
-                started, url = _started(environment, directory, own)
-        assert url, "no cluster was started"
-        yield Head(f"http://{url}", environment)
+        with standing_cluster(CLUSTER, own, environment=environment, cwd=directory) as url:
+            yield Head(f"http://{url}", environment)
     finally:
-        _end(started)
         shutil.rmtree(own, ignore_errors=True)
-
-
-def _started(environment: dict[str, str], directory: Path, own: str) -> tuple[subprocess.Popen[str], str]:
-    """Whoever holds the cluster, and the address of its job server; empty where it did not come up."""
-    command = [sys.executable, "-c", CLUSTER, own]
-    started = subprocess.Popen(command, env=environment, cwd=directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert started.stdout is not None
-    return started, started.stdout.readline().strip()
-
-
-def _end(started: subprocess.Popen[str]) -> None:
-    assert started.stdin is not None
-    assert started.stdout is not None
-    started.stdin.close()
-    started.stdout.close()
-    try:
-        started.wait(LIMIT_SECONDS)
-    except subprocess.TimeoutExpired:
-        started.kill()
 
 
 def wait_for(true: Callable[[], bool], seconds: float = LIMIT_SECONDS) -> None:

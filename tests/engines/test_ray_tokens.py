@@ -6,19 +6,17 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from shoal.engines.ray_security import asks_for_token, check_cluster, local_environment
 from shoal.errors import ConfigError
+from standing_cluster import LIMIT_SECONDS, standing_cluster
 
 if importlib.util.find_spec("ray") is None:
     pytest.skip("Ray is not installed, so nothing can be asked of it: pip install 'ray>=2.52'", allow_module_level=True)
 
-LIMIT_SECONDS = 300
 CLUSTER = """
 import sys
 import ray
@@ -41,39 +39,6 @@ def surroundings(home: Path) -> dict[str, str]:
     return {**kept, "HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
 
 
-@contextmanager
-def cluster(environment: dict[str, str]) -> Iterator[str]:
-    """Its address. It ends with its standard input, and Ray's own reaper sees to the rest."""
-    started, address = _started(environment)
-    for _ in range(2):
-        if not address:  # Ray gives its own processes half a minute to come up
-            _end(started)
-            started, address = _started(environment)
-    try:
-        assert address, "no cluster was started"
-        yield address
-    finally:
-        _end(started)
-
-
-def _started(environment: dict[str, str]) -> tuple[subprocess.Popen[str], str]:
-    """Whoever holds a cluster, and its address; empty where it did not come up."""
-    started = subprocess.Popen([sys.executable, "-c", CLUSTER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert started.stdout is not None
-    return started, started.stdout.readline().strip()
-
-
-def _end(started: subprocess.Popen[str]) -> None:
-    assert started.stdin is not None
-    assert started.stdout is not None
-    started.stdin.close()
-    started.stdout.close()
-    try:
-        started.wait(LIMIT_SECONDS)
-    except subprocess.TimeoutExpired:
-        started.kill()
-
-
 def join(address: str, environment: dict[str, str]) -> str:
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, address], env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
@@ -84,7 +49,7 @@ def join(address: str, environment: dict[str, str]) -> str:
 def test_a_cluster_with_token_and_tls_takes_those_who_have_both(tmp_path: Path) -> None:
     around = surroundings(tmp_path)
     ours = {**around, **local_environment(tmp_path / "private")}
-    with cluster(ours) as address:
+    with standing_cluster(CLUSTER, environment=ours, cwd=tmp_path) as address:
         assert asks_for_token(address, ours, timeout_seconds=LIMIT_SECONDS) is True
         assert check_cluster(ours, allow_insecure=False, ask=lambda: True) == []
         assert join(address, ours) == "joined"
@@ -93,7 +58,7 @@ def test_a_cluster_with_token_and_tls_takes_those_who_have_both(tmp_path: Path) 
 
 def test_a_cluster_that_asks_for_nothing_is_found_out(tmp_path: Path) -> None:
     around = surroundings(tmp_path)
-    with cluster({**around, **OPEN}) as address:
+    with standing_cluster(CLUSTER, environment={**around, **OPEN}, cwd=tmp_path) as address:
         with_token = {**around, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t0ken", "RAY_USE_TLS": "0"}
         assert join(address, with_token) == "joined", "Ray itself does not mind"
         asks = asks_for_token(address, with_token, timeout_seconds=LIMIT_SECONDS)
