@@ -89,7 +89,7 @@ class Process:
         self.channel, self.pid, self.ready, self.doomed = None, 0, False, ""
         self.incarnation += 1
         while self.unsent:
-            _close_all(self.unsent.popleft()[1])
+            close_all(self.unsent.popleft()[1])
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Fleet:
         for memory in (self._memory, self._activities):
             if memory is not None:
                 memory.close()
-        _close_all([*self._kept, *self._meeting, *chain.from_iterable(self._kept_replays)])
+        close_all([*self._kept, *self._meeting, *chain.from_iterable(self._kept_replays)])
         self._kept, self._meeting, self._kept_replays = [], [], []
 
     @property
@@ -241,7 +241,7 @@ class Fleet:
         if len(self.learners) == 1:
             return []
         if not any(learner.up for learner in self.learners):
-            _close_all(self._meeting)
+            close_all(self._meeting)
             self._meeting = []
             self._meeting = [anonymous_file("shoal-meeting")]
         return [*self._meeting, *self._kept, *(self._kept_replays[index] if self._kept_replays else ())]
@@ -447,7 +447,7 @@ def flush(process: Process) -> None:
             return
         if not sent:
             return
-        _close_all(process.unsent.popleft()[1])
+        close_all(process.unsent.popleft()[1])
 
 
 def _send_with_file(channel: WordChannel, message: bytes, content: bytes) -> bool:
@@ -457,7 +457,8 @@ def _send_with_file(channel: WordChannel, message: bytes, content: bytes) -> boo
         return channel.send_with_fds(message, [file.fileno()])
 
 
-def _close_all(more: list[int] | bytes) -> None:
+def close_all(more: list[int] | bytes) -> None:
+    """Descriptors that came along with a message; a file's content needs none."""
     for fd in () if isinstance(more, bytes) else more:
         os.close(fd)
 

@@ -1,4 +1,5 @@
 """The processes of a run on a Ray cluster, as the supervisor sees them: the learner here, actors on the nodes. Nothing is decided here; local.py decides.
+Of several learners all but the first may be on nodes too (engines/ray_learners.py).
 
 A node's fleet (engines/ray_node.py) is a tunnel: an actor there is told the same words as one here, and says the same. What shared memory does on one
 machine is done on the way: weights go before the first word that names their version, once per node; a finished rollout comes with the word that
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from shoal.config import MAX_ACTORS, RunConfig, actor_bounds
-from shoal.engines.fleet import Death, Fleet, Process
+from shoal.engines.fleet import POLL_SECONDS, STOP_SECONDS, Death, Fleet, Process, close_all
 from shoal.engines.importing import try_imports
 from shoal.engines.messages import NOBODY, Word, place_of, to_json
 from shoal.engines.messages import Kind as Told
@@ -34,12 +35,13 @@ from shoal.engines.placement import shares
 from shoal.engines.plan import Plan
 from shoal.engines.question import read_log
 from shoal.engines.ray_cluster import HEAD_SECONDS, Cluster, ClusterNode, connect
-from shoal.engines.ray_heard import Forked, HelperLost, read_activities, read_happened, read_slot
+from shoal.engines.ray_heard import Forked, HelperLost, check_said, read_activities, read_happened, read_slot
 from shoal.engines.ray_job import check_run_directory, passing_files
 from shoal.engines.ray_joining import Newcomers, report_of
+from shoal.engines.ray_learners import Brought, LearnerChannel, check_learners, homes, meeting_place
 from shoal.engines.ray_link import NodeLink
 from shoal.engines.ray_security import redact
-from shoal.engines.ray_words import Frame, Kind
+from shoal.engines.ray_words import Frame, Kind, number_of, role_of
 from shoal.engines.traffic import Delivery, summary
 from shoal.errors import ConfigError, ProcessError, SchemaError
 from shoal.experience.envelope import Identity
@@ -56,6 +58,7 @@ NODELESS_SECONDS = 60.0  # a run without any node waits so long for one
 REJOIN_SECONDS = 10.0  # until a node that was lost and seems alive to Ray is tried again: a fleet that died, a partition that healed
 SLOW_SECONDS = 1.0  # what takes longer to a node is not the fault of whom it is for
 STACK_SECONDS = 1.0
+END_LEARNER_SECONDS = 5.0  # less than the supervisor waits for all that it told to end (STOP_SECONDS)
 _TIMES = ("begun_ns", "finished_ns")
 
 
@@ -94,7 +97,7 @@ class RemoteChannel:
 
 
 class RayFleet(Fleet):
-    """As `Fleet`, with the actors on the nodes of a cluster."""
+    """As `Fleet`, with the actors, and learners where they are to be there, on the nodes of a cluster."""
 
     def __init__(
         self, config: RunConfig, pickled: bytes | None, directory: Path, run_id: bytes, traces: str, told: Callable[..., None]
@@ -104,7 +107,7 @@ class RayFleet(Fleet):
         self._run_id, self._told = run_id, told
         self._cluster: Cluster | None = None
         self._links: dict[str, NodeLink] = {}  # by the node's id
-        self._homes: dict[int, NodeLink] = {}  # by an actor's index
+        self._homes: dict[int, NodeLink] = {}  # by an actor's index; of a learner that lives on a node, by its number (ray_words.py)
         self._events: list[Death | Lost] = []
         self._arrived: dict[int, tuple[Identity, bytes]] = {}  # rollouts by slot, until their word is heard
         self._leases: dict[int, tuple[RemoteChannel, Identity]] = {}  # what each slot was leased for last, until its rollout is here
@@ -127,6 +130,12 @@ class RayFleet(Fleet):
         self._crowd = 0  # actors that each node is to have, where that is more than its part of the cluster
         self._changed = self._told_blind = False
         self._num_groups = self._num_weights = 0
+        self._spread = config.learners > 1 and config.ray.learners_on == "nodes"
+        self._here_at = ("", "")  # this machine's node, and its address, where learners are spread
+        self._addresses: dict[NodeLink, str] = {}
+        self._port = 0  # where learners meet that are spread
+        self._brought = Brought()
+        self._device = config.device
 
     # ---- start and end -------------------------------------------------------------------------------------------
     def open(self) -> None:
@@ -144,6 +153,11 @@ class RayFleet(Fleet):
             raise ProcessError("the engine is not open")
         return self._cluster
 
+    def look(self) -> dict[str, Any]:
+        facts = super().look()
+        self._device = "cuda" if "gpu" in facts["build"] else "cpu"  # of all learners, also where `auto` would choose another
+        return facts
+
     def allocate(self, schema: Schema, plan: Plan, weights: int) -> Ring:
         ring = super().allocate(schema, plan, weights)
         assert self._memory is not None
@@ -156,9 +170,14 @@ class RayFleet(Fleet):
         self._num_groups = plan.num_groups
         if self._config.autoscale is not None:
             self._wanted = actor_bounds(self._config.autoscale)[1]
+        self.cluster.gpu_each = self._spread and self._device == "cuda"
         for node in self.cluster.wait_for_nodes():
             self._links[node.id] = self._link(node)
         self._check_nodes()
+        if self._spread:
+            self._here_at = self.cluster.driver()
+            for message in check_learners(self._config, os.environ, replayed=plan.rate is not None, others=len(self._others())):
+                self._told("warning", message=message)
         self._settle()
         return ring
 
@@ -172,7 +191,9 @@ class RayFleet(Fleet):
 
     def _link(self, node: ClusterNode) -> NodeLink:
         """This run's fleet on a node, which is started there now."""
-        return NodeLink(node.name, self.cluster.start(node, self._setup, self._pickled), self._weights_for)
+        link = NodeLink(node.name, self.cluster.start(node, self._setup, self._pickled), self._weights_for)
+        self._addresses[link] = node.address
+        return link
 
     def _look_here(self) -> list[str]:
         """What this machine is, which the nodes are compared with. Returns the packages that the run's own code needs."""
@@ -202,42 +223,113 @@ class RayFleet(Fleet):
 
     # ---- roles ---------------------------------------------------------------------------------------------------
     def start(self, process: Process, setup: dict[str, Any], encode: Callable[[bytes], bytes] = lambda body: body) -> None:
-        if process.name != "actor":
+        if process.name == "learner" and self._spread:
+            setup = {**setup, **self._meeting_of(process)}
+        if (link := self._home(process)) is None:
             super().start(process, setup, encode)
             return
-        link = self._homes[process.index]
         config = self._config.model_dump(mode="json", by_alias=True)
+        number = number_of(process.name, process.index)
         channel: Any = RemoteChannel(link, process.index, process.incarnation, self._leases)
+        if process.name == "learner":
+            assert self._ring is not None
+            channel, config["device"] = LearnerChannel(link, number, process.incarnation, self._ring, self._brought), self._device
         process.channel, process.ready, process.doomed, process.pid = channel, False, "", 0
         process.asked_at = process.told_at = time.monotonic()
         body = to_json({"config": config, **self._common, **setup, "traces": ""})
-        link.post(Frame(Kind.START, process.index, process.incarnation, body=body))
+        link.post(Frame(Kind.START, number, process.incarnation, body=body))
 
     def kill(self, process: Process, why: str) -> None:
-        if process.name != "actor":
+        if (link := self._home(process)) is None:
             super().kill(process, why)
         elif process.up and not process.doomed:
             process.doomed, process.doomed_at = why, time.monotonic()
-            self._homes[process.index].post(Frame(Kind.KILL, process.index, process.incarnation))
+            link.post(Frame(Kind.KILL, number_of(process.name, process.index), process.incarnation))
+
+    def reopen(self) -> None:
+        """Whoever lives on a node is ended first: those that come in its place would meet it there. A node that does not say so in time is given up."""
+        for process in self.processes:
+            if self._home(process) is not None:
+                self.kill(process, "the helper process of the driver is gone")
+        deadline = time.monotonic() + STOP_SECONDS
+        while time.monotonic() < deadline and (lived_on := self._lived_on()):
+            self.push()
+            wait(lived_on, POLL_SECONDS)
+            self._bury_on(lived_on)
+        for link in (lived_on := self._lived_on()):
+            link.lost = link.lost or f"it has not ended its processes within {STOP_SECONDS:g} s"
+        self._bury_on(lived_on)
+        self._forget()
+        super().reopen()
+
+    def _lived_on(self) -> list[NodeLink]:
+        """Nodes where somebody is up."""
+        there = [self._home(process) for process in self.processes if process.up]
+        return [link for link in self._links.values() if link in there]
+
+    def _bury_on(self, links: Sequence[NodeLink]) -> None:
+        for link in links:
+            self._take_in(link)
+        for event in self._events:
+            if isinstance(event, Death):
+                event.process.ended()
+        self._events.clear()
 
     def stop_all(self, why: str) -> Lost | None:
         lost = super().stop_all(why)
+        self._forget()
+        return lost
+
+    def _forget(self) -> None:
+        """All roles are ended, and the run goes back: of what was under way nothing comes any more, and versions come again."""
         self._arrived.clear()
         self._leases.clear()
         with self._weights_lock:
             self._newest = (-1, b"")
             for link in self._links.values():
                 link.forget_weights()
-        return lost
+
+    def _home(self, process: Process) -> NodeLink | None:
+        """The node where a process lives; None: here."""
+        return self._homes.get(number_of(process.name, process.index))
+
+    # ---- learners on nodes -----------------------------------------------------------------------------------------
+    def _others(self) -> list[NodeLink]:
+        """Nodes that are here to stay, but for that of this machine."""
+        here = self._links.get(self._here_at[0])
+        return [link for link in self._staying() if link is not here]
+
+    def _meeting_of(self, learner: Process) -> dict[str, Any]:
+        """What a learner is told of where it meets the others. With the first of those that begin together it is settled where all of them live."""
+        if not any(each.up for each in self.learners):
+            for each in self.learners:
+                self._homes.pop(number_of("learner", each.index), None)
+                each.node = ""
+            for rank, link in homes(len(self.learners), self._others()).items():
+                self._homes[number_of("learner", rank)], self.learners[rank].node = link, link.name
+            self._brought.forget()
+            close_all(self._meeting)
+            self._meeting = []
+            place = meeting_place(self._here_at[1])
+            self._port, self._meeting = place.getsockname()[1], [place.detach()]
+        home, address = self._home(learner), self._here_at[1]
+        if home is not None and home.lost:
+            del self._homes[number_of("learner", learner.index)]
+            home, learner.node = None, ""
+        own = address if home is None else self._addresses[home]
+        return {"meeting": {"address": address, "port": self._port, "own": own}}
+
+    def _to_meet(self, index: int) -> list[int]:
+        return [*self._meeting, *self._kept] if self._spread else super()._to_meet(index)
 
     # ---- what is heard -------------------------------------------------------------------------------------------
     def listen(self, timeout_seconds: float, also: Sequence[HasFileno] = ()) -> list[HasFileno]:
-        own = [p for p in self.processes if p.name != "actor"]
+        own = [p for p in self.processes if p.channel is not None and p.channel.fileno() >= 0]
         for process in own:
             self.flush(process)
         waiting: list[HasFileno] = [*(p.channel for p in own if p.channel is not None), self.zygote, *self._links.values(), *also]
         self.push()
-        if self._events or any(self._said(actor) for actor in self.actors):
+        if self._events or any(self._said(process) for process in self.processes):
             timeout_seconds = 0.0
         ready = wait(waiting, timeout_seconds)
         for link in list(self._links.values()):
@@ -245,14 +337,15 @@ class RayFleet(Fleet):
                 self._take_in(link)
         if self._events and self.zygote not in ready:
             ready.append(self.zygote)
-        return [*ready, *(actor.channel for actor in self.actors if actor.channel is not None and self._said(actor))]
+        return [*ready, *(process.channel for process in self.processes if process.channel is not None and self._said(process))]
 
     @staticmethod
-    def _said(actor: Process) -> bool:
-        return isinstance(actor.channel, RemoteChannel) and bool(actor.channel.said)
+    def _said(process: Process) -> bool:
+        return isinstance(process.channel, (RemoteChannel, LearnerChannel)) and bool(process.channel.said)
 
     def happened(self) -> list[Death | Lost]:
         self.push()
+        self._give_up_silent()
         for link in list(self._links.values()):
             self._take_in(link)
         events, self._events = self._events, []
@@ -285,8 +378,10 @@ class RayFleet(Fleet):
             self._notice(link, frame.head.decode(errors="replace"), None)
         elif frame.kind is Kind.HAPPENED:
             self._take_happened(link, frame)
-        elif (process := self._actor_of(link, frame)) is None:
+        elif (process := self._process_of(link, frame)) is None:
             return
+        elif frame.kind is Kind.SAID:
+            self._take_said(process, frame)
         elif frame.kind is Kind.WORD:
             self._take_word(process, frame)
         elif frame.kind is Kind.PARTIAL:
@@ -295,35 +390,40 @@ class RayFleet(Fleet):
             with self.log_of(process).open("ab") as log:
                 log.write(redact(frame.body.decode(errors="surrogateescape")).encode(errors="surrogateescape"))
 
-    def _actor_of(self, link: NodeLink, frame: Frame) -> Process | None:
-        """The living actor that a frame is of; None where it is of an earlier incarnation, or lives elsewhere by now."""
-        for process in self.actors:
-            if (
-                process.index == frame.index
-                and process.incarnation == frame.incarnation
-                and process.up
-                and self._homes[process.index] is link
-            ):
-                return process
-        return None
+    def _process_of(self, link: NodeLink, frame: Frame) -> Process | None:
+        """The living process that a frame is of; None where it is of an earlier incarnation, or lives elsewhere by now."""
+        if self._homes.get(frame.index) is not link:
+            return None
+        name, index = role_of(frame.index)
+        process = (self.actors if name == "actor" else self.learners)[index]
+        return process if process.up and process.incarnation == frame.incarnation else None
 
     def _take_happened(self, link: NodeLink, frame: Frame) -> None:
         said = read_happened(frame.head)
         if isinstance(said, HelperLost):
             self._told("warning", message=f"node {link.name}: {said.reason.partition(chr(10))[0]}; it is started again")
-        elif (process := self._actor_of(link, frame)) is None:
+        elif (process := self._process_of(link, frame)) is None:
             return
         elif isinstance(said, Forked):
             process.pid = said.pid
         else:
-            self._dead(process, Exited(said.pid, Role("actor", process.index, process.incarnation), said.status, said.error))
+            self._dead(process, Exited(said.pid, Role(process.name, process.index, process.incarnation), said.status, said.error))
+
+    @staticmethod
+    def _take_said(process: Process, frame: Frame) -> None:
+        check_said(frame.head)
+        if not isinstance(process.channel, LearnerChannel):
+            raise ValueError("only a learner says that")
+        process.channel.said.append(frame.head)
 
     def _take_word(self, process: Process, frame: Frame) -> None:
+        if not isinstance(process.channel, RemoteChannel):
+            raise ValueError("only an actor says that")
         if frame.body:
             word = Word.decode(frame.head)
             if self._is_leased(process, word.slot, word.identity):
                 self._arrived[word.slot] = word.identity, frame.body
-        process.channel.said.append(frame.head)  # type: ignore[union-attr]
+        process.channel.said.append(frame.head)
 
     def _take_part(self, process: Process, frame: Frame) -> None:
         """What an actor was making when it died, if it is what it held a lease for."""
@@ -343,7 +443,7 @@ class RayFleet(Fleet):
     def _dead(self, process: Process, exited: Exited) -> None:
         assert self._activities is not None
         crashed = exited.crashed and not process.doomed
-        record = self._activities.record(place_of("actor", process.index, self._activities.num_roles))
+        record = self._activities.record(place_of(process.name, process.index, self._activities.num_roles))
         self._events.append(Death(process, exited.describe(), process.doomed, crashed, record))
 
     def _lose(self, link: NodeLink) -> None:
@@ -362,10 +462,18 @@ class RayFleet(Fleet):
         self._lost_at, self._changed = time.monotonic(), True
         for process in lived:
             process.retired = True
+        for process in (*lived, *(learner for learner in self.learners if self._home(learner) is link)):
             if process.up:
-                self._dead(
-                    process, Exited(0, Role("actor", process.index, process.incarnation), None, f"node {link.name} is lost: {link.lost}")
-                )
+                role = Role(process.name, process.index, process.incarnation)
+                self._dead(process, Exited(0, role, None, f"node {link.name} is lost: {link.lost}"))
+
+    def _give_up_silent(self) -> None:
+        """A node that has not ended its learner long after it was told to is taken for lost: no other learner begins before that."""
+        now = time.monotonic()
+        for learner in self.learners:
+            link = self._home(learner)
+            if link is not None and learner.up and learner.doomed and now - learner.doomed_at > END_LEARNER_SECONDS:
+                link.lost = link.lost or f"it has not ended its learner within {END_LEARNER_SECONDS:g} s"
 
     def _take_activities(self, link: NodeLink, frame: Frame) -> None:
         now_ns, doing = read_activities(frame)
@@ -376,7 +484,7 @@ class RayFleet(Fleet):
             if self._homes.get(each.index) is not link:
                 continue
             each.record["since_ns"] += offset
-            self._activities.put(place_of("actor", each.index, self._activities.num_roles), each.record)
+            self._activities.put(place_of(*role_of(each.index), self._activities.num_roles), each.record)
             self._states[each.index] = each.letter
             self._seen_at[each.index] = time.monotonic()
 
@@ -394,6 +502,9 @@ class RayFleet(Fleet):
         self._homes[actor.index].env_steps += int(slot.envelope["num_env_steps"])
         for name in _TIMES:
             slot.envelope[name] += self._clocks.get(self._homes[actor.index], 0)
+        for learner in self.learners[1:]:
+            if (home := self._home(learner)) is not None and learner.up:  # it need not wait for the others
+                self._brought.bring(home, self._ring, [(word.slot, word.identity)])
 
     # ---- nodes and actors that come and go -------------------------------------------------------------------------
     @property
@@ -515,6 +626,11 @@ class RayFleet(Fleet):
     def _leave_nodes(self, now: float) -> None:
         """Those where no actor is to live, and none is left."""
         lived_in = {self._homes[process.index] for process in self.actors if process.up or not process.retired}
+        for learner in self.learners:
+            if (home := self._home(learner)) is not None:
+                lived_in.add(home)
+                if learner.up and home in self._leaving:
+                    self.kill(learner, f"its node is taken away: {self._leaving[home]}")
         for node_id, link in [(node_id, link) for node_id, link in self._links.items() if link not in lived_in]:
             del self._links[node_id]
             preempted = self._leaving.pop(link, "") != ""
@@ -543,37 +659,37 @@ class RayFleet(Fleet):
         what it was told once that was there."""
         now, records = time.monotonic(), super().activities()
         for at, process in enumerate(self.processes):
-            if process.name == "actor":
+            if self._home(process) is not None:
                 if self.delivery_of(process) is not None:
                     process.told_at = now
-                unseen_seconds = now - self._seen_at.get(process.index, now)
+                unseen_seconds = now - self._seen_at.get(number_of(process.name, process.index), now)
                 records[at] = replace(records[at], age_seconds=max(0.0, records[at].age_seconds - unseen_seconds))
         return records
 
     def delivery_of(self, process: Process) -> Delivery | None:
-        delivery = self._homes[process.index].delivery if process.name == "actor" else None
+        link = self._home(process)
+        delivery = None if link is None else link.delivery
         return delivery if delivery is not None and delivery.seconds > SLOW_SECONDS else None
 
     def state_of(self, process: Process) -> str | None:
-        return super().state_of(process) if process.name != "actor" else self._states.get(process.index)
+        return super().state_of(process) if self._home(process) is None else self._states.get(number_of(process.name, process.index))
 
     def stopped_itself(self, process: Process) -> bool:
-        return process.name != "actor" and super().stopped_itself(process)
+        return self._home(process) is None and super().stopped_itself(process)
 
     def dump(self, process: Process) -> None:
-        if process.name != "actor":
+        if (link := self._home(process)) is None:
             super().dump(process)
-        elif process.index in self._homes:
-            self._homes[process.index].post(Frame(Kind.DUMP, process.index, process.incarnation))
+        else:
+            link.post(Frame(Kind.DUMP, number_of(process.name, process.index), process.incarnation))
 
     def stack_of(self, process: Process) -> str:
-        if process.name != "actor":
+        if (link := self._home(process)) is None:
             return super().stack_of(process)
         log = self.log_of(process)
         begin = log.stat().st_size if log.exists() else 0
         self.dump(process)
         deadline = time.monotonic() + STACK_SECONDS
-        link = self._homes[process.index]
         link.flush()
         while time.monotonic() < deadline and not link.lost:
             wait([link], 0.1)
@@ -597,7 +713,7 @@ class RayFleet(Fleet):
 def node_setup(config: RunConfig, common: dict[str, Any], schema: Schema, weights: int, packages: list[str]) -> bytes:
     """What a node builds its memory from: the same sizes and numbers of slots as here; and of which packages it is to say the versions."""
     fields = [{"name": f.name, "dtype": f.dtype, "shape": list(f.shape), "axis": f.axis} for f in schema.fields]
-    sizes = {name: common[name] for name in ("ring_bytes", "memory_bytes", "num_slots", "num_roles")}
+    sizes = {name: common[name] for name in ("run_id", "ring_bytes", "memory_bytes", "num_slots", "num_roles")}
     return to_json(
         {
             "config": config.model_dump(mode="json", by_alias=True),
