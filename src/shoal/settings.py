@@ -404,7 +404,8 @@ def _check_engine(config: RunConfig, asked_for: list[Tree], resumed: bool) -> No
     """Raise ConfigError for what the engine that was asked for does not take. A run that goes on without its cluster forgets where that was."""
     if config.engine == "local":
         asked = asked_for[-1:] if resumed else asked_for
-        given = [key for key in ("address", "nodes", "actors_per_node", "learners_on") if _asked(asked, "ray", key)]
+        given = [key for key in ("address", "nodes", "actors_per_node") if _asked(asked, "ray", key)]
+        given += ["learners_on" for tree in asked if (tree.get("ray") or {}).get("learners_on") == "nodes"]  # driver is so here too
         if given:
             raise ConfigError(f"ray.{given[0]} says where on a cluster a run is placed: give --engine ray with it")
         config.ray = RayConfig()

@@ -29,9 +29,12 @@ def test_the_run_goes_back_to_its_checkpoint_and_all_are_made_anew(
     cluster = ClusterHere(["a", "b"], actors_per_node=1)
     monkeypatch.setattr(ray_fleet, "connect", lambda config, warn: cluster)
 
+    killed: list[int] = []
+
     def kill() -> None:
-        (own,) = zygotes() - {node._node._zygote.pid for node in cluster.here.values()}
-        os.kill(own, signal.SIGKILL)
+        if not killed:  # the update is made again
+            killed.extend(zygotes() - {node._node._zygote.pid for node in cluster.here.values()})
+            os.kill(*killed, signal.SIGKILL)
 
     run = shoal.train("CartPole-v1", run_dir=str(tmp_path / "run"), callbacks=[at(6, kill)], **{**SETTINGS, "engine": "ray", **several})
     (rolled_back,) = events(run, "rolled_back")
