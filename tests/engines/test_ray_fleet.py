@@ -91,7 +91,10 @@ class ClusterHere(Cluster):
         self.spoil: Callable[[Frame], Frame | None] = lambda frame: frame
 
     def nodes(self) -> list[ClusterNode]:
-        return [ClusterNode(name, name, float(self.actors_per_node)) for name in self.names]
+        return [ClusterNode(name, name, float(self.actors_per_node), "127.0.0.1") for name in self.names]
+
+    def driver(self) -> tuple[str, str]:
+        return "", "127.0.0.1"
 
     def draining(self) -> dict[str, float | None] | None:
         self.looks += 1

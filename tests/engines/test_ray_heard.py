@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from faults.decoders import NodeSays, node_messages
+from faults.decoders import LEARNER, NodeSays, learner_words, node_messages
 from rollout_fakes import RUN_ID, write_rollout
 from shoal.engines.messages import Kind as Told
 from shoal.engines.messages import Word, to_json
@@ -47,6 +47,14 @@ def activity(of: int) -> bytes:
         Frame(Kind.PARTIAL, head=b"\0", body=b"x"),
         Frame(Kind.WORD, head=b"\0", body=b"x"),
         Frame(Kind.WORD, head=b"\xff" * 32, body=b"x"),
+        Frame(Kind.WORD, LEARNER, head=Word(Told.FILLED).encode()),
+        Frame(Kind.SAID, head=to_json({"is": "ready", "version": 3})),
+        Frame(Kind.SAID, LEARNER, head=b"no JSON"),
+        Frame(Kind.SAID, LEARNER, head=to_json({"is": "ready", "version": "3"})),
+        Frame(Kind.SAID, LEARNER, head=to_json({"is": "trained", "version": 3, "metrics": {}, "dropped": []})),
+        Frame(Kind.SAID, LEARNER, head=to_json({"is": "consumed", "dropped": []})),
+        Frame(Kind.SAID, LEARNER, head=to_json({"is": "saved", "weights_sha256": "00"})),
+        Frame(Kind.SAID, LEARNER, head=to_json({"is": "failed", "error": "LearnersError", "message": "no"})),
         Frame(Kind.ACTIVITIES),
         Frame(Kind.ACTIVITIES, head=(-(2**63)).to_bytes(8, "little", signed=True)),
         Frame(Kind.ACTIVITIES, head=CLOCK, body=activity(0)[:-1]),
@@ -57,13 +65,32 @@ def test_a_frame_that_cannot_be_read_costs_the_node_and_nothing_else(frame: Fram
     process = node.hear([frame])
     assert node.lost.startswith(f"it said what no node says ({frame.kind.name}: ")
     assert node.told == ["node_lost"]
-    assert [death.process for death in node.fleet._hearing.events] == [process]
+    assert [death.process for death in node.fleet._hearing.events] == [process, node.learner]
 
 
 def test_what_a_node_truly_says_is_heard(node: NodeSays) -> None:
     for message in node_messages():
         node.hear(list(decode(message)))
         assert not node.lost
+
+
+def test_what_a_learner_on_a_node_says_is_heard_as_it_is(node: NodeSays) -> None:
+    words = [to_json(said) for said in learner_words()]
+    actor = node.hear([Frame(Kind.SAID, LEARNER, head=word) for word in words])
+    assert list(node.learner.channel.said) == words  # type: ignore[union-attr]
+    assert not actor.channel.said  # type: ignore[union-attr]
+
+
+def test_what_a_learner_does_and_writes_is_kept_as_its_own(node: NodeSays, tmp_path: Path) -> None:
+    doing = ACTIVITY.pack(LEARNER, b"T") + activity(0)[ACTIVITY.size :]
+    log = Frame(Kind.LOG, LEARNER, body=b"a line\n")
+    exited = Frame(Kind.HAPPENED, LEARNER, head=to_json({"is": "exited", "pid": 7, "status": 9, "error": ""}))
+    node.hear([Frame(Kind.ACTIVITIES, head=CLOCK, body=doing), log, exited])
+    assert node.fleet.state_of(node.learner) == "T"
+    assert (tmp_path / "logs" / "learner-1.log").read_bytes() == b"a line\n"
+    (death,) = node.fleet._hearing.events
+    assert death.process is node.learner  # type: ignore[union-attr]
+    assert node.told == []
 
 
 def part(node: NodeSays, identity: Identity = IDENTITY, run: bytes = RUN_ID, slot: int = 1) -> Frame:

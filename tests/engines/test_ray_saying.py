@@ -43,6 +43,7 @@ FRAMES = [
     Frame(Kind.LEAVING, head=f"SIGTERM {TOKEN}".encode()),
     Frame(Kind.HAPPENED, head=to_json({"is": "lost", "reason": f"it said {TOKEN}"})),
     Frame(Kind.HAPPENED, head=to_json({"is": "exited", "pid": 7, "status": None, "error": f"no {TOKEN}"})),
+    Frame(Kind.SAID, head=to_json({"is": "failed", **REPORT})),
 ]
 
 

@@ -30,8 +30,9 @@ from shoal.engines.node_report import NodeReport
 from shoal.engines.plan import Plan
 from shoal.engines.ray_fleet import RayFleet
 from shoal.engines.ray_hearing import RemoteChannel
+from shoal.engines.ray_learners import Brought, LearnerChannel
 from shoal.engines.ray_node import ACTIVITY
-from shoal.engines.ray_words import Frame, decode, encode
+from shoal.engines.ray_words import Frame, decode, encode, number_of
 from shoal.engines.ray_words import Kind as NodeKind
 from shoal.environments.spaces import describe
 from shoal.errors import CheckpointError, RunError, SchemaError
@@ -49,6 +50,7 @@ from shoal.supervision.memory import anonymous_file
 from shoal.types import CURSOR, GroupState
 
 Decoder = Callable[[bytes], None]
+LEARNER = number_of("learner", 1)
 
 
 def word(content: bytes) -> None:
@@ -96,33 +98,36 @@ def store_lock(content: bytes) -> None:
 
 class NodeSays:
     """What a node says, as whole messages, and as head and body of every kind of frame: nothing is raised into the supervisor's loop, and no slot
-    that is not leased is written. `lost` is why the node was given up by the last message, empty where it was not."""
+    that is not leased is written. `lost` is why the node was given up by the last message, empty where it was not. `learner` lives there too."""
 
     def __init__(self, directory: Path) -> None:
-        config = RunConfig(env=EnvConfig(id="x"), engine="ray")
+        config = RunConfig(env=EnvConfig(id="x"), engine="ray", learners=2)
         self.told: list[str] = []
         self.ring = allocate(scripted_schema(4, 2), 2)
         self.lost = ""
         self.fleet = RayFleet(config, None, directory, RUN_ID, "", lambda kind, **facts: self.told.append(kind))
+        self.learner = self.fleet.learners[1]
         self.fleet._hearing.begin(self.ring, ActivityBoard.create(4))
         (directory / "logs").mkdir()
 
     def __call__(self, content: bytes) -> None:
         split = 1 + (content[0] if content else 0)
-        messages = [[Frame(kind, 0, 0, content[1:split], content[split:])] for kind in NodeKind]
+        messages = [[Frame(kind, of, 0, content[1:split], content[split:])] for kind in NodeKind for of in (0, LEARNER)]
         with contextlib.suppress(ValueError):
             messages.append(list(decode(content)))
         for frames in messages:
             self.hear(frames)
 
     def hear(self, frames: list[Frame], lease: tuple[int, Identity] | None = None) -> Process:
-        """Have an actor live on a new node, with a lease or none, and hear these frames of that node."""
+        """Have an actor live on a new node, with a lease or none, beside a learner, and hear these frames of that node."""
         fleet, hearing, process = self.fleet, self.fleet._hearing, Process("actor", 0)
         link: Any = _Link(frames)
         channel = RemoteChannel(link, 0, 0, hearing.leases)
         hearing.forget()
         process.channel, fleet.actors = channel, [process]
-        fleet._links, fleet._homes, hearing.events = {"far": link}, {0: link}, []
+        self.learner.channel = LearnerChannel(link, LEARNER, 0, self.ring, Brought())
+        fleet._links, hearing.events = {"far": link}, []
+        fleet._homes.update({0: link, LEARNER: link})
         for kept in (fleet._gone, fleet._leaving, hearing._clocks):
             kept.clear()
         if lease is not None:
@@ -319,6 +324,16 @@ def decoders(directory: Path) -> dict[str, Decoder]:
     }
 
 
+def learner_words() -> list[dict[str, object]]:
+    """What a learner on a node truly says."""
+    return [
+        {"is": "ready", "version": 3},
+        {"is": "saved", "weights_sha256": ""},
+        {"is": "not_saved", "message": "No space left on device (x)"},
+        {"is": "failed", "error": "LearnersError", "message": "no", "report": {}, "traceback": ""},
+    ]
+
+
 def node_messages() -> list[bytes]:
     """What a node truly says."""
     facts: list[dict[str, object]] = [
@@ -335,6 +350,7 @@ def node_messages() -> list[bytes]:
         Frame(NodeKind.LOG, body=b"a line"),
         Frame(NodeKind.LEAVING, head=b"SIGTERM"),
         Frame(NodeKind.WORD, head=Word(Told.FILLED).encode(), body=bytes(300)),
+        *(Frame(NodeKind.SAID, LEARNER, head=to_json(each)) for each in learner_words()),
     ]
     return [encode([frame]) for frame in frames]
 

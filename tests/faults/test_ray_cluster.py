@@ -77,6 +77,10 @@ class Machines:
         """Processes that the nodes have started, whose name begins so."""
         return [pid for pid, name in descendants([self.cluster.head_node, *self.others]).items() if name.startswith(prefix)]
 
+    def named_below(self, raylet: Any, prefix: str) -> list[int]:
+        """As `named`, of one node."""
+        return [pid for pid, name in descendants([raylet]).items() if name.startswith(prefix)]
+
     def niceness(self) -> set[int]:
         """Of all actors on the nodes."""
         return {os.getpriority(os.PRIO_PROCESS, pid) for pid in self.named("shoal:actor")}

@@ -9,7 +9,14 @@ from typing import Any
 
 import click
 
-RAY_KEYS = ("address", "nodes", "actors_per_node", "allow_insecure_cluster")  # these need no section before them
+RAY_KEYS = (
+    "address",
+    "nodes",
+    "actors_per_node",
+    "allow_insecure_cluster",
+    "learners_on",
+    "allow_plain_learners",
+)  # these need no section before them
 SETTINGS = "shoal.settings"  # where a command finds the settings in its context's meta
 
 

@@ -167,3 +167,10 @@ class RayConfig(Section):
     allow_insecure_cluster: bool = Field(
         False, description="join a cluster without a token: whoever reaches its ports can run any code on it (CVE-2023-48022)"
     )
+    learners_on: Literal["driver", "nodes"] = Field(
+        "driver",
+        description="where several learners are: all where the command runs, or each but the first on a node of its own (ppo, appo, impala)",
+    )
+    allow_plain_learners: bool = Field(
+        False, description="let learners on nodes of a cluster with TLS add up without: whoever is on their network can read and change it"
+    )

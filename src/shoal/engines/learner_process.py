@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from shoal.engines.beginning import IDLE_SECONDS, attach, receive_setup
-from shoal.engines.keeping import keep, keep_replay, load_kept, load_kept_replay
+from shoal.engines.keeping import hand_over, keep, keep_replay, load_kept, load_kept_replay
 from shoal.engines.messages import to_json
 from shoal.engines.saving import load_learner, save_learner
 from shoal.experience.envelope import Identity
 from shoal.experience.replay_memory import OWN, KeptMemory, Memory
-from shoal.learners.distributed import TorchRanks, file_store, meet
+from shoal.learners.distributed import TorchRanks, file_store, meet, network_store
 from shoal.learners.learner import Learner, Unpublished, WeightPublisher
 from shoal.learners.replay_learner import ReplayLearner
 from shoal.supervision.channel import Channel, wait
@@ -39,27 +39,31 @@ class LearnerProcess:
         self._channel: Channel = context.channel
         setup = receive_setup(context.channel)
         self._blueprint, ring, board, self._heart, self._trace = attach(context, setup)
-        config, kept = self._blueprint.config, setup["kept"]
+        config, kept, meeting = self._blueprint.config, setup["kept"], setup.get("meeting")
         torch.set_num_threads(config.learner.threads)
         self._first, self._several = context.index == 0, config.learners > 1
         if self._several and self._blueprint.device().type == "cuda":
-            torch.cuda.set_device(context.index)  # there is one for each (Blueprint.check_algorithm)
+            torch.cuda.set_device(context.index % torch.cuda.device_count())  # one for each, on one machine (Blueprint.check_algorithm)
         if self._first and kept is None:  # else actors are reading it
             board.reset()
         publisher: WeightPublisher = board if self._first else Unpublished(self._blueprint.layout(self._blueprint.policy()).size)
         memory = self._memory(context.memory_fds[5:], kept)
         self._learner: Learner = self._blueprint.learner(ring, publisher, setup["max_policy_lag"], self._heart, memory)
+        reads = self._first or meeting is None  # what they go on from, which lies on the driver's machine
         if self._several:
-            ranks = self._meet(context)
+            ranks = self._meet(context, meeting)
             self._learner.join(ranks)
-            self._kept = (context.memory_fds[3], context.memory_fds[4])
-        if kept is not None:
+            if reads:
+                self._kept = (context.memory_fds[3], context.memory_fds[4])
+        if kept is not None and reads:
             load_kept(self._learner, self._kept, kept)  # it was published before it was told
             if isinstance(self._learner, ReplayLearner):
                 load_kept_replay(self._learner.replay, self._kept_replay, kept)
-        else:
-            if setup["checkpoint"] is not None:
-                load_learner(self._learner, Path(setup["checkpoint"]), config.learners)
+        if kept is None and reads and setup["checkpoint"] is not None:
+            load_learner(self._learner, Path(setup["checkpoint"]), config.learners)
+        if meeting is not None:
+            hand_over(self._learner, ranks, self._blueprint.build_facts())
+        if kept is None:
             if isinstance(self._learner, ReplayLearner):
                 self._learner.replay.begin(self._learner.version)
             if self._several:
@@ -79,14 +83,18 @@ class LearnerProcess:
             memory.clear()
         return memory
 
-    def _meet(self, context: ChildContext) -> TorchRanks:
-        """Find the other learners."""
-        size, device = self._blueprint.config.learners, self._blueprint.device()
+    def _meet(self, context: ChildContext, meeting: dict[str, Any] | None) -> TorchRanks:
+        """Find the other learners; meeting: where, if they may be on other machines (engines/ray_learners.py)."""
+        size, device, seconds = self._blueprint.config.learners, self._blueprint.device(), self._blueprint.config.learner.timeout_seconds
+        if meeting is not None:
+            listening = context.memory_fds[2] if self._first else None
+            store = network_store(meeting["address"], meeting["port"], size, seconds, listening)
+            return meet(store, context.index, size, timeout_seconds=seconds, address=meeting["own"])
         return meet(
             file_store(context.memory_fds[2], size),
             context.index,
             size,
-            timeout_seconds=self._blueprint.config.learner.timeout_seconds,
+            timeout_seconds=seconds,
             device=torch.device("cuda", context.index) if device.type == "cuda" else None,
         )
 

@@ -129,6 +129,7 @@ def _send_with_file(channel: WordChannel, message: bytes, content: bytes) -> boo
 
 
 def close_all(more: list[int] | bytes) -> None:
+    """Descriptors that came along with a message; a file's content needs none."""
     for fd in () if isinstance(more, bytes) else more:
         os.close(fd)
 

@@ -46,11 +46,13 @@ ASKED_AHEAD = 2  # questions that wait at a node: what happens while an answer t
 
 @dataclass(frozen=True)
 class ClusterNode:
-    """One machine of the cluster. cpus: that Ray may give away there."""
+    """One machine of the cluster. cpus, gpus: that Ray may give away there. address: at which the other machines reach it."""
 
     id: str
     name: str
     cpus: float
+    address: str = ""
+    gpus: float = 0.0
 
 
 class RemoteNode:
@@ -138,12 +140,14 @@ class Cluster:
       num_nodes: that host actors; None: all that there are. actors_per_node: processes that host environments on each.
       secrets: of a cluster that was started for this run, and ends with it.
       roll: of its machines.
+      gpu_each: whether a node is to have one GPU, where it has any, for a learner.
     """
 
     num_nodes: int | None
     actors_per_node: int
     secrets: tempfile.TemporaryDirectory[str] | None = None
     roll: Roll | None = None
+    gpu_each: bool = False
     _started: list[RemoteNode] = field(default_factory=list)
 
     @property
@@ -173,11 +177,26 @@ class Cluster:
     def nodes(self) -> list[ClusterNode]:
         """Those that are alive and have CPUs for the actors of one node, by name."""
         found = [
-            ClusterNode(each["NodeID"], each.get("NodeManagerHostname") or each["NodeManagerAddress"], each["Resources"].get("CPU", 0.0))
+            ClusterNode(
+                each["NodeID"],
+                each.get("NodeManagerHostname") or each["NodeManagerAddress"],
+                each["Resources"].get("CPU", 0.0),
+                each["NodeManagerAddress"],
+                each["Resources"].get("GPU", 0.0),
+            )
             for each in (self.roll.machines if self.roll is not None else [])
             if each["Alive"]
         ]
         return sorted((node for node in found if node.cpus >= self.actors_per_node), key=lambda node: (node.name, node.id))
+
+    def driver(self) -> tuple[str, str]:
+        """The machine of this process, which is part of the cluster: its node's id, and its address as the others know it."""
+        import ray
+
+        here: str = ray.get_runtime_context().get_node_id()
+        return here, next(
+            each["NodeManagerAddress"] for each in (self.roll.machines if self.roll is not None else []) if each["NodeID"] == here
+        )
 
     def draining(self) -> dict[str, float | None] | None:
         """Nodes that Ray is about to take away (a preemption, `ray drain-node`, SIGTERM of `ray start --block`), by id: in how many seconds, None where
@@ -206,6 +225,7 @@ class Cluster:
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
+            **({"num_gpus": 1} if self.gpu_each and node.gpus >= 1 else {}),
         )
         started = RemoteNode(placed.remote(setup, pickled))
         self._started.append(started)
@@ -252,6 +272,11 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
     address, named = config.ray.address, "--address"
     if address in (None, "auto") and os.environ.get("RAY_ADDRESS"):  # as Ray takes it, and as it is in a job that was submitted
         address, named = os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
+    if config.ray.learners_on == "nodes" and address is not None and address.startswith("ray://"):
+        raise ConfigError(
+            "ray.learners_on: a driver that joins by ray:// is no machine of the cluster, and learners on nodes have no way to it; run it on one of them, "
+            "with --address HEAD:PORT, or give --learners-on driver"
+        )
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     secrets: tempfile.TemporaryDirectory[str] | None = None
     if address is None:

@@ -1,4 +1,5 @@
 """The processes of a run on a Ray cluster, as the supervisor sees them: the learner here, actors on the nodes. Nothing is decided here; local.py decides.
+Of several learners all but the first may be on nodes too (engines/ray_learners.py).
 
 A node's fleet (engines/ray_node.py) is a tunnel: an actor there is told the same words as one here, and says the same. What shared memory does on one
 machine is done on the way: weights go before the first word that names their version, once per node; a finished rollout comes with the word that
@@ -13,6 +14,7 @@ Nodes come and go while a run goes on. One is taken in where there are groups fo
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -24,20 +26,22 @@ from typing import Any
 import numpy as np
 
 from shoal.config import MAX_ACTORS, RunConfig, actor_bounds
-from shoal.engines.fleet import Death, Fleet, Process
+from shoal.engines.fleet import POLL_SECONDS, STOP_SECONDS, Death, Fleet, Process
 from shoal.engines.importing import try_imports
 from shoal.engines.messages import Word, to_json
 from shoal.engines.node_report import NodeReport, refusal, report_here
 from shoal.engines.placement import shares
 from shoal.engines.plan import Plan
+from shoal.engines.process import close_all
 from shoal.engines.question import read_log
 from shoal.engines.ray_cluster import HEAD_SECONDS, Cluster, ClusterNode, connect
 from shoal.engines.ray_hearing import Hearing, RemoteChannel
 from shoal.engines.ray_job import check_run_directory, passing_files
 from shoal.engines.ray_joining import Newcomers, node_setup, report_of
+from shoal.engines.ray_learners import LearnerChannel, Spread, check_learners
 from shoal.engines.ray_link import NodeLink
 from shoal.engines.ray_node import REPORT_BYTES
-from shoal.engines.ray_words import Frame, Kind
+from shoal.engines.ray_words import Frame, Kind, number_of
 from shoal.engines.traffic import Delivery, summary
 from shoal.errors import ConfigError, ProcessError
 from shoal.experience.ring import Ring
@@ -55,7 +59,7 @@ STACK_SECONDS = 1.0
 
 
 class RayFleet(Fleet):
-    """As `Fleet`, with the actors on the nodes of a cluster."""
+    """As `Fleet`, with the actors, and learners where they are to be there, on the nodes of a cluster."""
 
     def __init__(
         self, config: RunConfig, pickled: bytes | None, directory: Path, run_id: bytes, traces: str, told: Callable[..., None]
@@ -65,7 +69,8 @@ class RayFleet(Fleet):
         self._told = told
         self._cluster: Cluster | None = None
         self._links: dict[str, NodeLink] = {}  # by the node's id
-        self._homes: dict[int, NodeLink] = {}  # by an actor's index
+        self._homes: dict[int, NodeLink] = {}  # by an actor's index; of a learner that lives on a node, by its number (ray_words.py)
+        self._spread = Spread(config, self.learners, self._homes)
         self._hearing = Hearing(run_id, self, told)
         self._setup: bytes = b""
         self._board: WeightBoard | None = None
@@ -99,11 +104,17 @@ class RayFleet(Fleet):
             raise ProcessError("the engine is not open")
         return self._cluster
 
+    def look(self) -> dict[str, Any]:
+        facts = super().look()
+        self._spread.device = "cuda" if "gpu" in facts["build"] else "cpu"
+        return facts
+
     def allocate(self, schema: Schema, plan: Plan, weights: int) -> Ring:
         ring = super().allocate(schema, plan, weights)
         assert self._memory is not None
         assert self._activities is not None
         self._hearing.begin(ring, self._activities)
+        self._spread.ring = ring
         self._num_weights = weights
         self._most_bytes = REPORT_BYTES + schema.slot_bytes
         self._board = WeightBoard(weights, self._memory.buffer[self._common["ring_bytes"] :])
@@ -113,9 +124,15 @@ class RayFleet(Fleet):
         self._num_groups = plan.num_groups
         if self._config.autoscale is not None:
             self._wanted = actor_bounds(self._config.autoscale)[1]
+        self.cluster.gpu_each = self._spread.on and self._spread.device == "cuda"
         for node in self.cluster.wait_for_nodes():
             self._links[node.id] = self._link(node)
         self._check_nodes()
+        if self._spread.on:
+            self._spread.here = self.cluster.driver()
+            others = len(self._spread.others(self._staying()))
+            for message in check_learners(self._config, os.environ, replayed=plan.rate is not None, others=others):
+                self._told("warning", message=message)
         self._settle()
         return ring
 
@@ -129,7 +146,9 @@ class RayFleet(Fleet):
 
     def _link(self, node: ClusterNode) -> NodeLink:
         """This run's fleet on a node, which is started there now."""
-        return NodeLink(node.name, self.cluster.start(node, self._setup, self._pickled), self._weights_for, self._most_bytes)
+        link = NodeLink(node.name, self.cluster.start(node, self._setup, self._pickled), self._weights_for, self._most_bytes)
+        self._spread.places[link] = node.id, node.address
+        return link
 
     def _look_here(self) -> list[str]:
         """What this machine is, which the nodes are compared with. Returns the packages that the run's own code needs."""
@@ -159,41 +178,87 @@ class RayFleet(Fleet):
 
     # ---- roles ---------------------------------------------------------------------------------------------------
     def start(self, process: Process, setup: dict[str, Any], encode: Callable[[bytes], bytes] = lambda body: body) -> None:
-        if process.name != "actor":
+        if process.name == "learner" and self._spread.on:
+            if not any(learner.up for learner in self.learners):
+                close_all(self._meeting)
+                self._meeting = []
+                self._meeting = [self._spread.begin(self._staying())]
+            setup = {**setup, "meeting": self._spread.meeting_of(process)}
+        if (link := self._home(process)) is None:
             super().start(process, setup, encode)
             return
-        link = self._homes[process.index]
         config = self._config.model_dump(mode="json", by_alias=True)
         channel: Any = RemoteChannel(link, process.index, process.incarnation, self._hearing.leases)
+        if process.name == "learner":
+            channel, config["device"] = self._spread.channel(process, link), self._spread.device
         process.channel, process.ready, process.doomed, process.pid = channel, False, "", 0
         process.asked_at = process.told_at = time.monotonic()
         body = to_json({"config": config, **self._common, **setup, "traces": ""})
-        link.post(Frame(Kind.START, process.index, process.incarnation, body=body))
+        link.post(Frame(Kind.START, number_of(process.name, process.index), process.incarnation, body=body))
 
     def kill(self, process: Process, why: str) -> None:
-        if process.name != "actor":
+        if (link := self._home(process)) is None:
             super().kill(process, why)
         elif process.up and not process.doomed:
             process.doomed, process.doomed_at = why, time.monotonic()
-            self._homes[process.index].post(Frame(Kind.KILL, process.index, process.incarnation))
+            link.post(Frame(Kind.KILL, number_of(process.name, process.index), process.incarnation))
+
+    def reopen(self) -> None:
+        """Whoever lives on a node is ended first: those that come in its place would meet it there. A node that does not say so in time is given up."""
+        for process in self.processes:
+            if self._home(process) is not None:
+                self.kill(process, "the helper process of the driver is gone")
+        deadline = time.monotonic() + STOP_SECONDS
+        while time.monotonic() < deadline and (lived_on := self._lived_on()):
+            self.push()
+            wait(lived_on, POLL_SECONDS)
+            self._bury_on(lived_on)
+        for link in (lived_on := self._lived_on()):
+            link.lost = link.lost or f"it has not ended its processes within {STOP_SECONDS:g} s"
+        self._bury_on(lived_on)
+        self._forget()
+        super().reopen()
+
+    def _lived_on(self) -> list[NodeLink]:
+        """Nodes where somebody is up."""
+        there = [self._home(process) for process in self.processes if process.up]
+        return [link for link in self._links.values() if link in there]
+
+    def _bury_on(self, links: Sequence[NodeLink]) -> None:
+        for link in links:
+            self._take_in(link)
+        for event in self._hearing.deaths():
+            if isinstance(event, Death):
+                event.process.ended()
 
     def stop_all(self, why: str) -> Lost | None:
         lost = super().stop_all(why)
+        self._forget()
+        return lost
+
+    def _forget(self) -> None:
+        """All roles are ended, and the run goes back: of what was under way nothing comes any more, and versions come again."""
         self._hearing.forget()
         with self._weights_lock:
             self._newest = (-1, b"")
             for link in self._links.values():
                 link.forget_weights()
-        return lost
+
+    def _to_meet(self, index: int) -> list[int]:
+        return [*self._meeting, *self._kept] if self._spread.on else super()._to_meet(index)
+
+    def _home(self, process: Process) -> NodeLink | None:
+        """The node where a process lives; None: here."""
+        return self.home_of(number_of(process.name, process.index))
 
     # ---- what is heard -------------------------------------------------------------------------------------------
     def listen(self, timeout_seconds: float, also: Sequence[HasFileno] = ()) -> list[HasFileno]:
-        own = [p for p in self.processes if p.name != "actor"]
+        own = [p for p in self.processes if p.channel is not None and p.channel.fileno() >= 0]
         for process in own:
             self.flush(process)
         waiting: list[HasFileno] = [*(p.channel for p in own if p.channel is not None), self.zygote, *self._links.values(), *also]
         self.push()
-        if self._hearing.events or any(self._said(actor) for actor in self.actors):
+        if self._hearing.events or any(self._said(process) for process in self.processes):
             timeout_seconds = 0.0
         ready = wait(waiting, timeout_seconds)
         for link in list(self._links.values()):
@@ -201,14 +266,15 @@ class RayFleet(Fleet):
                 self._take_in(link)
         if self._hearing.events and self.zygote not in ready:
             ready.append(self.zygote)
-        return [*ready, *(actor.channel for actor in self.actors if actor.channel is not None and self._said(actor))]
+        return [*ready, *(process.channel for process in self.processes if process.channel is not None and self._said(process))]
 
     @staticmethod
-    def _said(actor: Process) -> bool:
-        return isinstance(actor.channel, RemoteChannel) and bool(actor.channel.said)
+    def _said(process: Process) -> bool:
+        return isinstance(process.channel, (RemoteChannel, LearnerChannel)) and bool(process.channel.said)
 
     def happened(self) -> list[Death | Lost]:
         self.push()
+        self._spread.give_up_silent(time.monotonic())
         for link in list(self._links.values()):
             self._take_in(link)
         return super().happened() + self._hearing.deaths()
@@ -244,17 +310,18 @@ class RayFleet(Fleet):
         self._lost_at, self._changed = time.monotonic(), True
         for process in lived:
             process.retired = True
+        for process in (*lived, *(learner for learner, home in self._spread.lodged() if home is link)):
             if process.up:
-                self._hearing.died(
-                    process, Exited(0, Role("actor", process.index, process.incarnation), None, f"node {link.name} is lost: {link.lost}")
-                )
+                role = Role(process.name, process.index, process.incarnation)
+                self._hearing.died(process, Exited(0, role, None, f"node {link.name} is lost: {link.lost}"))
 
     def collect(self, actor: Process, word: Word, newest_version: int) -> None:
         """Put the rollout that came with a word into its slot. Raises SchemaError: none came, or what came does not stand its checks."""
         self._hearing.collect(self._homes[actor.index], word, newest_version)
+        self._spread.bring(word)
 
-    def home_of(self, index: int) -> NodeLink | None:
-        return self._homes.get(index)
+    def home_of(self, number: int) -> NodeLink | None:
+        return self._homes.get(number)
 
     # ---- nodes and actors that come and go -------------------------------------------------------------------------
     @property
@@ -376,6 +443,10 @@ class RayFleet(Fleet):
     def _leave_nodes(self, now: float) -> None:
         """Those where no actor is to live, and none is left."""
         lived_in = {self._homes[process.index] for process in self.actors if process.up or not process.retired}
+        for learner, home in self._spread.lodged():
+            lived_in.add(home)
+            if learner.up and home in self._leaving:
+                self.kill(learner, f"its node is taken away: {self._leaving[home]}")
         for node_id, link in [(node_id, link) for node_id, link in self._links.items() if link not in lived_in]:
             del self._links[node_id]
             preempted = self._leaving.pop(link, "") != ""
@@ -404,37 +475,39 @@ class RayFleet(Fleet):
         what it was told once that was there."""
         now, records = time.monotonic(), super().activities()
         for at, process in enumerate(self.processes):
-            if process.name == "actor":
+            if self._home(process) is not None:
                 if self.delivery_of(process) is not None:
                     process.told_at = now
-                unseen_seconds = now - self._hearing.seen_at.get(process.index, now)
+                unseen_seconds = now - self._hearing.seen_at.get(number_of(process.name, process.index), now)
                 records[at] = replace(records[at], age_seconds=max(0.0, records[at].age_seconds - unseen_seconds))
         return records
 
     def delivery_of(self, process: Process) -> Delivery | None:
-        delivery = self._homes[process.index].delivery if process.name == "actor" else None
+        link = self._home(process)
+        delivery = None if link is None else link.delivery
         return delivery if delivery is not None and delivery.seconds > SLOW_SECONDS else None
 
     def state_of(self, process: Process) -> str | None:
-        return super().state_of(process) if process.name != "actor" else self._hearing.states.get(process.index)
+        if self._home(process) is None:
+            return super().state_of(process)
+        return self._hearing.states.get(number_of(process.name, process.index))
 
     def stopped_itself(self, process: Process) -> bool:
-        return process.name != "actor" and super().stopped_itself(process)
+        return self._home(process) is None and super().stopped_itself(process)
 
     def dump(self, process: Process) -> None:
-        if process.name != "actor":
+        if (link := self._home(process)) is None:
             super().dump(process)
-        elif process.index in self._homes:
-            self._homes[process.index].post(Frame(Kind.DUMP, process.index, process.incarnation))
+        else:
+            link.post(Frame(Kind.DUMP, number_of(process.name, process.index), process.incarnation))
 
     def stack_of(self, process: Process) -> str:
-        if process.name != "actor":
+        if (link := self._home(process)) is None:
             return super().stack_of(process)
         log = self.log_of(process)
         begin = log.stat().st_size if log.exists() else 0
         self.dump(process)
         deadline = time.monotonic() + STACK_SECONDS
-        link = self._homes[process.index]
         link.flush()
         while time.monotonic() < deadline and not link.lost:
             wait([link], 0.1)

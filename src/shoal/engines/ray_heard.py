@@ -29,7 +29,7 @@ class Forked(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """An actor is dead. status: as os.waitpid gives it; None where nobody could reap it, and `error` says why."""
+    """A process is dead. status: as os.waitpid gives it; None where nobody could reap it, and `error` says why."""
 
     pid: int
     status: int | None
@@ -38,7 +38,7 @@ class Ended(NamedTuple):
 
 @dataclass(frozen=True)
 class Doing:
-    """What an actor does. letter: the kernel's, of its process. record: [1] of RECORD, times on the node's clock."""
+    """What a process does. index: a number of `number_of` (ray_words.py). letter: the kernel's. record: [1] of RECORD, times on the node's clock."""
 
     index: int
     letter: str
@@ -67,8 +67,19 @@ def read_slot(head: bytes) -> int:
     return int.from_bytes(head, "little")
 
 
+def check_said(head: bytes) -> None:
+    """The head of a SAID: what a learner may say that is not the first, which alone tells of updates and of weights. Raises ValueError for all else."""
+    said = from_json(head)
+    match said:
+        case {"is": "ready", "version": int()} | {"is": "saved", "weights_sha256": ""} | {"is": "not_saved", "message": str()}:
+            return
+        case {"is": "failed", "error": str(), "message": str(), "report": dict(), "traceback": str()}:
+            return
+    raise ValueError(f"this is nothing that a learner on a node says: {said!s:.200}")
+
+
 def read_activities(frame: Frame) -> tuple[int, list[Doing]]:
-    """The node's monotonic clock in ns, and what its actors do."""
+    """The node's monotonic clock in ns, and what its processes do."""
     if len(frame.head) != 8:
         raise ValueError(f"a node's clock has 8 bytes, got {len(frame.head)}")
     (now_ns,) = struct.unpack("<q", frame.head)

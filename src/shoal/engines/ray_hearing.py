@@ -18,10 +18,11 @@ from typing import Protocol
 from shoal.engines.fleet import Death, Process
 from shoal.engines.messages import NOBODY, Word, place_of
 from shoal.engines.messages import Kind as Told
-from shoal.engines.ray_heard import Forked, HelperLost, read_activities, read_happened, read_slot
+from shoal.engines.ray_heard import Forked, HelperLost, check_said, read_activities, read_happened, read_slot
+from shoal.engines.ray_learners import LearnerChannel
 from shoal.engines.ray_link import NodeLink
 from shoal.engines.ray_saying import Allowance, BoundedLog, LogText, without_secrets
-from shoal.engines.ray_words import Frame, Kind
+from shoal.engines.ray_words import Frame, Kind, number_of, role_of
 from shoal.errors import SchemaError
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring, Slot
@@ -67,12 +68,13 @@ class RemoteChannel:
 
 
 class House(Protocol):
-    """Whose actors they are: as much of a `RayFleet` as is asked here."""
+    """Whose processes they are: as much of a `RayFleet` as is asked here."""
 
     actors: list[Process]
+    learners: list[Process]
 
-    def home_of(self, index: int) -> NodeLink | None:
-        """The node where the actor of this index lives, or is to live."""
+    def home_of(self, number: int) -> NodeLink | None:
+        """The node where the process of this number (`number_of`) lives, or is to live; None: on none."""
 
     def log_of(self, process: Process) -> Path: ...
 
@@ -81,7 +83,7 @@ class House(Protocol):
 
 
 class Hearing:
-    """What was taken in, of all nodes.
+    """What was taken in, of all nodes. Processes go by their numbers (`number_of`).
 
     Args:
       told: of what is worth an event, as `Observer.event`.
@@ -89,7 +91,7 @@ class Hearing:
       events: deaths, until the supervisor is told.
       arrived: rollouts by slot, until their word is heard.
       leases: what each slot was leased for last, until its rollout is here.
-      states: the kernel's letters, by an actor's index. seen_at: when its node last said what an actor does (monotonic clock).
+      states: the kernel's letters, of each process. seen_at: when its node last said what it does (monotonic clock).
     """
 
     def __init__(self, run_id: bytes, house: House, told: Callable[..., None]) -> None:
@@ -102,11 +104,11 @@ class Hearing:
         self.states: dict[int, str] = {}
         self.seen_at: dict[int, float] = {}
         self._clocks: dict[NodeLink, int] = {}  # ns to add to a node's monotonic clock
-        self._logs: dict[int, BoundedLog] = {}  # by an actor's index
+        self._logs: dict[int, BoundedLog] = {}
         self._allowances: dict[NodeLink, Allowance] = {}
 
     def begin(self, ring: Ring, activities: ActivityBoard) -> None:
-        """Where rollouts, and what actors do, are written."""
+        """Where rollouts, and what processes do, are written."""
         self._ring, self._activities = ring, activities
 
     def forget(self) -> None:
@@ -129,10 +131,10 @@ class Hearing:
         return events
 
     def died(self, process: Process, exited: Exited) -> None:
-        if (log := self._logs.pop(process.index, None)) is not None:
+        if (log := self._logs.pop(number_of(process.name, process.index), None)) is not None:
             self._write(process, log.end(time.monotonic()))
         crashed = exited.crashed and not process.doomed
-        record = self._board.record(place_of("actor", process.index, self._board.num_roles))
+        record = self._board.record(place_of(process.name, process.index, self._board.num_roles))
         self.events.append(Death(process, exited.describe(), process.doomed, crashed, record))
 
     def collect(self, link: NodeLink, word: Word, newest_version: int) -> None:
@@ -154,16 +156,18 @@ class Hearing:
             self._house.notice(link, frame.head.decode(errors="replace"))
         elif frame.kind is Kind.HAPPENED:
             self._take_happened(link, frame)
-        elif (process := self._actor_of(link, frame)) is None:
+        elif (process := self._process_of(link, frame)) is None:
             return
+        elif frame.kind is Kind.SAID:
+            self._take_said(process, frame)
         elif frame.kind is Kind.WORD:
             self._take_word(process, frame)
         elif frame.kind is Kind.PARTIAL:
             self._take_part(process, frame)
         elif frame.kind is Kind.LOG:
-            log = self._logs.get(process.index)
+            log = self._logs.get(frame.index)
             if log is None or log.allowance is not self._allowance(link):
-                log = self._logs[process.index] = BoundedLog(self._allowance(link), link.name, LogText())
+                log = self._logs[frame.index] = BoundedLog(self._allowance(link), link.name, LogText())
             self._write(process, log.take(frame.body, time.monotonic()))
 
     def _allowance(self, link: NodeLink) -> Allowance:
@@ -174,30 +178,40 @@ class Hearing:
             with self._house.log_of(process).open("ab") as log:
                 log.write(said)
 
-    def _actor_of(self, link: NodeLink, frame: Frame) -> Process | None:
-        """The living actor that a frame is of; None where it is of an earlier incarnation, or lives elsewhere by now."""
-        for process in self._house.actors:
-            if process.index == frame.index and process.incarnation == frame.incarnation and process.up:
-                return process if self._house.home_of(process.index) is link else None
-        return None
+    def _process_of(self, link: NodeLink, frame: Frame) -> Process | None:
+        """The living process that a frame is of; None where it is of an earlier incarnation, or lives elsewhere by now."""
+        if self._house.home_of(frame.index) is not link:
+            return None
+        name, index = role_of(frame.index)
+        process = (self._house.actors if name == "actor" else self._house.learners)[index]
+        return process if process.up and process.incarnation == frame.incarnation else None
 
     def _take_happened(self, link: NodeLink, frame: Frame) -> None:
         said = read_happened(frame.head)
         if isinstance(said, HelperLost):
             self._told("warning", message=f"node {link.name}: {said.reason.partition(chr(10))[0]}; it is started again")
-        elif (process := self._actor_of(link, frame)) is None:
+        elif (process := self._process_of(link, frame)) is None:
             return
         elif isinstance(said, Forked):
             process.pid = said.pid
         else:
-            self.died(process, Exited(said.pid, Role("actor", process.index, process.incarnation), said.status, said.error))
+            self.died(process, Exited(said.pid, Role(process.name, process.index, process.incarnation), said.status, said.error))
+
+    @staticmethod
+    def _take_said(process: Process, frame: Frame) -> None:
+        check_said(frame.head)
+        if not isinstance(process.channel, LearnerChannel):
+            raise ValueError("only a learner says that")
+        process.channel.said.append(frame.head)
 
     def _take_word(self, process: Process, frame: Frame) -> None:
+        if not isinstance(process.channel, RemoteChannel):
+            raise ValueError("only an actor says that")
         if frame.body:
             word = Word.decode(frame.head)
             if self.is_leased(process, word.slot, word.identity):
                 self.arrived[word.slot] = word.identity, frame.body
-        process.channel.said.append(frame.head)  # type: ignore[union-attr]
+        process.channel.said.append(frame.head)
 
     def _take_part(self, process: Process, frame: Frame) -> None:
         """What an actor was making when it died, if it is what it held a lease for."""
@@ -221,7 +235,7 @@ class Hearing:
             if self._house.home_of(each.index) is not link:
                 continue
             each.record["since_ns"] += offset
-            self._board.put(place_of("actor", each.index, self._board.num_roles), each.record)
+            self._board.put(place_of(*role_of(each.index), self._board.num_roles), each.record)
             self.states[each.index] = each.letter
             self.seen_at[each.index] = time.monotonic()
 

@@ -65,7 +65,7 @@ def report_of(node: NodeHandle) -> NodeReport:
 def node_setup(config: RunConfig, common: dict[str, Any], schema: Schema, weights: int, packages: list[str]) -> bytes:
     """What a node builds its memory from: the same sizes and numbers of slots as here; and of which packages it is to say the versions."""
     fields = [{"name": f.name, "dtype": f.dtype, "shape": list(f.shape), "axis": f.axis} for f in schema.fields]
-    sizes = {name: common[name] for name in ("ring_bytes", "memory_bytes", "num_slots", "num_roles")}
+    sizes = {name: common[name] for name in ("run_id", "ring_bytes", "memory_bytes", "num_slots", "num_roles")}
     return to_json(
         {
             "config": config.model_dump(mode="json", by_alias=True),

@@ -1,9 +1,10 @@
 """The fleet of one node: actors in processes of that machine, as the local engine has them, and the way between them and a driver elsewhere.
 
 The driver decides all. It says whom to start, to kill and what to make (`say`), and hears what they answer (`hear`); a rollout that is finished goes
-along with the word that tells of it. Weights come once per version, and lie in this node's own board for all of its actors.
+along with the word that tells of it. Weights come once per version, and lie in this node's own board for all of its actors. A learner may live here too
+(engines/ray_learners.py): the rollouts that it learns from are put into this node's slots before it is told of them.
 
-    consumes    frames of the driver; words of the actors; exits told by the zygote
+    consumes    frames of the driver; words of the actors, and of a learner; exits told by the zygote
     waits for   all of them together, POLL_SECONDS at most
     unblocked   by any of them
     on failure  a zygote that is lost is told with all of its processes, and another one is started; the end of the process that holds the node ends all of them
@@ -34,12 +35,12 @@ from shoal.engines.messages import Kind as Told
 from shoal.engines.messages import Word, from_json, place_of, to_json
 from shoal.engines.node_report import report_here
 from shoal.engines.ray_saying import LogText, without_secrets
-from shoal.engines.ray_words import Frame, Kind, Parts, encode, part
+from shoal.engines.ray_words import Frame, Kind, Parts, encode, number_of, part, role_of
 from shoal.errors import SchemaError
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema
-from shoal.experience.wire import pack
+from shoal.experience.wire import pack, unpack
 from shoal.supervision.channel import Channel, HasFileno, wait
 from shoal.supervision.heartbeat import ActivityBoard
 from shoal.supervision.memory import SharedMemory
@@ -58,17 +59,21 @@ LOG_BYTES = 1 << 16  # of a process's log in one frame
 RESTART_SECONDS = 1.0  # between two zygotes
 READY_SECONDS = 300.0  # the first zygote's imports, on a slow disk, or a machine that is busy with other things
 PRELOAD = ["torch", "gymnasium", "shoal.engines.mains"]
-ACTIVITY = struct.Struct("<Ic3x")  # index, the kernel's letter; a RECORD follows
+ACTIVITY = struct.Struct("<Ic3x")  # number_of the process, the kernel's letter; a RECORD follows
 
 
 @dataclass
 class _Hosted(Process):
-    """An actor here, as the driver sees it: what it is making, and how much of its log was told."""
+    """An actor or a learner here, as the driver sees it: what it is making, and how much of its log was told."""
 
     leases: dict[int, Identity] = field(default_factory=dict)
     log: IO[bytes] | None = None
     log_at: int = 0
     said: LogText = field(default_factory=LogText)
+
+    @property
+    def number(self) -> int:
+        return number_of(self.name, self.index)
 
 
 class Node:
@@ -81,7 +86,7 @@ class Node:
 
     def __init__(self, setup: bytes, pickled: bytes | None) -> None:
         facts = from_json(setup)
-        self._config, self._pickled = facts["config"], pickled
+        self._config, self._pickled, self._run_id = facts["config"], pickled, bytes.fromhex(facts["run_id"])
         self._asynchronous = self._config["mode"] == "async"
         fields = tuple(FieldSpec(f["name"], f["dtype"], tuple(f["shape"]), f["axis"]) for f in facts["fields"])
         schema = Schema(fields, facts["num_rows"], facts["num_envs"])
@@ -92,7 +97,7 @@ class Node:
         self._num_weights: int = facts["weights"]
         self._activities = ActivityBoard.create(facts["num_roles"])
         self._log = _new_log()
-        self._actors: dict[int, _Hosted] = {}
+        self._actors: dict[int, _Hosted] = {}  # and a learner, by their numbers
         self._orders: deque[Frame] = deque()
         self._parts = Parts(sys.maxsize)  # the driver is trusted
         self._message, self._told_of = b"", 0  # what is told in parts, and how much of it was
@@ -142,7 +147,7 @@ class Node:
         return encode(told)
 
     def _in_a_hurry(self) -> bool:
-        idle = [not actor.leases for actor in list(self._actors.values()) if actor.up]
+        idle = [not actor.leases for actor in list(self._actors.values()) if actor.up and actor.name == "actor"]
         return is_urgent(self._reports, idle, asynchronous=self._asynchronous)
 
     def beat(self) -> None:
@@ -240,12 +245,17 @@ class Node:
             self._board.publish(version, np.frombuffer(order.body, np.float32, self._num_weights))
         elif order.kind is Kind.START:
             self._start(order)
+        elif order.kind is Kind.ROLLOUT:
+            word = Word.decode(order.head)
+            unpack(order.body, self._ring.slots[word.slot], self._run_id, word.identity, word.value)
         else:
             actor = self._actors.get(order.index)
             if actor is None or actor.incarnation != order.incarnation or not actor.up:
                 return
             if order.kind is Kind.WORD:
                 self._pass_on(actor, order)
+            elif order.kind is Kind.ORDER:
+                tell(actor, order.head)
             elif order.kind is Kind.KILL:
                 actor.doomed = "told to"
                 if actor.pid:
@@ -257,7 +267,7 @@ class Node:
         before = self._actors.get(order.index)
         if before is not None and before.up:
             return  # its death is told first; the driver orders no start before it heard of that
-        actor = _Hosted("actor", order.index, order.incarnation)
+        actor = _Hosted(*role_of(order.index), order.incarnation)
         if before is not None:
             actor.log, actor.log_at = before.log, before.log_at
         self._actors[order.index] = actor
@@ -265,12 +275,13 @@ class Node:
             actor.log = actor.log or _new_log()
             actor.channel, theirs = Channel.pair()
             fds = (self._memory.fd, self._activities.fd)
-            self._zygote.fork("shoal.engines.mains:actor_main", "actor", order.index, order.incarnation, theirs, fds, _path_of(actor.log))
+            target = f"shoal.engines.mains:{actor.name}_main"
+            self._zygote.fork(target, actor.name, actor.index, actor.incarnation, theirs, fds, _path_of(actor.log))
         except OSError as error:
             self._report(_exited(actor, None, f"could not be started: {error.strerror or error}"))
             actor.ended()
             return
-        tell_with_file(actor, Word(Told.SETUP, body=b"{}").encode(), order.body)
+        tell_with_file(actor, Word(Told.SETUP, body=b"{}").encode() if actor.name == "actor" else b"{}", order.body)
 
     def _pass_on(self, actor: _Hosted, order: Frame) -> None:
         word = Word.decode(order.head)
@@ -285,6 +296,9 @@ class Node:
     # ---- what happens here ---------------------------------------------------------------------------------------
     def _hear(self, actor: _Hosted) -> None:
         for message in words(actor):
+            if actor.name == "learner":
+                self._report(Frame(Kind.SAID, actor.number, actor.incarnation, message))
+                continue
             body = b""
             try:
                 word = Word.decode(message)
@@ -301,14 +315,14 @@ class Node:
             self._report(Frame(Kind.HAPPENED, head=to_json({"is": "lost", "reason": event.reason})))
             time.sleep(RESTART_SECONDS)
             self._zygote = self._start_zygote()
-        if not isinstance(event, (Forked, Exited)) or event.role.name != "actor":
+        if not isinstance(event, (Forked, Exited)) or event.role.name not in ("actor", "learner"):
             return
-        actor = self._actors.get(event.role.index)
+        actor = self._actors.get(number_of(event.role.name, event.role.index))
         if actor is None or actor.incarnation != event.role.incarnation or not actor.up:
             return
         if isinstance(event, Forked):
             actor.pid = event.pid
-            self._report(Frame(Kind.HAPPENED, actor.index, actor.incarnation, to_json({"is": "forked", "pid": event.pid})))
+            self._report(Frame(Kind.HAPPENED, actor.number, actor.incarnation, to_json({"is": "forked", "pid": event.pid})))
             if actor.doomed:
                 self._zygote.kill(event.pid)
             return
@@ -337,8 +351,8 @@ class Node:
         for actor in self._actors.values():
             state = (process_state(actor.pid) or "?") if actor.pid else "?"
             parts.append(
-                ACTIVITY.pack(actor.index, state.encode())
-                + self._activities.raw(place_of("actor", actor.index, self._activities.num_roles))
+                ACTIVITY.pack(actor.number, state.encode())
+                + self._activities.raw(place_of(actor.name, actor.index, self._activities.num_roles))
             )
             self._tell_log(actor)
         if parts:
@@ -351,7 +365,7 @@ class Node:
 
     def _tell_of_log(self, actor: _Hosted, said: bytes) -> None:
         if said:
-            self._report(Frame(Kind.LOG, actor.index, actor.incarnation, body=said))
+            self._report(Frame(Kind.LOG, actor.number, actor.incarnation, body=said))
 
 
 class SignalledNode(Node):
@@ -394,6 +408,6 @@ def _path_of(file: IO[bytes]) -> Path:
     return Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
-def _exited(actor: Process, status: int | None, error: str) -> Frame:
+def _exited(actor: _Hosted, status: int | None, error: str) -> Frame:
     facts: dict[str, Any] = {"is": "exited", "pid": actor.pid, "status": status, "error": error}
-    return Frame(Kind.HAPPENED, actor.index, actor.incarnation, json.dumps(facts).encode())
+    return Frame(Kind.HAPPENED, actor.number, actor.incarnation, json.dumps(facts).encode())

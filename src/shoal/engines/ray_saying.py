@@ -22,7 +22,7 @@ def without_secrets(frame: Frame) -> Frame:
     """The frame with `***` for what is secret in its words; logs are not looked at, since a secret may be cut there (`LogText`)."""
     if frame.kind is Kind.LEAVING:
         return replace(frame, head=redact(frame.head.decode(errors="replace")).encode())
-    if frame.kind is Kind.HAPPENED:
+    if frame.kind in (Kind.HAPPENED, Kind.SAID):
         return replace(frame, head=_json_without_secrets(frame.head))
     if frame.kind is Kind.WORD and frame.head[:1] == bytes([Told.FAULT]):
         return replace(frame, head=frame.head[:WORD_BYTES] + _json_without_secrets(frame.head[WORD_BYTES:]))

@@ -266,7 +266,7 @@ def check_cluster(environment: Mapping[str, str], allow_insecure: bool, ask: Cal
         )
     has = "may have" if why == _UNKNOWN else "has"
     warnings = [f"the Ray cluster {has} no token authentication ({why}): {danger}"] if why else []
-    if environment.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+    if not has_tls(environment):
         warnings.append(
             "the Ray cluster is joined without TLS (RAY_USE_TLS): whoever reads its network reads the token and all that is sent"
         )
@@ -274,6 +274,11 @@ def check_cluster(environment: Mapping[str, str], allow_insecure: bool, ask: Cal
     if not why and file is not None and file.stat().st_mode & 0o077:
         warnings.append(f"others on this host may read the token in {file}: chmod 600 {file}")
     return warnings
+
+
+def has_tls(environment: Mapping[str, str]) -> bool:
+    """Whether Ray encrypts what it sends, in this environment, and asks who is there."""
+    return environment.get("RAY_USE_TLS", "0").lower() in ("1", "true")
 
 
 _ASK = """

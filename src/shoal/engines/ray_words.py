@@ -11,30 +11,36 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
+from shoal.config import MAX_ACTORS
+
 _HEAD = struct.Struct("<BxxxIIQQ")
+_NUMBERS = {"actor": 0, "learner": MAX_ACTORS}  # the least of each role
 
 
 class Kind(IntEnum):
     """What a `Frame` is."""
 
     # to a node
-    START = 1  # fork an actor; body: its set-up, JSON
+    START = 1  # fork an actor or a learner; body: its set-up, JSON
     WORD = 2  # either way: head: a word of engines/messages.py; body: the file that comes along, or the rollout that is finished
     KILL = 3
     WEIGHTS = 4  # head: version, int64; body: float32 weights. Words behind it may name that version
     DUMP = 5  # have a process write its stacks into its log
     PART = 6  # either way: body: a piece of a message that goes in several; head: `more`, or empty with the last
+    ROLLOUT = 7  # head: a word that names slot and identity; value: the newest version in it; body: the rollout, for the learner there
+    ORDER = 8  # head: what a learner is told, JSON
     # from a node
     HAPPENED = 17  # head: JSON, what the zygote told of a process, or of itself
     PARTIAL = 18  # head: slot, uint32; body: the rollout as far as it was when its actor died
     ACTIVITIES = 19  # head: this machine's monotonic clock, int64 ns; body: activity records of all processes, and their states
     LOG = 20  # body: what a process wrote since
     LEAVING = 21  # head: why this node is soon to end, text; it goes on until it is told to
+    SAID = 22  # head: what a learner says, JSON
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One word. `index` and `incarnation` of the actor that it is about."""
+    """One word. `index`, a number of `number_of`, and `incarnation` of the process that it is about."""
 
     kind: Kind
     index: int = 0
@@ -112,3 +118,14 @@ class Parts:
         if any(frame.kind is Kind.PART for frame in frames):
             raise ValueError("a part of a message has no parts")
         return frames
+
+
+def number_of(role: str, index: int) -> int:
+    """By which a frame names a process that lives on a node: an actor by its index, learners by numbers behind those of all actors."""
+    return _NUMBERS[role] + index
+
+
+def role_of(number: int) -> tuple[str, int]:
+    """The inverse of `number_of`: role and index."""
+    role = "learner" if number >= MAX_ACTORS else "actor"
+    return role, number - _NUMBERS[role]

@@ -199,6 +199,8 @@ class Blueprint:
             raise ConfigError(f"algorithm.minibatch_size: {size} rows cannot be divided among {learners} learners (learners)")
 
     def _check_gpus(self, learners: int) -> None:
+        if self.config.ray.learners_on == "nodes":  # each asks for those of its own machine
+            return
         gpus = torch.cuda.device_count() if self.device().type == "cuda" else learners
         if gpus < learners:
             raise ConfigError(

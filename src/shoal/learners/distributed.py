@@ -87,6 +87,20 @@ def file_store(fd: int, size: int) -> Any:
     return _c10d.FileStore(f"/proc/self/fd/{fd}", size)
 
 
+def network_store(address: str, port: int, size: int, timeout_seconds: float, listening_fd: int | None = None) -> Any:
+    """A store for learners on several machines. listening_fd: of a socket that is bound to that address and port, in the process that serves it; this
+    process owns it from then on. It neither encrypts nor asks who is there. Raises RuntimeError where it cannot be reached in time."""
+    return _c10d.TCPStore(
+        address,
+        port,
+        size,
+        is_master=listening_fd is not None,
+        timeout=timedelta(seconds=timeout_seconds),
+        wait_for_workers=False,
+        master_listen_fd=listening_fd,
+    )
+
+
 def memory_store() -> Any:
     """A store for learners that are threads of one process."""
     return _c10d.HashStore()

@@ -10,12 +10,13 @@ No torch here: the command line and the supervisor import this file.
 from __future__ import annotations
 
 from shoal.imports import load_object, nearest, object_path
-from shoal.settings.completing import WAITING_ACTORS_PER_CORE, adapt_actors, available_cores
+from shoal.settings.completing import NO_REPLAY_ON_NODES, WAITING_ACTORS_PER_CORE, adapt_actors, available_cores
 from shoal.settings.layers import PRESETS, preset_names
 from shoal.settings.resolving import file_settings, load_config, resolve
 from shoal.settings.text import Raw, dump_config, dump_tree, read_yaml
 
 __all__ = [
+    "NO_REPLAY_ON_NODES",
     "PRESETS",
     "WAITING_ACTORS_PER_CORE",
     "Raw",

@@ -12,6 +12,7 @@ from shoal.urls import check_url, is_url
 
 DEFAULT_GROUPS, DEFAULT_GROUP_SIZE = 4, 8
 WAITING_ACTORS_PER_CORE = 8
+NO_REPLAY_ON_NODES = "ray.learners_on: what learns from a replay keeps it beside its learners, on the driver's machine; leave it at driver, or take ppo, appo or impala"
 
 
 def available_cores() -> int:
@@ -114,6 +115,7 @@ def _check_engine(config: RunConfig, asked_for: list[Tree], resumed: bool) -> No
     if config.engine == "local":
         asked = asked_for[-1:] if resumed else asked_for
         given = [key for key in ("address", "nodes", "actors_per_node") if _asked(asked, "ray", key)]
+        given += ["learners_on" for tree in asked if (tree.get("ray") or {}).get("learners_on") == "nodes"]  # driver is so here too
         if given:
             raise ConfigError(f"ray.{given[0]} says where on a cluster a run is placed: give --engine ray with it")
         config.ray = RayConfig()
@@ -122,6 +124,10 @@ def _check_engine(config: RunConfig, asked_for: list[Tree], resumed: bool) -> No
         raise ConfigError("actors: on a cluster they are counted by node; give --actors-per-node")
     if config.policy.inference == "server":
         raise ConfigError("policy.inference: on a cluster every actor has a policy of its own (actor); a server has no way to it")
+    if config.ray.learners_on == "nodes" and config.learners == 1:
+        raise ConfigError("ray.learners_on: a single learner is where the command runs; give --learners N with it, or leave it at driver")
+    if config.ray.learners_on == "nodes" and isinstance(config.algorithm, OffPolicyConfig):
+        raise ConfigError(NO_REPLAY_ON_NODES)
     config.policy.inference, config.actors = "actor", None
 
 
