@@ -22,6 +22,7 @@ from typing import Any
 from shoal.config import RunConfig
 from shoal.engines.ray_link import FIRST_PART_BYTES, LEAST_PART_BYTES, NodeHandle, UnfitNodeError, next_part_bytes
 from shoal.engines.ray_node import SignalledNode
+from shoal.engines.ray_own_node import OwnNode
 from shoal.engines.ray_roll import Roll
 from shoal.engines.ray_security import asks_for_token, check_cluster, local_environment, redact
 from shoal.engines.ray_words import is_part
@@ -141,6 +142,7 @@ class Cluster:
       secrets: of a cluster that was started for this run, and ends with it.
       roll: of its machines.
       gpu_each: whether a node is to have one GPU, where it has any, for a learner.
+      own: the id of the node that is the driver's machine; empty where it is none (ray://).
     """
 
     num_nodes: int | None
@@ -148,6 +150,7 @@ class Cluster:
     secrets: tempfile.TemporaryDirectory[str] | None = None
     roll: Roll | None = None
     gpu_each: bool = False
+    own: str = ""
     _started: list[RemoteNode] = field(default_factory=list)
 
     @property
@@ -191,12 +194,8 @@ class Cluster:
 
     def driver(self) -> tuple[str, str]:
         """The machine of this process, which is part of the cluster: its node's id, and its address as the others know it."""
-        import ray
-
-        here: str = ray.get_runtime_context().get_node_id()
-        return here, next(
-            each["NodeManagerAddress"] for each in (self.roll.machines if self.roll is not None else []) if each["NodeID"] == here
-        )
+        machines = self.roll.machines if self.roll is not None else []
+        return self.own, next(each["NodeManagerAddress"] for each in machines if each["NodeID"] == self.own)
 
     def draining(self) -> dict[str, float | None] | None:
         """Nodes that Ray is about to take away (a preemption, `ray drain-node`, SIGTERM of `ray start --block`), by id: in how many seconds, None where
@@ -215,11 +214,12 @@ class Cluster:
         return [node for node in self.nodes() if node.id not in known and node.id not in left][:room]
 
     def start(self, node: ClusterNode, setup: bytes, pickled: bytes | None) -> NodeHandle:
-        """This run's fleet on one node. Returns at once."""
+        """This run's fleet on one node; on the driver's own, what holds its CPUs. Returns at once."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        kind: Any = ray.remote(concurrency_groups={"say": 1, "hear": 1, "beat": 2})(SignalledNode)  # type: ignore[call-overload]
+        groups, own = {"say": 1, "hear": 1, "beat": 2}, node.id == self.own
+        kind: Any = ray.remote(concurrency_groups=groups)(OwnNode if own else SignalledNode)  # type: ignore[call-overload]
         placed = kind.options(
             num_cpus=self.actors_per_node,
             max_restarts=0,
@@ -227,7 +227,7 @@ class Cluster:
             scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
             **({"num_gpus": 1} if self.gpu_each and node.gpus >= 1 else {}),
         )
-        started = RemoteNode(placed.remote(setup, pickled))
+        started = RemoteNode(placed.remote(setup) if own else placed.remote(setup, pickled))
         self._started.append(started)
         return started
 
@@ -305,7 +305,8 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
         raise ConfigError(f"ray.address: no cluster could be {done}: {redact(' '.join(str(error).split()))[:300]}{busy}") from None
     roll = Roll(_machines)
     per_node = config.ray.actors_per_node or _cpus_of_the_smallest(roll.machines)
-    return Cluster(1 if secrets and config.ray.nodes is None else config.ray.nodes, per_node, secrets, roll)
+    own = "" if address.startswith("ray://") else ray.get_runtime_context().get_node_id()
+    return Cluster(1 if secrets and config.ray.nodes is None else config.ray.nodes, per_node, secrets, roll, own=own)
 
 
 def _why(text: str) -> str:

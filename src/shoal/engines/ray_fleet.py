@@ -1,7 +1,10 @@
 """The processes of a run on a Ray cluster, as the supervisor sees them: the learner here, actors on the nodes. Nothing is decided here; local.py decides.
 Of several learners all but the first may be on nodes too (engines/ray_learners.py).
 
-A node's fleet (engines/ray_node.py) is a tunnel: an actor there is told the same words as one here, and says the same. What shared memory does on one
+Where the driver's own machine is one of the nodes, its actors are processes of the driver's fleet and share its memory, as on the local engine; of Ray it
+has an actor that holds the CPUs, and that says when the machine is to be taken away (engines/ray_own_node.py).
+
+The fleet of any other node (engines/ray_node.py) is a tunnel: an actor there is told the same words as one here, and says the same. What shared memory does on one
 machine is done on the way: weights go before the first word that names their version, once per node; a finished rollout comes with the word that
 tells of it, and is checked before it is put into its slot here. So every decision, and with it every bit of a sync run, is that of the local engine.
 
@@ -146,7 +149,8 @@ class RayFleet(Fleet):
 
     def _link(self, node: ClusterNode) -> NodeLink:
         """This run's fleet on a node, which is started there now."""
-        link = NodeLink(node.name, self.cluster.start(node, self._setup, self._pickled), self._weights_for, self._most_bytes)
+        handle, own = self.cluster.start(node, self._setup, self._pickled), node.id == self.cluster.own
+        link = NodeLink(node.name, handle, self._weights_for, self._most_bytes, own=own)
         self._spread.places[link] = node.id, node.address
         return link
 
@@ -248,8 +252,9 @@ class RayFleet(Fleet):
         return [*self._meeting, *self._kept] if self._spread.on else super()._to_meet(index)
 
     def _home(self, process: Process) -> NodeLink | None:
-        """The node where a process lives; None: here."""
-        return self.home_of(number_of(process.name, process.index))
+        """The other machine where a process lives; None: it is a process of this one."""
+        home = self.home_of(number_of(process.name, process.index))
+        return None if home is None or home.own else home
 
     # ---- what is heard -------------------------------------------------------------------------------------------
     def listen(self, timeout_seconds: float, also: Sequence[HasFileno] = ()) -> list[HasFileno]:
@@ -311,12 +316,15 @@ class RayFleet(Fleet):
         for process in lived:
             process.retired = True
         for process in (*lived, *(learner for learner, home in self._spread.lodged() if home is link)):
-            if process.up:
+            if process.up and link.own:
+                self.kill(process, f"node {link.name}, this machine, is lost: {link.lost}")
+            elif process.up:
                 role = Role(process.name, process.index, process.incarnation)
                 self._hearing.died(process, Exited(0, role, None, f"node {link.name} is lost: {link.lost}"))
 
     def collect(self, actor: Process, word: Word, newest_version: int) -> None:
-        """Put the rollout that came with a word into its slot. Raises SchemaError: none came, or what came does not stand its checks."""
+        """Put the rollout that came with a word into its slot, where it is not there already. Raises SchemaError: none came, or what came does not stand its
+        checks."""
         self._hearing.collect(self._homes[actor.index], word, newest_version)
         self._spread.bring(word)
 
@@ -380,7 +388,7 @@ class RayFleet(Fleet):
             self.actors.append(process)
         else:
             return
-        process.retired, process.deaths, process.not_before, process.node = False, 0, 0.0, link.name
+        process.retired, process.deaths, process.not_before, process.node = False, 0, 0.0, "" if link.own else link.name
         self._homes[process.index], self._changed = link, True
         self._hearing.states.pop(process.index, None)
 

@@ -138,13 +138,16 @@ class Hearing:
         self.events.append(Death(process, exited.describe(), process.doomed, crashed, record))
 
     def collect(self, link: NodeLink, word: Word, newest_version: int) -> None:
-        """Put the rollout that came with a word into its slot, which is leased to an actor of that node. Raises SchemaError: none came, or what came
-        does not stand its checks."""
+        """Put the rollout that came with a word into its slot, which is leased to an actor of that node; those of this machine write there themselves.
+        Raises SchemaError: none came, or what came does not stand its checks."""
         identity, body = self.arrived.pop(word.slot, (word.identity, b""))
         self.leases.pop(word.slot, None)
         slot = self._slot(word.slot)
-        unpack(body if identity == word.identity else b"", slot, self._run_id, word.identity, newest_version)
+        if not link.own:
+            unpack(body if identity == word.identity else b"", slot, self._run_id, word.identity, newest_version)
         link.env_steps += int(slot.envelope["num_env_steps"])
+        if link.own:
+            return
         for name in _TIMES:
             slot.envelope[name] += self._clocks.get(link, 0)
 

@@ -57,12 +57,12 @@ class NodeLink:
       weights: called from a thread of this link.
       most_bytes: of one message of the node.
     Attributes:
-      name: of the node, for people. lost: why it is gone; empty while it is there.
+      name: of the node, for people. own: it is the driver's machine, whose actors are the driver's. lost: why it is gone; empty while it is there.
       said, heard: what went there and came from there, since the beginning. env_steps: of the rollouts that came; counted by the supervisor.
     """
 
-    def __init__(self, name: str, node: NodeHandle, weights: Weights, most_bytes: int = MOST_HEARD_BYTES) -> None:
-        self.name, self.node, self.lost = name, node, ""
+    def __init__(self, name: str, node: NodeHandle, weights: Weights, most_bytes: int = MOST_HEARD_BYTES, *, own: bool = False) -> None:
+        self.name, self.node, self.own, self.lost = name, node, own, ""
         self.said, self.heard, self.env_steps = Counted(), Counted(), 0
         self._under_way: tuple[float, int, int] | None = None  # since when, bytes that are there, bytes in all
         self._part_bytes = FIRST_PART_BYTES
