@@ -226,7 +226,7 @@ def _way(measured: Measured, asked: Asked, rollout_steps: int) -> Way:
 
 
 def _actors(config: RunConfig, mode: str, form: str, cores: int) -> int:
-    """Of a node: those asked for, else as settings.py chooses them on a machine with so many cores."""
+    """Of a node: those asked for, else as shoal.settings chooses them on a machine with so many cores."""
     groups = config.sampling.groups or 1
     if config.engine == "ray":
         return min(groups, config.ray.actors_per_node or cores)

@@ -69,13 +69,13 @@ def _node_links(s: System) -> System | None:
 
 
 def _latency(s: System) -> System | None:
-    return None if s.nodes == 1 and s.way is None else replace(s, links=replace(s.links, latency=s.links.latency / 2))
+    return None if s.nodes == 1 else replace(s, links=replace(s.links, latency=s.links.latency / 2))
 
 
 def _messages(s: System) -> System | None:
-    return (
-        None if s.way is None else replace(s, way=replace(s.way, message=s.way.message / 2, pack=s.way.pack / 2, unpack=s.way.unpack / 2))
-    )
+    if s.nodes == 1 or s.way is None:
+        return None
+    return replace(s, way=replace(s.way, message=s.way.message / 2, pack=s.way.pack / 2, unpack=s.way.unpack / 2))
 
 
 def _waiting(s: System) -> System | None:

@@ -78,9 +78,8 @@ def spread(number: int, parts: int) -> list[int]:
 class _Node:
     """A node that stands for `amount` alike; `fetches` of them get weights when it does. far: it shares no memory with driver and learner."""
 
-    def __init__(self, env: Environment, system: System, cores: Cores, amount: int, fetches: float, learns: bool) -> None:
-        self.env, self.cores, self.amount, self.fetches, self.learns = env, cores, amount, fetches, learns
-        self.far = not learns or system.way is not None
+    def __init__(self, env: Environment, system: System, cores: Cores, amount: int, fetches: float, learns: bool, far: bool) -> None:
+        self.env, self.cores, self.amount, self.fetches, self.learns, self.far = env, cores, amount, fetches, learns, far
         self.up, self.down = (Link(env, system.links.node_bandwidth) for _ in range(2))
         self.leases = [Store(env) for _ in range(system.actors)]
         self.version = 0
@@ -178,7 +177,7 @@ class _Pipeline:
     def _deliver(self, node: _Node, rollout: Rollout) -> _Process:
         system = self._system
         share, seconds = rollout.env_steps / system.rollout_steps, system.driver.rollout / 2
-        if system.way is not None:
+        if node.far and system.way is not None:
             yield node.cores.work(share * system.way.pack)
             seconds += share * system.way.unpack
         if not node.learns:
@@ -335,10 +334,10 @@ def _nodes(env: Environment, system: System, representatives: int) -> list[_Node
     each = (system.nodes - system.learners) / max(1, busy - system.learners)
     shared = Cores(env, system.cores, system.costs.crowding) if system.one_machine else None
 
-    def node(amount: int, fetches: float, learns: bool) -> _Node:
+    def node(amount: int, fetches: float, *, learns: bool, far: bool) -> _Node:
         cores = (system.learner_cores if learns else None) or system.cores
-        return _Node(env, system, shared or Cores(env, cores, system.costs.crowding), amount, fetches, learns)
+        return _Node(env, system, shared or Cores(env, cores, system.costs.crowding), amount, fetches, learns, far)
 
-    nodes = [node(1, 1.0, True)]
-    nodes += [node(amount, amount, True) for amount in learning]
-    return nodes + [node(amount, amount * each, False) for amount in acting]
+    nodes = [node(1, 1.0, learns=True, far=False)]
+    nodes += [node(amount, amount, learns=True, far=system.way is not None) for amount in learning]
+    return nodes + [node(amount, amount * each, learns=False, far=True) for amount in acting]

@@ -2,8 +2,7 @@
 
 N nodes of C cores, each with A actors and its share of the run's groups. Node 0 is the head: the driver, which is the coordinator, and the first learner live
 there. Of several learners each has a node of its own. A node without a learner sends its rollouts over its link, and gets every version of
-the weights once. On the local engine everything is in shared memory; on Ray the driver speaks with the actors of its own node as with those of all others
-(`Way`), only that no link is in between.
+the weights once. Actors of the head's own node share its memory; with those of every other node the driver speaks by messages (`Way`).
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ class System:
       publish, refresh: seconds of one core for each version: of a learner, and of each actor.
       epochs, minibatch_size: how many optimizer steps an update has; None: the whole batch in one.
       learner_cores: cores of a node with a learner; None: as many as the others have.
-      way: to the actors of every node, those of the learner's own too; None: these are in shared memory, and what the others send costs no core.
+      way: to the actors of every node but the head; None: what they send costs no core.
       one_machine: all nodes share the cores of one.
       pause: sync mode: seconds of each update in which nobody works, since processes wake and wait for the slowest.
     """
