@@ -16,7 +16,7 @@ from test_ray_fleet import SETTINGS, ClusterHere, events, learned_as_on_one_mach
 
 import shoal
 from shoal.cli.control import tell_run
-from shoal.engines import autoscale, ending, ray_fleet
+from shoal.engines import autoscale, ending, ray_fleet, ray_nodes
 from shoal.engines.fleet import Process
 from shoal.engines.ray_cluster import ClusterNode
 from shoal.errors import RunError
@@ -36,7 +36,7 @@ class Scene:
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(ending, "UPDATE_SECONDS", 300.0)  # an end gives up no update, however slow the machine
-        monkeypatch.setattr(ray_fleet, "REJOIN_SECONDS", 3600.0)  # what was left is not taken again here
+        monkeypatch.setattr(ray_nodes, "REJOIN_SECONDS", 3600.0)  # what was left is not taken again here
         self.run = directory / "run"
 
     def train(self, cluster: ClusterHere, beside: Callable[[], Any], **settings: Any) -> shoal.Run:
@@ -213,14 +213,14 @@ def test_a_node_that_is_gone_before_all_was_moved_is_lost_and_its_rollouts_are_m
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = ClusterHere(["a", "b"])
-    retire = ray_fleet.RayFleet._retire
+    retire = ray_nodes.Nodes._retire
 
-    def pull_as_it_retires(fleet: ray_fleet.RayFleet, process: Process) -> None:
-        retire(fleet, process)
+    def pull_as_it_retires(nodes: ray_nodes.Nodes, process: Process) -> None:
+        retire(nodes, process)
         if "b" in cluster.names:
             cluster.pull("b")
 
-    monkeypatch.setattr(ray_fleet.RayFleet, "_retire", pull_as_it_retires)
+    monkeypatch.setattr(ray_nodes.Nodes, "_retire", pull_as_it_retires)
 
     def beside() -> None:
         cluster.going["b"] = 0.0

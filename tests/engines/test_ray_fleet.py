@@ -20,7 +20,7 @@ import pytest
 
 import shoal
 from shoal.cli.control import tell_run
-from shoal.engines import ray_cluster, ray_fleet, ray_link, watch
+from shoal.engines import ray_cluster, ray_fleet, ray_link, ray_nodes, watch
 from shoal.engines.ray_cluster import Cluster, ClusterNode
 from shoal.engines.ray_link import NodeHandle
 from shoal.engines.ray_node import ACTIVITY, Node
@@ -379,7 +379,7 @@ def test_an_actor_that_dies_on_a_node_is_started_again_there(run_on: Any, expect
 
 
 def test_a_run_without_any_node_ends_with_a_word_and_can_be_resumed(run_on: Any, monkeypatch: pytest.MonkeyPatch, expected: str) -> None:
-    monkeypatch.setattr(ray_fleet, "NODELESS_SECONDS", 0.5)
+    monkeypatch.setattr(ray_nodes, "NODELESS_SECONDS", 0.5)
     cluster = ClusterHere(["a"])
     with pytest.raises(ProcessError, match="no node of the cluster is left"):
         run_on(cluster, callbacks=[at(5, lambda: cluster.pull("a"))])

@@ -120,15 +120,15 @@ class NodeSays:
 
     def hear(self, frames: list[Frame], lease: tuple[int, Identity] | None = None) -> Process:
         """Have an actor live on a new node, with a lease or none, beside a learner, and hear these frames of that node."""
-        fleet, hearing, process = self.fleet, self.fleet._hearing, Process("actor", 0)
+        fleet, nodes, hearing, process = self.fleet, self.fleet._nodes, self.fleet._hearing, Process("actor", 0)
         link: Any = _Link(frames)
         channel = RemoteChannel(link, 0, 0, hearing.leases)
         hearing.forget()
         process.channel, fleet.actors = channel, [process]
         self.learner.channel = LearnerChannel(link, LEARNER, 0, self.ring, Brought())
-        fleet._links, hearing.events = {"far": link}, []
-        fleet._homes.update({0: link, LEARNER: link})
-        for kept in (fleet._gone, fleet._leaving, hearing._clocks):
+        nodes.links, hearing.events = {"far": link}, []
+        nodes.homes.update({0: link, LEARNER: link})
+        for kept in (nodes.gone, nodes._leaving, hearing._clocks):
             kept.clear()
         if lease is not None:
             channel.send(Word(Told.LEASE, *lease).encode())
@@ -136,7 +136,7 @@ class NodeSays:
         fleet._take_in(link)
         hearing._board.records()
         self.lost = link.lost
-        assert bool(self.lost) == ("far" not in fleet._links)
+        assert bool(self.lost) == ("far" not in nodes.links)
         assert lease is not None or (np.array_equal(self.ring._buffer, before) and not hearing.arrived)
         return process
 
@@ -145,7 +145,7 @@ class _Link:
     """To a node that says these frames, without threads. Takes the part of a `NodeLink`."""
 
     def __init__(self, frames: list[Frame]) -> None:
-        self.name, self.lost, self.node = "far", "", self
+        self.name, self.own, self.lost, self.node = "far", False, "", self
         self._frames = frames
 
     def take(self) -> list[Frame]:

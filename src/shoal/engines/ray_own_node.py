@@ -14,7 +14,7 @@ import signal
 
 from shoal.engines.messages import from_json
 from shoal.engines.node_report import report_here
-from shoal.engines.ray_node import HEAR_SECONDS
+from shoal.engines.ray_node import HEAR_SECONDS, REPORT_BYTES
 from shoal.engines.ray_words import Frame, Kind, encode
 
 
@@ -31,7 +31,7 @@ class OwnNode:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         signal.signal(signal.SIGTERM, lambda number, frame: self.announce("its process got SIGTERM"))
 
-    def hear(self, most_bytes: int) -> bytes:
+    def hear(self, most_bytes: int = REPORT_BYTES) -> bytes:
         """Whether the machine is to be taken away. What that takes is less than any message may have."""
         if select.select([self._wake], [], [], HEAR_SECONDS)[0]:
             os.eventfd_read(self._wake)
