@@ -72,6 +72,11 @@ def test_known_families_bring_their_simulator(env: str, module: str, package: st
     [
         ("nowhere.at_all:Env", {}, r"^env\.id nowhere\.at_all:Env: cannot import nowhere\.at_all: No module named 'nowhere'"),
         ("CartPoll-v1", {}, r"^env\.id .?CartPoll-v1.* is no registered environment \(did you mean CartPole"),
+        (
+            "Foo-v9",
+            {},
+            r"^env\.id 'Foo-v9' is no registered environment of Gymnasium; one of a package of yours is package:NAME, your own code ",
+        ),
         ("CartPole-v1", {"policy.network": "nowhere:Trunk"}, r"^policy\.network nowhere:Trunk: cannot import nowhere"),
         ("CartPole-v1", {"algorithm": "nowhere:Own"}, r"^algorithm nowhere:Own: cannot import nowhere"),
     ],

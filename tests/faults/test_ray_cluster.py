@@ -73,9 +73,10 @@ class Machines:
         self.cluster.remove_node(raylet, allow_graceful=False)
         wait_for(lambda: all(process_state(pid) in (None, "Z") for pid in started))
 
-    def named(self, prefix: str) -> list[int]:
-        """Processes that the nodes have started, whose name begins so."""
-        return [pid for pid, name in descendants([self.cluster.head_node, *self.others]).items() if name.startswith(prefix)]
+    def named(self, prefix: str, driver: subprocess.Popen[str] | None = None) -> list[int]:
+        """Processes that the nodes have started, and the driver, whose name begins so."""
+        below = descendants([self.cluster.head_node, *self.others], *([] if driver is None else [driver.pid]))
+        return [pid for pid, name in below.items() if name.startswith(prefix)]
 
     def named_below(self, raylet: Any, prefix: str) -> list[int]:
         """As `named`, of one node."""
@@ -105,8 +106,8 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | Non
         time.sleep(0.05)
 
 
-def descendants(raylets: list[Any]) -> dict[int, str]:
-    """Names of all processes that nodes of a `Cluster` have started, by their ids; zombies are none."""
+def descendants(raylets: list[Any], *others: int) -> dict[int, str]:
+    """Names of all processes that nodes of a `Cluster` and these processes have started, by their ids; zombies are none."""
     parents, names = {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -117,7 +118,7 @@ def descendants(raylets: list[Any]) -> dict[int, str]:
             state, parent = after.split()[:2]
             if state != "Z":
                 parents[int(entry.name)], names[int(entry.name)] = int(parent), before.partition("(")[2]
-    roots = {raylet.all_processes[PROCESS_TYPE_RAYLET][0].process.pid for raylet in raylets}
+    roots = {*others, *(raylet.all_processes[PROCESS_TYPE_RAYLET][0].process.pid for raylet in raylets)}
     found: dict[int, str] = {}
     for pid in parents:
         at = pid
@@ -212,7 +213,7 @@ def test_a_driver_that_is_killed_leaves_nothing_on_the_nodes_and_is_resumed(mach
         process = begun_on_two_nodes(machines, run, line)
         os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    wait_for(lambda: not machines.named("shoal:actor"))
+    wait_for(lambda: not machines.named("shoal:actor") and not machines.named("ray::OwnNode"))
     result = answer(start(run, "resume", str(run)), run)
     assert result["weights_sha256"] == wanted
 

@@ -17,6 +17,7 @@ import shoal
 from faults.test_ray_cluster import LIMIT_SECONDS, SMALL, Machines, answer, events, start, wait_for
 from held import Line
 from shoal.cli.control import tell_run
+from shoal.supervision.processes import NAME_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def living(machines: Machines, tmp_path: Path) -> Callable[[Callable[[Path, subp
             line.reach(10, process, run.with_suffix(".log"))
             line.go_on(for_good=True)
             begun = tell_run(run, "state")["state"]  # on a busy machine an actor may have taken too long to start
-            wait_for(lambda: len(machines.named("shoal:zygote")) == 2, process)  # those of a run before may still be ending
+            wait_for(lambda: len(machines.named("shoal:zygote")) == 1, process)  # those of a run before may still be ending
             do(run, process)
             at = update_of(run)
             wait_for(lambda: update_of(run) >= at + 5, process)
@@ -63,10 +64,6 @@ def ended(process: subprocess.Popen[str], run: Path) -> dict[str, Any]:
     return answer(process, run)
 
 
-def parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
 def update_of(run: Path) -> int:
     return int(tell_run(run, "state")["state"]["update"])
 
@@ -83,7 +80,7 @@ def test_actors_are_scaled_over_two_nodes_and_one_without_any_is_given_back(mach
         wait_for(lambda: hosting(run) == 2, process)
         answer(start(run, "scale", str(run), "--actors", "1"), run)
         wait_for(lambda: len(events(run, "node_left")) == 1, process)
-        wait_for(lambda: len(machines.named("shoal:actor")) == 1, process)
+        wait_for(lambda: len(machines.named("shoal:actor", process)) == 1, process)
         said = answer(start(run, "scale", str(run), "--actors", "4"), run)
         assert said["actors"] == 4
         wait_for(lambda: hosting(run) == 4, process)
@@ -118,14 +115,19 @@ def test_a_node_that_ray_drains_is_left_with_nothing_lost_and_may_go(machines: M
     machines.cluster.remove_node(raylet, allow_graceful=True)
 
 
-def test_a_fleet_whose_process_gets_sigterm_is_left_with_nothing_lost(machines: Machines, living: Any) -> None:
+@pytest.mark.parametrize(("name", "elsewhere"), [("ray::SignalledNode", 0), ("ray::OwnNode", 2)])
+def test_a_node_whose_process_gets_sigterm_is_left_with_nothing_lost(name: str, elsewhere: int, machines: Machines, living: Any) -> None:
+    """elsewhere: actors that are then on the node that is not the driver's machine."""
     seen: list[Path] = []
 
     def do(run: Path, process: subprocess.Popen[str]) -> None:
         seen.append(run)
-        os.kill(parent_of(machines.named("shoal:zygote")[-1]), signal.SIGTERM)
+        assert (len(machines.named("shoal:actor")), len(machines.named("shoal:actor", process))) == (2, 4)
+        (pid,) = machines.named(name[:NAME_BYTES])
+        os.kill(pid, signal.SIGTERM)
         wait_for(lambda: len(events(run, "node_left")) == 1, process)
         assert hosting(run) == 2
+        assert (len(machines.named("shoal:actor")), len(machines.named("shoal:actor", process))) == (elsewhere, 2)
 
     living(do)
     (noticed,) = events(seen[0], "node_draining")

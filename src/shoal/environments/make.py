@@ -154,7 +154,9 @@ def is_atari(spec: Any) -> bool:
 def _nearest(name: str, known: list[str]) -> str:
     lower = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.6)
-    return f" (did you mean {', '.join(lower[c] for c in close)}?)" if close else ""
+    if close:
+        return f" (did you mean {', '.join(lower[c] for c in close)}?)"
+    return " of Gymnasium; one of a package of yours is package:NAME, your own code package.module:factory or file.py:factory"
 
 
 def _first_line(error: BaseException) -> str:
