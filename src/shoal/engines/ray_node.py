@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from shoal.engines.importing import try_imports
 from shoal.engines.messages import Kind as Told
 from shoal.engines.messages import Word, from_json, place_of, to_json
 from shoal.engines.node_report import report_here
+from shoal.engines.ray_node_log import NodeLog
 from shoal.engines.ray_saying import LogText, without_secrets
 from shoal.engines.ray_words import Frame, Kind, Parts, encode, number_of, part, role_of
 from shoal.errors import SchemaError
@@ -55,7 +56,6 @@ HOLD_SECONDS = (
     0.02  # async: a rollout waits so long for others that are being made here, to go with them: what a message costs is hardly its bytes
 )
 REPORT_BYTES = 8 << 20  # of one message, but for a single rollout that is larger
-LOG_BYTES = 1 << 16  # of a process's log in one frame
 RESTART_SECONDS = 1.0  # between two zygotes
 READY_SECONDS = 300.0  # the first zygote's imports, on a slow disk, or a machine that is busy with other things
 PRELOAD = ["torch", "gymnasium", "shoal.engines.mains"]
@@ -67,8 +67,7 @@ class _Hosted(Process):
     """An actor or a learner here, as the driver sees it: what it is making, and how much of its log was told."""
 
     leases: dict[int, Identity] = field(default_factory=dict)
-    log: IO[bytes] | None = None
-    log_at: int = 0
+    log: NodeLog | None = None
     said: LogText = field(default_factory=LogText)
 
     @property
@@ -96,7 +95,7 @@ class Node:
         self._board.reset()
         self._num_weights: int = facts["weights"]
         self._activities = ActivityBoard.create(facts["num_roles"])
-        self._log = _new_log()
+        self._log = NodeLog()
         self._actors: dict[int, _Hosted] = {}  # and a learner, by their numbers
         self._orders: deque[Frame] = deque()
         self._parts = Parts(sys.maxsize)  # the driver is trusted
@@ -203,7 +202,7 @@ class Node:
             self._something.notify_all()
 
     def _start_zygote(self) -> Zygote:
-        return Zygote.start({"config": self._config}, self._pickled, PRELOAD, log_path=_path_of(self._log))
+        return Zygote.start({"config": self._config}, self._pickled, PRELOAD, log_path=self._log.path)
 
     def _serve(self) -> None:
         for actor in self._actors.values():
@@ -269,14 +268,14 @@ class Node:
             return  # its death is told first; the driver orders no start before it heard of that
         actor = _Hosted(*role_of(order.index), order.incarnation)
         if before is not None:
-            actor.log, actor.log_at = before.log, before.log_at
+            actor.log = before.log
         self._actors[order.index] = actor
         try:
-            actor.log = actor.log or _new_log()
+            actor.log = actor.log or NodeLog()
             actor.channel, theirs = Channel.pair()
             fds = (self._memory.fd, self._activities.fd)
             target = f"shoal.engines.mains:{actor.name}_main"
-            self._zygote.fork(target, actor.name, actor.index, actor.incarnation, theirs, fds, _path_of(actor.log))
+            self._zygote.fork(target, actor.name, actor.index, actor.incarnation, theirs, fds, actor.log.path)
         except OSError as error:
             self._report(_exited(actor, None, f"could not be started: {error.strerror or error}"))
             actor.ended()
@@ -359,8 +358,7 @@ class Node:
             self._report(Frame(Kind.ACTIVITIES, head=struct.pack("<q", time.monotonic_ns()), body=b"".join(parts)))
 
     def _tell_log(self, actor: _Hosted) -> None:
-        if actor.log is not None and (written := os.pread(actor.log.fileno(), LOG_BYTES, actor.log_at)):
-            actor.log_at += len(written)
+        if actor.log is not None and (written := actor.log.read()):
             self._tell_of_log(actor, actor.said.take(written))
 
     def _tell_of_log(self, actor: _Hosted, said: bytes) -> None:
@@ -396,16 +394,6 @@ class _Fd:
 
     def fileno(self) -> int:
         return self.fd
-
-
-def _new_log() -> IO[bytes]:
-    """A file without a name: whatever ends this process, nothing of it is left."""
-    return tempfile.TemporaryFile()
-
-
-def _path_of(file: IO[bytes]) -> Path:
-    """By which another process opens a file of this one."""
-    return Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
 def _exited(actor: _Hosted, status: int | None, error: str) -> Frame:
