@@ -24,6 +24,7 @@ from shoal.config import RayConfig, RunConfig
 from shoal.engines import ray_fleet, ray_link
 from shoal.engines.keeping import hand_over
 from shoal.engines.process import Process
+from shoal.engines.ray_cluster import ClusterNode
 from shoal.engines.ray_learners import END_LEARNER_SECONDS, Spread, check_learners, homes, meeting_place
 from shoal.engines.ray_words import Frame, Kind, Parts, decode, encode, is_part, number_of, role_of
 from shoal.errors import ConfigError, LearnersError, ProcessError
@@ -73,14 +74,36 @@ def kill_learner(cluster: ClusterHere) -> None:
     os.kill(cluster.here[name]._node._actors[LEARNER].pid, signal.SIGKILL)
 
 
+def listens_at(pid: int) -> set[str]:
+    """The IPv4 addresses at which a process waits for others to connect."""
+    sockets = {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.exists() or fd.is_symlink()}
+    found = set()
+    for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
+        _, local, _, state, *_, inode = line.split()[:10]
+        if state == "0A" and f"socket:[{inode}]" in sockets:
+            found.add(socket.inet_ntoa(bytes.fromhex(local.partition(":")[0])[::-1]))
+    return found
+
+
 @pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "c"]], ids=len)
-def test_learners_on_nodes_learn_the_bits_of_as_many_beside_the_driver(names: list[str], run_on: Any, expected: Any) -> None:
-    cluster, seen = ClusterHere(names), list[list[str]]()
+def test_learners_on_nodes_learn_the_bits_of_as_many_beside_the_driver(
+    names: list[str], run_on: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, seen, meet_at = ClusterHere(names), list[list[str]](), list[set[str]]()
+    addresses = [f"127.0.0.{place}" for place in range(2, 2 + len(names))]
+    nodes = [ClusterNode(name, name, 1.0, address) for name, address in zip(names, addresses, strict=True)]
+    monkeypatch.setattr(cluster, "nodes", lambda: nodes)
     learners = len(names)
-    look = at(3, lambda: seen.extend(lives_on(cluster, rank) for rank in range(1, learners)))
-    run = run_on(cluster, learners=learners, callbacks=[look])
+
+    def look() -> None:
+        seen.extend(lives_on(cluster, rank) for rank in range(1, learners))
+        pids = [cluster.here[name]._node._actors[number_of("learner", rank)].pid for rank, name in enumerate(names[:-1], 1)]
+        meet_at.extend(map(listens_at, [roles_below(os.getpid())["learner", 0], *pids]))
+
+    run = run_on(cluster, learners=learners, callbacks=[at(3, look)])
     assert run.result["weights_sha256"] == expected(learners)
     assert seen == [[name] for name in names[: learners - 1]], "one on each node, in their order"
+    assert meet_at == [{"127.0.0.1"}, *({address} for address in addresses[:-1])], "each at the address of its machine, and at no other"
     assert run.result["restarts"] == 0
     warnings = [event["message"] for event in events(run, "warning")]
     assert any("neither encrypted nor authenticated" in message for message in warnings)
