@@ -76,6 +76,8 @@ def test_what_is_wrong_is_refused_by_its_name(text: str, how: dict[str, Any], pa
         "learners: 65",
         "ray: {nodes: 0}",
         "mode: async",
+        "algorithm: dqn\nlearners: 2\nray: {learners_on: nodes}",
+        "ray: {learners_on: nodes}",
     ],
 )
 def test_what_training_on_a_cluster_refuses_is_refused_with_the_same_words(text: str, tmp_path: Path) -> None:
