@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +22,9 @@ from test_ray_fleet import SETTINGS, ClusterHere, NodeHere, at, events
 import shoal
 from several import several
 from shoal.config import RayConfig, RunConfig
-from shoal.engines import ray_fleet, ray_link
+from shoal.engines import learner_process, ray_fleet, ray_link
 from shoal.engines.keeping import hand_over
+from shoal.engines.learner_process import LearnerProcess
 from shoal.engines.process import Process
 from shoal.engines.ray_cluster import ClusterNode
 from shoal.engines.ray_learners import END_LEARNER_SECONDS, Spread, check_learners, homes, meeting_place
@@ -393,6 +395,21 @@ def test_learners_on_several_machines_add_up_through_a_store_in_one_of_them() ->
 
     with ThreadPoolExecutor(2) as pool:
         assert [each.result(120.0) for each in [pool.submit(one, rank) for rank in (0, 1)]] == [[3.0], [3.0]]
+
+
+def test_learners_that_may_be_on_other_machines_add_up_by_gloo_at_their_own_addresses_also_where_they_have_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    met: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(learner_process, "network_store", lambda *store: store)
+    monkeypatch.setattr(learner_process, "meet", lambda *where, **how: met.append((*where, how)))
+    learner = object.__new__(LearnerProcess)
+    blueprint: Any = SimpleNamespace(config=config(), device=lambda: torch.device("cuda"))
+    learner._blueprint, learner._first = blueprint, False
+    context: Any = SimpleNamespace(index=2, memory_fds=())
+    learner._meet(context, {"address": "10.0.0.1", "port": 7, "own": "10.0.0.3"})
+    seconds = config().learner.timeout_seconds
+    assert met == [(("10.0.0.1", 7, 3, seconds, None), 2, 3, {"timeout_seconds": seconds, "address": "10.0.0.3"})]
 
 
 class Holding:
