@@ -71,9 +71,9 @@ def lives_on(cluster: ClusterHere, rank: int = 1) -> list[str]:
     return [name for name in cluster.names if (hosted := cluster.here[name]._node._actors.get(number)) is not None and hosted.up]
 
 
-def kill_learner(cluster: ClusterHere) -> None:
+def kill_learner(cluster: ClusterHere, number: int = signal.SIGKILL) -> None:
     (name,) = lives_on(cluster)
-    os.kill(cluster.here[name]._node._actors[LEARNER].pid, signal.SIGKILL)
+    os.kill(cluster.here[name]._node._actors[LEARNER].pid, number)
 
 
 def listens_at(pid: int) -> set[str]:
@@ -123,12 +123,16 @@ def nothing_was_lost(run: shoal.Run) -> None:
     assert events(run, "rolled_back") == []
 
 
-def test_one_that_is_killed_on_its_node_costs_no_update_and_no_rollout(run_on: Any, expected: Any) -> None:
+def test_one_that_is_killed_or_stopped_on_its_node_costs_no_update_and_no_rollout(run_on: Any, expected: Any) -> None:
     cluster = ClusterHere(["a", "b"])
-    run = run_on(cluster, callbacks=[at(update, lambda: kill_learner(cluster)) for update in (3, 7)])
+    strikes = [at(3, lambda: kill_learner(cluster)), at(7, lambda: kill_learner(cluster, signal.SIGSTOP))]
+    run = run_on(cluster, callbacks=strikes)
     assert run.result["weights_sha256"] == expected(2)
     nothing_was_lost(run)
-    assert {(event["role"], event["index"]) for event in events(run, "died")} == {("learner", 1)}
+    assert [(event["role"], event["index"], event["reason"]) for event in events(run, "died")] == [
+        ("learner", 1, ""),
+        ("learner", 1, "was stopped"),
+    ]
     assert [event["index"] for event in events(run, "recovered") if event["role"] == "learner"] == [1, 1]
 
 
