@@ -94,6 +94,20 @@ def test_what_is_wrong_ends_with_two_and_its_name(
     assert "Traceback" not in said.err
 
 
+@pytest.mark.parametrize("kind", ["kubernetes", "slurm", "compose"])
+def test_no_file_is_printed_of_learners_on_nodes_that_its_cluster_would_refuse(
+    kind: str, cwd: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (cwd / "spread.yaml").write_text("env: CartPole-v1\nlearners: 2\nray: {learners_on: nodes}\n")
+    monkeypatch.chdir(cwd)
+    with pytest.raises(SystemExit) as ended:
+        main(["deploy", kind, "spread.yaml"])
+    said = capfd.readouterr()
+    assert (ended.value.code, said.out) == (2, "")
+    assert "this cluster has TLS" in said.err
+    assert "give --allow-plain-learners on a network that is yours alone" in said.err
+
+
 def test_a_runs_own_configuration_can_be_deployed(cwd: Path) -> None:
     shoal("train", "CartPole-v1", *RUN, "--view", "silent", cwd=cwd)
     for named in ("runs/short", "runs/short/config.yaml"):

@@ -20,6 +20,14 @@ def planned(tmp_path: Path) -> Callable[..., Deployment]:
 
 
 @pytest.fixture
+def spread(tmp_path: Path) -> Callable[..., Deployment]:
+    """As `planned`, of a run with two learners, of which one is on a node."""
+    file = tmp_path / "spread.yaml"
+    file.write_text(f"{SETTINGS}learners: 2\nray: {{learners_on: nodes, allow_plain_learners: true}}\n")
+    return lambda **how: plan_deployment(file, **how)
+
+
+@pytest.fixture
 def stored(tmp_path: Path) -> Callable[..., Deployment]:
     """As `planned`, of a run that is to lie in an object store."""
     file = tmp_path / "stored.yaml"

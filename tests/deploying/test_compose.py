@@ -56,6 +56,14 @@ def test_nodes_and_what_each_of_them_has(planned: Planned) -> None:
     assert services["worker"]["depends_on"] == {"head": {"condition": "service_healthy"}}
 
 
+def test_the_container_of_a_learner_has_a_gpu_where_the_head_has_some(spread: Planned) -> None:
+    file = composed(spread(nodes=2, gpus=2))
+    head, worker = (file["services"][name]["deploy"]["resources"]["reservations"]["devices"] for name in ("head", "worker"))
+    assert [device["count"] for device in (*head, *worker)] == [2, 1]
+    assert faults(file, schema("compose-spec.json")) == []
+    assert "nvidia" not in str(composed(spread(nodes=2)))
+
+
 def test_token_and_tls_are_on_in_every_container_and_no_secret_is_in_the_file(planned: Planned) -> None:
     file = composed(planned())
     for service in file["services"].values():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from shoal.deploying import deployment as checks
 from shoal.deploying.deployment import Deployment, plan_deployment
 from shoal.deploying.rendering import fill
+from shoal.engines.ray_learners import check_learners
 from shoal.errors import ConfigError
 from shoal.settings import dump_config, dump_tree, read_yaml, resolve
 
@@ -75,6 +76,8 @@ def test_what_is_wrong_is_refused_by_its_name(text: str, how: dict[str, Any], pa
         "learners: 65",
         "ray: {nodes: 0}",
         "mode: async",
+        "algorithm: dqn\nlearners: 2\nray: {learners_on: nodes}",
+        "ray: {learners_on: nodes}",
     ],
 )
 def test_what_training_on_a_cluster_refuses_is_refused_with_the_same_words(text: str, tmp_path: Path) -> None:
@@ -84,6 +87,40 @@ def test_what_training_on_a_cluster_refuses_is_refused_with_the_same_words(text:
     with pytest.raises(ConfigError) as deployed:
         plan_deployment(file)
     assert str(deployed.value) == str(trained.value)
+
+
+ON_NODES = "env: CartPole-v1\nlearners: 2\nray: {learners_on: nodes}\n"
+ALLOWED = ON_NODES.replace("nodes}", "nodes, allow_plain_learners: true}")
+
+
+@pytest.mark.parametrize(
+    ("text", "nodes", "part"),
+    [(ON_NODES, 2, "give --allow-plain-learners"), (ALLOWED, 1, "besides that machine the run has 0 nodes")],
+    ids=["TLS", "one node"],
+)
+def test_learners_on_nodes_are_refused_as_the_run_on_that_cluster_would_be(text: str, nodes: int, part: str, tmp_path: Path) -> None:
+    file = written(tmp_path, text)
+    config, _ = resolve(str(file), {"engine": "ray", "ray.address": "auto"})
+    with pytest.raises(ConfigError, match=part) as trained:
+        check_learners(config, {"RAY_USE_TLS": "1"}, replayed=False, others=nodes - 1)
+    with pytest.raises(ConfigError) as deployed:
+        plan_deployment(file, nodes=nodes)
+    assert str(deployed.value) == f"{trained.value} (in {file}: ray.learners_on, ray.allow_plain_learners)"
+
+
+def test_learners_on_nodes_that_are_allowed_go_without_encryption_with_a_warning(tmp_path: Path) -> None:
+    planned = plan_deployment(written(tmp_path, ALLOWED), nodes=2)
+    (warning,) = planned.warnings
+    assert "neither encrypted nor authenticated (gloo)" in warning
+    assert yaml.safe_load(planned.settings)["ray"] == {"learners_on": "nodes", "allow_plain_learners": True}
+
+
+@pytest.mark.parametrize(("learners_on", "worker_gpus", "told"), [("nodes", 1, False), ("driver", 0, True)])
+def test_a_node_has_a_gpu_where_a_learner_may_be(learners_on: str, worker_gpus: int, told: bool, tmp_path: Path) -> None:
+    planned = plan_deployment(written(tmp_path, ALLOWED.replace("nodes,", f"{learners_on},")), nodes=2, gpus=1)
+    assert (planned.gpus, planned.worker_gpus) == (1, worker_gpus)
+    assert any("2 learners want a GPU each" in warning for warning in planned.warnings) is told
+    assert plan_deployment(written(tmp_path, ALLOWED), nodes=2).worker_gpus == 0
 
 
 def test_options_are_checked_as_those_of_a_training(tmp_path: Path) -> None:

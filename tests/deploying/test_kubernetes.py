@@ -67,6 +67,14 @@ def test_nodes_and_what_each_of_them_has(planned: Planned) -> None:
     assert documents(planned(nodes=1))["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 0
 
 
+def test_the_pod_of_a_learner_has_a_gpu_where_the_head_has_some(spread: Planned) -> None:
+    job = documents(spread(nodes=2, cpus=4, memory_gib=32, gpus=2))["RayJob"]
+    head, worker = (pod["containers"][0]["resources"] for pod in pods(job))
+    assert (head["limits"]["nvidia.com/gpu"], worker["limits"]["nvidia.com/gpu"]) == ("2", "1")
+    assert faults(job, strict(schema("rayjob.json"))) == []
+    assert "nvidia" not in str(pods(documents(spread(nodes=2))["RayJob"]))
+
+
 def test_an_attempt_that_fails_is_followed_by_another(planned: Planned) -> None:
     spec = documents(planned())["RayJob"]["spec"]
     assert spec["backoffLimit"] > 0

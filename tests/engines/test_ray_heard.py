@@ -11,6 +11,7 @@ from faults.decoders import LEARNER, NodeSays, learner_words, node_messages
 from rollout_fakes import RUN_ID, write_rollout
 from shoal.engines.messages import Kind as Told
 from shoal.engines.messages import Word, to_json
+from shoal.engines.ray_link import NodeLink
 from shoal.engines.ray_node import ACTIVITY
 from shoal.engines.ray_words import Frame, Kind, decode
 from shoal.experience.envelope import Identity
@@ -85,12 +86,42 @@ def test_what_a_learner_does_and_writes_is_kept_as_its_own(node: NodeSays, tmp_p
     doing = ACTIVITY.pack(LEARNER, b"T") + activity(0)[ACTIVITY.size :]
     log = Frame(Kind.LOG, LEARNER, body=b"a line\n")
     exited = Frame(Kind.HAPPENED, LEARNER, head=to_json({"is": "exited", "pid": 7, "status": 9, "error": ""}))
-    node.hear([Frame(Kind.ACTIVITIES, head=CLOCK, body=doing), log, exited])
+    node.hear([Frame(Kind.ACTIVITIES, head=CLOCK, body=doing)])
     assert node.fleet.state_of(node.learner) == "T"
+    node.hear([log, exited])
+    assert node.fleet.state_of(node.learner) is None, "what was seen of it ended with it"
     assert (tmp_path / "logs" / "learner-1.log").read_bytes() == b"a line\n"
     (death,) = node.fleet._hearing.events
     assert death.process is node.learner  # type: ignore[union-attr]
     assert node.told == []
+
+
+class Other(NodeLink):
+    """A link to another node, that says these frames."""
+
+    def __init__(self, frames: list[Frame]) -> None:
+        self.name, self.lost, self._frames = "other", "", frames
+
+    def take(self) -> list[Frame]:
+        return self._frames
+
+
+def test_what_is_said_of_a_learner_by_another_node_or_of_one_before_it_is_not_heard(node: NodeSays) -> None:
+    def frames(incarnation: int) -> list[Frame]:
+        exited = to_json({"is": "exited", "pid": 7, "status": 9, "error": ""})
+        return [
+            Frame(Kind.SAID, LEARNER, incarnation, to_json(learner_words()[0])),
+            Frame(Kind.LOG, LEARNER, incarnation, body=b"a line\n"),
+            Frame(Kind.HAPPENED, LEARNER, incarnation, exited),
+        ]
+
+    doing = Frame(Kind.ACTIVITIES, head=CLOCK, body=ACTIVITY.pack(LEARNER, b"T") + activity(0)[ACTIVITY.size :])
+    node.hear(frames(incarnation=1))
+    other = Other([*frames(incarnation=0), doing])
+    node.fleet._hearing.take_in(other)
+    assert not node.learner.channel.said  # type: ignore[union-attr]
+    assert (node.fleet._hearing.events, node.fleet._hearing.states, node.fleet._hearing._logs) == ([], {}, {})
+    assert (other.lost, node.lost, node.told) == ("", "", [])
 
 
 def part(node: NodeSays, identity: Identity = IDENTITY, run: bytes = RUN_ID, slot: int = 1) -> Frame:

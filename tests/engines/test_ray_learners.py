@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +22,11 @@ from test_ray_fleet import SETTINGS, ClusterHere, NodeHere, at, events
 import shoal
 from several import several
 from shoal.config import RayConfig, RunConfig
-from shoal.engines import ray_fleet, ray_link
+from shoal.engines import learner_process, ray_fleet, ray_link
 from shoal.engines.keeping import hand_over
+from shoal.engines.learner_process import LearnerProcess
 from shoal.engines.process import Process
+from shoal.engines.ray_cluster import ClusterNode
 from shoal.engines.ray_learners import END_LEARNER_SECONDS, Spread, check_learners, homes, meeting_place
 from shoal.engines.ray_words import Frame, Kind, Parts, decode, encode, is_part, number_of, role_of
 from shoal.errors import ConfigError, LearnersError, ProcessError
@@ -68,19 +71,41 @@ def lives_on(cluster: ClusterHere, rank: int = 1) -> list[str]:
     return [name for name in cluster.names if (hosted := cluster.here[name]._node._actors.get(number)) is not None and hosted.up]
 
 
-def kill_learner(cluster: ClusterHere) -> None:
+def kill_learner(cluster: ClusterHere, number: int = signal.SIGKILL) -> None:
     (name,) = lives_on(cluster)
-    os.kill(cluster.here[name]._node._actors[LEARNER].pid, signal.SIGKILL)
+    os.kill(cluster.here[name]._node._actors[LEARNER].pid, number)
+
+
+def listens_at(pid: int) -> set[str]:
+    """The IPv4 addresses at which a process waits for others to connect."""
+    sockets = {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.exists() or fd.is_symlink()}
+    found = set()
+    for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
+        _, local, _, state, *_, inode = line.split()[:10]
+        if state == "0A" and f"socket:[{inode}]" in sockets:
+            found.add(socket.inet_ntoa(bytes.fromhex(local.partition(":")[0])[::-1]))
+    return found
 
 
 @pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "c"]], ids=len)
-def test_learners_on_nodes_learn_the_bits_of_as_many_beside_the_driver(names: list[str], run_on: Any, expected: Any) -> None:
-    cluster, seen = ClusterHere(names), list[list[str]]()
+def test_learners_on_nodes_learn_the_bits_of_as_many_beside_the_driver(
+    names: list[str], run_on: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, seen, meet_at = ClusterHere(names), list[list[str]](), list[set[str]]()
+    addresses = [f"127.0.0.{place}" for place in range(2, 2 + len(names))]
+    nodes = [ClusterNode(name, name, 1.0, address) for name, address in zip(names, addresses, strict=True)]
+    monkeypatch.setattr(cluster, "nodes", lambda: nodes)
     learners = len(names)
-    look = at(3, lambda: seen.extend(lives_on(cluster, rank) for rank in range(1, learners)))
-    run = run_on(cluster, learners=learners, callbacks=[look])
+
+    def look() -> None:
+        seen.extend(lives_on(cluster, rank) for rank in range(1, learners))
+        pids = [cluster.here[name]._node._actors[number_of("learner", rank)].pid for rank, name in enumerate(names[:-1], 1)]
+        meet_at.extend(map(listens_at, [roles_below(os.getpid())["learner", 0], *pids]))
+
+    run = run_on(cluster, learners=learners, callbacks=[at(3, look)])
     assert run.result["weights_sha256"] == expected(learners)
     assert seen == [[name] for name in names[: learners - 1]], "one on each node, in their order"
+    assert meet_at == [{"127.0.0.1"}, *({address} for address in addresses[:-1])], "each at the address of its machine, and at no other"
     assert run.result["restarts"] == 0
     warnings = [event["message"] for event in events(run, "warning")]
     assert any("neither encrypted nor authenticated" in message for message in warnings)
@@ -98,12 +123,16 @@ def nothing_was_lost(run: shoal.Run) -> None:
     assert events(run, "rolled_back") == []
 
 
-def test_one_that_is_killed_on_its_node_costs_no_update_and_no_rollout(run_on: Any, expected: Any) -> None:
+def test_one_that_is_killed_or_stopped_on_its_node_costs_no_update_and_no_rollout(run_on: Any, expected: Any) -> None:
     cluster = ClusterHere(["a", "b"])
-    run = run_on(cluster, callbacks=[at(update, lambda: kill_learner(cluster)) for update in (3, 7)])
+    strikes = [at(3, lambda: kill_learner(cluster)), at(7, lambda: kill_learner(cluster, signal.SIGSTOP))]
+    run = run_on(cluster, callbacks=strikes)
     assert run.result["weights_sha256"] == expected(2)
     nothing_was_lost(run)
-    assert {(event["role"], event["index"]) for event in events(run, "died")} == {("learner", 1)}
+    assert [(event["role"], event["index"], event["reason"]) for event in events(run, "died")] == [
+        ("learner", 1, ""),
+        ("learner", 1, "was stopped"),
+    ]
     assert [event["index"] for event in events(run, "recovered") if event["role"] == "learner"] == [1, 1]
 
 
@@ -370,6 +399,21 @@ def test_learners_on_several_machines_add_up_through_a_store_in_one_of_them() ->
 
     with ThreadPoolExecutor(2) as pool:
         assert [each.result(120.0) for each in [pool.submit(one, rank) for rank in (0, 1)]] == [[3.0], [3.0]]
+
+
+def test_learners_that_may_be_on_other_machines_add_up_by_gloo_at_their_own_addresses_also_where_they_have_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    met: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(learner_process, "network_store", lambda *store: store)
+    monkeypatch.setattr(learner_process, "meet", lambda *where, **how: met.append((*where, how)))
+    learner = object.__new__(LearnerProcess)
+    blueprint: Any = SimpleNamespace(config=config(), device=lambda: torch.device("cuda"))
+    learner._blueprint, learner._first = blueprint, False
+    context: Any = SimpleNamespace(index=2, memory_fds=())
+    learner._meet(context, {"address": "10.0.0.1", "port": 7, "own": "10.0.0.3"})
+    seconds = config().learner.timeout_seconds
+    assert met == [(("10.0.0.1", 7, 3, seconds, None), 2, 3, {"timeout_seconds": seconds, "address": "10.0.0.3"})]
 
 
 class Holding:

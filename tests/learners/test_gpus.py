@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from rollout_fakes import scripted_spec
-from shoal.config import RunConfig
+from shoal.config import RayConfig, RunConfig
 from shoal.engines.roles import Blueprint, UserObjects
 from shoal.errors import ConfigError
 from shoal.learners.distributed import meet
@@ -18,8 +18,8 @@ from shoal.learners.distributed import meet
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def blueprint(learners: int, device: str = "cuda") -> Blueprint:
-    config = RunConfig(learners=learners)
+def blueprint(learners: int, device: str = "cuda", learners_on: Literal["driver", "nodes"] = "driver") -> Blueprint:
+    config = RunConfig(engine="ray", learners=learners, ray=RayConfig(learners_on=learners_on))
     config.device = device  # type: ignore[assignment]
     return Blueprint(config, scripted_spec(), UserObjects(), bytes(16))
 
@@ -33,6 +33,7 @@ def test_more_learners_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         ConfigError, match="learners: 3 learners take a GPU each, and torch sees 2 here; give --learners 2, or --device cpu"
     ):
         blueprint(3).check_algorithm()
+    blueprint(3, learners_on="nodes").check_algorithm()  # the others have those of their machines
 
 
 def add_up(rank: int, size: int, path: str, said: Any) -> None:

@@ -19,7 +19,7 @@ from shoal.planning import inputs
 from shoal.planning.inputs import Asked, check_same, learning_speed, measured_of, read_costs, systems
 from shoal.planning.levers import LEVERS, bottleneck, moves
 from shoal.planning.pipeline import simulate
-from shoal.planning.plan import breaking_size, plan, too_busy
+from shoal.planning.plan import LEARNERS, breaking_size, plan, too_busy
 from shoal.planning.system import System, Way
 from shoal.settings import resolve
 
@@ -217,6 +217,19 @@ def test_costs_that_are_measured_beside_other_programs_are_warned_of(monkeypatch
     monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
     monkeypatch.setattr("shoal.benching.costs.bench_costs", lambda *args, **how: costs())
     assert "load 1000.0" in plan("CartPole-v1", {**SMALL, "algorithm": "ppo"}, Asked())["warnings"][0]
+
+
+@pytest.mark.parametrize("where", [{}, {"engine": "ray", "ray.learners_on": "nodes", "ray.allow_plain_learners": True}], ids=["", "nodes"])
+def test_where_several_learners_are_is_not_in_the_plan_and_is_said(where: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "costs.json"
+    file.write_text(json.dumps(costs("impala")))
+    one, two = (
+        plan("CartPole-v1", {**SMALL, "algorithm": "impala", **where}, Asked(sizes=(4,), learners=learners), costs_file=file)
+        for learners in (1, 2)
+    )
+    assert (LEARNERS in one["warnings"], two["warnings"].count(LEARNERS)) == (False, 1)
+    assert "--learners-on nodes" in LEARNERS
+    assert [row["learners"] for row in two["rows"]] == [2]
 
 
 def test_more_learners_move_what_breaks(tmp_path: Path, free_driver: None) -> None:

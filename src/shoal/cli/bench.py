@@ -168,7 +168,7 @@ def _cost_rows(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"part": f"  of it {name}", "shoal": round(cost, 2)}
     if (several := found["several"]) is not None:
         yield {"part": f"each of {several['learners']} learners: its part", "shoal": round(several["share_us"], 2)}
-        yield {"part": f"  {several['exchanges']} exchanges an update", "shoal": round(several["exchange_us"], 2)}
+        yield {"part": f"  {several['exchanges']} exchanges an update, on one machine", "shoal": round(several["exchange_us"], 2)}
     yield {"part": "taking turns (in no ceiling)", "shoal": round(found["mixed"], 2)}
     for name, cost in found["crossing"].items():
         yield {"part": f"{name} (on a cluster; in no ceiling)", "shoal": round(cost, 2)}

@@ -34,7 +34,7 @@ _CLUSTER_OPTIONS = [
         type=click.IntRange(min=0),
         default=0,
         show_default=True,
-        help="GPUs of the head, where the learners are (Slurm: of each node).",
+        help="GPUs of the head, where the learners are (Slurm: of each node; where learners are on nodes, each other one has one).",
     ),
 ]
 image_option = click.option(

@@ -42,7 +42,13 @@ _positive = click.FloatRange(min=0.0, min_open=True)
 )
 @click.option("--seconds", type=click.FloatRange(min=0.0), default=10, show_default=True, help="For measuring them.")
 @click.option("--cores", type=click.IntRange(min=1), help="Cores of a node. [those of the machine that was measured]")
-@click.option("--learners", type=click.IntRange(min=1), default=1, show_default=True, help="Learners, each on a node of its own.")
+@click.option(
+    "--learners",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Learners, as if each had a node and its part of the rollouts.",
+)
 @click.option(
     "--link-latency", type=click.FloatRange(min=0.0), default=100, show_default=True, metavar="US", help="Microseconds between nodes."
 )

@@ -10,7 +10,7 @@ from typing import Any
 from shoal.config import RunConfig
 from shoal.errors import ConfigError
 from shoal.imports import OPAQUE
-from shoal.settings import dump_tree, file_settings, resolve
+from shoal.settings import check_spread, dump_tree, file_settings, resolve
 
 NAME_LENGTH = 40  # KubeRay allows 47, of which "-secrets" takes its part; labels have 63
 OLDEST_RAY = (2, 52)  # the first with token authentication
@@ -32,7 +32,8 @@ class Deployment:
     learners: int | None  # None: as the configuration says
     cpus: int  # of each node, as is memory
     memory_gib: int
-    gpus: int  # of the head, where the learners are
+    gpus: int  # of the head, where the learners are, or the first of them
+    worker_gpus: int = 0  # of each other node, where learners are there
     warnings: tuple[str, ...] = ()
     run_url: str | None = None  # of the run in an object store; None: it lies in a directory
 
@@ -87,6 +88,8 @@ def plan_deployment(
         raise ConfigError(
             f"name: {name!r} is no name for a cluster; take lower-case letters, digits and dashes, a letter first, {NAME_LENGTH} at most"
         )
+    on_nodes = config.ray.learners_on == "nodes"
+    plain = [_plain_learners(config, nodes, file)] if on_nodes else []
     run_url, settings = _run_url(file), _embedded(file)
     return Deployment(
         name or _label(config),
@@ -97,9 +100,18 @@ def plan_deployment(
         cpus,
         memory_gib,
         gpus,
-        (*_warnings(config, gpus, run_url), *_secrets(file_settings(file))),
+        min(gpus, 1) if on_nodes else 0,
+        (*plain, *_warnings(config, gpus, run_url), *_secrets(file_settings(file))),
         run_url,
     )
+
+
+def _plain_learners(config: RunConfig, nodes: int, file: Path) -> str:
+    """What to warn of where learners are on nodes. Every file has TLS, so the run would be refused unless the configuration allows to go without."""
+    try:
+        return check_spread(config, others=nodes - 1, tls=True)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in {file}: ray.learners_on, ray.allow_plain_learners)") from None
 
 
 def config_file(path: Path) -> Path:
@@ -171,7 +183,7 @@ def _warnings(config: RunConfig, gpus: int, run_url: str | None) -> list[str]:
             )
     if gpus and config.device == "cpu":
         found.append(f"gpus: the configuration says `device: cpu`, so the learners leave {'the GPU' if gpus == 1 else f'{gpus} GPUs'} idle")
-    if 0 < gpus < config.learners and config.device != "cpu":
+    if 0 < gpus < config.learners and config.device != "cpu" and config.ray.learners_on == "driver":
         found.append(
             f"gpus: {config.learners} learners want a GPU each, and the head has {gpus}; give --gpus {config.learners}, or --learners {gpus}"
         )

@@ -56,6 +56,7 @@ def _common(deployment: Deployment, runs: str) -> dict[str, object]:
         "cpus": deployment.cpus,
         "memory_gib": deployment.memory_gib,
         "gpus": deployment.gpus or None,
+        "worker_gpus": deployment.worker_gpus or None,
         "options": deployment.options,
         "runs": None if deployment.run_url else runs,
         "claim_name": None if deployment.run_url else f"{deployment.name}-runs",

@@ -131,9 +131,12 @@ class Hearing:
         return events
 
     def died(self, process: Process, exited: Exited) -> None:
-        if (log := self._logs.pop(number_of(process.name, process.index), None)) is not None:
+        number = number_of(process.name, process.index)
+        if (log := self._logs.pop(number, None)) is not None:
             self._write(process, log.end(time.monotonic()))
         crashed = exited.crashed and not process.doomed
+        self.states.pop(number, None)  # of the next one, perhaps on another node, nothing was seen yet
+        self.seen_at.pop(number, None)
         record = self._board.record(place_of(process.name, process.index, self._board.num_roles))
         self.events.append(Death(process, exited.describe(), process.doomed, crashed, record))
 

@@ -25,10 +25,9 @@ from shoal.errors import ConfigError, ProcessError
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring
 from shoal.experience.wire import pack
-from shoal.settings import NO_REPLAY_ON_NODES
+from shoal.settings import NO_REPLAY_ON_NODES, check_spread
 
 END_LEARNER_SECONDS = 5.0  # less than the supervisor waits for all that it told to end (STOP_SECONDS)
-_DANGER = "what learners on nodes tell each other, the policy and its gradients, is neither encrypted nor authenticated (gloo)"
 
 
 def check_learners(config: RunConfig, environment: Mapping[str, str], *, replayed: bool, others: int) -> list[str]:
@@ -37,21 +36,11 @@ def check_learners(config: RunConfig, environment: Mapping[str, str], *, replaye
     Args:
       replayed: the run learns from a replay. others: nodes besides the driver's own.
     Raises:
-      ConfigError: they cannot, or the cluster has TLS and nobody allowed to go without.
+      ConfigError: they cannot, or as `check_spread`.
     """
     if replayed:
         raise ConfigError(NO_REPLAY_ON_NODES)
-    if others < config.learners - 1:
-        raise ConfigError(
-            f"ray.learners_on: the first of {config.learners} learners is on the driver's machine and each other one has a node to itself, and besides "
-            f"that machine the run has {others} nodes (--address, --nodes); add machines, or give --learners {others + 1} or --learners-on driver"
-        )
-    if has_tls(environment) and not config.ray.allow_plain_learners:
-        raise ConfigError(
-            f"ray.learners_on: this cluster has TLS (RAY_USE_TLS), and {_DANGER}; give --allow-plain-learners on a network that is yours alone, "
-            "or --learners-on driver"
-        )
-    return [f"{_DANGER}: whoever is on the network between them can read and change it"]
+    return [check_spread(config, others=others, tls=has_tls(environment))]
 
 
 def homes(ranks: int, nodes: Sequence[NodeLink]) -> dict[int, NodeLink]:

@@ -21,10 +21,15 @@ if TYPE_CHECKING:
 
 TABLE = (1, 10, 100, 1000, 10_000)
 _BUSY = 0.5  # of the cores
+_NOT_PLANNED = ("ray.learners_on", "ray.allow_plain_learners")  # settings; how many learners there are, `asked` says
 _CLOSE = 1.05  # the size at which something breaks is looked for to 5 %
 ALONE = (
     "the costs are of the parts alone, without a trial run (benches of before made none; it can also be too short): a run takes more, so the plan is too high. "
     "Measure anew: shoal bench costs ENV --json > FILE"
+)
+LEARNERS = (
+    "several learners: the plan has one on each node, with a part of the rollouts. In a run every learner needs all of them: on the driver's machine, or with --learners-on nodes "
+    "through the driver's link, once more for each of the others. The model has none of that, so the plan is too high where links or cores of learners bound it"
 )
 
 
@@ -49,12 +54,12 @@ def plan(
       ConfigError: SimPy is missing, or the costs are of something else; otherwise as `shoal bench costs`.
     """
     _need_simulator()
-    config, _ = resolve(target, settings)
-    warnings: list[str] = []
+    config, _ = resolve(target, {key: value for key, value in settings.items() if key not in _NOT_PLANNED})
+    warnings: list[str] = [LEARNERS] if asked.learners > 1 else []
     if costs_file is None:
         from shoal.benching.costs import bench_costs
 
-        warnings = too_busy(os.getloadavg()[0], available_cores())  # before it is measured, which is load too
+        warnings += too_busy(os.getloadavg()[0], available_cores())  # before it is measured, which is load too
 
         alone = {
             key: value for key, value in settings.items() if key.partition(".")[0] not in ("engine", "ray")
