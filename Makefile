@@ -31,7 +31,9 @@ lint: install
 	$(BIN)/mypy --strict src
 	$(BIN)/lint-imports --no-logo
 
+# Compiled first, so that no process of a test does it anew, where Python is told to write no bytecode (PYTHONDONTWRITEBYTECODE).
 unit: lint
+	$(BIN)/python -m compileall -q src
 	$(BIN)/pytest -m 'not soak' $(PYTEST_ARGS)
 
 soak: install

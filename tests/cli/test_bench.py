@@ -6,13 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from commands import answer_here
 from shoal.benching import costs, replays
+from shoal.benching.training import mean_of
 from shoal.cli import main
 from shoal.cli.bench import _print_costs
 
@@ -53,6 +56,7 @@ def ceilings_follow(found: dict[str, Any]) -> None:
     [(["--algorithm", "ppo"], "python", "sync"), (["--algorithm", "impala", "--env.form", "native"], "native", "async")],
 )
 def test_costs_and_the_ceilings_that_follow(options: list[str], form: str, mode: str, tmp_path: Path) -> None:
+    """In a process of their own, as what a user starts; they are measured in this one below."""
     found = answer("bench", "costs", "CartPole-v1", *SMALL, *options, "--seconds", "0", cwd=tmp_path)
     assert set(found) == PARTS
     assert (found["settings"]["form"], found["settings"]["mode"], found["settings"]["batch_env_steps"]) == (form, mode, 64)
@@ -74,9 +78,9 @@ def test_costs_and_the_ceilings_that_follow(options: list[str], form: str, mode:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_learners_are_measured_at_their_part_and_at_what_they_add_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_learners_are_measured_at_their_part_and_at_what_they_add_up(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--algorithm", "ppo", "--algorithm.epochs", "2", "--algorithm.minibatch-size", "32", "--learners", "2"]
-    found = answer("bench", "costs", "CartPole-v1", *SMALL, *options, "--seconds", "0", cwd=tmp_path)
+    found = answer_here("bench", "costs", "CartPole-v1", *SMALL, *options, "--seconds", "0")
     several = found["several"]
     assert several["learners"] == 2
     assert several["exchanges"] == 1 + 2 * 2  # values, and two minibatches of each epoch
@@ -93,8 +97,8 @@ def test_several_learners_are_measured_at_their_part_and_at_what_they_add_up(tmp
     assert "5 exchanges an update" in said
 
 
-def test_a_network_that_bare_loops_have_not_is_measured_without_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = answer("bench", "costs", "CartPole-v1", *SMALL, "--policy.memory", "lstm", "--seconds", "0", cwd=tmp_path)
+def test_a_network_that_bare_loops_have_not_is_measured_without_them(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer_here("bench", "costs", "CartPole-v1", *SMALL, "--policy.memory", "lstm", "--seconds", "0")
     assert (found["references"]["inference"], found["references"]["learning"]) == (None, None)
     assert found["references"]["environment"]["times"] > 0
     assert found["references"]["missing"] == "its network has a memory"
@@ -110,28 +114,11 @@ def test_environments_that_wait_bound_what_can_be_reached(tmp_path: Path) -> Non
         "def make():\n    return Slow(gymnasium.make('CartPole-v1'))\n"
     )
     options = ["--env.form", "threads", "--algorithm", "appo", "--algorithm.minibatch-size", "64"]
-    found = answer("bench", "costs", "slow.py:make", *SMALL, *options, "--seconds", "0", cwd=tmp_path)
+    found = answer_here("bench", "costs", f"{tmp_path / 'slow.py'}:make", *SMALL, *options, "--seconds", "0")
     ceilings_follow(found)
     assert found["environment"]["wall_us"] >= 2000
     assert found["ceilings"]["waiting"] == pytest.approx(4 * 1e6 / found["environment"]["wall_us"])
     assert found["ceilings"]["of_mode"] == min(found["ceilings"]["async"], found["ceilings"]["waiting"])
-
-
-def test_a_training_against_its_ceiling(tmp_path: Path) -> None:
-    found = answer("bench", "train", "CartPole-v1", *SMALL, "--stop.seconds", "4", "--seconds", "0", cwd=tmp_path)
-    assert found["costs"]["x"] == pytest.approx(sum(found["transport"].values()))
-    assert set(found) == PARTS | {
-        "env_steps_per_second", "ceiling", "ceiling_before", "ceiling_after", "fraction", "time_by_role", "processor", "missing", "words", "result",
-    }  # fmt: skip
-    assert found["ceiling"] == found["ceilings"]["of_mode"] == pytest.approx((found["ceiling_before"] + found["ceiling_after"]) / 2)
-    assert found["fraction"] == pytest.approx(found["env_steps_per_second"] / found["ceiling"])
-    assert set(found["time_by_role"]) == {"actors", "learner", "supervisor"}
-    for shares in found["time_by_role"].values():
-        assert sum(shares.values()) == pytest.approx(100.0, abs=1.0)
-    assert {"stepping", "inferring", "waiting"} <= set(found["time_by_role"]["actors"])
-    assert {"learning", "waiting", "publishing"} <= set(found["time_by_role"]["learner"])
-    assert found["result"]["reason"] == "seconds"
-    assert list(tmp_path.iterdir()) == []  # the run is gone
 
 
 def here(*args: str) -> int:
@@ -142,9 +129,32 @@ def here(*args: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def measured() -> dict[str, Any]:
     """The costs, once for all that do not ask how they are measured."""
-    return answer("bench", "costs", "CartPole-v1", *SMALL, "--algorithm", "ppo", "--seconds", "0", cwd=tmp_path_factory.mktemp("costs"))
+    return answer_here("bench", "costs", "CartPole-v1", *SMALL, "--algorithm", "ppo", "--seconds", "0")
+
+
+def test_a_training_against_its_ceiling(measured: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    halves = iter([measured, mean_of(measured, {**measured, "ceilings": dict.fromkeys(measured["ceilings"], 0.0)})])
+    monkeypatch.setattr(costs, "bench_costs", lambda *asked, **how: next(halves))  # before and after: other ones each time
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dawdling = [f"{Path(__file__).parents[1] / 'engines' / 'walls.py'}:Wall", "--env.kwargs.step_seconds", "0.001", "--env.form", "python"]
+    found = answer_here("bench", "train", *dawdling, *SMALL, "--algorithm", "ppo", "--stop.seconds", "4", "--seconds", "0")
+    assert next(halves, None) is None
+    assert found["costs"]["x"] == pytest.approx(sum(found["transport"].values()))
+    assert set(found) == PARTS | {
+        "env_steps_per_second", "ceiling", "ceiling_before", "ceiling_after", "fraction", "time_by_role", "processor", "missing", "words", "result",
+    }  # fmt: skip
+    assert found["ceiling_after"] == pytest.approx(found["ceiling_before"] / 2)
+    assert found["ceiling"] == found["ceilings"]["of_mode"] == pytest.approx((found["ceiling_before"] + found["ceiling_after"]) / 2)
+    assert found["fraction"] == pytest.approx(found["env_steps_per_second"] / found["ceiling"])
+    assert set(found["time_by_role"]) == {"actors", "learner", "supervisor"}
+    for shares in found["time_by_role"].values():
+        assert sum(shares.values()) == pytest.approx(100.0, abs=1.0)
+    assert {"stepping", "inferring", "waiting"} <= set(found["time_by_role"]["actors"])
+    assert {"learning", "waiting", "publishing"} <= set(found["time_by_role"]["learner"])
+    assert found["result"]["reason"] == "seconds"
+    assert list(tmp_path.iterdir()) == []  # the run is gone
 
 
 def test_a_training_can_be_kept_and_told_in_words(

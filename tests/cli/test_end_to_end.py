@@ -1,4 +1,4 @@
-"""The command line as a user starts it: in a process of its own."""
+"""The command line as a user starts it: each command in a process of its own, and once more in this one where its process is not what is asked."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from commands import answer_here, said_here
 from shoal.cli.control import tell_run
 from shoal.errors import RunError
 from shoal.files import CheckpointDirectory
@@ -57,22 +58,24 @@ def test_train_answers_with_exactly_the_promised_keys(trained: tuple[Path, dict[
     assert len(result["weights_sha256"]) == 64
 
 
-def test_a_runs_configuration_gives_the_same_weights_again(trained: tuple[Path, dict[str, Any]]) -> None:
+def test_a_runs_configuration_gives_the_same_weights_again(trained: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     cwd, first = trained
     second = answer("train", "runs/short/config.yaml", "--run-dir", "runs/again", cwd=cwd)
     assert second["weights_sha256"] == first["weights_sha256"]
-    other = answer("train", "runs/short/config.yaml", "--seed", "4", cwd=cwd)
+    monkeypatch.chdir(cwd)
+    other = answer_here("train", "runs/short/config.yaml", "--seed", "4")
     assert other["weights_sha256"] != first["weights_sha256"]
 
 
-def test_a_run_can_be_listed_shown_evaluated_and_resumed(trained: tuple[Path, dict[str, Any]]) -> None:
+def test_a_run_can_be_listed_shown_evaluated_and_resumed(trained: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     cwd, _ = trained
+    monkeypatch.chdir(cwd)
     rows = answer("runs", cwd=cwd)["runs"]
     assert {row["run"]: row["env"] for row in rows}["short"] == "CartPole-v1"
     shown = answer("show", "short", cwd=cwd)
     assert shown["configuration"]["seed"] == 3
     assert {"configuration", "schema", "results", "ledger", "lag", "faults"} <= set(shown)
-    assert "CartPole-v1" in shoal("show", "short", cwd=cwd).stdout
+    assert "CartPole-v1" in said_here("show", "short").out
     played = answer("evaluate", "short", "--episodes", "5", "--seed", "1", cwd=cwd)
     assert set(played) == {"episodes", "mean_return", "std_return", "iqm", "ci95", "min", "max", "mean_length"}
     assert played["episodes"] == 5
@@ -80,8 +83,8 @@ def test_a_run_can_be_listed_shown_evaluated_and_resumed(trained: tuple[Path, di
     assert math.isclose(played["mean_return"], played["mean_length"])  # CartPole pays one per step
     resumed = answer("resume", "short", "--stop.updates", "6", "--evaluation.episodes", "5", "--evaluation.seed", "1", cwd=cwd)
     assert (resumed["updates"], resumed["reason"]) == (6, "updates")
-    assert resumed["evaluation"] == answer("evaluate", "short", "--episodes", "5", "--seed", "1", cwd=cwd)
-    straight = answer("train", "CartPole-v1", "--actors", "0", "--stop.updates", "6", "--seed", "3", "--evaluation.episodes", "5", cwd=cwd)
+    assert resumed["evaluation"] == answer_here("evaluate", "short", "--episodes", "5", "--seed", "1")
+    straight = answer_here("train", "CartPole-v1", "--actors", "0", "--stop.updates", "6", "--seed", "3", "--evaluation.episodes", "5")
     assert straight["weights_sha256"] == resumed["weights_sha256"]
     assert straight["evaluation"]["episodes"] == 5
     *older, newest = sorted((cwd / "runs/short/checkpoints").iterdir())
@@ -91,13 +94,18 @@ def test_a_run_can_be_listed_shown_evaluated_and_resumed(trained: tuple[Path, di
     assert said.endswith("; taking the one before it")
     for path in older:
         (path / "learner.json").write_text("torn")
-    (said,) = shoal("evaluate", "short", "--episodes", "1", cwd=cwd, code=1).stderr.splitlines()
+    refused = said_here("evaluate", "short", "--episodes", "1")
+    assert refused.code == 1
+    (said,) = refused.err.splitlines()
     assert "no whole checkpoint" in said
     assert "taking the one before" not in said
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "impala"])
-def test_what_a_killed_run_made_after_its_checkpoint_is_rolled_back_by_identity(algorithm: str, tmp_path: Path) -> None:
+def test_what_a_killed_run_made_after_its_checkpoint_is_rolled_back_by_identity(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     small = ["--sampling.groups", "2", "--sampling.group-size", "2", "--sampling.rollout-length", "8", "--policy.hidden-sizes", "8"]
     once = ["--checkpoint.every-seconds", "none", "--actors", "1"]  # but for the first, and when it is told to
     command = ["train", "CartPole-v1", "--preset", "none", "--algorithm", algorithm, *small, *once, "--run-dir", "run", "--view", "silent"]
@@ -129,12 +137,12 @@ def test_what_a_killed_run_made_after_its_checkpoint_is_rolled_back_by_identity(
     checkpoint, newest, steps = known()
     assert checkpoint > 0
     for _ in range(2):  # the second time, nothing is booked twice
-        result = answer("resume", "run", "--stop.updates", str(checkpoint + 5), cwd=tmp_path)
+        result = answer_here("resume", "run", "--stop.updates", str(checkpoint + 5))
         ledger = result["ledger"]
         assert result["updates"] == checkpoint + 5
         assert ledger["dropped"]["rolled_back"] == steps
         assert ledger["produced"] == ledger["trained"] + sum(ledger["dropped"].values()) + ledger["in_flight"]
-    events = answer("show", "run", cwd=tmp_path)["faults"]["newest"]
+    events = answer_here("show", "run")["faults"]["newest"]
     assert next((e["update"], e["updates_undone"]) for e in events if e["kind"] == "resumed") == (checkpoint, newest - checkpoint)
 
 
@@ -181,7 +189,7 @@ def test_a_run_that_is_interrupted_before_its_first_update_ends_well(name: str, 
     if name == "ends_in_the_first_rollout":
         assert (said["reason"], said["updates"]) == ("interrupted", 0)
         assert {path.name.partition(".")[0] for path in (tmp_path / "run/checkpoints").iterdir()} == {"update-000000000"}
-        assert answer("resume", "run", "--stop.updates", "1", cwd=tmp_path)["updates"] == 1
+        assert answer_here("resume", str(tmp_path / "run"), "--stop.updates", "1")["updates"] == 1
     else:
         assert said["error"]["message"] == "interrupted before training began: nothing was kept"
         assert not (tmp_path / "run").exists()

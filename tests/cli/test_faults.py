@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from commands import answer_here
+
 ZOO = f"{Path(__file__).parents[1] / 'environments' / 'faulty.py'}:make"
 HANGS = ("loops", "sleeps")  # faults that only the limit of a call ends
 SMALL = [
@@ -81,11 +83,11 @@ def test_check_names_what_hangs_or_dies_and_ends(fault: dict[str, Any], name: st
     ],
 )
 def test_train_ends_with_code_3_and_a_snippet_that_shows_the_fault(
-    fault: dict[str, Any], how: list[str], says: str, again: str, tmp_path: Path
+    fault: dict[str, Any], how: list[str], says: str, again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, answer = shoal("train", ZOO, *kwargs(**fault), *how, *SMALL, *limit(fault), cwd=tmp_path)
-    assert code == 3, answer
-    error = answer["error"]
+    """The command is in this process; what breaks is in those that it starts, but for what only raises."""
+    monkeypatch.chdir(tmp_path)
+    error = answer_here("train", ZOO, *kwargs(**fault), *how, *SMALL, *limit(fault), code=3)["error"]
     assert error["kind"] == "EnvironmentFault"
     assert says in error["message"].splitlines()[0] or says in error["message"]
     assert {"kind", "environment", "group", "env", "step", "field", "seed", "last_action", "traceback", "snippet"} <= set(error["report"])

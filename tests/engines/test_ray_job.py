@@ -112,16 +112,6 @@ def wait_for(true: Callable[[], bool], seconds: float = LIMIT_SECONDS) -> None:
         time.sleep(0.1)
 
 
-def here(run: Path, *arguments: str) -> dict[str, Any]:
-    """The same with the local engine."""
-    environment = {**os.environ, "PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
-    command = [*SHOAL, "train", *SMALL, "--actors", "1", *arguments, "--run-dir", str(run), "--json"]
-    done = subprocess.run(command, env=environment, cwd=run.parent, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
 def result(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run / "result.json").read_text())
     return found
@@ -145,17 +135,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_a_submitted_training_learns_the_bits_of_the_local_engine(head: Head, work: Path, tmp_path: Path) -> None:
-    run, own = tmp_path / "run", ["--stop.updates", "10"]
-    train = [*SHOAL, "train", "worlds:make", *SMALL[1:], *own, *ON_RAY, "--run-dir", str(run)]
-    done = head.submit("whole", train, tmp_path, "--working-dir", str(work))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert head.job("whole")["driver_exit_code"] == 0
-    assert result(run)["weights_sha256"] == here(tmp_path / "here", "--stop.updates", "10")["weights_sha256"]
-    with RunReader(run / "run.db") as reader:
-        assert reader.events("warning") == [], "token and TLS are on"
-
-
 def test_the_exit_code_and_the_message_of_a_refusal_come_through(head: Head, work: Path, tmp_path: Path) -> None:
     done = head.submit("refused", [*SHOAL, "train", *SMALL, *ON_RAY, "--stop.updates", "10"], tmp_path, "--working-dir", str(work))
     assert done.returncode == 1, "Ray's own code for a job that failed"
@@ -163,7 +142,9 @@ def test_the_exit_code_and_the_message_of_a_refusal_come_through(head: Head, wor
     assert "lies in what Ray unpacked for this job, and removes again; give --run-dir" in done.stdout + done.stderr
 
 
-def test_a_stopped_job_ends_with_a_last_checkpoint_and_another_job_goes_on(head: Head, tmp_path: Path) -> None:
+def test_a_stopped_job_ends_with_a_last_checkpoint_and_another_goes_on_to_the_bits_of_one_process(
+    head: Head, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     path = os.pathsep.join([SOURCES, TESTS])  # of this driver alone: what lies in tests/ hides modules of Ray's own agents
     endless = [
@@ -173,7 +154,8 @@ def test_a_stopped_job_ends_with_a_last_checkpoint_and_another_job_goes_on(head:
         "-m",
         "held",
         "train",
-        *SMALL,
+        "worlds:make",
+        *SMALL[1:],
         *ON_RAY,
         "--stop.updates",
         "1000000",
@@ -181,7 +163,8 @@ def test_a_stopped_job_ends_with_a_last_checkpoint_and_another_job_goes_on(head:
         str(run),
     ]
     patient = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "300"}})  # until SIGKILL follows
-    assert head.submit("stopped", endless, tmp_path, "--no-wait", "--runtime-env-json", patient).returncode == 0
+    along = ("--working-dir", str(work))
+    assert head.submit("stopped", endless, tmp_path, *along, "--no-wait", "--runtime-env-json", patient).returncode == 0
     wait_for(lambda: progress(run) > 20)
     stopped = head.ray("stop", "--address", head.url, "stopped", cwd=tmp_path)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
@@ -193,8 +176,12 @@ def test_a_stopped_job_ends_with_a_last_checkpoint_and_another_job_goes_on(head:
         assert {event["kind"] for event in reader.events()}.isdisjoint({"died", "rolled_back", "node_lost", "failed"})
 
     end = ["--stop.updates", str(newest.update + 5)]
-    done = head.submit("resumed", [*SHOAL, "resume", str(run), *end], tmp_path)
+    done = head.submit("resumed", [*SHOAL, "resume", str(run), *end], tmp_path, *along)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert head.job("resumed")["driver_exit_code"] == 0
+    with RunReader(run / "run.db") as reader:
+        assert reader.events("warning") == [], "token and TLS are on"
+    monkeypatch.syspath_prepend(work)
     again = shoal.replay(run)  # in this process
     assert (again["updates"], again["equal"]) == (newest.update + 5, True)
     assert again["weights_sha256"] == result(run)["weights_sha256"]

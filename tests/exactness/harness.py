@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from commands import answer_here, said_here
 from held import Line
 from shoal.files import CheckpointDirectory
 
@@ -103,16 +104,19 @@ def shoal(*args: str, log: Path, env: dict[str, str] | None = None) -> dict[str,
 
 
 def train(args: Sequence[str], run: Path, *killers: Killer, env: dict[str, str] | None = None) -> Outcome:
-    """`shoal train`, with killers at work. Fails where a kill was not sent, or the run did not notice a killer."""
-    log = run.with_suffix(".log")
-    with contextlib.closing(Line()) as line:
-        process = start(["train", *args, "--run-dir", str(run)], log, env, line if killers else None)
-        try:
-            attend(process, line if killers else None, killers)
-        finally:
-            process.kill()
-            process.wait()
-    outcome = Outcome(answer(process, log), sum(len(k.sent) for k in killers))
+    """`shoal train`, with killers at work; in this process where there are none. Fails where a kill was not sent, or the run did not notice a killer."""
+    if killers:
+        log = run.with_suffix(".log")
+        with contextlib.closing(Line()) as line:
+            process = start(["train", *args, "--run-dir", str(run)], log, env, line)
+            try:
+                attend(process, line, killers)
+            finally:
+                process.kill()
+                process.wait()
+        outcome = Outcome(answer(process, log), sum(len(k.sent) for k in killers))
+    else:
+        outcome = Outcome(answer_here("train", *args, "--run-dir", str(run), env=env))
     deaths = noticed_deaths(run)
     outcome.noticed = len(deaths)
     for killer in killers:
@@ -185,14 +189,31 @@ def groups_of(run: Path) -> dict[int, dict[str, Any]]:
     return {int(group): row for group, row in ledger.items()}
 
 
+def alone(args: Sequence[str], run: Path) -> Outcome:
+    """`shoal train` with all roles in this process (`--actors 0`)."""
+    return train([*args, "--actors", "0"], run)
+
+
+def assert_replayed(run: Path) -> None:
+    """`shoal replay`, in this process, ends with the same weights."""
+    assert answer_here("replay", str(run))["equal"] is True
+
+
+def refused(*args: str, code: int = 2) -> str:
+    """What a command that ends with this code says, in this process."""
+    said = said_here(*args)
+    assert said.code == code, said.err
+    return said.err
+
+
 def made_once(name: str, args: Sequence[str], shared: Path) -> Outcome:
-    """A training with all roles in one process (`--actors 0`), made once for all tests and test processes."""
+    """A training with all roles in one process, made once for all tests and test processes."""
     place = shared / name
     with (shared / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         kept = place.with_suffix(".json")
         if not kept.exists():
-            kept.write_text(json.dumps(train([*args, "--actors", "0"], place).result))
+            kept.write_text(json.dumps(alone(args, place).result))
         return Outcome(json.loads(kept.read_text()))
 
 

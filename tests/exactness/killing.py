@@ -17,7 +17,7 @@ from pathlib import Path
 
 from held import Line
 
-POLL_SECONDS = 0.004
+POLL_SECONDS = 0.02  # a look at all processes of a machine takes some milliseconds itself
 TIMEOUT_SECONDS = 1800.0  # of one part of a run: generous, it only ends what hangs
 ROLES = ("shoal:actor", "shoal:learner", "shoal:inference")
 UPDATES_OF_PATIENCE = 2

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from commands import answer_here
 from shoal.streams import episode_seed
 
 from .environments import STAMPS, Stamps, stamps_stepped
@@ -18,7 +19,7 @@ from .recording import RECORD, trained_in
 
 ALGORITHM = ["--algorithm", f"{HERE / 'recording.py'}:RecordingAPPO", "--algorithm.epochs", "1"]
 SMALL = ["--sampling.groups", "4", "--sampling.group-size", "4", "--sampling.rollout-length", "24", *SAVING]
-UPDATES = 40
+UPDATES = 24
 DROPPED_FOR_GOOD = {"over_lag", "invalid", "shutdown"}  # other rollouts that were dropped are made again, under the same stamps
 Soaked = Callable[..., None]
 
@@ -46,12 +47,14 @@ class Recorded:
         ends = ["--stop.updates", str(updates), "--actors", str(actors), "--preset", "none", "--mode", "async", *more]
         return [f"{HERE / 'environments.py'}:Stamps", *ALGORITHM, *ends]
 
-    def replay(self, directory: Path) -> tuple[dict[str, object], Recorded]:
-        """`shoal replay`, recorded in `directory`."""
+    def replay(self, directory: Path, *, apart: bool = False) -> tuple[dict[str, object], Recorded]:
+        """`shoal replay`, recorded in `directory`. apart: in a process of its own."""
         again = Recorded(self.run, directory / "stamps", directory / "record")
         for path in (again.stamps, again.record):
             path.mkdir(parents=True)
-        return shoal("replay", str(self.run), log=directory / "replay.log", env=again.env), again
+        if apart:
+            return shoal("replay", str(self.run), log=directory / "replay.log", env=again.env), again
+        return answer_here("replay", str(self.run), env=again.env), again
 
 
 def assert_no_duplicate(stamps: np.ndarray[tuple[int], np.dtype[np.void]]) -> None:
@@ -113,9 +116,9 @@ def _stream(group: int, env: int, at_most: int, seen: set[tuple[int, int]]) -> l
     return out
 
 
-def assert_replayed(recorded: Recorded, directory: Path) -> None:
+def assert_replayed(recorded: Recorded, directory: Path, *, apart: bool = False) -> None:
     """`shoal replay` ends with the same weights, and its algorithm saw the same stamps in the same order."""
-    answered, again = recorded.replay(directory)
+    answered, again = recorded.replay(directory, apart=apart)
     assert answered["equal"] is True
     assert answered["weights_sha256"] == answered["expected_sha256"]
     for update, (was, now) in enumerate(zip(trained_in(recorded.record), trained_in(again.record), strict=True)):
@@ -124,7 +127,7 @@ def assert_replayed(recorded: Recorded, directory: Path) -> None:
 
 def test_every_stamp_is_trained_or_accounted_for_at_the_defaults(tmp_path: Path) -> None:
     recorded = Recorded.in_(tmp_path)
-    outcome = train(recorded.arguments(), recorded.run, env=recorded.env)
+    outcome = train(recorded.arguments(updates=40), recorded.run, env=recorded.env)
     assert_accounted_for(recorded, outcome)
     assert outcome.noticed == 0
     assert len(stamps_stepped(recorded.stamps)) == outcome.result["ledger"]["produced"]
@@ -145,7 +148,7 @@ def test_every_stamp_is_trained_or_accounted_for_when_actors_are_killed(tmp_path
     killer = Killer.of("shoal:actor", 5, UPDATES, seed=21)
     outcome = train(recorded.arguments(*SMALL), recorded.run, killer, env=recorded.env)
     assert_accounted_for(recorded, outcome)
-    assert_replayed(recorded, tmp_path / "again")
+    assert_replayed(recorded, tmp_path / "again", apart=True)
 
 
 def test_a_run_whose_learner_was_killed_is_accounted_for_and_replayed(tmp_path: Path) -> None:

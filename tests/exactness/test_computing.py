@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from . import test_sync
-from .harness import PPO, TIMEOUT_SECONDS, Killer, reference, shoal, start, train, train_through_kills
+from .harness import PPO, TIMEOUT_SECONDS, Killer, alone, assert_replayed, reference, refused, start, train, train_through_kills
 
 UPDATES = test_sync.UPDATES["cartpole"]
 WAYS = {
@@ -24,28 +24,26 @@ def test_weights_do_not_depend_on_actors_kills_or_resumes(way: str, tmp_path: Pa
     if way == "compile":
         _skip_without_a_compiler()
     args = [*WAYS[way], "--stop.updates", str(UPDATES)]
-    alone = train([*args, "--actors", "0"], tmp_path / "alone")
-    assert alone.sha != reference("cartpole", UPDATES, shared).sha
+    expected = alone(args, tmp_path / "alone")
+    assert expected.sha != reference("cartpole", UPDATES, shared).sha
     killer = Killer.of("shoal:learner", 1, UPDATES, seed=2)
     outcome = train_through_kills([*args, "--actors", "2"], tmp_path / "killed", 1, UPDATES, seed=53, killers=(killer,))
-    assert outcome.sha == alone.sha
-    assert shoal("replay", str(tmp_path / "killed"), log=tmp_path / "replay.log")["equal"] is True
+    assert outcome.sha == expected.sha
+    assert_replayed(tmp_path / "killed")
 
 
 def test_an_async_run_in_bfloat16_is_replayed(tmp_path: Path) -> None:
     args = ["CartPole-v1", "--algorithm", "impala", "--preset", "none", "--learner.precision", "bfloat16"]
     outcome = train([*args, "--stop.updates", "12", "--actors", "2"], tmp_path / "run")
     assert outcome.result["lag"]["max"] <= 4
-    assert shoal("replay", str(tmp_path / "run"), log=tmp_path / "replay.log")["equal"] is True
+    assert_replayed(tmp_path / "run")
 
 
 def test_a_resume_does_not_change_how_the_learner_computes(tmp_path: Path) -> None:
-    train([*WAYS["bfloat16"], "--stop.updates", "2", "--actors", "0"], tmp_path / "run")
+    alone([*WAYS["bfloat16"], "--stop.updates", "2"], tmp_path / "run")
     for option, value in (("--learner.precision", "float32"), ("--learner.compile", "true")):
-        log = tmp_path / f"resume{option}.log"
-        process = start(["resume", str(tmp_path / "run"), "--stop.updates", "4", option, value], log)
-        assert process.wait(TIMEOUT_SECONDS) == 2
-        assert re.search(rf"{option[2:]} was .* and cannot become", log.read_text())
+        said = refused("resume", str(tmp_path / "run"), "--stop.updates", "4", option, value)
+        assert re.search(rf"{option[2:]} was .* and cannot become", said)
 
 
 def test_a_missing_compiler_ends_the_run_before_it_begins_with_one_line(tmp_path: Path) -> None:

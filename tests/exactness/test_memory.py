@@ -8,7 +8,7 @@ import pytest
 
 from shoal.cli import main
 
-from .harness import PPO, SAMPLING, TASKS, Killer, reference, shoal, train, train_through_kills
+from .harness import PPO, SAMPLING, TASKS, Killer, alone, assert_replayed, reference, train, train_through_kills
 from .test_sync import UPDATES
 
 MEMORY = ["--env.form", "native", "--policy.memory", "gru"]
@@ -23,11 +23,11 @@ def test_environments_in_threads_give_the_same_weights(task: str, tmp_path: Path
 
 def test_a_native_form_that_resets_in_rows_of_its_own_is_exact_too_and_resumed_and_replayed(tmp_path: Path) -> None:
     args = [*NATIVE, "--stop.updates", "16"]
-    alone = train([*args, "--actors", "0"], tmp_path / "alone")
+    expected = alone(args, tmp_path / "alone")
     killers = (Killer.of("shoal:actor", 2, 16, seed=5), Killer.of("shoal:learner", 1, 16, seed=6))
     outcome = train_through_kills([*args, "--actors", "2"], tmp_path / "killed", 1, 16, seed=49, killers=killers)
-    assert outcome.sha == alone.sha
-    assert shoal("replay", str(tmp_path / "killed"), log=tmp_path / "replay.log")["equal"] is True
+    assert outcome.sha == expected.sha
+    assert_replayed(tmp_path / "killed")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from commands import answer_here
 from faults.living import TINY, living, saved, updates_of
 from shoal.supervision.injector import roles_below
 
@@ -24,10 +25,12 @@ from .harness import (
     TIMEOUT_SECONDS,
     Killer,
     Outcome,
+    alone,
+    assert_replayed,
     balanced,
     noticed_deaths,
     reference,
-    shoal,
+    refused,
     start,
     train,
     train_through_kills,
@@ -53,7 +56,7 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_that_is_killed_costs_no_update_and_no_rollout(victim: int, tmp_path: Path, shared: Path) -> None:
-    killer = Killer.of(f"shoal:learner-{victim}", 3, UPDATES, seed=40 + victim)
+    killer = Killer.of(f"shoal:learner-{victim}", 3, UPDATES, seed=42 + victim)  # after the first update: before it nothing is kept
     outcome = train(arguments(), tmp_path / "run", killer)
     assert outcome.sha == reference("learners", UPDATES, shared).sha
     assert outcome.noticed == outcome.sent > 1
@@ -74,34 +77,31 @@ def test_all_that_are_killed_at_once_cost_nothing_either(tmp_path: Path, shared:
 
 
 def test_weights_depend_on_the_number_of_learners_and_a_run_keeps_it(tmp_path: Path, shared: Path) -> None:
-    run, log = tmp_path / "run", tmp_path / "run.log"
+    run = tmp_path / "run"
     first = train([*arguments("--learners", "3"), "--stop.updates", "6"], run)
     assert first.sha != reference("learners", 6, shared).sha
-    process = start(["resume", str(run), "--learners", "2", "--stop.updates", "8"], log)
-    assert process.wait(TIMEOUT_SECONDS) == 2
-    assert "learners was 3 when the run began and cannot become 2" in log.read_text()
-    resumed = shoal("resume", str(run), "--stop.updates", "8", "--actors", "1", log=tmp_path / "again.log")
-    straight = train([*arguments("--learners", "3", actors=0), "--stop.updates", "8"], tmp_path / "straight")
+    said = refused("resume", str(run), "--learners", "2", "--stop.updates", "8")
+    assert "learners was 3 when the run began and cannot become 2" in said
+    resumed = answer_here("resume", str(run), "--stop.updates", "8", "--actors", "1")
+    straight = alone([*arguments("--learners", "3"), "--stop.updates", "8"], tmp_path / "straight")
     assert resumed["weights_sha256"] == straight.sha
-    replayed = shoal("replay", str(run), log=tmp_path / "replay.log")
-    assert replayed["equal"] is True
+    assert_replayed(run)
 
 
 def test_an_async_run_whose_learners_are_killed_loses_nothing_and_is_replayed(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    killer = Killer.of("shoal:learner", 3, 40, seed=44)
-    outcome = train([*APPO, "--stop.updates", "40"], run, killer)
+    killer = Killer.of("shoal:learner", 3, 24, seed=44)
+    outcome = train([*APPO, "--stop.updates", "24"], run, killer)
     assert "rolled_back" not in outcome.result["ledger"]["dropped"]
     assert events(run, "rolled_back") == []
     assert outcome.result["lag"]["max"] <= 4
-    answered = shoal("replay", str(run), log=tmp_path / "replay.log")
-    assert answered["equal"] is True
+    assert_replayed(run)
 
 
 def test_an_async_run_with_several_learners_that_is_killed_and_resumed_is_replayed(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train_through_kills([*APPO, "--stop.updates", "40"], run, 2, 40, seed=45)
-    assert shoal("replay", str(run), log=tmp_path / "replay.log")["equal"] is True
+    train_through_kills([*APPO, "--stop.updates", "24"], run, 2, 24, seed=45)
+    assert_replayed(run)
 
 
 def test_weights_that_are_no_longer_the_same_end_the_run_and_name_the_learners(tmp_path: Path) -> None:
@@ -154,14 +154,13 @@ def test_replays_of_several_are_the_same_after_a_kill_of_the_whole_run(task: str
 
 def test_an_async_run_with_replays_of_several_is_replayed_and_keeps_its_number(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    args = [*SEVERAL["dqn, two learners"], "--mode", "async", "--actors", "2", "--stop.updates", "20"]
-    outcome = train(args, run, Killer.of("shoal:learner", 2, 20, seed=48))
+    args = [*SEVERAL["dqn, two learners"], "--mode", "async", "--actors", "2", "--stop.updates", "14"]
+    outcome = train(args, run, Killer.of("shoal:learner", 2, 14, seed=48))
     assert events(run, "rolled_back") == []
     assert "rolled_back" not in outcome.result["ledger"]["dropped"]
-    assert shoal("replay", str(run), log=tmp_path / "replay.log")["equal"] is True
-    process = start(["resume", str(run), "--learners", "1", "--stop.updates", "30"], tmp_path / "run.log")
-    assert process.wait(TIMEOUT_SECONDS) == 2
-    assert "learners was 2 when the run began and cannot become 1" in (tmp_path / "run.log").read_text()
+    assert_replayed(run)
+    said = refused("resume", str(run), "--learners", "1", "--stop.updates", "30")
+    assert "learners was 2 when the run began and cannot become 1" in said
 
 
 def small(*more: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Runs on a real Ray cluster: several raylets on this machine, the command line in processes of its own, nodes and drivers that are killed.
 
-Weights of a sync run are those of the local engine, with one, two and three nodes, and with one killed on the way.
+Weights of a sync run are those of one process, with two and three nodes, and with one killed on the way.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pytest
 import ray.cluster_utils
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 
+from commands import answer_here
 from faults.living import SOURCES
 from held import Line
 from shoal.monitoring.store import RunReader
@@ -156,30 +157,19 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def expected(directory: Path, updates: int) -> str:
-    """Of the local engine, once for each number of updates."""
+    """Of one process, once for each number of updates."""
     if updates not in KNOWN:
-        KNOWN[updates] = str(train(directory / "local", "--actors", "2", "--stop.updates", str(updates))["weights_sha256"])
+        one = ("--actors", "0", "--stop.updates", str(updates), "--run-dir", str(directory / "one"))
+        KNOWN[updates] = str(answer_here("train", *SMALL, *one)["weights_sha256"])
     return KNOWN[updates]
 
 
-def test_one_and_three_nodes_learn_the_bits_of_the_local_engine(machines: Machines, tmp_path: Path) -> None:
-    wanted = expected(tmp_path, UPDATES)
-    for count in (1, 3):  # two in the tests below
-        machines.be(count)
-        on = (
-            "--engine",
-            "ray",
-            "--address",
-            machines.address,
-            "--allow-insecure-cluster",
-            "--nodes",
-            str(count),
-            "--actors-per-node",
-            "1",
-            "--stop.updates",
-            str(UPDATES),
-        )
-        assert train(tmp_path / f"on{count}", *on)["weights_sha256"] == wanted
+def test_three_nodes_learn_the_bits_of_one_process(machines: Machines, tmp_path: Path) -> None:
+    """One node does in tests/engines/test_ray_job.py, two do below."""
+    machines.be(3)
+    where = ("--engine", "ray", "--address", machines.address, "--allow-insecure-cluster", "--nodes", "3", "--actors-per-node", "1")
+    found = train(tmp_path / "run", *where, "--stop.updates", str(UPDATES))
+    assert found["weights_sha256"] == expected(tmp_path, UPDATES)
 
 
 def begun_on_two_nodes(machines: Machines, run: Path, line: Line) -> subprocess.Popen[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import shoal
+from commands import answer_here
 from faults.test_ray_cluster import LIMIT_SECONDS, SMALL, Machines, answer, events, start, wait_for
 from held import Line
 from shoal.cli.control import tell_run
@@ -75,13 +76,13 @@ def hosting(run: Path) -> int:
 def test_actors_are_scaled_over_two_nodes_and_one_without_any_is_given_back(machines: Machines, living: Any) -> None:
     def do(run: Path, process: subprocess.Popen[str]) -> None:
         assert hosting(run) == 4
-        said = answer(start(run, "scale", str(run), "--actors", "2"), run)
+        said = answer_here("scale", str(run), "--actors", "2")
         assert (said["actors"], sorted(said["nodes"].values())) == (2, [1, 1])
         wait_for(lambda: hosting(run) == 2, process)
-        answer(start(run, "scale", str(run), "--actors", "1"), run)
+        answer_here("scale", str(run), "--actors", "1")
         wait_for(lambda: len(events(run, "node_left")) == 1, process)
         wait_for(lambda: len(machines.named("shoal:actor", process)) == 1, process)
-        said = answer(start(run, "scale", str(run), "--actors", "4"), run)
+        said = answer_here("scale", str(run), "--actors", "4")
         assert said["actors"] == 4
         wait_for(lambda: hosting(run) == 4, process)
         assert len(events(run, "node_joined")) == 1

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from commands import answer_here
 from faults.living import small_disk
 from shoal.cli.control import tell_run
 from shoal.errors import RunError
@@ -118,13 +119,6 @@ def command(*args: str) -> list[str]:
     return [sys.executable, "-m", "shoal.cli", *args]
 
 
-def shoal(*args: str, cwd: Path) -> dict[str, Any]:
-    done = subprocess.run(command(*args, "--json"), cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
-
-
 @pytest.mark.parametrize(
     ("options", "tracks"),
     [
@@ -139,7 +133,8 @@ def shoal(*args: str, cwd: Path) -> dict[str, Any]:
 )
 def test_every_process_of_a_run_is_on_one_time_line(options: list[str], tracks: list[str], tmp_path: Path) -> None:
     begun = time.monotonic()
-    shoal("train", "CartPole-v1", *SMALL, *options, "--stop.updates", "15", "--profile", "--run-dir", "run", cwd=tmp_path)
+    run = str(tmp_path / "run")
+    answer_here("train", "CartPole-v1", *SMALL, *options, "--stop.updates", "15", "--profile", "--run-dir", run)
     ended = time.monotonic()
     text = (tmp_path / "run" / "profile.json").read_text()
     found, origin = by_track(text), json.loads(text)["otherData"]["monotonic_origin_ns"] / 1e9
@@ -158,7 +153,7 @@ def test_every_process_of_a_run_is_on_one_time_line(options: list[str], tracks: 
     updates = [event for event in found[tracks[1] if len(tracks) > 1 else tracks[0]] if event["name"] == "update"]
     assert [event["args"]["version"] for event in updates] == list(range(1, 16))
     assert not (tmp_path / "run" / "profile").exists()
-    shoal("resume", "run", "--stop.updates", "17", "--view", "silent", cwd=tmp_path)
+    answer_here("resume", run, "--actors", "0", "--stop.updates", "17", "--view", "silent")
     assert (tmp_path / "run" / "profile.json").read_text() == text  # asked for once, kept until asked for again
 
 

@@ -35,10 +35,14 @@ def system_of(
     return systems(config_of(algorithm, **(given or {})), measured_of(costs(algorithm, **changed), "a file"), asked)[nodes]
 
 
-@pytest.fixture
-def free_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def free(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DRIVER_UPDATE_US", "DRIVER_LOOK_US", "MESSAGE_US"):
         monkeypatch.setattr(inputs, name, 0.0)
+
+
+@pytest.fixture
+def free_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    free(monkeypatch)
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
@@ -196,8 +200,16 @@ def test_a_plan_of_one_node_is_the_ceiling_of_its_costs(tmp_path: Path, free_dri
     assert row["bottleneck"]["name"] == "learner"
 
 
-def test_a_table_says_what_breaks_first_and_what_would_move_it(tmp_path: Path, free_driver: None) -> None:
-    found = planned(tmp_path, Asked(sizes=(1, 10, 100)), "impala", costs__l=1.0)
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A plan of three sizes, with a free driver."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        free(monkeypatch)
+        return planned(tmp_path_factory.mktemp("table"), Asked(sizes=(1, 10, 100)), "impala", costs__l=1.0)
+
+
+def test_a_table_says_what_breaks_first_and_what_would_move_it(table: dict[str, Any]) -> None:
+    found = table
     rates = [row["env_steps_per_second"] for row in found["rows"]]
     assert rates == sorted(rates)
     assert [row["bottleneck"]["name"] for row in found["rows"]] == ["cores", "cores", "learner"]
@@ -232,9 +244,9 @@ def test_where_several_learners_are_is_not_in_the_plan_and_is_said(where: dict[s
     assert [row["learners"] for row in two["rows"]] == [2]
 
 
-def test_more_learners_move_what_breaks(tmp_path: Path, free_driver: None) -> None:
-    one, four = (planned(tmp_path, Asked(sizes=(1, 400), learners=n), "impala", costs__l=1.0) for n in (1, 4))
-    assert four["breaks"]["nodes"] > 2 * one["breaks"]["nodes"]
+def test_more_learners_move_what_breaks(table: dict[str, Any], tmp_path: Path, free_driver: None) -> None:
+    four = planned(tmp_path, Asked(sizes=(1, 400), learners=4), "impala", costs__l=1.0)
+    assert four["breaks"]["nodes"] > 2 * table["breaks"]["nodes"]
     assert [row["learners"] for row in four["rows"]] == [1, 4]
 
 

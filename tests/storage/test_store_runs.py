@@ -18,6 +18,7 @@ from shaky_store import SECRET, halfway, rule, waiting
 from webhdfs_server import http_store
 
 import shoal
+from commands import answer_here
 from faults.living import SOURCES, TINY, command, living, newest, saved
 from shoal.cli import main
 from shoal.errors import ConfigError, NoRunError
@@ -43,6 +44,16 @@ def done(*args: str, cwd: Path, code: int = 0) -> dict[str, Any]:
     answer = json.loads(out)
     assert isinstance(answer, dict)
     return answer
+
+
+def here(updates: int, **more: Any) -> shoal.Run:
+    """`INLINE` in the store, in this process."""
+    return shoal.train("CartPole-v1", **{**INLINE, "stop": {"updates": updates}, "run_dir": URL, "progress": silent(), **more})
+
+
+def resumed_here(updates: int) -> dict[str, Any]:
+    """The run in the store, gone on with in this process."""
+    return shoal.resume(URL, actors=0, stop={"updates": updates}, progress=silent()).result
 
 
 def on_machine(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +90,7 @@ def test_a_run_goes_from_machine_to_machine_with_the_same_bits(shaky: Path, tmp_
     assert balance["produced"] == balance["trained"] + sum(balance["dropped"].values()) + balance["in_flight"]
 
     on_machine("a", tmp_path, monkeypatch)  # whose copy is older than the store's
-    third = done("resume", url, "--stop.updates", "12", cwd=tmp_path)
+    third = resumed_here(12)
     assert third["weights_sha256"] == weights(12, tmp_path)
     assert stored(shaky)[-1] == 12
     assert not (tmp_path / "runs").exists()
@@ -88,7 +99,7 @@ def test_a_run_goes_from_machine_to_machine_with_the_same_bits(shaky: Path, tmp_
 def test_a_run_is_read_from_anywhere_and_its_working_copy_stands_for_it(
     shaky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = shoal.train("CartPole-v1", **INLINE, stop={"updates": 3}, run_dir=URL, progress=silent())
+    run = here(3)
     resumed = shoal.resume(run.path, **{"stop.updates": 5}, progress=silent())
     assert (resumed.path, resumed.result["run"]) == (local_directory(URL), URL)
     assert stored(shaky)[-1] == 5
@@ -132,7 +143,7 @@ def test_a_run_that_is_killed_in_the_middle_of_an_upload_goes_on_elsewhere_with_
     on_machine("b", tmp_path, monkeypatch)
     shown = show(URL)
     assert (shown["status"], shown["checkpoint"]["update"]) == ("stopped", last)
-    resumed = done("resume", URL, "--stop.updates", str(last + 5), cwd=tmp_path)
+    resumed = resumed_here(last + 5)
     assert resumed["weights_sha256"] == weights(last + 5, tmp_path)
     balance = resumed["ledger"]
     assert balance["produced"] == balance["trained"] + sum(balance["dropped"].values()) + balance["in_flight"]
@@ -156,22 +167,21 @@ def test_on_the_machine_that_made_it_a_killed_run_goes_on_from_what_was_not_copi
     rule()
     last = CheckpointDirectory(local_directory(URL) / "checkpoints").newest().update
     assert last > stored(shaky)[-1]
-    resumed = done("resume", URL, "--stop.updates", str(last + 3), cwd=tmp_path)
+    resumed = resumed_here(last + 3)
     assert resumed["weights_sha256"] == weights(last + 3, tmp_path)
     assert [e["update"] for e in show(URL)["faults"]["newest"] if e["kind"] == "resumed"] == [last]
 
 
 def test_a_torn_upload_is_passed_over_with_a_warning(shaky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done("train", "CartPole-v1", *TINY, *OFTEN, "--actors", "0", "--stop.updates", "2", "--run-dir", URL, cwd=tmp_path)
+    here(2, checkpoint={"every_updates": 2, "every_seconds": None})
     rule(damage=r"update-000000004.*/learner\.safetensors")
-    done("resume", URL, "--stop.updates", "4", cwd=tmp_path)
+    resumed_here(4)
     on_machine("b", tmp_path, monkeypatch)
     code, _, said = command("evaluate", URL, "--episodes", "1", cwd=tmp_path)
     assert code == 0
     assert "update-000000004" in said
     assert "is not whole (learner.safetensors does not have the SHA-256 that the manifest says); taking the one before it" in said
-    resumed = done("resume", URL, "--stop.updates", "6", cwd=tmp_path)
-    assert resumed["weights_sha256"] == weights(6, tmp_path)
+    assert resumed_here(6)["weights_sha256"] == weights(6, tmp_path)
     assert [event["update"] for event in show(URL)["faults"]["newest"] if event["kind"] == "resumed"] == [2, 2]
 
 
@@ -210,21 +220,25 @@ def test_a_store_that_is_away_at_the_end_ends_the_run_with_1_and_a_resume_copies
         assert not file.is_file() or SECRET.encode() not in file.read_bytes(), file
     rule()
     last = CheckpointDirectory(directory / "checkpoints").newest().update
-    done("resume", URL, "--stop.updates", str(last), cwd=tmp_path)
+    resumed_here(last)
     assert stored(shaky)[-1] == last
     on_machine("b", tmp_path, monkeypatch)
     assert show(URL)["status"] == "updates"
 
 
-def test_a_store_that_is_away_is_no_run_and_no_new_run(shaky: Path, tmp_path: Path) -> None:
-    done("train", "CartPole-v1", *TINY, "--actors", "0", "--stop.updates", "2", "--run-dir", URL, cwd=tmp_path)
+def test_a_store_that_is_away_is_no_run_and_no_new_run(shaky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here(2)
     before = {path: path.read_bytes() for path in shaky.rglob("*") if path.is_file()}
     rule(away=True)
-    for args in (("show", URL), ("resume", URL, "--stop.updates", "4"), ("evaluate", URL), ("runs", "shaky://bucket/runs")):
-        error = done(*args, cwd=tmp_path, code=1)["error"]
+    new = ("train", "CartPole-v1", *TINY, "--run-dir", URL)
+    error = done(*new, cwd=tmp_path, code=1)["error"]  # with the waits between its tries, in a process of its own
+    assert (error["kind"], error["exit_code"]) == ("StorageError", 1)
+    assert SECRET not in error["message"]
+    monkeypatch.setattr("shoal.storage.objects.FIRST_WAIT_SECONDS", 0.001)
+    for args in (("show", URL), ("resume", URL, "--stop.updates", "4"), ("evaluate", URL), ("runs", "shaky://bucket/runs"), new):
+        error = answer_here(*args, code=1)["error"]
         assert (error["kind"], error["exit_code"]) == ("StorageError", 1)
         assert SECRET not in error["message"]
-    assert done("train", "CartPole-v1", *TINY, "--run-dir", URL, cwd=tmp_path, code=1)["error"]["kind"] == "StorageError"
     rule()
     assert {path: path.read_bytes() for path in shaky.rglob("*") if path.is_file()} == before
 
@@ -234,15 +248,15 @@ def test_two_drivers_do_not_have_one_run(shaky: Path, tmp_path: Path, monkeypatc
         run.until(lambda: stored(shaky), "a checkpoint in the store")
         on_machine("b", tmp_path, monkeypatch)
         for args in (("resume", URL), ("train", "CartPole-v1", *TINY, "--run-dir", URL)):
-            error = done(*args, cwd=tmp_path, code=1)["error"]
+            error = answer_here(*args, code=1)["error"]
             assert error["kind"] == "StorageError"
             assert f"is in use by process {run.process.pid} on " in error["message"]
         shown = show(URL)
         assert (shown["status"], shown["process"]) == ("running", run.process.pid)
         assert list_runs("shaky://bucket/runs")[0]["status"] == "running"
-        assert done("control", URL, "state", cwd=tmp_path, code=2)["error"]["kind"] == "NoRunError"
+        assert answer_here("control", URL, "state", code=2)["error"]["kind"] == "NoRunError"
         on_machine("a", tmp_path, monkeypatch)
-        assert done("control", URL, "state", cwd=tmp_path)["state"]["run"] == "x"
+        assert answer_here("control", URL, "state")["state"]["run"] == "x"
         on_machine("b", tmp_path, monkeypatch)
         taken = done("resume", URL, "--take-over", "--stop.updates", str(stored(shaky)[-1] + 40), cwd=tmp_path)
         assert run.ends() == 1
@@ -250,7 +264,7 @@ def test_two_drivers_do_not_have_one_run(shaky: Path, tmp_path: Path, monkeypatc
         run.gone()
     assert taken["weights_sha256"] == weights(taken["updates"], tmp_path)
     assert show(URL)["checkpoint"]["update"] == taken["updates"]
-    error = done("train", "CartPole-v1", *TINY, "--run-dir", URL, cwd=tmp_path, code=2)["error"]
+    error = answer_here("train", "CartPole-v1", *TINY, "--run-dir", URL, code=2)["error"]
     assert f"{URL} is a run already" in error["message"]
 
 
@@ -259,9 +273,9 @@ def test_a_run_that_never_began_leaves_nothing_anywhere(shaky: Path, tmp_path: P
     assert "CartPole" in error["message"]
     assert not [path for path in shaky.rglob("*") if path.is_file()]
     assert not local_directory(URL).exists()
-    assert done("resume", URL, cwd=tmp_path, code=2)["error"]["kind"] == "NoRunError"
+    assert answer_here("resume", URL, code=2)["error"]["kind"] == "NoRunError"
     assert not [path for path in shaky.rglob("*") if path.is_file()]
-    assert done("train", "CartPole-v1", *TINY, "--actors", "0", "--stop.updates", "1", "--run-dir", URL, cwd=tmp_path)["updates"] == 1
+    assert here(1).result["updates"] == 1
 
 
 def test_a_url_with_a_secret_is_refused_and_the_secret_is_nowhere(
@@ -299,7 +313,7 @@ def test_in_python_a_run_in_memory_is_trained_loaded_and_gone_on_with(tmp_path: 
 
 
 def test_what_was_fetched_to_be_read_is_gone_with_the_process(shaky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done("train", "CartPole-v1", *TINY, "--actors", "0", "--stop.updates", "1", "--run-dir", URL, cwd=tmp_path)
+    here(1)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))
@@ -309,21 +323,21 @@ def test_what_was_fetched_to_be_read_is_gone_with_the_process(shaky: Path, tmp_p
 
 
 def test_a_damaged_database_in_the_store_costs_numbers_and_no_bit(shaky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done("train", "CartPole-v1", *TINY, "--actors", "0", "--stop.updates", "2", "--run-dir", URL, cwd=tmp_path)
+    here(2)
     (shaky / "bucket" / "runs" / "x" / "run.db").write_bytes(b"SQLite format 3\0 and nothing of it")
     on_machine("b", tmp_path, monkeypatch)
     shown = show(URL)
     assert (shown["status"], shown["results"]["updates"]) == ("updates", 2)
     assert "run.db cannot be used" in shown["warnings"][0]
-    assert done("resume", URL, "--stop.updates", "4", cwd=tmp_path)["weights_sha256"] == weights(4, tmp_path)
+    assert resumed_here(4)["weights_sha256"] == weights(4, tmp_path)
     warnings = [event["message"] for event in show(URL)["faults"]["newest"] if event["kind"] == "warning"]
     assert any("run.db cannot be used" in message for message in warnings)
 
 
 def test_a_working_copy_that_was_removed_is_fetched_again(shaky: Path, tmp_path: Path) -> None:
-    done("train", "CartPole-v1", *TINY, "--actors", "0", "--stop.updates", "2", "--run-dir", URL, cwd=tmp_path)
+    here(2)
     shutil.rmtree(tmp_path / "machine-a")
-    assert done("resume", URL, "--stop.updates", "4", cwd=tmp_path)["weights_sha256"] == weights(4, tmp_path)
+    assert resumed_here(4)["weights_sha256"] == weights(4, tmp_path)
 
 
 def test_the_process_of_a_training_in_a_store_imports_no_torch(shaky: Path, tmp_path: Path) -> None:
@@ -349,10 +363,11 @@ def test_a_run_goes_from_machine_to_machine_over_http(tmp_path: Path, monkeypatc
             run.ends()
         on_machine("b", tmp_path, monkeypatch)
         last = show(url)["checkpoint"]["update"]
-        resumed = done("resume", url, "--stop.updates", str(last + 5), cwd=tmp_path)
-        assert resumed["weights_sha256"] == weights(last + 5, tmp_path)
+        resumed = shoal.resume(url, **{"stop.updates": last + 5}, progress=silent())
+        assert resumed.result["weights_sha256"] == weights(last + 5, tmp_path)
         assert shoal.evaluate(url, episodes=1)["episodes"] == 1
         assert list_runs(f"{top}/runs")[0]["status"] == "updates"
-    error = done("show", url, cwd=tmp_path, code=1)["error"]
+    monkeypatch.setattr("shoal.storage.objects.FIRST_WAIT_SECONDS", 0.001)
+    error = answer_here("show", url, code=1)["error"]
     assert error["kind"] == "StorageError"
     assert "Connection refused" in error["message"]

@@ -1,5 +1,6 @@
 """What the tests' roles do. Imported in forked children by name."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ def say_who(context):
         "fds": sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in open_fds if os.path.lexists(f"/proc/self/fd/{fd}")),
         "int_ignored": signal.getsignal(signal.SIGINT) == signal.SIG_IGN,
         "term_default": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
+        "collects_garbage": gc.isenabled(),
     }
     context.channel.send(repr(answer).encode())
 

@@ -120,6 +120,7 @@ def test_a_role_knows_who_it_is_and_holds_nothing_of_others(fleet, monkeypatch):
     assert who["group"]
     assert who["int_ignored"]
     assert who["term_default"]
+    assert who["collects_garbage"]
     kinds = sorted(fd.split(":")[0] if not fd.startswith("/dev/null") else "null" for fd in who["fds"])
     log = str(one.log_directory / "role-7.log")
     assert kinds == sorted(["null", log, log, "socket", "/memfd"]), who["fds"]

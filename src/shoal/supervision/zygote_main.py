@@ -101,8 +101,11 @@ def main(head: dict[str, Any], startup: BinaryIO, control_fd: int) -> NoReturn:
 
 
 def _preload(modules: list[str]) -> None:
+    """Without the collector, which finds nothing in what is imported and takes a tenth of the time."""
+    gc.disable()
     for module in modules:
         importlib.import_module(module)
+    gc.enable()
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(1)
