@@ -10,14 +10,15 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from shoal.errors import CheckpointError
 from shoal.files.arrays import arrays_from_bytes
-from shoal.files.manifest import TornError, read_manifest, verify_file
+from shoal.files.manifest import ForeignError, TornError, passed_over, read_manifest, verify_file
 from shoal.files.names import committed
+from shoal.files.owner import run_beside
 from shoal.files.staging import Staging
 from shoal.locks import is_other_living_process
 from shoal.types import Arrays
@@ -60,37 +61,51 @@ class Loaded:
 
 
 class CheckpointDirectory:
-    """The checkpoints of a run. One process saves (the holder of `locks.lock_run`); any may read."""
+    """The checkpoints of a run. One process saves (the holder of `locks.lock_run`); any may read. Those of another run, as far as they say whose they are,
+    are neither taken nor removed."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
         self._active: set[Path] = set()
 
-    def begin(self, update: int) -> Staging:
-        """Begin a checkpoint of the state after `update` updates."""
-        return Staging(self.root, update, self._active)
+    @property
+    def run(self) -> str | None:
+        """The id of the run, where `run.json` beside the directory has one."""
+        return run_beside(self.root)
+
+    def begin(self, update: int, run: str | None = None) -> Staging:
+        """Begin a checkpoint of the state after `update` updates. run: the id of whose it is, where no `run.json` says so."""
+        return Staging(self.root, update, self._active, self.run or run)
 
     def paths(self) -> list[Path]:
         """Committed checkpoints, unverified, oldest first."""
         return [path for _, _, path in committed(self.root)]
 
+    def named_run(self) -> str | None:
+        """The id of the run that made the newest checkpoint whose manifest can be read."""
+        for path in reversed(self.paths()):
+            with contextlib.suppress(CheckpointError, OSError):
+                return read_manifest(path).run
+        return None
+
     def newest(self) -> Loaded:
-        """The newest whole checkpoint, every hash verified; a torn one is passed over with a warning.
+        """The newest whole checkpoint, every hash verified; a torn one, or one of another run, is passed over with a warning.
 
         Raises CheckpointError when none is whole, or when the newest was written by another version of the format.
         """
-        torn: list[str] = []
+        passed: list[str] = []
+        run = self.run
         for path in reversed(self.paths()):
             try:
-                loaded = load_checkpoint(path)
-            except TornError as error:
-                torn.append(f"checkpoint {path.name} is not whole ({error})")
+                loaded = load_checkpoint(path, run)
+            except (TornError, ForeignError) as error:
+                passed.append(passed_over(path.name, error))
                 continue
-            return Loaded(loaded.path, loaded.update, loaded.files, tuple(f"{what}; taking the one before it" for what in torn))
-        if not torn:
+            return replace(loaded, warnings=tuple(f"{what}; taking the one before it" for what in passed))
+        if not passed:
             raise CheckpointError(f"no checkpoint in {self.root}")
         raise CheckpointError(
-            f"no whole checkpoint in {self.root}: {'; '.join(torn)}. Put a copy back; or move them away, and `shoal resume` begins again from the start"
+            f"no whole checkpoint of this run in {self.root}: {'; '.join(passed)}. Put a copy back; or move them away, and `shoal resume` begins again from the start"
         )
 
     def sweep(self, keep: int, spared: Collection[Path] = ()) -> None:
@@ -103,9 +118,10 @@ class CheckpointDirectory:
                 self._sweep(keep, spared)
 
     def _sweep(self, keep: int, spared: Collection[Path]) -> None:
-        newest = {update: path for update, _, path in committed(self.root)}
+        mine = [(update, path) for update, _, path in committed(self.root) if not _is_foreign(path, self.run)]
+        newest = dict(mine)
         kept = {newest[update] for update in sorted(newest)[-keep:]}
-        for path in self.paths():
+        for _, path in mine:
             if path not in kept and path not in spared:
                 trash = path.with_name(f"{_TRASH}{path.name}-{os.getpid()}")
                 path.rename(trash)  # removal takes many steps; a kill between them must not leave a torn checkpoint
@@ -117,16 +133,27 @@ class CheckpointDirectory:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> Loaded:
-    """One committed checkpoint, every hash verified. Raises CheckpointError where it is not whole or of another format."""
+def load_checkpoint(path: str | os.PathLike[str], run: str | None = None) -> Loaded:
+    """One committed checkpoint, every hash verified. Raises CheckpointError where it is not whole, of another format, or of another run than `run`."""
     path = Path(path)
     try:
-        update, files = read_manifest(path)
-        for name, (size_bytes, sha256) in files.items():
+        manifest = read_manifest(path)
+        manifest.check_run(run)
+        for name, (size_bytes, sha256) in manifest.files.items():
             verify_file(path, name, size_bytes, sha256)
-        return Loaded(path, update, files)
+        return Loaded(path, manifest.update, manifest.files)
     except OSError as error:
         raise TornError(f"{error.filename}: {os.strerror(error.errno or errno.EIO)}") from error
+
+
+def _is_foreign(path: Path, run: str | None) -> bool:
+    try:
+        read_manifest(path).check_run(run)
+    except ForeignError:
+        return True
+    except (CheckpointError, OSError):
+        pass
+    return False
 
 
 @contextlib.contextmanager
