@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 import shoal
 from rollout_fakes import Drift
-from shoal.errors import CheckpointError
+from shoal.errors import CheckpointError, RunError
 from shoal.files import FACTS, CheckpointDirectory
 from shoal.files.manifest import manifest_bytes, read_manifest
 from shoal.monitoring.live import SilentView
@@ -105,3 +106,56 @@ def test_a_run_that_is_the_same_one_is_gone_on_with(how, tmp_path):
     assert not [said for said in warnings_of(run) if "another run" in said]
     assert json.loads((run / FACTS).read_text())["run_id"] == name
     assert read_manifest(newest(run)).run == name
+
+
+# ---- damage to the replay alone ----------------------------------------------------------------------------------------
+def cut(directory: Path, name: str) -> None:
+    for path in CheckpointDirectory(directory / "checkpoints").paths():
+        content = (path / name).read_bytes()
+        (path / name).unlink()  # files are linked from checkpoint to checkpoint
+        (path / name).write_bytes(content[: len(content) // 2])
+
+
+def test_who_does_not_go_on_learning_does_not_mind_a_damaged_replay(tmp_path):
+    run = train(tmp_path / "run", 8)
+    expected = shoal.evaluate(shoal.load(run, env=Drift), episodes=2)
+    cut(run, "replay/rows-000.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that none was passed over
+        assert shoal.evaluate(shoal.load(run, env=Drift), episodes=2) == expected
+    assert shoal.replay(run, env=Drift)["equal"]
+    assert resume(run, 8).result["updates"] == 8  # it is over
+    cut(run, "policy/policy.safetensors")
+    with pytest.raises(CheckpointError, match=r"policy/policy.safetensors has \d+ bytes"):
+        shoal.load(run, env=Drift).policy()
+
+
+@pytest.mark.parametrize("actors", [0, 1])
+def test_a_run_whose_replay_is_damaged_goes_on_without_it_where_that_is_wanted(actors, tmp_path):
+    run = train(tmp_path / "run", 8, actors=actors)
+    cut(run, "replay/rows-000.safetensors")
+    way_out = rf"rows-000\.safetensors has .*: `shoal resume {run} --checkpoint\.replay false`"
+    with pytest.raises(CheckpointError, match=way_out):
+        resume(run, 12)
+    resumed = resume(run, 12, **{"checkpoint.replay": False})
+    assert resumed.result["updates"] == 12
+    assert resumed.result["ledger"]["evicted"] >= 8 * 2 * 2 * 8  # all that was lost
+    (said,) = [said for said in warnings_of(run) if "holds no whole replay (replay/rows-000.safetensors has" in said]
+    assert "the weights will be others than those of a run that went on" in said
+    with pytest.raises(RunError, match="cannot be replayed from the beginning"):
+        shoal.replay(run, env=Drift)
+
+
+def test_what_was_lost_is_lost_once_and_a_whole_replay_is_not_lost_at_all(tmp_path):
+    run = train(tmp_path / "run", 8)
+    expected = resume(Path(shutil.copytree(run, tmp_path / "expected")), 12).result["weights_sha256"]
+    assert resume(run, 12, **{"checkpoint.replay": False}).result["weights_sha256"] == expected
+    assert not [said for said in warnings_of(run) if "holds no" in said]
+
+
+def test_other_damage_has_no_such_way_out(tmp_path):
+    run = train(tmp_path / "run", 2)
+    cut(run, "learner.safetensors")
+    for replay in (True, False):
+        with pytest.raises(CheckpointError, match=r"learner\.safetensors has .* or move them away, and `shoal resume` begins again"):
+            resume(run, 4, **{"checkpoint.replay": replay})

@@ -9,11 +9,9 @@ from pathlib import Path
 
 from shoal.engines.roles import Blueprint
 from shoal.evaluation.bundle import save_bundle
-from shoal.files import load_checkpoint, to_json, whole_state, write_arrays
+from shoal.files import REPLAY, everything, load_checkpoint, to_json, whole_state, without_replay, write_arrays
 from shoal.learners.learner import Learner
 from shoal.learners.replay_learner import ReplayLearner
-
-REPLAY = "replay"
 
 
 def save_learner(learner: Learner, directory: Path, blueprint: Blueprint, previous: Path | None = None) -> None:
@@ -44,16 +42,16 @@ def save_learner(learner: Learner, directory: Path, blueprint: Blueprint, previo
         learner.replay.save(directory / place, before if before is not None and before.is_dir() else None)
 
 
-def load_learner(learner: Learner, path: Path, learners: int) -> None:
+def load_learner(learner: Learner, path: Path, learners: int, *, replay: bool = True) -> None:
     """Go on from a committed checkpoint, whose hashes are verified as it is read. Raises CheckpointError where it does not fit.
 
-    learners: of the run.
+    learners: of the run. replay: whether what is there of it to learn from is whole, and to be read.
     """
-    loaded = load_checkpoint(path)
+    loaded = load_checkpoint(path, wanted=everything if replay else without_replay)
     arrays, facts = loaded.arrays("learner"), loaded.json("learner")
     with whole_state(loaded.path):
         learner.set_state(arrays, facts)
-        if isinstance(learner, ReplayLearner) and (path / REPLAY).is_dir():
+        if replay and isinstance(learner, ReplayLearner) and (path / REPLAY).is_dir():
             learner.replay.load(path / replay_place(learner.rank, learners))
 
 

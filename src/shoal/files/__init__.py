@@ -16,7 +16,7 @@ from shoal.files.arrays import arrays_from_bytes, to_json, write_arrays
 from shoal.files.checkpoints import CheckpointDirectory, Loaded, load_checkpoint, whole_state
 from shoal.files.durable import write_text_atomically
 from shoal.files.manifest import FORMAT, MANIFEST, ForeignError, TornError, parse_manifest, passed_over, verify_file
-from shoal.files.names import checkpoint_name, checkpoint_place
+from shoal.files.names import REPLAY, checkpoint_name, checkpoint_place, everything, without_replay
 from shoal.files.owner import FACTS, run_named
 from shoal.files.staging import Staging
 
@@ -24,6 +24,7 @@ __all__ = [
     "FACTS",
     "FORMAT",
     "MANIFEST",
+    "REPLAY",
     "CheckpointDirectory",
     "ForeignError",
     "Loaded",
@@ -32,6 +33,7 @@ __all__ = [
     "arrays_from_bytes",
     "checkpoint_name",
     "checkpoint_place",
+    "everything",
     "load_checkpoint",
     "parse_manifest",
     "passed_over",
@@ -39,6 +41,7 @@ __all__ = [
     "to_json",
     "verify_file",
     "whole_state",
+    "without_replay",
     "write_arrays",
     "write_text_atomically",
 ]

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from shoal.errors import CheckpointError
 from shoal.files.arrays import arrays_from_bytes
 from shoal.files.manifest import ForeignError, TornError, passed_over, read_manifest, verify_file
-from shoal.files.names import committed
+from shoal.files.names import committed, everything, without_replay
 from shoal.files.owner import run_beside
 from shoal.files.staging import Staging
 from shoal.locks import is_other_living_process
@@ -29,12 +29,19 @@ _TRASH = ".trash-"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A whole checkpoint. `warnings` has one line for each newer one that was passed over."""
+    """A whole checkpoint.
+
+    Attributes:
+      files: those that were verified, and no other can be read.
+      warnings: one line for each newer one that was passed over.
+      replay_damage: why the files of its replay are left out; "" where they are whole, or were not wanted.
+    """
 
     path: Path
     update: int
     files: Mapping[str, tuple[int, str]]
     warnings: tuple[str, ...] = ()
+    replay_damage: str = ""
 
     def arrays(self, name: str) -> Arrays:
         """What `write_arrays(name, ...)` wrote. Raises CheckpointError where it is not in the checkpoint or was changed since."""
@@ -88,8 +95,8 @@ class CheckpointDirectory:
                 return read_manifest(path).run
         return None
 
-    def newest(self) -> Loaded:
-        """The newest whole checkpoint, every hash verified; a torn one, or one of another run, is passed over with a warning.
+    def newest(self, wanted: Callable[[str], bool] = everything) -> Loaded:
+        """The newest checkpoint whose wanted files are whole, their hashes verified; a torn one, or one of another run, is passed over with a warning.
 
         Raises CheckpointError when none is whole, or when the newest was written by another version of the format.
         """
@@ -97,7 +104,7 @@ class CheckpointDirectory:
         run = self.run
         for path in reversed(self.paths()):
             try:
-                loaded = load_checkpoint(path, run)
+                loaded = load_checkpoint(path, run, wanted)
             except (TornError, ForeignError) as error:
                 passed.append(passed_over(path.name, error))
                 continue
@@ -105,8 +112,25 @@ class CheckpointDirectory:
         if not passed:
             raise CheckpointError(f"no checkpoint in {self.root}")
         raise CheckpointError(
-            f"no whole checkpoint of this run in {self.root}: {'; '.join(passed)}. Put a copy back; or move them away, and `shoal resume` begins again from the start"
+            f"no whole checkpoint of this run in {self.root}: {'; '.join(passed)}. Put a copy back; or {self._way_out(wanted)}"
         )
+
+    def _way_out(self, wanted: Callable[[str], bool]) -> str:
+        """What `shoal resume` can do where no checkpoint is whole."""
+        with contextlib.suppress(CheckpointError):
+            if wanted is everything and self.newest(without_replay):
+                return f"go on without what the run learned from, which alone is damaged: `shoal resume {self.root.parent} --checkpoint.replay false`"
+        return "move them away, and `shoal resume` begins again from the start"
+
+    def newest_to_go_on(self, *, replay: bool) -> Loaded:
+        """What a run goes on from: `newest`. replay false: of which the replay may be damaged, and is left out then."""
+        if replay:
+            return self.newest()
+        loaded = self.newest(without_replay)
+        try:
+            return replace(load_checkpoint(loaded.path), warnings=loaded.warnings)
+        except TornError as error:
+            return replace(loaded, replay_damage=str(error))
 
     def sweep(self, keep: int, spared: Collection[Path] = ()) -> None:
         """Remove all but the newest `keep` updates, superseded revisions, and what dead processes left half made. Those spared stay in any case.
@@ -133,15 +157,20 @@ class CheckpointDirectory:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def load_checkpoint(path: str | os.PathLike[str], run: str | None = None) -> Loaded:
-    """One committed checkpoint, every hash verified. Raises CheckpointError where it is not whole, of another format, or of another run than `run`."""
+def load_checkpoint(path: str | os.PathLike[str], run: str | None = None, wanted: Callable[[str], bool] = everything) -> Loaded:
+    """One committed checkpoint, the hashes of all wanted files verified.
+
+    Raises:
+      TornError: one of them is not whole. ForeignError: it is of another run than `run`. CheckpointError: it is of another format.
+    """
     path = Path(path)
     try:
         manifest = read_manifest(path)
         manifest.check_run(run)
-        for name, (size_bytes, sha256) in manifest.files.items():
+        files = {name: manifest.files[name] for name in manifest.files if wanted(name)}
+        for name, (size_bytes, sha256) in files.items():
             verify_file(path, name, size_bytes, sha256)
-        return Loaded(path, manifest.update, manifest.files)
+        return Loaded(path, manifest.update, files)
     except OSError as error:
         raise TornError(f"{error.filename}: {os.strerror(error.errno or errno.EIO)}") from error
 
