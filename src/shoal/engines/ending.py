@@ -17,7 +17,7 @@ from shoal.engines.messages import Kind, Word, to_json
 from shoal.engines.process import Process, tell
 from shoal.engines.saves import Saves
 from shoal.engines.session import Session
-from shoal.errors import CheckpointError, ProcessError
+from shoal.errors import ProcessError
 from shoal.files import load_checkpoint, without_replay
 
 END_SECONDS = 1.5  # for actors, once they are told to end
@@ -117,7 +117,5 @@ class Ending:
         path = self._session.checkpoint_path
         kept = None if path is None else load_checkpoint(path, wanted=without_replay)
         if kept is None or kept.update != self._coordinator.version:
-            raise CheckpointError(
-                f"the last checkpoint could not be saved; `shoal resume` goes on from the one before. {self._saves.refused}"
-            )
+            raise self._session.last_refused(self._saves.refused)
         self._saves.weights_sha256 = kept.json("learner")["weights_sha256"]

@@ -139,7 +139,10 @@ class InlineEngine:
                 ticked = time.monotonic()
                 session.observer.tick(self._activities.records())
         coordinator.shut_down()
-        self._save()
+        try:
+            self._save()
+        except CheckpointError as error:
+            raise session.last_refused(str(error)) from error
         return {"reason": reason, "weights_sha256": self.learner.weights_sha256}
 
     def _load(self) -> None:

@@ -152,7 +152,13 @@ class Session:
     def save_failed(self, message: str) -> None:
         """The disk refused a checkpoint: said, and tried again when the next one is due."""
         self._saved_at, self._saved_version = self.clock(), self.coordinator.version
-        self.observer.event("checkpoint_failed", message=message)
+        self.observer.event("checkpoint_failed", message=message, before=self.checkpoint_path is not None)
+
+    def last_refused(self, message: str) -> CheckpointError:
+        """What a run ends with whose last checkpoint the disk refused."""
+        if self.checkpoint_path is None:
+            return CheckpointError(f"no checkpoint could be saved, so `shoal resume` begins again from the start. {message}")
+        return CheckpointError(f"the last checkpoint could not be saved; `shoal resume` goes on from the one before. {message}")
 
     def load(self, loaded: Loaded) -> None:
         """Go on from a checkpoint (a resumed run)."""

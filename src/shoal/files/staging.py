@@ -119,9 +119,10 @@ class Staging:
             yield
         except (OSError, SafetensorError) as error:
             self.discard()
-            reason = f"{os.strerror(error.errno)} ({error.filename})" if isinstance(error, OSError) and error.errno else str(error)
+            reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+            where = f" ({error.filename})" if isinstance(error, OSError) and error.errno and error.filename else ""
             raise CheckpointError(
-                f"checkpoint of update {self.update} was not saved: {reason}. Those before it are whole. Free space in, or mend, {self._root}"
+                f"checkpoint of update {self.update} was not saved: {reason}{where}. Free space in, or mend, {self._root}"
             ) from error
 
 
