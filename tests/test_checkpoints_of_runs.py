@@ -159,3 +159,28 @@ def test_other_damage_has_no_such_way_out(tmp_path):
     for replay in (True, False):
         with pytest.raises(CheckpointError, match=r"learner\.safetensors has .* or move them away, and `shoal resume` begins again"):
             resume(run, 4, **{"checkpoint.replay": replay})
+
+
+# ---- what was signed anew ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("which", "learners"), [(-2, 1), (-2, 2), (0, 1)], ids=["one before", "one before, two learners", "empty"])
+def test_a_replay_of_another_update_is_refused_with_what_to_do(which, learners, tmp_path):
+    run = train(tmp_path / "run", 8, learners=learners, checkpoint={"every_updates": 1, "keep": 20})
+    before, last = (CheckpointDirectory(run / "checkpoints").paths()[place] for place in (which, -1))
+    shutil.rmtree(last / "replay")
+    shutil.copytree(before / "replay", last / "replay")
+    sign(last)
+    with pytest.raises(CheckpointError, match=rf"is not the replay of this checkpoint.*update 8 .*Move {last} away, and `shoal resume`"):
+        resume(run, 12)
+    shutil.rmtree(last)
+    assert resume(run, 12).result["updates"] == 12
+
+
+def test_zeroed_rows_are_refused_with_what_to_do(tmp_path):
+    run = train(tmp_path / "run", 8)
+    rows = newest(run) / "replay" / "rows-000.safetensors"
+    content = rows.read_bytes()
+    rows.unlink()
+    rows.write_bytes(content[:-64] + bytes(64) if content[-64:] != bytes(64) else content[:200] + bytes(len(content) - 200))
+    sign(newest(run))
+    with pytest.raises(CheckpointError, match=r"rows-000\.safetensors is damaged: .*Move its checkpoint away, and `shoal resume` goes on"):
+        resume(run, 12)

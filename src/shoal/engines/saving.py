@@ -6,8 +6,10 @@ Of several learners the first writes what all hold alike, and each what it sampl
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from shoal.engines.roles import Blueprint
+from shoal.errors import CheckpointError
 from shoal.evaluation.bundle import save_bundle
 from shoal.files import REPLAY, everything, load_checkpoint, to_json, whole_state, without_replay, write_arrays
 from shoal.learners.learner import Learner
@@ -53,6 +55,20 @@ def load_learner(learner: Learner, path: Path, learners: int, *, replay: bool = 
         learner.set_state(arrays, facts)
         if replay and isinstance(learner, ReplayLearner) and (path / REPLAY).is_dir():
             learner.replay.load(path / replay_place(learner.rank, learners))
+            _check_replay(learner, loaded.json("coordinator"), path, learners)
+
+
+def _check_replay(learner: ReplayLearner, facts: dict[str, Any], path: Path, learners: int) -> None:
+    """Raise CheckpointError where what it samples from is not what went in up to this checkpoint. facts: of the supervisor, whose ledger and limiter count that."""
+    replay, inserted = learner.replay, int(facts["limiter"]["inserted"])
+    groups = [int(group["sequence"]) for group in facts["groups"][learner.rank :: learners]]
+    gone_in = all(held in (-1, due) for held, due in zip(replay.next_sequences, groups, strict=True))
+    if not gone_in or (learners == 1 and replay.inserted_steps != inserted):
+        raise CheckpointError(
+            f"{path / replay_place(learner.rank, learners)} is not the replay of this checkpoint: it holds other rollouts than were consumed up to "
+            f"update {facts['version']:,} ({replay.inserted_steps:,} env steps went in; {inserted:,}{' in all' if learners > 1 else ''} are due). "
+            f"Move {path} away, and `shoal resume` goes on from the one before"
+        )
 
 
 def replay_place(rank: int, learners: int) -> str:
