@@ -94,6 +94,7 @@ def store_lock(content: bytes) -> None:
         assert str(driver)
         assert driver.lives in (True, False)
     driver_of(content)
+    files.run_named(content)
 
 
 class NodeSays:
@@ -267,6 +268,7 @@ class Manifest:
         with contextlib.suppress(ValueError, RecursionError):
             manifests.append(manifest_bytes(json.loads(content)))
             manifests.append(manifest_bytes({"format": files.FORMAT, "update": 1, "files": json.loads(content)}))
+            manifests.append(manifest_bytes({"format": files.FORMAT, "update": 1, "files": {}, "run": json.loads(content)}))
         for manifest in manifests:
             (self._path / files.MANIFEST).write_bytes(manifest)
             with contextlib.suppress(CheckpointError):

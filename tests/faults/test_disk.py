@@ -74,6 +74,22 @@ def test_a_disk_without_room_or_read_only_is_refused_in_one_line_and_can_be_read
         assert show(run)["warnings"] == []
 
 
+@pytest.mark.parametrize("actors", ["0", "1"])
+def test_a_run_that_never_could_save_does_not_speak_of_checkpoints_before(actors: str, tmp_path: Path) -> None:
+    dqn = ["--preset", "none", "--algorithm", "dqn", "--policy.hidden-sizes", "512,512", "--replay.learning-starts", "100"]
+    with small_disk(tmp_path / "disk", 2_560) as disk:
+        code, _, said = command(
+            "train", "CartPole-v1", *dqn, "--actors", actors, "--stop.updates", "6", "--run-dir", str(disk.path), cwd=tmp_path
+        )  # fmt: skip
+        assert code == 1, said
+        assert not saved(disk.path)
+    assert "No space left on device" in said
+    assert "there is none before it, and the run goes on" in said
+    assert "no checkpoint could be saved, so `shoal resume` begins again from the start. " in said
+    for wrong in ("whole", "goes on from the one before", "None"):
+        assert wrong not in said, said
+
+
 def test_a_run_without_a_place_for_its_socket_goes_on(tmp_path: Path) -> None:
     (tmp_path / "run" / "control.sock").mkdir(parents=True)
     code, _, said = command("train", "CartPole-v1", *TINY, "--actors", "1", "--stop.updates", "2", "--run-dir", "run", cwd=tmp_path)

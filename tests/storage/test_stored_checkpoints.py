@@ -10,7 +10,7 @@ import pytest
 from shaky_store import rule
 
 from shoal.errors import CheckpointError, StorageError
-from shoal.files import MANIFEST, CheckpointDirectory, TornError
+from shoal.files import FACTS, MANIFEST, CheckpointDirectory, TornError
 from shoal.files.manifest import manifest_bytes
 from shoal.storage.checkpoints import committed, fetch_newest, newest_whole, sweep, upload
 from shoal.storage.objects import Store
@@ -143,6 +143,24 @@ def test_a_damaged_one_is_found_before_use_and_the_one_before_it_is_taken(damage
         assert (stored is not None and stored.update, len(torn)) == (1, 1)
 
 
+def test_one_of_another_run_is_passed_over_and_what_comes_here_says_whose_it_is(store: Store, shaky: Path, tmp_path: Path) -> None:
+    for name, update, run in (("here", 1, "a1" * 16), ("other", 2, "b2" * 16)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / FACTS).write_text(json.dumps({"run_id": run}))
+        upload(store, save(tmp_path / name / "checkpoints", update), 0)
+    store.write(FACTS, (tmp_path / "here" / FACTS).read_bytes())
+    there = CheckpointDirectory(tmp_path / "there" / "checkpoints")
+    warning = "checkpoint update-000000002 in shaky://bucket/run is of another run"
+    assert fetch_newest(store, there) == (1, [f"{warning}; taking the one before it"])
+    assert there.named_run() == "a1" * 16
+    stored, passed = newest_whole(store)
+    assert (stored is not None and stored.update, passed) == (1, [warning])
+    for file in place(shaky, 1).glob("*.*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match=f"no whole checkpoint of this run in shaky://bucket/run: {warning}"):
+        fetch_newest(store, there)
+
+
 def test_where_none_is_whole_that_is_an_error_and_where_the_store_is_away_nothing_is_taken_for_torn(
     store: Store, shaky: Path, tmp_path: Path
 ) -> None:
@@ -153,7 +171,7 @@ def test_where_none_is_whole_that_is_an_error_and_where_the_store_is_away_nothin
         fetch_newest(store, there)
     rule()
     (place(shaky, 1) / "learner.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no whole checkpoint in shaky://bucket/run"):
+    with pytest.raises(CheckpointError, match="no whole checkpoint of this run in shaky://bucket/run"):
         fetch_newest(store, there)
     assert there.paths() == []
 

@@ -204,13 +204,13 @@ def replay(run: str, as_json: bool, debug: bool) -> None:
 
     def work() -> Any:
         from shoal.api import replay as replay_run
-        from shoal.files import CheckpointDirectory
+        from shoal.files import CheckpointDirectory, without_replay
         from shoal.monitoring.live import CountView
         from shoal.runs import find_run as directory_of
 
         named = find_run(run)
         directory = directory_of(named)
-        total = CheckpointDirectory(directory / "checkpoints").newest().json("learner")["version"]
+        total = CheckpointDirectory(directory / "checkpoints").newest(without_replay).json("learner")["version"]
         with closing(CountView("replay: update", int(total))) as told:
             found = replay_run(directory, progress=told)
         return {**found, "run": named if isinstance(named, str) else found["run"]}

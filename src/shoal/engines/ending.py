@@ -17,8 +17,8 @@ from shoal.engines.messages import Kind, Word, to_json
 from shoal.engines.process import Process, tell
 from shoal.engines.saves import Saves
 from shoal.engines.session import Session
-from shoal.errors import CheckpointError, ProcessError
-from shoal.files import load_checkpoint
+from shoal.errors import ProcessError
+from shoal.files import load_checkpoint, without_replay
 
 END_SECONDS = 1.5  # for actors, once they are told to end
 UPDATE_SECONDS = 1.8  # for an update that is under way when somebody wants the run to end
@@ -99,7 +99,7 @@ class Ending:
         self._fleet.wait_for_ends(time.monotonic() + END_SECONDS)
         path = self._session.return_to_checkpoint()
         assert path is not None
-        self._saves.weights_sha256 = load_checkpoint(path).json("learner")["weights_sha256"]
+        self._saves.weights_sha256 = load_checkpoint(path, wanted=without_replay).json("learner")["weights_sha256"]
 
     def _save_last(self) -> None:
         """Wait for the learner (it may be loading still) and for its part of the checkpoint; one that hangs in either is replaced."""
@@ -115,9 +115,7 @@ class Ending:
     def _end_at_kept(self) -> None:
         """The last checkpoint was refused: one of the same update that was kept before is as good; without one the run has not ended well."""
         path = self._session.checkpoint_path
-        kept = None if path is None else load_checkpoint(path)
+        kept = None if path is None else load_checkpoint(path, wanted=without_replay)
         if kept is None or kept.update != self._coordinator.version:
-            raise CheckpointError(
-                f"the last checkpoint could not be saved; `shoal resume` goes on from the one before. {self._saves.refused}"
-            )
+            raise self._session.last_refused(self._saves.refused)
         self._saves.weights_sha256 = kept.json("learner")["weights_sha256"]

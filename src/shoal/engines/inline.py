@@ -20,7 +20,7 @@ from shoal.engines.session import Session
 from shoal.errors import CheckpointError, DivergedError, EnvironmentFault
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring
-from shoal.files import load_checkpoint
+from shoal.files import load_checkpoint, without_replay
 from shoal.learners.learner import Learner
 from shoal.learners.together import Together
 from shoal.supervision.heartbeat import ActivityBoard
@@ -100,7 +100,7 @@ class InlineEngine:
         self._session.coordinator.shut_down()
         path = self._session.return_to_checkpoint()
         assert path is not None
-        return {"reason": "interrupted", "weights_sha256": load_checkpoint(path).json("learner")["weights_sha256"]}
+        return {"reason": "interrupted", "weights_sha256": load_checkpoint(path, wanted=without_replay).json("learner")["weights_sha256"]}
 
     def _environment_seconds(self) -> float:
         """How long an environment has been in its present call."""
@@ -139,13 +139,16 @@ class InlineEngine:
                 ticked = time.monotonic()
                 session.observer.tick(self._activities.records())
         coordinator.shut_down()
-        self._save()
+        try:
+            self._save()
+        except CheckpointError as error:
+            raise session.last_refused(str(error)) from error
         return {"reason": reason, "weights_sha256": self.learner.weights_sha256}
 
     def _load(self) -> None:
         if self._session.checkpoint_path is not None:
             for learner in self._learners.all:
-                load_learner(learner, self._session.checkpoint_path, len(self._learners.all))
+                load_learner(learner, self._session.checkpoint_path, len(self._learners.all), replay=self._session.replay_whole)
         self.learner.publish()
         self._behaviour.refresh()
 

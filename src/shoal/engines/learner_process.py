@@ -60,7 +60,7 @@ class LearnerProcess:
             if isinstance(self._learner, ReplayLearner):
                 load_kept_replay(self._learner.replay, self._kept_replay, kept)
         if kept is None and reads and setup["checkpoint"] is not None:
-            load_learner(self._learner, Path(setup["checkpoint"]), config.learners)
+            load_learner(self._learner, Path(setup["checkpoint"]), config.learners, replay=setup["replay_whole"])
         if meeting is not None:
             hand_over(self._learner, ranks, self._blueprint.build_facts())
         if kept is None:

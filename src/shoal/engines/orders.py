@@ -27,6 +27,7 @@ def learner_setup(session: Session, kept: int | None = None) -> dict[str, Any]:
     return {
         "spec": session.spec.to_json(),
         "checkpoint": checkpoint,
+        "replay_whole": session.replay_whole,
         "kept": kept,
         "max_policy_lag": plan.max_policy_lag,
         "epoch": session.epoch,

@@ -68,6 +68,7 @@ class Session:
     started: float | None = None  # first environment step, on the clock
     wanted_end: str | None = None  # "interrupted", or a reason that a caller gave
     checkpoint_path: Path | None = None  # of the newest checkpoint that this run made or began with
+    replay_whole: bool = True  # in it; else what the run learns from is filled anew
     elsewhere: Elsewhere = field(default_factory=Elsewhere)
     network: Callable[[], dict[str, Any]] = dict  # what crossed a network so far (engines/traffic.py)
 
@@ -143,7 +144,7 @@ class Session:
         path = staging.commit()
         self.elsewhere.saved(path)
         self.checkpoints.sweep(self.config.checkpoint.keep, self.elsewhere.held())
-        self.checkpoint_path = path
+        self.checkpoint_path, self.replay_whole = path, True
         self._saved_at, self._saved_version = self.clock(), self.coordinator.version
         self.observer.event("checkpoint", update=self.coordinator.version, path=path.name)
         return path
@@ -151,26 +152,42 @@ class Session:
     def save_failed(self, message: str) -> None:
         """The disk refused a checkpoint: said, and tried again when the next one is due."""
         self._saved_at, self._saved_version = self.clock(), self.coordinator.version
-        self.observer.event("checkpoint_failed", message=message)
+        self.observer.event("checkpoint_failed", message=message, before=self.checkpoint_path is not None)
+
+    def last_refused(self, message: str) -> CheckpointError:
+        """What a run ends with whose last checkpoint the disk refused."""
+        if self.checkpoint_path is None:
+            return CheckpointError(f"no checkpoint could be saved, so `shoal resume` begins again from the start. {message}")
+        return CheckpointError(f"the last checkpoint could not be saved; `shoal resume` goes on from the one before. {message}")
 
     def load(self, loaded: Loaded) -> None:
         """Go on from a checkpoint (a resumed run)."""
-        facts = loaded.json("coordinator")
+        arrays, facts = self._state_in(loaded)
         with whole_state(loaded.path):
-            self.coordinator.set_state(loaded.arrays("coordinator"), facts)
+            self.coordinator.set_state(arrays, facts)
             self.seconds_before, self.restarts = float(facts["seconds"]), int(facts["restarts"])
             self.epoch, self.skipped_steps = int(facts.get("epoch", 0)), int(facts.get("skipped_steps", 0))
         self.checkpoint_path, self._beginning = loaded.path, None
         self._saved_version = self.coordinator.version
         self._say_what_is_lost(facts)
 
+    def _state_in(self, loaded: Loaded) -> tuple[Arrays, dict[str, Any]]:
+        """The supervisor's part of a checkpoint. One whose replay is damaged holds none."""
+        self.replay_whole = not loaded.replay_damage
+        facts = loaded.json("coordinator")
+        if loaded.replay_damage:
+            facts |= {"holds_replay": False, "replay_damage": loaded.replay_damage}
+        return loaded.arrays("coordinator"), facts
+
     def _say_what_is_lost(self, facts: dict[str, Any]) -> None:
         """Of a checkpoint without the replay that the run learns from."""
         rate, limiter = self.coordinator.plan.rate, facts.get("limiter")
         if rate is None or limiter is None or facts.get("holds_replay", True) or not limiter["inserted"]:
             return
+        damage = facts.get("replay_damage")
+        why = f"holds no whole replay ({damage})" if damage else "holds no replay (checkpoint.replay false)"
         message = (
-            f"the checkpoint of update {facts['version']:,} holds no replay (checkpoint.replay false): it is filled anew, learning goes on once "
+            f"the checkpoint of update {facts['version']:,} {why}: it is filled anew, learning goes on once "
             f"{rate.learning_starts:,} env steps are in (replay.learning_starts), and the weights will be others than those of a run that went on"
         )
         self.observer.event("warning", message=message)
@@ -193,10 +210,10 @@ class Session:
         try:
             if self.checkpoint_path is None and self._beginning is not None:
                 return (*self._beginning, None)
-            loaded = self.checkpoints.newest()
+            loaded = self.checkpoints.newest_to_go_on(replay=self.config.checkpoint.replay)
             for warning in loaded.warnings:
                 self.observer.event("warning", message=warning)
-            return loaded.arrays("coordinator"), loaded.json("coordinator"), loaded.path
+            return (*self._state_in(loaded), loaded.path)
         except CheckpointError as error:
             if self._beginning is None:
                 raise

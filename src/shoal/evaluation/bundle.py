@@ -21,7 +21,7 @@ from shoal.config import EnvConfig, PolicyConfig
 from shoal.environments.spaces import MASK, to_environment_action
 from shoal.errors import CheckpointError, ConfigError, RunError
 from shoal.evaluation.given import read_generator, read_observation, read_state
-from shoal.files import MANIFEST, CheckpointDirectory, arrays_from_bytes, load_checkpoint, to_json, write_arrays
+from shoal.files import MANIFEST, CheckpointDirectory, arrays_from_bytes, load_checkpoint, to_json, without_replay, write_arrays
 from shoal.networks.acting import ACTOR_CRITIC, Acting, NetworkKind
 from shoal.networks.policy import Network, build_acting, named_tensors, policy_size
 from shoal.types import Array, Arrays, EnvironmentSpec
@@ -212,12 +212,12 @@ def _source(path: Path) -> Callable[[str], bytes]:
     if (path / f"{NAME}.json").is_file():
         return lambda file: (path / file).read_bytes()
     if (path / MANIFEST).is_file():
-        loaded = load_checkpoint(path)
+        loaded = load_checkpoint(path, wanted=without_replay)
     else:
         directory = CheckpointDirectory(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
         if not directory.paths():
             raise RunError(f"{path} is no run with a checkpoint, no checkpoint and no policy bundle")
-        loaded = directory.newest()
+        loaded = directory.newest(without_replay)
         for warning in loaded.warnings:
             warnings.warn(warning, RuntimeWarning, stacklevel=4)
     return lambda file: loaded.read(f"{NAME}/{file}")

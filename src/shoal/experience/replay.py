@@ -292,6 +292,11 @@ class Replay:
         arrays, facts = self._get_state()
         self._files.save(directory, previous, facts, arrays | (self._priorities.get_state() if self._ready else {}), self._parts())
 
+    @property
+    def next_sequences(self) -> list[int]:
+        """By group, the sequence of the rollout that follows what went in last; -1 where none went in yet."""
+        return [int(sequence) for sequence in self._next_sequence_G]
+
     def _parts(self) -> dict[str, Rows]:
         if not self._ready:
             return {}

@@ -22,6 +22,7 @@ from shoal.files import arrays_from_bytes, to_json, whole_state
 from shoal.types import Arrays
 
 _STATE, _ARRAYS = "state.json", "state.safetensors"
+_WAY_OUT = "Move its checkpoint away, and `shoal resume` goes on from the one before"
 
 
 class _File(NamedTuple):
@@ -67,7 +68,7 @@ class ReplayFiles:
         """Facts and arrays as they were saved. Raises CheckpointError for one that is missing or damaged."""
         content = _read(directory / _STATE)
         if content[:9] != b"%08x\n" % zlib.crc32(content[9:]):
-            raise CheckpointError(f"{directory / _STATE} is damaged: its checksum is another")
+            raise CheckpointError(f"{directory / _STATE} is damaged: its checksum is another. {_WAY_OUT}")
         with whole_state(directory):
             state = json.loads(content[9:])
             self._checksums = {str(name): int(crc32) for name, crc32 in state["files"].items()}
@@ -91,7 +92,7 @@ class ReplayFiles:
     def _checked(self, directory: Path, name: str) -> bytes:
         content = _read(directory / name)
         if zlib.crc32(content) != self._checksums[name]:
-            raise CheckpointError(f"{directory / name} is damaged: its checksum is not the one that was saved")
+            raise CheckpointError(f"{directory / name} is damaged: its checksum is not the one that was saved. {_WAY_OUT}")
         return content
 
     def _link(self, name: str, previous: Path, directory: Path) -> bool:

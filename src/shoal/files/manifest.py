@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: size and SHA-256 of each of its files, in canonical JSON that carries a hash of itself.
+"""The manifest of a checkpoint: whose it is, and size and SHA-256 of each of its files, in canonical JSON that carries a hash of itself.
 
 That rule outlives the format number, so another version's checkpoint is told from a torn one.
 """
@@ -11,9 +11,11 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from shoal.errors import CheckpointError
 from shoal.files.names import checkpoint_place
+from shoal.files.owner import is_run_id
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -24,19 +26,44 @@ class TornError(CheckpointError):
     """A checkpoint that is not whole: the caller takes the one before."""
 
 
+class ForeignError(CheckpointError):
+    """A checkpoint of another run: the caller takes the one before."""
+
+
+def passed_over(name: str, error: TornError | ForeignError) -> str:
+    """Why a checkpoint is not taken, in words."""
+    return f"checkpoint {name} is of another run" if isinstance(error, ForeignError) else f"checkpoint {name} is not whole ({error})"
+
+
+class Manifest(NamedTuple):
+    """Attributes:
+    files: size and SHA-256 by name.
+    run: the id of the run that made it; None of one that was made before manifests said so.
+    """
+
+    update: int
+    files: dict[str, tuple[int, str]]
+    run: str | None
+
+    def check_run(self, run: str | None) -> None:
+        """Raise ForeignError where it is not of this run; one that does not say, or nobody to compare with, is taken as it is."""
+        if None not in (run, self.run) and run != self.run:
+            raise ForeignError(f"it is of run {self.run}, and not of {run}")
+
+
 def manifest_bytes(manifest: Mapping[str, object]) -> bytes:
     """A manifest as it lies in its file."""
     body = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
     return b'{"manifest":%s,"sha256":"%s"}\n' % (body, hashlib.sha256(body).hexdigest().encode())
 
 
-def read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
+def read_manifest(path: Path) -> Manifest:
     """`parse_manifest` of a checkpoint's own. Raises OSError, too."""
     return parse_manifest(_bounded_bytes(path / MANIFEST), path)
 
 
-def parse_manifest(content: bytes, path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
-    """The update, and size and SHA-256 of every file, of the manifest of the checkpoint at `path`. Raises TornError, or CheckpointError for another format."""
+def parse_manifest(content: bytes, path: Path) -> Manifest:
+    """What the manifest of the checkpoint at `path` says. Raises TornError, or CheckpointError for another format."""
     try:
         manifest = json.loads(content)["manifest"]
         whole = manifest_bytes(manifest) == content
@@ -53,10 +80,13 @@ def parse_manifest(content: bytes, path: Path) -> tuple[int, dict[str, tuple[int
         files = {_plain_name(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise TornError(f"{MANIFEST} does not list update and files") from error
+    run = manifest.get("run")
+    if run is not None and not is_run_id(run):
+        raise TornError(f"{MANIFEST} names no run")
     place = checkpoint_place(path.name)
     if place and place[0] != update:
         raise TornError(f"{MANIFEST} is that of update {update}")
-    return update, files
+    return Manifest(update, files, run)
 
 
 def _bounded_bytes(path: Path) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+REPLAY = "replay"  # the part of a checkpoint that a run learns from; nobody else needs it
 _COMMITTED = re.compile(r"update-(\d{9,18})(?:\.(\d{1,9}))?")
 
 
@@ -14,6 +15,16 @@ def committed(root: Path) -> list[tuple[int, int, Path]]:
         return []
     named = ((checkpoint_place(path.name), path) for path in root.iterdir())
     return sorted((*place, path) for place, path in named if place)
+
+
+def everything(file: str) -> bool:
+    """Which files of a checkpoint are wanted: all."""
+    return True
+
+
+def without_replay(file: str) -> bool:
+    """Which files of a checkpoint are wanted: those that everybody needs who does not go on learning from it."""
+    return not file.startswith(f"{REPLAY}/")
 
 
 def checkpoint_place(name: str) -> tuple[int, int] | None:

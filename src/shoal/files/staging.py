@@ -26,11 +26,13 @@ class Staging:
     Raises CheckpointError from each method where the disk refuses, after discarding what was written.
     """
 
-    def __init__(self, root: Path, update: int, active: set[Path]) -> None:
+    def __init__(self, root: Path, update: int, active: set[Path], run: str | None = None) -> None:
+        """run: the id of whose it is, which the manifest is to say."""
         self.path = root / f".staging-{update}-{os.getpid()}"
         self.update = update
         self._root = root
         self._active = active
+        self._run = run
         with self.disk_errors():
             shutil.rmtree(self.path, ignore_errors=True)
             root.mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,8 @@ class Staging:
                 size_bytes, sha256 = linked or digest(path, sync=True)
                 files[path.relative_to(self.path).as_posix()] = {"bytes": size_bytes, "sha256": sha256}
         manifest = self.path / MANIFEST
-        manifest.write_bytes(manifest_bytes({"format": FORMAT, "update": self.update, "files": files}))
+        whose = {} if self._run is None else {"run": self._run}
+        manifest.write_bytes(manifest_bytes({"format": FORMAT, "update": self.update, "files": files, **whose}))
         for path in [manifest, *reversed(directories)]:
             sync(path)
         final = self._root / checkpoint_name(self.update, self._next_revision())
@@ -116,9 +119,10 @@ class Staging:
             yield
         except (OSError, SafetensorError) as error:
             self.discard()
-            reason = f"{os.strerror(error.errno)} ({error.filename})" if isinstance(error, OSError) and error.errno else str(error)
+            reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+            where = f" ({error.filename})" if isinstance(error, OSError) and error.errno and error.filename else ""
             raise CheckpointError(
-                f"checkpoint of update {self.update} was not saved: {reason}. Those before it are whole. Free space in, or mend, {self._root}"
+                f"checkpoint of update {self.update} was not saved: {reason}{where}. Free space in, or mend, {self._root}"
             ) from error
 
 
@@ -127,7 +131,7 @@ def _committed_digests(root: Path) -> dict[tuple[int, int], tuple[int, str]]:
     known: dict[tuple[int, int], tuple[int, str]] = {}
     for _, _, checkpoint in committed(root):
         with contextlib.suppress(CheckpointError, OSError):  # a torn one says nothing
-            for name, (size_bytes, sha256) in read_manifest(checkpoint)[1].items():
+            for name, (size_bytes, sha256) in read_manifest(checkpoint).files.items():
                 status = (checkpoint / name).stat()
                 if status.st_size == size_bytes:
                     known[status.st_dev, status.st_ino] = size_bytes, sha256

@@ -116,7 +116,8 @@ _SENTENCES: dict[str, Callable[[_Facts], str]] = {
     "killed": lambda facts: f"{_role(facts)} {facts['reason']}: it is killed and made anew",
     "actor_gone": lambda facts: f"actor {facts['index']} died too often ({facts['how']}); its groups move to the others",
     "checkpoint_failed": lambda facts: (
-        f"warning: no checkpoint could be saved ({facts['message']}); those before it are whole, and the run goes on"
+        f"warning: no checkpoint could be saved ({facts['message']}); "
+        f"{'those before it are whole' if facts.get('before', True) else 'there is none before it'}, and the run goes on"
     ),
     "rolled_back": _rolled_back,
     "resumed": _resumed,

@@ -12,7 +12,19 @@ from functools import partial
 from pathlib import Path
 
 from shoal.errors import CheckpointError, StorageError
-from shoal.files import MANIFEST, CheckpointDirectory, TornError, checkpoint_name, checkpoint_place, parse_manifest, verify_file
+from shoal.files import (
+    FACTS,
+    MANIFEST,
+    CheckpointDirectory,
+    ForeignError,
+    TornError,
+    checkpoint_name,
+    checkpoint_place,
+    parse_manifest,
+    passed_over,
+    run_named,
+    verify_file,
+)
 from shoal.storage.objects import MissingError, Store, retried
 
 ROOT = "checkpoints"
@@ -28,6 +40,7 @@ class Stored:
     name: str
     update: int
     files: Files
+    run: str | None  # the id of the run that made it, where its manifest says so
 
 
 def committed(store: Store) -> list[tuple[int, int]]:
@@ -64,7 +77,7 @@ def upload(
       StorageError: the store refuses, or holds another size than was sent. TornError, OSError: the files here are not what the manifest says.
     """
     content = (path / MANIFEST).read_bytes()
-    update, files = parse_manifest(content, path)
+    update, files, run = parse_manifest(content, path)
     name = _free_name(store, update, part)
     for file, (size_bytes, sha256) in files.items():
         target = f"{ROOT}/{name}/{file}"
@@ -77,7 +90,7 @@ def upload(
             raise StorageError(f"{store.url}/{target} has {there} bytes after {size_bytes} were written")
     guard()
     store.write(f"{ROOT}/{name}/{MANIFEST}", content)
-    return Stored(name, update, files)
+    return Stored(name, update, files, run)
 
 
 def _free_name(store: Store, update: int, part: int) -> str:
@@ -106,26 +119,34 @@ def sweep(store: Store, newest: int, keep: int) -> None:
 
 def newest_whole(store: Store) -> tuple[Stored | None, list[str]]:
     """The newest checkpoint whose files all have the sizes of its manifest (their hashes are not read), and a line for each that was passed over."""
-    found, torn = _directories(store), list[str]()
+    found, run, passed = _directories(store), _run_of(store), list[str]()
     for update, revision in reversed(committed(store)):
         name = checkpoint_name(update, revision)
         try:
-            stored = _stored(store, name)
+            stored = _stored(store, name, run)
             for file, (size_bytes, _) in stored.files.items():
                 if (there := found.get(name, {}).get(file)) != size_bytes:
                     raise TornError(f"{file} is missing" if there is None else f"{file} has {there} bytes instead of {size_bytes}")
-        except TornError as error:
-            torn.append(f"checkpoint {name} in {store.url} is not whole ({error})")
+        except (TornError, ForeignError) as error:
+            passed.append(passed_over(f"{name} in {store.url}", error))
             continue
-        return stored, torn
-    return None, torn
+        return stored, passed
+    return None, passed
 
 
-def _stored(store: Store, name: str) -> Stored:
+def _run_of(store: Store) -> str | None:
+    """The id of the run in the store; None where nothing says it."""
+    return run_named(retried(partial(store.read, FACTS)))
+
+
+def _stored(store: Store, name: str, run: str | None) -> Stored:
+    """Raises ForeignError where it is of another run than this, TornError, CheckpointError."""
     content = retried(partial(store.read, f"{ROOT}/{name}/{MANIFEST}"))
     if content is None:
         raise TornError(f"{MANIFEST} is missing")
-    return Stored(name, *parse_manifest(content, Path(name)))
+    manifest = parse_manifest(content, Path(name))
+    manifest.check_run(run)
+    return Stored(name, *manifest)
 
 
 def fetch_newest(
@@ -138,25 +159,27 @@ def fetch_newest(
     Raises:
       CheckpointError: there are some and none is whole, the newest is of another format, or this disk refuses. StorageError: the store cannot be read.
     """
-    torn: list[str] = []
-    places = retried(partial(committed, store))
+    passed: list[str] = []
+    places, run = retried(partial(committed, store)), _run_of(store)
     for update, revision in reversed(places):
         name = checkpoint_name(update, revision)
         try:
-            _fetch(store, _stored(store, name), into, wanted)
-        except (TornError, MissingError) as error:
-            torn.append(f"checkpoint {name} in {store.url} is not whole ({error})")
-            continue
-        return update, [f"{what}; taking the one before it" for what in torn]
-    if torn:
+            _fetch(store, _stored(store, name, run), into, wanted)
+        except MissingError as error:
+            passed.append(passed_over(f"{name} in {store.url}", TornError(str(error))))
+        except (TornError, ForeignError) as error:
+            passed.append(passed_over(f"{name} in {store.url}", error))
+        else:
+            return update, [f"{what}; taking the one before it" for what in passed]
+    if passed:
         raise CheckpointError(
-            f"no whole checkpoint in {store.url}: {'; '.join(torn)}. Put a copy back; or move them away, and `shoal resume` begins again from the start"
+            f"no whole checkpoint of this run in {store.url}: {'; '.join(passed)}. Put a copy back; or move them away, and `shoal resume` begins again from the start"
         )
     return None, []
 
 
 def _fetch(store: Store, stored: Stored, into: CheckpointDirectory, wanted: Callable[[str], bool]) -> None:
-    with into.begin(stored.update) as staging:
+    with into.begin(stored.update, stored.run) as staging:
         for file, (size_bytes, sha256) in stored.files.items():
             if not wanted(file):
                 continue

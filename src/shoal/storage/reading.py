@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import NoRunError, StorageError
-from shoal.files import CheckpointDirectory
+from shoal.files import CheckpointDirectory, without_replay
 from shoal.storage.checkpoints import ROOT, fetch_newest, newest_whole
 from shoal.storage.lock import Driver, living_driver
 from shoal.storage.mirror import CHECKPOINTS, CONFIG, FACTS, RESULT
 from shoal.storage.objects import Store, retried
 from shoal.storage.opening import fetch_database, fetch_papers
-
-_REPLAY = "replay/"  # what a run learns from; nobody else needs it
 
 
 def fetched_run(url: str) -> tuple[Path, list[str]]:
@@ -33,7 +31,7 @@ def fetched_run(url: str) -> tuple[Path, list[str]]:
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     _fetch_papers(store, directory)
     said = fetch_database(store, directory)
-    said += fetch_newest(store, CheckpointDirectory(directory / CHECKPOINTS), lambda file: not file.startswith(_REPLAY))[1]
+    said += fetch_newest(store, CheckpointDirectory(directory / CHECKPOINTS), without_replay)[1]
     return directory, said
 
 

@@ -46,7 +46,7 @@ def execute(
         stack.enter_context(lock_run(directory))
         known_facts(directory)  # damaged, it is refused before anything is changed
         checkpoints = CheckpointDirectory(directory / "checkpoints")
-        loaded = checkpoints.newest() if checkpoints.paths() else None
+        loaded = checkpoints.newest_to_go_on(replay=config.checkpoint.replay) if checkpoints.paths() else None
         recorder = stack.enter_context(contextlib.closing(Recorder(config, directory, view, callbacks)))
         elsewhere.tell(recorder.event)
         if discard is None and loaded is None:

@@ -17,10 +17,10 @@ from shoal.engines.sizes import check_memory, check_replay
 from shoal.experience.limiter import Rate
 from shoal.experience.ring import Ring
 from shoal.experience.schema import Schema, rollout_schema
-from shoal.files import Loaded, write_text_atomically
+from shoal.files import FACTS, Loaded, write_text_atomically
 from shoal.monitoring.recorder import Recorder
 from shoal.settings import adapt_actors, dump_config
-from shoal.training.facts import FACTS, known_facts, run_id
+from shoal.training.facts import known_facts, run_id
 from shoal.training.wishes import Wishes
 from shoal.types import EnvironmentSpec, FieldSpec
 

@@ -12,7 +12,7 @@ from shoal.config import RunConfig
 from shoal.engines.replay import replay
 from shoal.engines.roles import Blueprint, UserObjects
 from shoal.errors import RunError
-from shoal.files import CheckpointDirectory
+from shoal.files import CheckpointDirectory, without_replay
 from shoal.monitoring.store import RunReader
 from shoal.training.facts import run_id
 from shoal.types import EnvironmentSpec
@@ -20,7 +20,7 @@ from shoal.types import EnvironmentSpec
 
 def repeat(config: RunConfig, directory: Path, objects: UserObjects, progress: Callable[[int], None]) -> dict[str, Any]:
     """Returns updates, weights_sha256, expected_sha256, equal. Raises as `shoal.replay` does."""
-    newest = CheckpointDirectory(directory / "checkpoints").newest()
+    newest = CheckpointDirectory(directory / "checkpoints").newest(without_replay)
     expected = newest.json("learner")
     _refuse_what_cannot_be(newest.json("coordinator"), directory)
     with RunReader(directory / "run.db") as reader:

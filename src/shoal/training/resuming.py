@@ -9,7 +9,7 @@ from typing import Any
 
 from shoal.config import RunConfig
 from shoal.errors import CheckpointError, ConfigError
-from shoal.files import CheckpointDirectory
+from shoal.files import CheckpointDirectory, without_replay
 
 
 def is_over(directory: Path, result: Mapping[str, Any]) -> bool:
@@ -17,7 +17,7 @@ def is_over(directory: Path, result: Mapping[str, Any]) -> bool:
     if result.get("reason") in (None, "interrupted"):
         return False
     with contextlib.suppress(CheckpointError):
-        return CheckpointDirectory(directory / "checkpoints").newest().update == result.get("updates")
+        return CheckpointDirectory(directory / "checkpoints").newest(without_replay).update == result.get("updates")
     return False
 
 
