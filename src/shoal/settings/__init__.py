@@ -4,7 +4,7 @@ Lowest first: the defaults of the models, those that the algorithm has of other 
 algorithm drops the keys of the one below it, and the mode that went with it; giving a stop condition drops those of the preset.
 No torch here: the command line and the supervisor import this file.
 
-`layers` reads what was written, `resolving` puts it together, `completing` fills what follows from other keys, `text` is the YAML of it all.
+`layers` reads what was written, `resolving` puts it together, `completing` fills what follows from other keys, `idle` refuses those without an effect, `text` is the YAML of it all.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from pathlib import Path
 from shoal.config import BUILT_IN, CustomConfig, OffPolicyConfig, RayConfig, RunConfig, actor_bounds
 from shoal.errors import ConfigError
 from shoal.keys import Tree
+from shoal.settings.idle import refuse_idle_keys
 from shoal.urls import check_url, is_url
 
 DEFAULT_GROUPS, DEFAULT_GROUP_SIZE = 4, 8
@@ -41,6 +42,7 @@ def complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> RunC
     if not own:
         _choose_mode(config)
         _refuse_replay_keys(config, asked_for[-1])
+        refuse_idle_keys(config, asked_for[-1])
     sampling = config.sampling
     sampling.groups = sampling.groups or DEFAULT_GROUPS
     sampling.group_size = sampling.group_size or DEFAULT_GROUP_SIZE
