@@ -166,6 +166,8 @@ def test_what_follows_from_other_keys_is_filled_in() -> None:
         ({"sampling.batch_rollouts": 3}, ["sampling.batch_rollouts belongs to async mode", "appo or impala"]),
         ({"max_policy_lag": 3}, ["max_policy_lag belongs to async mode"]),
         ({"replay.n_step": 3}, ["replay.n_step is for what learns from a replay (dqn, r2d2, sac, td3)", "ppo"]),
+        ({"algorithm": "dqn", "replay.shards": 5000}, ["replay.shards: 4 groups", "over 5,000 parts; give --replay.shards 4 or less"]),
+        ({"algorithm": "dqn", "replay.shards": 5, "sampling.groups": 4}, ["--replay.shards 4 or less"]),
         ({"algorithm": "dqn", "algorithm.target_tau": 0}, ["algorithm.target_tau", "greater than 0", "got 0"]),
         ({"algorithm": "r2d2", "algorithm.target_tau": 0}, ["algorithm.target_tau", "greater than 0", "got 0"]),
         ({"algorithm": "sac", "algorithm.target_tau": 0}, ["algorithm.target_tau", "greater than 0", "got 0"]),
