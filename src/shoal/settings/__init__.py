@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from shoal.imports import load_object, nearest, object_path
 from shoal.settings.completing import NO_REPLAY_ON_NODES, WAITING_ACTORS_PER_CORE, adapt_actors, available_cores
-from shoal.settings.layers import PRESETS, preset_names
+from shoal.settings.layers import PRESETS, preset_names, preset_words
 from shoal.settings.resolving import file_settings, load_config, resolve
 from shoal.settings.text import Raw, dump_config, dump_tree, read_yaml
 
@@ -30,6 +30,7 @@ __all__ = [
     "nearest",
     "object_path",
     "preset_names",
+    "preset_words",
     "read_yaml",
     "resolve",
 ]
