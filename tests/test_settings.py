@@ -166,6 +166,8 @@ def test_what_follows_from_other_keys_is_filled_in() -> None:
         ({"sampling.batch_rollouts": 3}, ["sampling.batch_rollouts belongs to async mode", "appo or impala"]),
         ({"max_policy_lag": 3}, ["max_policy_lag belongs to async mode"]),
         ({"replay.n_step": 3}, ["replay.n_step is for what learns from a replay (dqn, r2d2, sac, td3)", "ppo"]),
+        ({"algorithm": "dqn", "replay.shards": 5000}, ["replay.shards: 4 groups", "over 5,000 parts; give --replay.shards 4 or less"]),
+        ({"algorithm": "dqn", "replay.shards": 5, "sampling.groups": 4}, ["--replay.shards 4 or less"]),
         ({"algorithm": "dqn", "algorithm.target_tau": 0}, ["algorithm.target_tau", "greater than 0", "got 0"]),
         ({"algorithm": "r2d2", "algorithm.target_tau": 0}, ["algorithm.target_tau", "greater than 0", "got 0"]),
         ({"algorithm": "sac", "algorithm.target_tau": 0}, ["algorithm.target_tau", "greater than 0", "got 0"]),
@@ -212,6 +214,68 @@ def test_what_a_preset_says_of_async_mode_does_not_count_in_sync_mode(algorithm:
     assert (preset, config.sampling.batch_rollouts) == ("CartPole-v1", None)
     with pytest.raises(ConfigError, match=r"sampling\.batch_rollouts belongs to async mode"):
         resolve("CartPole-v1", {"algorithm": algorithm, "mode": "sync", "sampling.batch_rollouts": 2})
+
+
+IDLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # what makes a key idle, the key, and what is to be given with it
+    ({"algorithm": "dqn", "mode": "sync"}, {"replay.tolerance": 3}, "take --mode async"),
+    ({"algorithm": "dqn"}, {"algorithm.target_update_steps": 500}, "--algorithm.target-tau none"),
+    ({"algorithm": "r2d2"}, {"algorithm.target-update-steps": 500}, "--algorithm.target-tau none"),
+    ({"algorithm": "dqn"}, {"algorithm.atoms": 11}, "--algorithm.distribution c51 or quantile"),
+    ({"algorithm": "dqn"}, {"algorithm.value_min": -1}, "--algorithm.distribution c51"),
+    ({"algorithm": "dqn", "algorithm.distribution": "quantile"}, {"algorithm.value_max": 1}, "--algorithm.distribution c51"),
+    ({"algorithm": "dqn"}, {"algorithm.epsilon_base": 0.3}, "--algorithm.epsilon ladder"),
+    ({"algorithm": "dqn"}, {"algorithm.epsilon_exponent": 3}, "--algorithm.epsilon ladder"),
+    ({"algorithm": "dqn", "algorithm.epsilon": "ladder"}, {"algorithm.epsilon_final": 0.1}, "--algorithm.epsilon annealed"),
+    ({"algorithm": "dqn", "algorithm.epsilon": "ladder"}, {"algorithm.epsilon_env_steps": 9}, "--algorithm.epsilon annealed"),
+    ({"algorithm": "r2d2", "preset": "none"}, {"algorithm.epsilon_initial": 0.5}, "--algorithm.epsilon annealed"),
+    ({"algorithm": "dqn", "replay.prioritised": False}, {"replay.alpha": 0.5}, "--replay.prioritised true"),
+    ({"algorithm": "sac"}, {"replay.beta": 0.5}, "--replay.prioritised true"),
+    ({"algorithm": "r2d2", "replay.prioritised": False}, {"algorithm.priority_eta": 0.5}, "--replay.prioritised true"),
+    ({"algorithm": "sac", "algorithm.temperature": 0.1}, {"algorithm.target_entropy": -1}, "--algorithm.temperature none"),
+    ({}, {"checkpoint.replay": False}, "take dqn, r2d2, sac or td3"),
+    ({}, {"policy.memory_size": 8}, "--policy.memory lstm or gru"),
+    ({"algorithm": "dqn"}, {"policy.memory_size": 8}, "take --algorithm r2d2"),
+    ({"algorithm": "dqn", "mode": "async"}, {"max_policy_lag": 8}, "give --replay.tolerance, by which actors may run ahead, or"),
+    ({"algorithm": "td3", "mode": "sync"}, {"max_policy_lag": 8}, "by which actors may run ahead with --mode async"),
+    ({"algorithm": "dqn", "learners": 2}, {"replay.shards": 2}, "--learners 1"),
+]
+
+
+@pytest.mark.parametrize(("beside", "key", "instead"), IDLE)
+def test_a_key_without_an_effect_is_refused_where_it_is_given_by_hand(
+    beside: dict[str, Any], key: dict[str, Any], instead: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve("CartPole-v1", {**beside, **key})
+    name = next(iter(key)).replace("-", "_")
+    assert str(caught.value).startswith(f"{name} has no effect: ")
+    assert instead in str(caught.value)
+    assert "\n" not in str(caught.value)
+    config, _ = resolve("CartPole-v1", beside)
+    file = write(tmp_path / "config.yaml", dump_config(config))
+    assert resolve(file)[0] == config, "the whole configuration of a run has every key"
+    tree = config.model_dump(mode="json", by_alias=True)
+    assert resolve(None, {"stop.updates": 5}, {**tree, "stop": {}})[0].algorithm == config.algorithm, "and it goes on from it"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"algorithm": "dqn", "mode": "async", "replay.tolerance": 3, "replay.alpha": 0.5, "checkpoint.replay": False, "replay.shards": 2},
+        {"algorithm": "dqn", "algorithm.target_tau": Raw("none"), "algorithm.target_update_steps": 500},
+        {"algorithm": "dqn", "algorithm.distribution": "quantile", "algorithm.atoms": 11, "algorithm.epsilon_final": 0.1},
+        {"algorithm": "dqn", "algorithm.distribution": "c51", "algorithm.value_min": -1, "algorithm.value_max": 1},
+        {"algorithm": "dqn", "algorithm.epsilon": "ladder", "algorithm.epsilon_base": 0.3},
+        {"algorithm": "r2d2", "algorithm.priority_eta": 0.5, "policy.memory_size": 8},
+        {"algorithm": "sac", "algorithm.temperature": 0.1, "algorithm.target_entropy": Raw("none")},  # which asks for nothing
+        {"algorithm": "sac", "algorithm.target_entropy": -1, "replay.prioritised": True, "replay.beta": 0.5},
+        {"policy.memory": "gru", "policy.memory_size": 8},
+        {"policy.network": "somewhere:make", "policy.memory_size": 8},
+        {"algorithm": "appo", "max_policy_lag": 8},
+    ],
+)
+def test_a_key_with_an_effect_is_taken(settings: dict[str, Any]) -> None:
+    resolve("CartPole-v1", settings)
 
 
 def test_a_minibatch_that_nobody_asked_for_is_cut_to_the_batch(tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ def test_which_preset_was_taken_is_said(calls: list[Any], capfd: pytest.CaptureF
     assert "no preset for it, seed 0, all in this process" in capfd.readouterr().err
     ends_with("train", "CartPole-v1", "--actors", "0", "--preset", "none")
     assert "(sync), no preset, seed 0" in capfd.readouterr().err
+    ends_with("train", "CartPole-v1", "--actors", "0", "--algorithm", "td3")
+    assert "CartPole-v1: td3 (sync), preset CartPole-v1 (which has nothing for td3 alone), seed 0" in capfd.readouterr().err
 
 
 def test_with_json_standard_output_holds_one_object_whatever_else_prints(calls: list[Any], capfd: pytest.CaptureFixture[str]) -> None:

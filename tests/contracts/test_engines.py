@@ -30,7 +30,7 @@ APPO = {**SMALL, "algorithm": {"name": "appo", "minibatch_size": 16, "epochs": 2
 DQN = {
     "sampling": {"groups": 3, "group_size": 2, "rollout_length": 8},
     "policy": {"hidden_sizes": [8]},
-    "algorithm": {"name": "dqn", "batch_size": 8, "target_update_steps": 5},
+    "algorithm": {"name": "dqn", "batch_size": 8, "target_tau": None, "target_update_steps": 5},
     "replay": {"learning_starts": 60, "capacity_steps": 240, "samples_per_insert": 0.7},
     "seed": 5,
     "preset": "none",

@@ -76,6 +76,62 @@ def test_a_replay_whose_bytes_hold_less_than_learning_waits_for_is_refused_befor
         train(tmp_path / "more", actors, replay={**replay, "learning_starts": holds + 1}, stop={"updates": 1})
 
 
+RECURRENT: dict[str, Any] = {
+    "algorithm": {"name": "r2d2", "batch_size": 4},
+    "policy": {"hidden_sizes": [8], "memory_size": 4},
+    "replay": {"sequence_length": 12, "burn_in": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "most", "message"),
+    [
+        (
+            {"replay": {"capacity_steps": 400, "learning_starts": 40}},
+            100,
+            r"replay\.n_step: a return of 101 steps is longer than the 100 that the replay holds of each of the 4 environments "
+            r"\(replay\.capacity_steps 400\); give --replay\.n-step 100 or less, or raise replay\.capacity_steps",
+        ),
+        (
+            RECURRENT,
+            12,
+            r"replay\.n_step: a return of 13 steps is longer than the 12 that a sequence holds \(replay\.sequence_length\); "
+            r"give --replay\.n-step 12 or less, or raise replay\.sequence_length",
+        ),
+    ],
+    ids=["steps", "sequences"],
+)
+def test_a_return_is_no_longer_than_what_there_is_to_sum(settings: dict[str, Any], most: int, message: str) -> None:
+    def looked_at(n: int | None) -> int:
+        given = {**TINY, **settings, "replay": {**settings["replay"], "n_step": n}}
+        facts = look(resolve("CartPole-v1", given)[0], UserObjects())
+        return int(facts["replay"]["n_step"])
+
+    assert looked_at(most) == most
+    with pytest.raises(ConfigError) as caught:
+        looked_at(most + 1)
+    assert re.fullmatch(message, str(caught.value))
+
+
+def test_the_default_of_returns_is_never_too_long() -> None:
+    short = {
+        **RECURRENT,
+        "replay": {"sequence_length": 3},
+        "sampling": {"groups": 1, "group_size": 1, "rollout_length": 2},
+        "preset": "none",
+    }
+    config, _ = resolve("CartPole-v1", {**short, "replay.burn_in": 0})
+    assert look(config, UserObjects())["replay"]["n_step"] == 5
+
+
+@pytest.mark.parametrize("settings", [{}, RECURRENT], ids=["steps", "sequences"])
+def test_a_batch_that_memory_does_not_hold_is_refused_before_anything_runs(settings: dict[str, Any], tmp_path: Path) -> None:
+    algorithm = {**TINY["algorithm"], **settings.get("algorithm", {}), "batch_size": 10**10}
+    with pytest.raises(ConfigError, match=r"a batch of it \(algorithm\.batch_size 10,000,000,000\) [\d,.]+ TiB, .* are free here$"):
+        train(tmp_path / "run", **{**settings, "algorithm": algorithm}, stop={"updates": 1})
+    assert not (tmp_path / "run").exists()
+
+
 def test_bytes_that_do_not_bind_refuse_nothing(tmp_path: Path) -> None:
     replay = {"learning_starts": 42, "capacity_steps": 42, "capacity_bytes": 10**6}  # four environments hold 40 of them
     assert train(tmp_path / "run", replay=replay, stop={"updates": 2}).result["replay"]["capacity_steps"] == 40

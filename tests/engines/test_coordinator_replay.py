@@ -201,3 +201,22 @@ def test_counts_of_the_replay_are_whole_numbers_and_means_are_not():
     means = {"surplus", "age_updates_mean", "age_steps_mean"}
     assert {name for name, value in said.items() if isinstance(value, float)} == means
     assert said == {"inserted": 32, "sampled": 16, "surplus": -2.0, **told}
+
+
+@pytest.mark.parametrize("live", [True, False], ids=["rolled back", "resumed"])
+def test_what_the_replay_holds_goes_back_with_the_ledger(live: bool):
+    c = coordinator_of(replay_plan("sync"))
+    c.place([0])
+    fill(c)
+    learn(c, **{"replay/steps": 16.0, "replay/age_updates_mean": 0.5})
+    before = c.replay_facts
+    arrays, facts = c.get_state()
+    facts = json.loads(json.dumps(facts))
+    fill(c)
+    learn(c, **{"replay/steps": 32.0, "replay/age_updates_mean": 1.5, "replay/age_steps_max": 20.0})
+    again = c if live else coordinator_of(replay_plan("sync"))
+    again.set_state(arrays, facts, live=live)
+    assert again.replay_facts == before
+    assert (before["steps"], before["inserted"], again.ledger.balance()["replayed"]) == (16, 16, 16)
+    again.set_state(arrays, {**facts, "holds_replay": False}, live=live)
+    assert again.replay_facts == {"inserted": 0, "sampled": 0, "surplus": 0.0}

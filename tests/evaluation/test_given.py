@@ -193,6 +193,12 @@ def test_a_policy_that_remembers_nothing_takes_no_state_and_gives_none(algorithm
             policy.predict(np.zeros(3), foreign)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", [name for name in REMEMBERING if "lstm" in name or "gru" in name])
+def test_an_empty_state_is_none_of_a_memory(name: str, tmp_path: Path) -> None:
+    with pytest.raises(SchemaError, match=r"^state: expected policy_state/\w+ \[.* or None; of policy_state/\w+ got none$"):
+        remembering(tmp_path, name).predict(np.zeros(3), {})
+
+
 @pytest.mark.parametrize("name", REMEMBERING)
 def test_a_state_that_is_none_of_its_own_is_refused(name: str, tmp_path: Path) -> None:
     policy = remembering(tmp_path, name)

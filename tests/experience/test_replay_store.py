@@ -248,7 +248,7 @@ def test_nothing_is_drawn_from_an_empty_replay():
 
 
 def test_a_capacity_that_holds_no_step_of_an_environment_is_refused():
-    with pytest.raises(ConfigError, match=r"replay\.capacity_steps 5 .* 6 environments \(3 groups of 2\), which need 1 steps each"):
+    with pytest.raises(ConfigError, match=r"replay\.capacity_steps 5 .* 6 environments \(3 groups of 2\), which need 1 step each"):
         made(PRIORITISED.model_copy(update={"capacity_steps": 5}))
     with pytest.raises(ConfigError, match=r"replay\.capacity_bytes 100 "):
         made(PRIORITISED.model_copy(update={"capacity_bytes": 100}))

@@ -17,7 +17,7 @@ import shoal
 from faults.living import command
 from shoal.config import EnvConfig, PolicyConfig, ReplayConfig
 from shoal.engines.coordinator import Plan
-from shoal.engines.sizes import check_memory, rollout_bytes
+from shoal.engines.sizes import batch_bytes, check_memory, rollout_bytes
 from shoal.environments.make import check_registered
 from shoal.environments.spaces import describe
 from shoal.errors import ConfigError
@@ -133,4 +133,10 @@ def test_the_memory_that_is_counted_is_what_a_run_allocates() -> None:
         with pytest.raises(ConfigError, match=r"the replay \(replay\.capacity_steps 1,000,000,000,000; .* free here"):
             check_memory(plan, schema, 1000, actors=2, replay=ReplayConfig(capacity_steps=10**12))
         check_memory(plan, schema, 1000, actors=2, replay=ReplayConfig(capacity_steps=10**12, capacity_bytes=10**6))
+    transitions = batch_bytes(schema, ReplayConfig(n_step=3), 10)
+    assert transitions == 10 * (2 * 2 * (4 + 4) + 8 + 36 + 3 * 14), (
+        "two observations of two numbers, an action, and the sums of three rewards"
+    )
+    sequences = batch_bytes(schema, ReplayConfig(sequence_length=5), 10)
+    assert sequences == 10 * (6 * 2 * (4 + 4) + 5 * (8 + 36 + 14))
     assert [in_words(n) for n in (0, 1023, 1536, 5 * 2**30, 2**70)] == ["0 B", "1,023 B", "1.5 KiB", "5.0 GiB", "1,048,576.0 PiB"]

@@ -58,6 +58,13 @@ def test_an_event_is_a_sentence(kind: str, facts: dict[str, Any], words: str) ->
     assert event_words(kind, facts).startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"), [("rolled_back", "back to the checkpoint of update 1,200"), ("resumed", "the run goes on from update 1,200")]
+)
+def test_where_no_update_is_undone_none_is_said_to_be_made_again(kind: str, words: str) -> None:
+    assert event_words(kind, {"update": 1200, "updates_undone": 0}) == words
+
+
 def test_every_event_that_the_package_tells_of_has_a_sentence() -> None:
     told = {
         kind

@@ -70,10 +70,10 @@ def train(ctx: click.Context, env_or_config: str, as_json: bool, view: str, prof
     settings = given_settings(ctx)
 
     def work() -> Any:
-        from shoal.settings import resolve
+        from shoal.settings import preset_words, resolve
 
         config, preset = resolve(env_or_config, settings)
-        chosen = f"preset {preset}" if preset != "none" else "no preset" if settings.get("preset") == "none" else "no preset for it"
+        chosen = preset_words(preset, config.algorithm.name, settings.get("preset"))
         sampling = config.sampling
         say(
             f"{config.env.id}: {config.algorithm.name} ({config.mode or 'its own mode'}), {chosen}, seed {config.seed}, {_count(config)}, "

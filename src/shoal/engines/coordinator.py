@@ -381,6 +381,7 @@ class Coordinator:
         if self.limiter is not None:
             facts["limiter"] = self.limiter.get_state()
             facts["replay_lost"] = self.replay_lost
+            facts["sampled"] = dict(self.sampled)
         return arrays, facts
 
     def set_state(self, arrays: Arrays, facts: dict[str, Any], *, live: bool = False) -> None:
@@ -407,9 +408,11 @@ class Coordinator:
         if self.limiter is not None:
             self.limiter.set_state(facts["limiter"])
             self.replay_lost = bool(facts.get("replay_lost", False))
+            self.sampled = {name: float(value) for name, value in facts.get("sampled", {}).items()}
             if not facts.get("holds_replay", True):
                 self.replay_lost |= self.limiter.inserted > 0
                 self.limiter.begin_again()
+                self.sampled = {}
                 self.ledger.evict_all()
         self.consumption = list(facts.get("consumption", []))
         self.version, self.env_steps = facts["version"], facts["env_steps"]

@@ -175,6 +175,23 @@ class Blueprint:
                 f"replay.learning_starts: the replay holds {replay.capacity_steps:,} env steps (replay.capacity_steps) and would never hold the "
                 f"{replay.learning_starts:,} after which learning starts; lower it, or raise the other"
             )
+        self._check_returns(replay)
+
+    def _check_returns(self, replay: ReplayConfig) -> None:
+        """Returns are no longer than what there is to sum: the steps of an environment in the replay, or a sequence. The algorithm's own
+        default is cut there instead."""
+        default = self.settings.n_step if isinstance(self.settings, OffPolicyConfig) else 1
+        environments = (self.config.sampling.groups or 1) * (self.config.sampling.group_size or 1)
+        most, where = replay.capacity_steps // environments, "replay.capacity_steps"
+        what = f"the replay holds of each of the {environments:,} environments ({where} {replay.capacity_steps:,})"
+        if replay.sequence_length is not None:
+            most, where = replay.sequence_length, "replay.sequence_length"
+            what = f"a sequence holds ({where})"
+        if (replay.n_step or 1) > max(most, default):
+            raise ConfigError(
+                f"replay.n_step: a return of {replay.n_step:,} steps is longer than the {most:,} that {what}; give --replay.n-step {most} or less, "
+                f"or raise {where}"
+            )
 
     def _check_shares(self) -> None:
         name, learners = self.config.algorithm.name, self.config.learners

@@ -40,7 +40,7 @@ def read_state(state: Any, memory: Arrays, noise_shape: tuple[int, ...] | None) 
     known = shapes if noise_shape is None else {**shapes, "noise": noise_shape}
     words = ", ".join(f"{name} {list(shape)}" for name, shape in known.items())
     expected = f"{words} (what the last call returned), or None" if known else "None, since this policy remembers nothing"
-    if state is None or (isinstance(state, Mapping) and not state):
+    if state is None or (isinstance(state, Mapping) and not state and not memory):
         return {}
     if not isinstance(state, Mapping):
         raise SchemaError(f"state: expected {expected}; got {_said(state)}")

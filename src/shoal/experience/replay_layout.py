@@ -88,7 +88,7 @@ class Layout:
         if num_rows - 1 - pad < least:
             raise ConfigError(
                 f"replay.capacity_steps {config.capacity_steps:,} and replay.capacity_bytes {config.capacity_bytes} are too few for "
-                f"{columns:,} environments ({num_groups:,} groups of {schema.num_envs:,}), which need {least:,} steps each: "
+                f"{columns:,} environments ({num_groups:,} groups of {schema.num_envs:,}), which need {least:,} step{'' if least == 1 else 's'} each: "
                 f"{columns * least:,} steps in {columns * ((least + 1 + pad) * per_row + once):,.0f} bytes at least"
             )
         return cls(

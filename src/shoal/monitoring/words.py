@@ -64,15 +64,16 @@ def _died(facts: _Facts) -> str:
 
 
 def _rolled_back(facts: _Facts) -> str:
-    undone = counted(int(facts["updates_undone"]), "update")
-    return f"back to the checkpoint of update {facts['update']:,}: {undone} will be made again"
+    return f"back to the checkpoint of update {facts['update']:,}" + _made_again(facts, ": {} will be made again")
 
 
 def _resumed(facts: _Facts) -> str:
+    return f"the run goes on from update {facts['update']:,}" + _made_again(facts, "; {} after it will be made again")
+
+
+def _made_again(facts: _Facts, words: str) -> str:
     undone = int(facts["updates_undone"])
-    return f"the run goes on from update {facts['update']:,}" + (
-        f"; {counted(undone, 'update')} after it will be made again" if undone else ""
-    )
+    return words.format(counted(undone, "update")) if undone else ""
 
 
 def _not_restored(facts: _Facts) -> str:

@@ -4,15 +4,15 @@ Lowest first: the defaults of the models, those that the algorithm has of other 
 algorithm drops the keys of the one below it, and the mode that went with it; giving a stop condition drops those of the preset.
 No torch here: the command line and the supervisor import this file.
 
-`layers` reads what was written, `resolving` puts it together, `completing` fills what follows from other keys, `text` is the YAML of it all; `spread` is what learners on nodes
-ask of a cluster.
+`layers` reads what was written, `resolving` puts it together, `completing` fills what follows from other keys, `idle` refuses those without an effect,
+`text` is the YAML of it all; `spread` is what learners on nodes ask of a cluster.
 """
 
 from __future__ import annotations
 
 from shoal.imports import load_object, nearest, object_path
 from shoal.settings.completing import NO_REPLAY_ON_NODES, WAITING_ACTORS_PER_CORE, adapt_actors, available_cores
-from shoal.settings.layers import PRESETS, preset_names
+from shoal.settings.layers import PRESETS, preset_names, preset_words
 from shoal.settings.resolving import file_settings, load_config, resolve
 from shoal.settings.spread import check_spread
 from shoal.settings.text import Raw, dump_config, dump_tree, read_yaml
@@ -33,6 +33,7 @@ __all__ = [
     "nearest",
     "object_path",
     "preset_names",
+    "preset_words",
     "read_yaml",
     "resolve",
 ]

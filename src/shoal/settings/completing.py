@@ -8,6 +8,7 @@ from pathlib import Path
 from shoal.config import BUILT_IN, CustomConfig, OffPolicyConfig, RayConfig, RunConfig, actor_bounds
 from shoal.errors import ConfigError
 from shoal.keys import Tree
+from shoal.settings.idle import refuse_idle_keys
 from shoal.urls import check_url, is_url
 
 DEFAULT_GROUPS, DEFAULT_GROUP_SIZE = 4, 8
@@ -41,10 +42,13 @@ def complete(config: RunConfig, asked_for: list[Tree], *, resumed: bool) -> RunC
     if not own:
         _choose_mode(config)
         _refuse_replay_keys(config, asked_for[-1])
+        refuse_idle_keys(config, asked_for[-1])
     sampling = config.sampling
     sampling.groups = sampling.groups or DEFAULT_GROUPS
     sampling.group_size = sampling.group_size or DEFAULT_GROUP_SIZE
     _check_engine(config, asked_for, resumed)
+    if not resumed:
+        _check_shards(config, sampling.groups)
     if config.actors is not None and config.actors > sampling.groups:
         raise ConfigError(_too_many_actors(config.actors, sampling.groups, sampling.group_size))
     if config.actors is None and config.engine == "local":
@@ -79,6 +83,16 @@ def _refuse_replay_keys(config: RunConfig, by_hand: Tree) -> None:
         able = ", ".join(name for name, model in BUILT_IN.items() if issubclass(model, OffPolicyConfig))
         raise ConfigError(
             f"replay.{sorted(given)[0]} is for what learns from a replay ({able}), and this run's algorithm is {config.algorithm.name}"
+        )
+
+
+def _check_shards(config: RunConfig, groups: int) -> None:
+    """Each part of a replay holds whole groups. Raises ConfigError."""
+    own = max(1, groups // config.learners)
+    if config.replay.shards > own:
+        whose = "" if config.learners == 1 else f" of each of {config.learners} learners"
+        raise ConfigError(
+            f"replay.shards: {own} groups{whose} (sampling.groups) cannot be spread over {config.replay.shards:,} parts; give --replay.shards {own} or less"
         )
 
 

@@ -119,6 +119,14 @@ def preset_names() -> list[str]:
     return sorted(file.stem.replace("__", "/") for file in PRESETS.glob("*.yaml"))
 
 
+def preset_words(preset: str, algorithm: str, asked: Any) -> str:
+    """Which preset was taken, `none` or by name, and whether it has anything for this algorithm; asked: the key as it was given."""
+    if preset == "none":
+        return "no preset" if asked == "none" else "no preset for it"
+    tuned = algorithm in load_preset("", preset)[1].get("algorithms", {})
+    return f"preset {preset}" + ("" if tuned else f" (which has nothing for {algorithm} alone)")
+
+
 def load_preset(env_id: str, asked: Any) -> tuple[str, Tree]:
     """The preset's name and tree: that of the environment, or of its namespace (ALE); `none` and nothing where there is none."""
     if asked is not None and asked not in ("none", *preset_names()):

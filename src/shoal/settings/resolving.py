@@ -77,7 +77,7 @@ def _resolve(layers: list[Layer]) -> tuple[RunConfig, str]:
             checked.pop("algorithm", None)
             checked.pop("mode", None)
         tree = merged(tree, checked)
-    asked_for = [layer.tree for layer in layers]
+    asked_for = [*(layer.tree for layer in layers[:-1]), checked]  # by hand with types: `none` asks for nothing
     return complete(_validated({**tree, "preset": name}), asked_for, resumed=bool(layers[0].tree)), name
 
 
