@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -200,6 +201,13 @@ def test_a_file_changed_after_it_was_checked_is_not_used(tmp_path: Path) -> None
         loaded.json("state")
     with pytest.raises(CheckpointError, match=r"holds no other\.json"):
         loaded.json("other")
+
+
+def test_a_disk_that_refuses_without_a_name_is_told_without_one(tmp_path: Path) -> None:
+    staging = CheckpointDirectory(tmp_path).begin(2)
+    with pytest.raises(CheckpointError) as caught, staging.disk_errors():
+        raise OSError(errno.ENOSPC, "of a write, which names no file")
+    assert str(caught.value) == f"checkpoint of update 2 was not saved: No space left on device. Free space in, or mend, {tmp_path}"
 
 
 @pytest.mark.parametrize("refused", range(5))

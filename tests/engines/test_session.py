@@ -247,6 +247,27 @@ def test_a_resumed_run_whose_checkpoints_are_all_damaged_ends(tmp_path):
         resumed.return_to_checkpoint()
 
 
+def test_a_run_that_went_on_from_a_damaged_replay_comes_back_to_it_without_its_replay(tmp_path):
+    session, _, _ = session_in(tmp_path)
+    update(session)
+    with session.begin_checkpoint()[0] as staging:
+        (staging.path / "replay").mkdir()
+        (staging.path / "replay" / "rows").write_bytes(b"rows")
+        path = staging.commit()
+    (path / "replay" / "rows").write_bytes(b"row")
+    resumed, _, _ = session_in(tmp_path)
+    resumed.config.checkpoint.replay = False
+    resumed.load(resumed.checkpoints.newest_to_go_on(replay=False))
+    assert not resumed.replay_whole
+    resumed.replay_whole = True
+    assert resumed.return_to_checkpoint() == path
+    assert not resumed.replay_whole
+    save(resumed)
+    assert resumed.replay_whole
+    resumed.config.checkpoint.replay = True
+    assert resumed.return_to_checkpoint() != path
+
+
 def test_no_checkpoint_is_made_of_a_barren_update_and_refused_steps_are_counted(tmp_path):
     session, watcher, clock = session_in(tmp_path)
     clock.now = 200.0
