@@ -32,7 +32,7 @@ class Posted:
     """A link to a node, which keeps what it is to be told."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.lost, self.node = name, "", self
+        self.name, self.own, self.lost, self.node = name, name == "here", "", self
         self.frames: list[Frame] = []
         self.left = False
 
@@ -159,7 +159,7 @@ def fleet(tmp_path: Path) -> Iterator[tuple[RayFleet, Posted]]:
     )
     made._spread.here, made._spread.device, made._spread.ring = ("here", "127.0.0.1"), "cuda", allocate(scripted_schema(4, 2), 2)
     made._spread.places |= {_link(here): ("here", "127.0.0.1"), _link(node): ("a", "127.0.0.2")}
-    made._links |= {"here": _link(here), "a": _link(node)}
+    made._nodes.links |= {"here": _link(here), "a": _link(node)}
     zygote: Any = SimpleNamespace(receive=list, close=lambda: None)
     made._zygote = zygote
     yield made, node
@@ -199,15 +199,15 @@ def test_those_that_begin_while_another_is_up_meet_at_the_same_place(fleet: tupl
 def test_the_node_of_a_learner_is_not_left_though_no_actor_lives_there(fleet: tuple[RayFleet, Posted]) -> None:
     made, node = fleet
     begun(made)
-    made._leave_nodes(time.monotonic())
-    assert (list(made._links), node.left) == (["a"], False)
+    made._nodes._leave(time.monotonic())
+    assert (list(made._nodes.links), node.left) == (["a"], False)
 
 
 def test_a_learner_whose_node_is_to_be_taken_away_is_told_to_end(fleet: tuple[RayFleet, Posted]) -> None:
     made, node = fleet
     learner = begun(made)
     made.notice(_link(node), "SIGTERM")
-    made._leave_nodes(time.monotonic())
+    made._nodes._leave(time.monotonic())
     assert learner.doomed == "its node is taken away: SIGTERM"
     assert node.kinds() == [Kind.START, Kind.KILL]
 
@@ -222,7 +222,7 @@ def test_a_node_that_does_not_end_its_learner_is_given_up_before_the_supervisor_
     (death,) = made.happened()
     assert death.process is learner  # type: ignore[union-attr]
     assert "has not ended its learner" in death.how  # type: ignore[union-attr]
-    assert list(made._links) == ["here"]
+    assert list(made._nodes.links) == ["here"]
 
 
 @pytest.mark.parametrize(("gpu_each", "gpus", "asked"), [(True, 2.0, 1), (True, 0.0, None), (False, 2.0, None)])

@@ -25,7 +25,7 @@ def share_of_right_answers(directory: Path, algorithm: str, memory: str, updates
         RECALL,
         env={"kwargs": {"cues": 2, "delay": 3}},
         algorithm={"name": algorithm, "learning_rate": 3e-3, "gamma": 0.9, "entropy_coefficient": 0.01, **SETTINGS[algorithm]},
-        policy={"memory": memory, "memory_size": 16, "hidden_sizes": [16]},
+        policy={"memory": memory, "hidden_sizes": [16], **({} if memory == "none" else {"memory_size": 16})},
         sampling={"groups": 2, "group_size": 16, "rollout_length": 32},
         stop={"return": 0.98, "updates": updates},
         actors=0,
