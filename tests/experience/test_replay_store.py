@@ -277,6 +277,12 @@ def test_planes_that_do_not_follow_each_other_or_never_move_are_no_stack():
     resets[-2:] = stacks[-2:]
     assert not is_stacked(resets, steps, Stack(0, 4))
     assert is_stacked(resets, steps & (np.arange(15) == 14)[:, None], Stack(0, 4))  # before, every step ended its episode
+    still = np.ones((16, 3, 4, 5, 5), np.uint8)
+    still[:, 2:] = resets[:, :1]  # one environment of three moves, and its planes follow each other nowhere
+    assert not is_stacked(still, np.ones((15, 3), np.bool_), Stack(0, 4))
+    once = np.ones((16, 1, 4, 5, 5), np.uint8)
+    once[0] = 0  # moves once, to what does not follow, and stays there
+    assert not is_stacked(once, np.ones((15, 1), np.bool_), Stack(0, 4))
     assert possible_stacks("uint8", (84, 84)) == possible_stacks("float32", (4, 84, 84)) == possible_stacks("uint8", (40, 30, 20)) == []
     assert likely_stack("uint8", (84, 84, 3)) is None
     assert likely_stack("uint8", (12, 84, 84)) == Stack(0, 12)

@@ -5,6 +5,8 @@ The world's recurrent state counts the steps since an episode began, so a state 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -143,6 +145,31 @@ def test_whole_rollouts_begin_a_sequence_each_and_short_ones_only_where_it_takes
             watched.insert(0, rows=rows, end_share=0.0)
         starts[rows] = int(watched.replay._starts.written_C[0])
     assert starts == {4: 6, 3: 4, 2: 6, 1: 6}  # of nine trained rows each: one begins four rows behind the last at the soonest
+
+
+def test_a_sequence_begins_at_the_first_row_of_a_column_and_then_where_the_next_would_come_too_late():
+    watched = Watched(Kind(memory=True), length=LENGTH, burn_in=BURN_IN)
+    watched.insert(0, end_share=0.0)
+    made, _ = watched.world.rollout(1, end_share=0.0)
+    starts, whole, envs = watched.replay._starts, made.schema.num_rows, made.schema.num_envs
+    used = np.full(envs, whole)
+
+    def begun_at(row: int) -> list[int]:
+        """Sequences of each environment of group 1, once a rollout has begun there whose rows go on from those before."""
+        slot = SimpleNamespace(schema=made.schema, arrays=made.arrays, rows_used=lambda: used)
+        starts.add(slot, 1, np.full(envs, row), np.ones(envs, np.bool_))
+        return starts.written_C[envs : 2 * envs].tolist()
+
+    used[0] = 0  # nothing was written there
+    assert begun_at(0) == [0] + [1] * (envs - 1)
+    used[0] = whole
+    exactly = LENGTH - BURN_IN - whole  # with a whole rollout behind it, the next start is just in time
+    assert 0 < exactly < whole
+    assert begun_at(exactly) == [1] * envs
+    used[0] = 0
+    assert begun_at(exactly + 1) == [1] + [2] * (envs - 1)
+    assert begun_at(exactly + 2) == [1] + [2] * (envs - 1)
+    assert begun_at(exactly + 1 + whole) == [1] + [3] * (envs - 1)
 
 
 def test_what_is_drawn_does_not_depend_on_shards(kind):
