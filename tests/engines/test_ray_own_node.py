@@ -78,8 +78,14 @@ def test_actors_of_the_drivers_machine_send_nothing_and_learn_the_same_bits(scen
 
     cluster.spoil = note
     there: dict[int, int] = {}
-    run = scene.train(cluster, lambda: there.update(own_actors()))
-    assert len(there) == 2, "of four"
+
+    def look() -> None:
+        wait_for(lambda: scene.hosting() == 4)
+        wait_for(lambda: len(own_actors()) == 2)  # of four: an actor has groups before its process has its name
+        there.update(own_actors())
+
+    run = scene.train(cluster, look)
+    assert len(there) == 2
     network = run.result["network"]["nodes"]
     assert network["a"]["bytes_said"] == network["a"]["bytes_heard"] == 0
     assert network["b"]["bytes_heard"] > len(bodies) > 0
@@ -98,6 +104,7 @@ def test_one_machine_alone_is_the_local_engine(scene: Scene) -> None:
 
 def test_an_actor_of_the_drivers_machine_that_is_killed_is_made_again_there(scene: Scene) -> None:
     def kill() -> None:
+        wait_for(lambda: len(own_actors()) == 2)
         actor, pid = next(iter(own_actors().items()))
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: own_actors().get(actor, pid) != pid)
@@ -117,7 +124,7 @@ def test_the_drivers_machine_that_ray_has_lost_has_no_actors_until_it_is_there_a
         monkeypatch.setattr(ray_nodes, "REJOIN_SECONDS", 0.1)
         cluster.names.append("a")
         wait_for(lambda: scene.happened("node_joined") and scene.hosting() == 4)
-        assert len(own_actors()) == 2
+        wait_for(lambda: len(own_actors()) == 2)  # an actor has groups before its process has its name
 
     run = scene.train(cluster, lose)
     (lost,) = events(run, "node_lost")

@@ -123,12 +123,12 @@ def test_a_node_whose_process_gets_sigterm_is_left_with_nothing_lost(name: str, 
 
     def do(run: Path, process: subprocess.Popen[str]) -> None:
         seen.append(run)
-        assert (len(machines.named("shoal:actor")), len(machines.named("shoal:actor", process))) == (2, 4)
+        wait_for(lambda: (len(machines.named("shoal:actor")), len(machines.named("shoal:actor", process))) == (2, 4), process)
         (pid,) = machines.named(name[:NAME_BYTES])
         os.kill(pid, signal.SIGTERM)
         wait_for(lambda: len(events(run, "node_left")) == 1, process)
         assert hosting(run) == 2
-        assert (len(machines.named("shoal:actor")), len(machines.named("shoal:actor", process))) == (elsewhere, 2)
+        wait_for(lambda: (len(machines.named("shoal:actor")), len(machines.named("shoal:actor", process))) == (elsewhere, 2), process)
 
     living(do)
     (noticed,) = events(seen[0], "node_draining")
