@@ -311,6 +311,16 @@ def add_episode(slot: Slot, row: int, env: int, *, truncated: bool = False, fina
         e["num_finals"] = at + 1
 
 
+SMALL_DQN: dict[str, Any] = {  # settings with which a run on `Drift` fills its replay, and learns, within a few updates
+    "sampling": {"groups": 2, "group_size": 2, "rollout_length": 8},
+    "policy": {"hidden_sizes": [8]},
+    "algorithm": {"name": "dqn", "batch_size": 8},
+    "replay": {"learning_starts": 40, "capacity_steps": 400, "samples_per_insert": 1.0},
+    "checkpoint": {"every_updates": 1},
+    "preset": "none",
+}
+
+
 class Drift(gymnasium.Env[Any, Any]):
     """A real environment of the smallest kind: a walk with noise, whose episodes last 3 to 9 steps."""
 

@@ -12,22 +12,14 @@ from typing import Any
 import pytest
 
 import shoal
-from rollout_fakes import Drift
+from rollout_fakes import SMALL_DQN, Drift
 from shoal.errors import CheckpointError, RunError
 from shoal.files import FACTS, CheckpointDirectory
 from shoal.files.manifest import manifest_bytes, read_manifest
 from shoal.monitoring.live import SilentView
 from shoal.monitoring.store import RunReader
 
-DQN: dict[str, Any] = {
-    "sampling": {"groups": 2, "group_size": 2, "rollout_length": 8},
-    "policy": {"hidden_sizes": [8]},
-    "algorithm": {"name": "dqn", "batch_size": 8},
-    "replay": {"learning_starts": 40, "capacity_steps": 400, "samples_per_insert": 1.0},
-    "checkpoint": {"every_updates": 1},
-    "preset": "none",
-    "actors": 0,
-}
+DQN: dict[str, Any] = {**SMALL_DQN, "actors": 0}
 
 
 def silent() -> SilentView:

@@ -14,7 +14,7 @@ import pytest
 from gymnasium import spaces
 
 import shoal
-from rollout_fakes import Drift
+from rollout_fakes import SMALL_DQN, Drift
 from shoal.cli.report import print_show
 from shoal.config import OffPolicyConfig
 from shoal.errors import ConfigError, DivergedError, RunError
@@ -23,15 +23,7 @@ from shoal.monitoring.live import LineView, SilentView
 from shoal.monitoring.store import RunReader
 from shoal.runs import show
 
-DQN: dict[str, Any] = {
-    "sampling": {"groups": 2, "group_size": 2, "rollout_length": 8},
-    "policy": {"hidden_sizes": [8]},
-    "algorithm": {"name": "dqn", "batch_size": 8},
-    "replay": {"learning_starts": 40, "capacity_steps": 400, "samples_per_insert": 1.0},
-    "checkpoint": {"every_updates": 1},
-    "seed": 3,
-    "preset": "none",
-}
+DQN: dict[str, Any] = {**SMALL_DQN, "seed": 3}
 
 
 def train(directory: Path, environment: Any, actors: int = 0, **more: Any) -> Any:

@@ -33,11 +33,12 @@ from shoal.engines.node_report import report_here
 from shoal.engines.plan import Plan
 from shoal.engines.process import close_all
 from shoal.engines.question import read_log
+from shoal.engines.ray_channel import NodeChannel
 from shoal.engines.ray_cluster import Cluster, ClusterNode, connect
 from shoal.engines.ray_hearing import Hearing, RemoteChannel
 from shoal.engines.ray_job import check_run_directory, passing_files
 from shoal.engines.ray_joining import node_setup
-from shoal.engines.ray_learners import LearnerChannel, Spread, check_learners
+from shoal.engines.ray_learners import Spread, check_learners
 from shoal.engines.ray_link import NodeLink
 from shoal.engines.ray_node import REPORT_BYTES
 from shoal.engines.ray_nodes import Nodes
@@ -234,7 +235,7 @@ class RayFleet(Fleet):
 
     @staticmethod
     def _said(process: Process) -> bool:
-        return isinstance(process.channel, (RemoteChannel, LearnerChannel)) and bool(process.channel.said)
+        return isinstance(process.channel, NodeChannel) and bool(process.channel.said)
 
     def happened(self) -> list[Death | Lost]:
         self.push()
@@ -295,9 +296,6 @@ class RayFleet(Fleet):
 
     def notice(self, link: NodeLink, notice: str) -> None:
         self._nodes.notice(link, notice)
-
-    def housed(self, process: Process) -> None:
-        self._hearing.states.pop(process.index, None)
 
     # ---- looking ---------------------------------------------------------------------------------------------------
     def activities(self) -> list[ActivityRecord]:

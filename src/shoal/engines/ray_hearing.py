@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +17,7 @@ from typing import Protocol
 from shoal.engines.fleet import Death, Process
 from shoal.engines.messages import NOBODY, Word, place_of
 from shoal.engines.messages import Kind as Told
+from shoal.engines.ray_channel import NodeChannel
 from shoal.engines.ray_heard import Forked, HelperLost, check_said, read_activities, read_happened, read_slot
 from shoal.engines.ray_learners import LearnerChannel
 from shoal.engines.ray_link import NodeLink
@@ -33,38 +33,28 @@ from shoal.supervision.zygote import Exited, Lost, Role
 _TIMES = ("begun_ns", "finished_ns")
 
 
-class RemoteChannel:
-    """An actor's channel whose other end lies on a node. Takes the part of a `Channel` in `Process`.
+class RemoteChannel(NodeChannel):
+    """The way to an actor on a node.
 
     leases: of all actors, by slot; those that are told here are written there.
     """
 
     def __init__(self, link: NodeLink, index: int, incarnation: int, leases: dict[int, tuple[RemoteChannel, Identity]]) -> None:
-        self._link, self._index, self._incarnation, self._leases = link, index, incarnation, leases
-        self.said: deque[bytes] = deque()
+        super().__init__(link)
+        self._index, self._incarnation, self._leases = index, incarnation, leases
 
     def send(self, message: bytes) -> bool:
         return self.send_with_fds(message, ())
 
     def send_with_fds(self, message: bytes, fds: Sequence[int]) -> bool:
         """Always room: what the supervisor says is bounded by the slots that there are. The content of a file travels, not its descriptor."""
-        if self._link.lost:
-            raise EOFError(self._link.lost)
+        self.check_there()
         word = Word.decode(message)
         if word.kind is Told.LEASE:
             self._leases[word.slot] = self, word.identity
         body = b"".join(os.pread(fd, os.fstat(fd).st_size, 0) for fd in fds)
         self._link.post(Frame(Kind.WORD, self._index, self._incarnation, message, body))
         return True
-
-    def receive(self) -> bytes | None:
-        return self.said.popleft() if self.said else None
-
-    def fileno(self) -> int:
-        return -1
-
-    def close(self) -> None:
-        self.said.clear()
 
 
 class House(Protocol):

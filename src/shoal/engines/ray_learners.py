@@ -10,7 +10,6 @@ What the learners add up goes between their machines by gloo, which neither encr
 from __future__ import annotations
 
 import socket
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from shoal.config import RunConfig
 from shoal.engines.messages import Kind as Told
 from shoal.engines.messages import Word, from_json
 from shoal.engines.process import Process
+from shoal.engines.ray_channel import NodeChannel
 from shoal.engines.ray_link import NodeLink
 from shoal.engines.ray_security import has_tls
 from shoal.engines.ray_words import Frame, Kind, number_of
@@ -87,32 +87,22 @@ class Brought:
                 link.post(Frame(Kind.ROLLOUT, head=head, body=pack(slot)))
 
 
-class LearnerChannel:
-    """The way to a learner on a node. Takes the part of a `Channel` in `Process`. number: of the learner (ray_words.number_of)."""
+class LearnerChannel(NodeChannel):
+    """The way to a learner on a node. number: of the learner (ray_words.number_of)."""
 
     def __init__(self, link: NodeLink, number: int, incarnation: int, ring: Ring, brought: Brought) -> None:
-        self._link, self._number, self._incarnation = link, number, incarnation
+        super().__init__(link)
+        self._number, self._incarnation = number, incarnation
         self._ring, self._brought = ring, brought
-        self.said: deque[bytes] = deque()
 
     def send_with_fds(self, message: bytes, fds: Sequence[int]) -> bool:
         """Always room: a learner has one order at a time."""
-        if self._link.lost:
-            raise EOFError(self._link.lost)
+        self.check_there()
         order = from_json(message)
         if order["do"] == "train":
             self._brought.bring(self._link, self._ring, [(slot, Identity(*identity)) for slot, identity in order["rollouts"]])
         self._link.post(Frame(Kind.ORDER, self._number, self._incarnation, message))
         return True
-
-    def receive(self) -> bytes | None:
-        return self.said.popleft() if self.said else None
-
-    def fileno(self) -> int:
-        return -1
-
-    def close(self) -> None:
-        self.said.clear()
 
 
 class Spread:

@@ -38,6 +38,10 @@ class Household(Protocol):
     actors: list[Process]
 
     @property
+    def living(self) -> list[Process]:
+        """The actors that are to be there."""
+
+    @property
     def cluster(self) -> Cluster: ...
 
     def link_to(self, node: ClusterNode) -> NodeLink:
@@ -47,9 +51,6 @@ class Household(Protocol):
         """Learners that live on nodes."""
 
     def kill(self, process: Process, why: str) -> None: ...
-
-    def housed(self, process: Process) -> None:
-        """An actor has got a node; what was known of it before is of another time."""
 
 
 class Nodes:
@@ -123,15 +124,11 @@ class Nodes:
         """Actors that there is room for: on the nodes that are here to stay, and those that may be taken in."""
         return self._household.cluster.actors_per_node * (len(self.staying) + len(self._candidates))
 
-    @property
-    def _living(self) -> list[Process]:
-        return [actor for actor in self._household.actors if not actor.retired]
-
     def by_node(self) -> dict[str, int]:
         """How many actors are to be on each node, by its name, with a part of its id where others have the same."""
         names = Counter(link.name for link in self.links.values())
         named = {link: link.name if names[link.name] == 1 else f"{link.name} {node_id[:6]}" for node_id, link in self.links.items()}
-        living = Counter(self.homes[process.index] for process in self._living)
+        living = Counter(self.homes[process.index] for process in self._household.living)
         return {name: living[link] for link, name in named.items()}
 
     def scale(self, actors: int) -> None:
@@ -151,7 +148,7 @@ class Nodes:
         lives: dict[NodeLink, list[Process]] = {link: [] for link in self.staying}
         if not lives:  # there is nowhere to go: work goes on as long as it is let
             return
-        for process in self._living:
+        for process in self._household.living:
             home = self.homes[process.index]
             if home in lives:
                 lives[home].append(process)
@@ -179,7 +176,6 @@ class Nodes:
             return
         process.retired, process.deaths, process.not_before, process.node = False, 0, 0.0, "" if link.own else link.name
         self.homes[process.index], self._changed = link, True
-        self._household.housed(process)
 
     # ---- nodes that come and go ----------------------------------------------------------------------------------
     def renew(self) -> bool:
@@ -236,7 +232,7 @@ class Nodes:
         """A node is to be taken away, in so many seconds where somebody said: whoever lives there moves, with the next look at the nodes."""
         if link not in self._leaving:
             self._leaving[link] = notice
-            lives = [process.index for process in self._living if self.homes[process.index] is link]
+            lives = [process.index for process in self._household.living if self.homes[process.index] is link]
             self._told("node_draining", node=link.name, reason="preempted", notice=notice, seconds=seconds, actors=lives)
 
     def _leave(self, now: float) -> None:
