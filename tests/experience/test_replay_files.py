@@ -66,6 +66,40 @@ def test_chunks_that_did_not_change_are_linked_and_the_others_written(config, tm
     assert not any(name.startswith("state") for name in shared)
 
 
+def test_a_chunk_that_is_linked_is_not_written_again_through_its_link(tmp_path):
+    replay = filled(World(KIND), STEPS, 12)
+    replay.save(tmp_path / "1", None)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "1").iterdir()}
+    replay.save(tmp_path / "2", tmp_path / "1")
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "1").iterdir()} == before
+
+
+def rewritten(path: Path, content: bytes, time_ns: int) -> None:
+    path.write_bytes(content)
+    os.utime(path, ns=(time_ns, time_ns))
+
+
+def replaced(path: Path, content: bytes, time_ns: int) -> None:
+    new = path.with_name("new")
+    rewritten(new, content, time_ns)
+    new.rename(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "length", "time"),
+    [(replaced, 0, 0), (rewritten, 1, 0), (rewritten, 0, 1)],
+    ids=["inode", "size", "time of change"],
+)
+def test_a_file_that_somebody_changed_is_not_linked_whatever_gives_it_away(change, length, time, tmp_path):
+    replay = filled(World(KIND), STEPS, 12)
+    replay.save(tmp_path / "1", None)
+    path = tmp_path / "1" / "rows-000.safetensors"
+    content, status = path.read_bytes(), path.stat()
+    change(path, bytes(len(content) + length), status.st_mtime_ns + time)
+    replay.save(tmp_path / "2", tmp_path / "1")
+    assert (tmp_path / "2" / path.name).read_bytes() == content
+
+
 def draw_and_rank(replay: Replay, config: ReplayConfig, scale: float = 0.3) -> np.ndarray:
     draw = replay.sample if config.sequence_length is None else replay.sample_sequences
     sample = draw(100, np.random.default_rng(3), beta=0.5)
@@ -227,3 +261,20 @@ def test_ages_and_the_share_of_new_steps_are_those_from_before_the_save(config, 
     assert again._version == 7
     grow(replay, world, 4, again)
     assert drawn(again, config) == drawn(replay, config)
+
+
+def test_the_replay_finds_it_when_a_sequence_can_be_drawn_that_is_not_whole_or_not_there():
+    replay = filled(World(KIND), SEQUENCES, 40)
+    replay.check_valid()
+    starts = replay._starts
+    every = np.arange(len(replay._priorities.tree.leaves))
+    since = replay._newest_C[every // starts.rows.num_rows] - starts.rows.take("row", every)
+    waits = np.flatnonzero((replay._priorities.tree.leaves == 0) & (since < starts.length))
+    gone = np.flatnonzero(since > replay._store.layout.reach)
+    for wrong in (waits, gone):
+        assert len(wrong)
+        replay._priorities.enter(wrong[:1])
+        with pytest.raises(AssertionError):
+            replay.check_valid()
+        replay._priorities.clear(wrong[:1])
+        replay.check_valid()
