@@ -78,9 +78,10 @@ class Metronome:
     def give_up(self, b):
         raise AssertionError("nobody asked for this")
 
-    def send(self, b, action):
-        assert b not in self.left
-        self.left[b], self.actions[b] = self._periods[b], int(action)
+    def send(self, envs, action_N):
+        for b, action in zip(envs, action_N, strict=True):
+            assert b not in self.left
+            self.left[b], self.actions[b] = self._periods[b], int(action)
 
     def call_began(self, b):
         return 0.0
@@ -92,12 +93,15 @@ class Metronome:
         self.left = {b: left - 1 for b, left in self.left.items()}
         return [b for b, left in self.left.items() if left <= 0]
 
-    def take(self, b, out):
-        del self.left[b]
-        self.count[b] += 1
-        for name, value in observation_of(b, self.count[b]).items():
-            out[name][...] = value
-        return PacedStep(reward_of(b, self.count[b], self.actions[b]), False, False, True, None)
+    def take(self, envs):
+        for b in envs:
+            del self.left[b]
+            self.count[b] += 1
+        return [PacedStep(reward_of(b, self.count[b], self.actions[b]), False, False, True, None) for b in envs]
+
+    def observed(self, envs):
+        each = [observation_of(b, self.count[b]) for b in envs]
+        return {name: np.stack([one[name] for one in each]) for name in each[0]}
 
     def snapshots(self):
         return [None] * self.num_envs

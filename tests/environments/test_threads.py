@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -132,13 +133,12 @@ def test_paced_environments_act_on_their_own_and_give_the_same_episodes():
     python = played(group_of(Walk, "python", num_envs=2), np.ones((6, 2), np.int64))
     slow = next(env for env in made if getattr(env, "seed", None) == python.rows[0]["observation"][0, 0])
     slow.slow = True
-    out = allocate(group.spec)
-    group.send(0, np.int64(1))
+    group.send([0], np.ones(1, np.int64))
     for t in range(6):  # environment 1 makes six steps while environment 0 is still in its first
-        group.send(1, np.int64(1))
+        group.send([1], np.ones(1, np.int64))
         assert group.ready(300) == [1]
-        step = group.take(1, out)
-        np.testing.assert_array_equal(out["observation"], python.rows[t + 1]["observation"][1])
+        (step,) = group.take([1])
+        np.testing.assert_array_equal(group.observed([1])["observation"][0], python.rows[t + 1]["observation"][1])
         assert step.reward == python.steps[t].reward_B[1]
         assert (step.terminated, step.valid) == (python.steps[t].terminated_B[1], True)
         final = {e.env: e.final for e in python.steps[t].ended}.get(1)
@@ -147,11 +147,45 @@ def test_paced_environments_act_on_their_own_and_give_the_same_episodes():
             np.testing.assert_array_equal(step.ended.final["observation"], final["observation"])
     assert group.ready(0.01) == []
     with pytest.raises(RuntimeError, match="take"):
-        group.send(0, np.int64(1))
+        group.send([0], np.ones(1, np.int64))
     gate.set()
     while group.ready(300) != [0]:
         time.sleep(0.001)
-    assert group.take(0, out).reward == python.steps[0].reward_B[0]
+    assert group.take([0])[0].reward == python.steps[0].reward_B[0]
+    group.close()
+
+
+def test_of_those_that_are_taken_together_the_one_that_is_not_finite_is_named():
+    class Infinite(Walk):
+        def step(self, action):
+            observation, *rest = super().step(action)
+            return (observation * np.inf if action == 1 else observation, *rest)
+
+    group = group_of(Infinite, num_envs=4)
+    group.restore(fresh_state(group.spec, 4))
+    group.send(range(4), np.array([0, 0, 2, 2]))
+    while len(envs := group.ready(300)) < 4:
+        time.sleep(0.001)
+    with pytest.raises(EnvironmentFault) as caught:
+        group.take(envs)
+    assert caught.value.report["env"] == 2
+    group.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="the system has no such threads")
+def test_threads_of_environments_do_not_interrupt_who_wakes_them():
+    policies = []
+
+    class Asks(Walk):
+        def step(self, action):
+            policies.append(os.sched_getscheduler(threading.get_native_id()))
+            return super().step(action)
+
+    group = group_of(Asks, num_envs=3)
+    group.restore(fresh_state(group.spec, 3))
+    group.step(np.ones(3, np.int64), allocate(group.spec, 3))
+    assert policies == [os.SCHED_BATCH] * 3
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
     group.close()
 
 
@@ -192,7 +226,7 @@ def test_a_reset_has_its_limit_to_itself_and_so_has_each_call_while_the_group_is
     group = make_group(EnvConfig(id="fake", form="threads", step_timeout_seconds=4.9), 5, 2, 7, Lingers)  # less than two calls take
     group.restore(fresh_state(group.spec, 2))
     begun = time.monotonic()
-    group.send(0, np.zeros((), np.int64))
+    group.send([0], np.zeros(1, np.int64))
     while not group.ready(0.05):
         pass
     assert group.call_began(0) - begun > 2.49

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,10 +38,11 @@ class Paced(Protocol):
     def observe(self, out: Arrays) -> None: ...
     def cursor(self) -> Array: ...
     def give_up(self, b: int) -> None: ...
-    def send(self, b: int, action: Array) -> None: ...
+    def send(self, envs: Sequence[int], action_N: Array) -> None: ...
     def ready(self, timeout_seconds: float) -> list[int]: ...
     def call_began(self, b: int) -> float: ...
-    def take(self, b: int, out: Arrays) -> Any: ...
+    def take(self, envs: Sequence[int]) -> list[Any]: ...
+    def observed(self, envs: Sequence[int]) -> Arrays: ...
 
 
 @dataclass(frozen=True)
@@ -122,34 +123,35 @@ def fill_paced(
     to_answer = [b for b in range(num_envs) if b not in began]
     index, closing = int(slot.envelope["group"]), False
     ends: list[tuple[int, Ended]] = []
-    first_version = _NONE_YET
+    first_version, furthest, look = _NONE_YET, 0, 0.0
     carried.clear()
     while True:
         if to_answer:
-            how.recorder.enter(Activity.INFERRING, index, -1, int(row_B.max()))
+            how.recorder.enter(Activity.INFERRING, index, -1, furthest)
             version = _answer(slot, behaviour, memory, to_answer, row_B, outputs)
             if not how.careful:  # said first: a step that takes the interpreter's lock leaves nobody to say it
-                how.recorder.enter(Activity.STEPPING, index, -1, int(row_B.max()))
+                how.recorder.enter(Activity.STEPPING, index, -1, furthest)
             _send(slot, group, to_answer, row_B, how)
             first_version = min(first_version, version)
             began.update(dict.fromkeys(to_answer, time.monotonic()))
             slot.envelope["num_rows"] = max(int(slot.envelope["num_rows"]), int(row_B[to_answer].max()) + 1)
         elif not how.careful:
-            how.recorder.enter(Activity.STEPPING, index, -1, int(row_B.max()))
-        ready = group.ready(0.0 if closing else READY_SECONDS)
-        for b in ready:
-            memory.taken(b, _take(slot, group, b, int(row_B[b]), ends))
-            row_B[b] += 1
-            del began[b]
-        _refuse_hangs(slot, group, began, row_B, how.step_timeout_seconds)
-        full = row_B == num_rows
-        if closing or (full.all() if how.whole else full.any()):
+            how.recorder.enter(Activity.STEPPING, index, -1, furthest)
+        if ready := group.ready(0.0 if closing else READY_SECONDS):
+            _take(slot, group, memory, ready, row_B, ends)
+            for b in ready:
+                del began[b]
+            furthest = int(row_B.max())
+        if (now := time.monotonic()) >= look:
+            look = now + READY_SECONDS
+            _refuse_hangs(slot, group, began, row_B, how.step_timeout_seconds)
+        if closing or (furthest == num_rows and not (how.whole and (row_B < num_rows).any())):
             break
-        closing = bool(between_rows is not None and row_B.any() and between_rows(first_version))
-        to_answer = [] if closing else [b for b in ready if not full[b]]
+        closing = bool(between_rows is not None and furthest and between_rows(first_version))
+        to_answer = [] if closing else [b for b in ready if row_B[b] < num_rows]
     carried.update((b, _carry(slot, memory, b, int(row_B[b]), outputs, since)) for b, since in began.items())
     _blank(slot, row_B)
-    slot.envelope["paced"] = not (how.whole and full.all())
+    slot.envelope["paced"] = not (how.whole and (row_B == num_rows).all())
     record_ends(slot, sorted(ends, key=lambda end: (end[0], end[1].env)))
     return memory.before
 
@@ -188,31 +190,34 @@ def _carry(slot: Slot, memory: _Memory, b: int, t: int, outputs: list[str], sinc
 
 def _answer(slot: Slot, behaviour: Behaviour, memory: _Memory, ready: list[int], row_B: Array, outputs: list[str]) -> int:
     """One inference over the whole group, each environment at its own row; only those that are ready are told."""
-    a, every = slot.arrays, np.arange(slot.schema.num_envs)
+    a, every, ready_N = slot.arrays, np.arange(slot.schema.num_envs), np.array(ready)
     observation = {n: a[n][row_B, every] for n in slot.observation_names}
     acted = behaviour.act(observation, memory.before, np.minimum(row_B, slot.schema.num_rows - 1))
     memory.answered(ready, acted.state)
-    rows = row_B[ready]
-    a["action"][rows, ready] = acted.action_B[ready]
-    a["policy_version"][rows, ready] = acted.version
+    place = row_B[ready_N], ready_N
+    a["action"][place] = acted.action_B[ready_N]
+    a["policy_version"][place] = acted.version
     for name in outputs:
-        a[name][rows, ready] = acted.outputs[name][ready]
+        a[name][place] = acted.outputs[name][ready_N]
     return acted.version
 
 
 def _send(slot: Slot, group: Paced, ready: list[int], row_B: Array, how: Pace) -> None:
     """Begin the steps of those that were answered: all at once, or carefully one after the other."""
-    for b in ready:
-        t = int(row_B[b])
-        if how.give_up:
+    if how.give_up:
+        for b in ready:
             stands = group.cursor()[b]
             step = (b, int(stands["episode"]), int(stands["num_steps"]))
-            for _ in range(how.give_up[t, b] + how.give_up[step]):
+            for _ in range(how.give_up[int(row_B[b]), b] + how.give_up[step]):
                 group.give_up(b)
-        if how.careful:
-            how.recorder.enter(Activity.STEPPING, int(slot.envelope["group"]), b, t)
-        group.send(b, slot.arrays["action"][t, b])
-        while how.careful and b not in group.ready(READY_SECONDS):
+    action_N = slot.arrays["action"][row_B[ready], ready]
+    if not how.careful:
+        group.send(ready, action_N)
+        return
+    for n, b in enumerate(ready):
+        how.recorder.enter(Activity.STEPPING, int(slot.envelope["group"]), b, int(row_B[b]))
+        group.send([b], action_N[n : n + 1])
+        while b not in group.ready(READY_SECONDS):
             pass  # bounded: whoever supervises sees how long this activity lasts
 
 
@@ -231,19 +236,25 @@ def _refuse_hangs(slot: Slot, group: Paced, began: dict[int, float], row_B: Arra
             )
 
 
-def _take(slot: Slot, group: Paced, b: int, t: int, ends: list[tuple[int, Ended]]) -> bool:
-    """Whether its episode ended there."""
+def _take(slot: Slot, group: Paced, memory: _Memory, ready: list[int], row_B: Array, ends: list[tuple[int, Ended]]) -> None:
+    """Write what the steps of those that are ready gave, each behind its own row, which is counted."""
     a = slot.arrays
     try:
-        step = group.take(b, {n: a[n][t + 1, b] for n in slot.observation_names})
+        steps = group.take(ready)
     except EnvironmentFault as fault:
-        fault.report.setdefault("row", t)
+        failed = next(b for b in ready if b == fault.report["env"])
+        fault.report.setdefault("row", int(row_B[failed]))
         raise
-    a["reward"][t, b], a["terminated"][t, b], a["truncated"][t, b] = step.reward, step.terminated, step.truncated
-    a["valid"][t, b] = step.valid
-    if step.ended is not None:
-        ends.append((t, step.ended))
-    return step.ended is not None
+    for b, t, step in zip(ready, row_B[ready].tolist(), steps, strict=True):
+        a["reward"][t, b], a["terminated"][t, b], a["truncated"][t, b] = step.reward, step.terminated, step.truncated
+        a["valid"][t, b] = step.valid
+        memory.taken(b, step.ended is not None)
+        if step.ended is not None:
+            ends.append((t, step.ended))
+    row_B[ready] += 1
+    place = row_B[ready], ready
+    for name, value in group.observed(ready).items():
+        a[name][place] = value
 
 
 def _blank(slot: Slot, row_B: Array) -> None:

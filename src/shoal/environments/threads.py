@@ -3,18 +3,20 @@
 An environment is made, stepped and closed in the same thread, which some simulators demand. Since environments share nothing, the
 results are those of PythonGroup, bit for bit.
 
-    consumes    actions [B] as stored (step); one action at a time (send)
+    consumes    actions [B] as stored (step); those of some environments (send)
     waits for   all environments of the group (step, restore); any of them (ready)
     on failure  waits for the others, then raises the first environment's EnvironmentFault; `restore` must follow
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
@@ -25,10 +27,11 @@ from shoal.environments.faults import environment_fault
 from shoal.environments.group import NOBODY, PythonGroup
 from shoal.environments.instance import Instance
 from shoal.environments.spaces import all_fit
-from shoal.types import Array, Arrays, Ended, EnvironmentSpec, GroupState, GroupStep
+from shoal.types import CURSOR, Array, Arrays, Ended, EnvironmentSpec, GroupState, GroupStep
 
 LOOK_SECONDS = 0.05  # between two looks at calls that are under way
 _Task = Callable[[], Any]
+_Stands = tuple[int, int, int, float]  # the first fields of CURSOR
 
 
 class _Done(NamedTuple):
@@ -63,6 +66,7 @@ class _Worker:
         self._thread.join(timeout_seconds)
 
     def _run(self) -> None:
+        _let_others_finish()
         while (task := self._tasks.get()) is not None:
             try:
                 self._done.put(_Done(self._env, task(), None))
@@ -83,8 +87,8 @@ class PacedStep(NamedTuple):
 class PacedGroup(PythonGroup):
     """PythonGroup whose environments step, reset and are rebuilt concurrently, and act each as soon as it is ready:
 
-        observe(out); for b in range(B): send(b, action)
-        for b in ready(timeout): step = take(b, out); ...; send(b, action)
+        observe(out); send(range(B), action_B)
+        envs = ready(timeout); steps = take(envs); observed(envs); ...; send(envs, action_N)
 
     Its resets are not told (`resetting`), since they come in threads of their own.
 
@@ -109,21 +113,21 @@ class PacedGroup(PythonGroup):
         self._workers = [_Worker(b, self._done) for b in range(num_envs)]
         self._under_way: set[int] = set()
         self._finished: dict[int, _Done] = {}
-        self._taken = super().cursor()
+        self._taken = self._stands()
 
     def restore(self, state: GroupState) -> list[int]:
         lost = super().restore(state)
-        self._taken = super().cursor()
+        self._taken = self._stands()
         return lost
 
     def step(self, action_B: Array, out: Arrays) -> GroupStep:
         step = super().step(action_B, out)
-        self._taken = super().cursor()
+        self._taken = self._stands()
         return step
 
     def cursor(self) -> Array:
         """Where each environment stood when its last step was taken; a step under way does not count yet."""
-        return self._taken.copy()
+        return np.array([(*stands, 0, 0) for stands in self._taken], CURSOR)
 
     def snapshots(self) -> list[bytes | None]:
         """As PythonGroup's, but None for an environment whose step is under way: nobody may look into it, and it does not stand at its cursor."""
@@ -133,51 +137,47 @@ class PacedGroup(PythonGroup):
         taken = self._run({b: self._instances[b].snapshot for b in idle})
         return [taken.get(b) for b in range(self.num_envs)]
 
-    def send(self, b: int, action: Array) -> None:
-        """Begin environment b's step with one action as stored ([*shape])."""
-        if b in self._under_way or b in self._finished:
-            raise RuntimeError(f"environment {b} has not given its last step yet; take() it first")
-        self._under_way.add(b)
-        self._begin_call(b)
-        environment_action = self._to_environment(np.asarray(action)[None])[0]
-        self._workers[b].submit(_advancing(self._instances[b], environment_action))
+    def send(self, envs: Sequence[int], action_N: Array) -> None:
+        """Begin a step of each of these environments, with its action as stored ([N, *shape])."""
+        for b, action in zip(envs, self._to_environment(np.asarray(action_N)), strict=True):
+            if b in self._under_way or b in self._finished:
+                raise RuntimeError(f"environment {b} has not given its last step yet; take() it first")
+            self._under_way.add(b)
+            self._begin_call(b)
+            self._workers[b].submit(_advancing(self._instances[b], action))
 
     def ready(self, timeout_seconds: float) -> list[int]:
         """Environments whose step has ended and that were not taken; waits for one at most `timeout_seconds`. [] after that."""
-        try:
-            while self._under_way:
-                wait = timeout_seconds if not self._finished else 0.0
-                self._keep(self._done.get(timeout=wait) if wait > 0 else self._done.get_nowait())
-        except Empty:
-            pass
+        if self._under_way and not self._finished and timeout_seconds > 0:
+            with suppress(Empty):
+                self._keep(self._done.get(timeout=timeout_seconds))
+        for _ in range(self._done.qsize()):
+            self._keep(self._done.get_nowait())
         return sorted(self._finished)
 
     def call_began(self, b: int) -> float:
         """When the present call of environment b began (monotonic clock): its step, or the reset after it."""
         return self._call_began[b]
 
-    def take(self, b: int, out: Arrays) -> PacedStep:
-        """Write environment b's new observation into `out[name]` ([*shape]) and return the rest of its step.
+    def take(self, envs: Sequence[int]) -> list[PacedStep]:
+        """What the steps of these environments gave, but for the observation, see `observed`.
 
         Raises:
-          EnvironmentFault: its step failed.
+          EnvironmentFault: a step failed; that of the first such environment.
         """
-        done = self._finished.pop(b)
-        if done.error is not None:
-            raise done.error
-        instance = self._instances[b]
+        done = [self._finished.pop(b) for b in envs]
+        for one in done:
+            if one.error is not None:
+                raise one.error
         for name, array in self._floats:
-            if not all_fit(array[b]):
-                raise instance.not_finite(name, array[b])
-        for name, array in self._current.items():
-            out[name][...] = array[b]
-        row = self._taken[b]
-        row["episode"], row["seed"] = instance.episode, instance.seed
-        row["num_steps"], row["episode_return"] = instance.num_steps, instance.episode_return
-        if not done.result:
-            return PacedStep(instance.reward, False, False, True, None)
-        valid, instance.valid = instance.valid, True
-        return PacedStep(instance.reward, instance.terminated, instance.truncated, valid, instance.ended)
+            if not all_fit(array[envs]):
+                b = next(b for b in envs if not all_fit(array[b]))
+                raise self._instances[b].not_finite(name, array[b])
+        return [self._step_of(one.env, bool(one.result)) for one in done]
+
+    def observed(self, envs: Sequence[int]) -> Arrays:
+        """The new observations of environments whose step was taken, by name [N, *shape]."""
+        return {name: array[envs] for name, array in self._current.items()}
 
     def close(self) -> None:
         """Close every environment in its own thread; one that hangs is left behind after a second."""
@@ -186,6 +186,17 @@ class PacedGroup(PythonGroup):
         end = time.monotonic() + 1.0
         for worker in self._workers:
             worker.stop(max(0.0, end - time.monotonic()))
+
+    def _step_of(self, b: int, ended: bool) -> PacedStep:
+        instance = self._instances[b]
+        self._taken[b] = _stands_at(instance)
+        if not ended:
+            return PacedStep(instance.reward, False, False, True, None)
+        valid, instance.valid = instance.valid, True
+        return PacedStep(instance.reward, instance.terminated, instance.truncated, valid, instance.ended)
+
+    def _stands(self) -> list[_Stands]:
+        return [_stands_at(instance) for instance in self._instances]
 
     def _keep(self, done: _Done) -> None:
         self._under_way.discard(done.env)
@@ -247,6 +258,19 @@ class PacedGroup(PythonGroup):
             if (error := found[b].error) is not None:
                 raise error
         return {b: done.result for b, done in found.items()}
+
+
+def _let_others_finish() -> None:
+    """The calling thread, woken, waits until whoever computes has done so, as far as the system knows such threads (SCHED_BATCH).
+
+    What an environment's thread needs first is the interpreter's lock, which he has who woke it: two switches of the core for nothing, at each step.
+    """
+    with suppress(AttributeError, OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def _stands_at(instance: Instance) -> _Stands:
+    return instance.episode, instance.seed, instance.num_steps, instance.episode_return
 
 
 def _advancing(instance: Instance, action: Any) -> _Task:
