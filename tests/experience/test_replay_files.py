@@ -25,8 +25,8 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(replay_rows, "_LEAST_CHUNK_BYTES", 512)
 
 
-def filled(world: World, config: ReplayConfig, rounds: int) -> Replay:
-    replay = Replay(world.schema, KIND.groups, config, gamma=0.9)
+def filled(world: World, config: ReplayConfig, rounds: int, run: str | None = None) -> Replay:
+    replay = Replay(world.schema, KIND.groups, config, gamma=0.9, run=run)
     grow(replay, world, rounds)
     return replay
 
@@ -227,3 +227,18 @@ def test_ages_and_the_share_of_new_steps_are_those_from_before_the_save(config, 
     assert again._version == 7
     grow(replay, world, 4, again)
     assert drawn(again, config) == drawn(replay, config)
+
+
+@pytest.mark.parametrize("rounds", [0, 3], ids=["empty", "with rows"])
+@pytest.mark.parametrize(("saved", "loaded", "refused"), [("a", "b", True), ("a", "a", False), (None, "b", False), ("a", None, False)])
+def test_a_replay_that_says_it_is_of_another_run_is_refused_and_one_that_says_nothing_is_read(saved, loaded, refused, rounds, tmp_path):
+    filled(World(KIND), STEPS, rounds, saved and saved * 32).save(tmp_path, None)
+    again = filled(World(KIND), STEPS, 0, loaded and loaded * 32)
+    if refused:
+        with pytest.raises(
+            CheckpointError, match=rf"{tmp_path} is the replay of run {'a' * 32}, and not of this one, {'b' * 32}\. Move its"
+        ):
+            again.load(tmp_path)
+    else:
+        again.load(tmp_path)
+        assert (again.inserted_steps > 0) == (rounds > 0)
