@@ -61,9 +61,8 @@ class Watched:
     def insert(self, group: int, **how) -> None:
         slot, events = self.world.rollout(group, **how)
         self.replay.insert(slot, how.get("version", 0))
-        self.model.pad = (
-            self.world.kind.pad if self.replay._store.layout.stacks else 0
-        )  # a first rollout of one row may not show that it is stacked
+        # A first rollout of one row may not show that it is stacked.
+        self.model.pad = self.world.kind.pad if self.replay._store.layout.stacks else 0
         self.model.insert(slot, events)
         self.replay.check_valid()
         assert self.replay.num_steps == len(self.model.steps())
