@@ -21,8 +21,13 @@ FRAMES, SIDES = 4, (2, 3)
 VECTOR = LeafSpec(("vector",), "box", "float32", (2,), low=(-np.inf,), high=(np.inf,))
 IMAGE = LeafSpec(("image",), "box", "uint8", (FRAMES, *SIDES), low=(0.0,), high=(255.0,))
 LAST_AXIS = LeafSpec(("image",), "box", "uint8", (*SIDES, FRAMES), low=(0.0,), high=(255.0,))
+PAIR = LeafSpec(("image",), "box", "uint8", (2, *SIDES), low=(0.0,), high=(255.0,))
 ACTION = LeafSpec((), "discrete", "int64", (), nvec=(5,), start=(0,))
 MEMORY = FieldSpec("policy_state/h", "float32", (2,), "B")
+
+
+def frames_axis(leaf: LeafSpec) -> int:
+    return -1 if leaf is LAST_AXIS else 0
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,11 @@ class Kind:
     groups: int = 3
     stacked: bool = True  # of an image: whether its planes are frames
     jumps: bool = False  # some steps add two frames, so that a stack does not continue the one before it
+
+    @property
+    def pad(self) -> int:
+        """Rows that the older frames of a stack take, where it does not continue the one before it."""
+        return next((leaf.shape[frames_axis(leaf)] - 1 for leaf in self.leaves if leaf is not VECTOR and self.stacked), 0)
 
     def schema(self) -> Schema:
         spec = EnvironmentSpec("world", self.leaves, ACTION, "observation" if self.mask else "none", 5 if self.mask else 0)
@@ -204,11 +214,13 @@ class World:
             if leaf.path == ("vector",):
                 out[leaf.name("observation")] = np.array([column.number, column.clock], np.float32)
                 continue
+            axis = frames_axis(leaf)
+            num_frames = leaf.shape[axis]
             if self.kind.stacked:
-                frames = ([np.zeros(SIDES, np.uint8)] * FRAMES + column.frames)[-FRAMES:]
+                frames = ([np.zeros(SIDES, np.uint8)] * num_frames + column.frames)[-num_frames:]
             else:
-                frames = [np.roll(column.frames[-1], plane) for plane in range(FRAMES)]
-            out[leaf.name("observation")] = np.stack(frames, axis=0 if leaf is IMAGE else -1)
+                frames = [np.roll(column.frames[-1], plane) for plane in range(num_frames)]
+            out[leaf.name("observation")] = np.stack(frames, axis=axis)
         mask = np.ones(5, np.bool_)
         mask[column.clock % 5] = False
         return out, mask
@@ -219,7 +231,7 @@ class Model:
 
     def __init__(self, kind: Kind, reach: int, *, n_step: int, gamma: float) -> None:
         self.kind, self.reach, self.n_step, self.gamma = kind, reach, n_step, gamma
-        self.pad = FRAMES - 1 if kind.stacked and any(leaf.path == ("image",) for leaf in kind.leaves) else 0
+        self.pad = kind.pad
         self.columns: list[list[Step | None]] = [[] for _ in range(kind.groups * kind.num_envs)]
         self.last: list[Step | None] = [None] * len(self.columns)
         self.stood: list[bytes | None] = [None] * len(self.columns)
@@ -265,7 +277,7 @@ class Model:
         """Rows for older frames, where a stack does not begin as the one before it goes on."""
         for leaf in self.kind.leaves:
             if leaf.path == ("image",) and self.pad:
-                planes = [np.moveaxis(o[leaf.name("observation")], 0 if leaf is IMAGE else -1, 0) for o in (older, newer)]
+                planes = [np.moveaxis(o[leaf.name("observation")], frames_axis(leaf), 0) for o in (older, newer)]
                 if (planes[1][:-1] != planes[0][1:]).any():
                     return self.pad
         return 0

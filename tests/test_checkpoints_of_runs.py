@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,41 @@ def test_a_replay_of_another_update_is_refused_with_what_to_do(which, learners, 
         resume(run, 12)
     shutil.rmtree(last)
     assert resume(run, 12).result["updates"] == 12
+
+
+def take_replay(other: Path, last: Path) -> None:
+    """Another run's replay in a checkpoint's place for its own, as if it had been there from the beginning."""
+    shutil.rmtree(last / "replay")
+    shutil.copytree(newest(other) / "replay", last / "replay")
+    sign(last)
+
+
+@pytest.mark.parametrize("learners", [1, 2])
+def test_a_replay_of_another_run_with_the_same_counts_is_refused_with_what_to_do(learners, tmp_path):
+    often = {"learners": learners, "checkpoint": {"every_updates": 4}}
+    run, other = train(tmp_path / "run", 8, **often), train(tmp_path / "other", 8, seed=4, **often)
+    last = newest(run)
+    take_replay(other, last)
+    name = json.loads((other / FACTS).read_text())["run_id"]
+    with pytest.raises(
+        CheckpointError, match=rf"is the replay of run {name}, and not of this one, .* Move its checkpoint away, and `shoal res"
+    ):
+        resume(run, 12)
+    shutil.rmtree(last)
+    assert resume(run, 12).result["updates"] == 12
+
+
+def test_a_replay_that_was_saved_before_replays_said_whose_they_are_is_gone_on_with(tmp_path):
+    expected = resume(train(tmp_path / "expected", 4), 8).result["weights_sha256"]
+    run = train(tmp_path / "run", 4)
+    for path in CheckpointDirectory(run / "checkpoints").paths():
+        state = path / "replay" / "state.json"
+        body = json.loads(state.read_bytes()[9:])
+        assert body["facts"].pop("run") == json.loads((run / FACTS).read_text())["run_id"]
+        content = json.dumps(body).encode()
+        state.write_bytes(b"%08x\n" % zlib.crc32(content) + content)
+        sign(path, run=None)
+    assert resume(run, 8).result["weights_sha256"] == expected
 
 
 def test_zeroed_rows_are_refused_with_what_to_do(tmp_path):

@@ -116,15 +116,16 @@ def resume(
       RunError: no such run, or it is alive. CheckpointError: it has checkpoints, and none is whole. ConfigError: a setting that cannot change.
     """
     check_callbacks(callbacks)
-    with old_run(path, take_over=take_over) as (directory, elsewhere):
+    objects, _, settings = split_objects(env, settings)
+    if isinstance(path, Run):
+        objects = {**path.objects, **objects}
+
+    def takes_replay(directory: Path) -> bool:
+        return _gone_on_with(load_config(directory / "config.yaml"), settings, str(directory)).checkpoint.replay
+
+    with old_run(path, take_over=take_over, replay=takes_replay) as (directory, elsewhere):
         base = load_config(directory / "config.yaml")
-        objects, _, settings = split_objects(env, settings)
-        if isinstance(path, Run):
-            objects = {**path.objects, **objects}
-        tree = base.model_dump(mode="json", by_alias=True)
-        if any(str(key).startswith("stop") for key in settings):
-            tree["stop"] = {}
-        config, _ = resolve(None, {**settings, "run_dir": elsewhere.url or str(directory), "preset": base.preset or "none"}, tree)
+        config = _gone_on_with(base, settings, elsewhere.url or str(directory))
         refuse_changes(base, config)
         before = load(directory)
         if (config.stop, config.evaluation) == (base.stop, base.evaluation) and is_over(directory, before.result):
@@ -132,6 +133,15 @@ def resume(
             return Run(directory, before.result, objects)
         result = execute(config, objects, directory, callbacks, progress, profile, elsewhere=elsewhere)
         return Run(directory, result, objects)
+
+
+def _gone_on_with(base: RunConfig, settings: Mapping[str, Any], run_dir: str) -> RunConfig:
+    """The configuration of a run that was resumed with these settings. Raises ConfigError."""
+    tree = base.model_dump(mode="json", by_alias=True)
+    if any(str(key).startswith("stop") for key in settings):
+        tree["stop"] = {}
+    config, _ = resolve(None, {**settings, "run_dir": run_dir, "preset": base.preset or "none"}, tree)
+    return config
 
 
 def load(path: str | os.PathLike[str], *, env: Callable[..., Any] | None = None, network: Callable[..., Any] | None = None) -> Run:

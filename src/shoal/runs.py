@@ -99,7 +99,9 @@ def _chosen(config: RunConfig) -> Path | None:
 
 
 @contextlib.contextmanager
-def old_run(path: str | os.PathLike[str], *, take_over: bool = False) -> Iterator[tuple[Path, Elsewhere]]:
+def old_run(
+    path: str | os.PathLike[str], *, take_over: bool = False, replay: Callable[[Path], bool] = lambda directory: True
+) -> Iterator[tuple[Path, Elsewhere]]:
     """The directory of a run that is to be gone on with, and where else it is kept. The working copy of a run in a store stands for the URL.
 
     Raises:
@@ -108,7 +110,7 @@ def old_run(path: str | os.PathLike[str], *, take_over: bool = False) -> Iterato
     directory = None if is_url(path) else find_run(path)
     url = path if is_url(path) else None if directory is None else _url_of(directory)
     if url is not None:
-        with continue_run(url, take_over=take_over) as found:
+        with continue_run(url, take_over=take_over, replay=replay) as found:
             yield found
         return
     if take_over:

@@ -87,6 +87,7 @@ class ClusterHere(Cluster):
         super().__init__(num_nodes, actors_per_node)
         self.names, self.here, self.kinds = names, dict[str, NodeHere](), dict[str, type[NodeHere]]()
         self.going: dict[str, float | None] = {}  # nodes that Ray is about to take away
+        self.gpus: list[str] = []  # nodes of whose GPUs the run has one
         self.looks = 0  # how often the run asked which nodes are to go
         self.spoil: Callable[[Frame], Frame | None] = lambda frame: frame
 
@@ -100,7 +101,8 @@ class ClusterHere(Cluster):
         self.looks += 1
         return dict(self.going)
 
-    def start(self, node: ClusterNode, setup: bytes, pickled: bytes | None) -> NodeHandle:
+    def start(self, node: ClusterNode, setup: bytes, pickled: bytes | None, *, gpu: bool) -> NodeHandle:
+        self.gpus += [node.name] if gpu else []
         self.here[node.id] = self.kinds.get(node.id, NodeHere)(setup, pickled, self.spoil)
         return self.here[node.id]
 

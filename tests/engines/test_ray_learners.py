@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,17 +21,21 @@ import torch
 from test_ray_fleet import SETTINGS, ClusterHere, NodeHere, at, events
 
 import shoal
+from rollout_fakes import scripted_spec
 from several import several
 from shoal.config import RayConfig, RunConfig
 from shoal.engines import learner_process, ray_fleet, ray_link
+from shoal.engines.fleet import Fleet
 from shoal.engines.keeping import hand_over
 from shoal.engines.learner_process import LearnerProcess
 from shoal.engines.process import Process
 from shoal.engines.ray_cluster import ClusterNode
 from shoal.engines.ray_learners import END_LEARNER_SECONDS, Spread, check_learners, homes, meeting_place
 from shoal.engines.ray_words import Frame, Kind, Parts, decode, encode, is_part, number_of, role_of
+from shoal.engines.roles import Blueprint, UserObjects
 from shoal.errors import ConfigError, LearnersError, ProcessError
 from shoal.learners.distributed import TorchRanks, meet, network_store
+from shoal.settings import resolve
 from shoal.supervision.injector import roles_below
 
 LEARNER = number_of("learner", 1)
@@ -320,6 +325,67 @@ def test_a_configuration_that_no_cluster_can_fulfil_is_refused(settings: dict[st
     asked = {"engine": "ray", "learners": 2, "ray": {"learners_on": "nodes"}, "stop": {"updates": 1}, **settings}
     with pytest.raises(ConfigError, match=message):
         shoal.train("CartPole-v1", run_dir=str(tmp_path / "run"), preset="none", **asked)
+
+
+# ---- GPUs, of which none is here: a node's are those that the cluster lists, and the driver's is what it says of its build -------
+@pytest.fixture
+def on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as the driver knows, its learner computes on a GPU."""
+    look = Fleet.look
+
+    def with_gpu(fleet: Fleet) -> dict[str, Any]:
+        facts = look(fleet)
+        return {**facts, "build": {**facts["build"], "gpu": "a stand-in"}}
+
+    monkeypatch.setattr(Fleet, "look", with_gpu)
+
+
+def cluster_with_gpus(gpus: dict[str, float], own: str = "", num_nodes: int | None = None) -> ClusterHere:
+    """gpus: of the nodes, by their names."""
+    cluster = ClusterHere(list(gpus), num_nodes=num_nodes)
+    listed = cluster.nodes
+    nodes: Any = lambda: sorted(  # noqa: E731
+        (replace(node, gpus=gpus[node.name]) for node in listed()), key=lambda node: cluster.gpus_first and not node.has_gpu
+    )
+    driver: Any = lambda: (own, "127.0.0.1")  # noqa: E731
+    cluster.nodes, cluster.driver, cluster.own = nodes, driver, own  # type: ignore[method-assign]
+    return cluster
+
+
+def test_nodes_without_gpus_for_learners_that_compute_on_them_are_named_before_anything_is_started_there(
+    run_on: Any, on_gpus: None
+) -> None:
+    cluster = cluster_with_gpus({"a": 0.0, "b": 0.5, "c": 1.0}, own="c")
+    message = r"Ray has none to give on a, b, and 0 other nodes have one; .*or give --device cpu or --learners-on driver"
+    with pytest.raises(ConfigError, match=message):
+        run_on(cluster)
+    assert cluster.here == {}
+
+
+def test_a_learner_that_sees_no_gpu_on_its_node_ends_the_run_with_the_nodes_name_and_only_its_node_gives_a_gpu(
+    run_on: Any, on_gpus: None
+) -> None:
+    cluster = cluster_with_gpus({"a": 0.0, "b": 1.0, "c": 1.0, "d": 1.0}, own="d", num_nodes=3)
+    with pytest.raises(ConfigError, match=r"learner-1 on node b: device: cuda was asked for, but torch sees no GPU here"):
+        run_on(cluster)
+    assert sorted(cluster.gpus) == ["b", "d"], "one for each learner, the driver's included"
+    assert sorted(cluster.here) == ["b", "c", "d"], "those with a GPU, of four"
+
+
+def test_learners_that_compute_on_the_processor_reserve_no_gpu(run_on: Any, expected: Any) -> None:
+    cluster = cluster_with_gpus({"a": 1.0, "b": 1.0})
+    assert run_on(cluster).result["weights_sha256"] == expected(2)
+    assert cluster.gpus == []
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_an_actor_chooses_on_the_processor_whatever_the_learners_compute_on(device: Any) -> None:
+    """So a node of actors alone needs no GPU. Who chooses on a cluster is settled before (`_check_engine` of settings/completing.py)."""
+    resolved, _ = resolve("CartPole-v1", {"engine": "ray", "preset": "none", "device": device})
+    assert resolved.policy.inference == "actor"
+    source: Any = None
+    copy = Blueprint(resolved, scripted_spec(), UserObjects(), bytes(16)).policy_copy(source)
+    assert {tensor.device.type for tensor in copy.policy.parameters()} == {"cpu"}
 
 
 def test_every_process_has_a_number_of_its_own() -> None:

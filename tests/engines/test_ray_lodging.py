@@ -17,10 +17,11 @@ from shoal.engines.fleet import STOP_SECONDS, tell
 from shoal.engines.messages import Kind as Told
 from shoal.engines.messages import Word, from_json, to_json
 from shoal.engines.process import Process
-from shoal.engines.ray_cluster import Cluster, ClusterNode
+from shoal.engines.ray_cluster import ClusterNode
 from shoal.engines.ray_fleet import RayFleet
 from shoal.engines.ray_learners import END_LEARNER_SECONDS, Spread
 from shoal.engines.ray_words import Frame, Kind, number_of
+from shoal.errors import ConfigError
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring, allocate
 from shoal.experience.wire import unpack
@@ -159,6 +160,7 @@ def fleet(tmp_path: Path) -> Iterator[tuple[RayFleet, Posted]]:
     )
     made._spread.here, made._spread.device, made._spread.ring = ("here", "127.0.0.1"), "cuda", allocate(scripted_schema(4, 2), 2)
     made._spread.places |= {_link(here): ("here", "127.0.0.1"), _link(node): ("a", "127.0.0.2")}
+    made._spread.with_gpu.add(_link(node))
     made._nodes.links |= {"here": _link(here), "a": _link(node)}
     zygote: Any = SimpleNamespace(receive=list, close=lambda: None)
     made._zygote = zygote
@@ -225,12 +227,48 @@ def test_a_node_that_does_not_end_its_learner_is_given_up_before_the_supervisor_
     assert list(made._nodes.links) == ["here"]
 
 
-@pytest.mark.parametrize(("gpu_each", "gpus", "asked"), [(True, 2.0, 1), (True, 0.0, None), (False, 2.0, None)])
-def test_a_node_gives_one_of_its_gpus_where_learners_compute_on_them(
-    gpu_each: bool, gpus: float, asked: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options: dict[str, Any] = {}
-    kind = SimpleNamespace(options=lambda **how: options.update(how) or SimpleNamespace(remote=lambda *made_of: None))
-    monkeypatch.setattr("ray.remote", lambda **how: lambda cls: kind)
-    Cluster(None, 2, gpu_each=gpu_each).start(ClusterNode("0" * 56, "a", 4.0, "127.0.0.2", gpus), b"", None)
-    assert (options["num_cpus"], options.get("num_gpus")) == (2, asked)
+# ---- GPUs of nodes -----------------------------------------------------------------------------------------------------------
+def spread_on(gpus: dict[str, float], *, learners: int = 3, device: str = "cuda") -> tuple[Spread, dict[str, Any]]:
+    """A run whose driver's machine is the node `own`, and the links to these nodes, each taken in with those before it."""
+    spread, links = Spread(config(), [Process("learner", index) for index in range(learners)], {}), dict[str, Any]()
+    spread.here, spread.device = ("own", "127.0.0.1"), device
+    for name, count in gpus.items():
+        link = _link(Posted(name))
+        if spread.uses_gpu(ClusterNode(name, name, 4.0, gpus=count), links.values()):
+            spread.with_gpu.add(link)
+        spread.places[link], links[name] = (name, "127.0.0.2"), link
+    return spread, links
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "with_gpu", "fit"),
+    [
+        ({"a": 4.0, "b": 0.0, "c": 1.0, "d": 1.0, "own": 1.0}, "cuda", ["a", "c", "own"], ["a", "c"]),
+        ({"own": 0.0, "a": 0.0, "b": 0.9, "c": 1.0, "d": 1.0}, "cuda", ["c", "d"], ["c", "d"]),
+        ({"own": 1.0, "a": 1.0, "b": 1.0}, "cpu", [], ["a", "b"]),
+    ],
+    ids=["more than learners", "the driver's has none", "cpu"],
+)
+def test_as_many_nodes_give_a_gpu_as_have_learners(gpus: dict[str, float], device: str, with_gpu: list[str], fit: list[str]) -> None:
+    spread, links = spread_on(gpus, device=device)
+    assert sorted(link.name for link in spread.with_gpu) == with_gpu
+    assert [link.name for link in spread.fit(links.values())] == fit
+
+
+def test_a_node_that_comes_gives_a_gpu_where_one_that_gave_its_own_is_gone() -> None:
+    spread, links = spread_on({"a": 1.0, "b": 1.0, "c": 1.0})
+    newcomer = ClusterNode("d", "d", 4.0, gpus=1.0)
+    assert not spread.uses_gpu(newcomer, links.values())
+    stayed = [link for name, link in links.items() if name != "a"]
+    assert spread.uses_gpu(newcomer, stayed)
+    assert [link.name for link in spread.fit(stayed)] == ["b"], "c was started without, and a learner would see none there"
+
+
+def test_too_few_gpus_are_told_with_what_would_do() -> None:
+    nodes = [ClusterNode(name, name, 4.0, gpus=count) for name, count in {"own": 1.0, "a": 1.0, "b": 0.0, "c": 0.0}.items()]
+    spread, _ = spread_on({}, learners=4)
+    with pytest.raises(ConfigError, match=r"none to give on b, c, and 1 other nodes have one; .*or give --learners 2, --device cpu or"):
+        spread.check_gpus(nodes)
+    spread_on({}, learners=2)[0].check_gpus(nodes)
+    spread_on({}, learners=4, device="cpu")[0].check_gpus(nodes)
+    spread.check_gpus(nodes[:2])  # too few nodes are another matter (check_learners)

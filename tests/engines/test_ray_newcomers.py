@@ -41,7 +41,7 @@ class MixedCluster(ClusterHere):
         self.unlike = unlike
         self.started: list[str] = []
 
-    def start(self, node: ClusterNode, setup: bytes, pickled: bytes | None) -> NodeHandle:
+    def start(self, node: ClusterNode, setup: bytes, pickled: bytes | None, *, gpu: bool) -> NodeHandle:
         self.started.append(node.name)
         kind = type("Node", (Unlike,), {"answer": staticmethod(self.unlike[node.name])}) if node.name in self.unlike else NodeHere
         self.here[node.id] = kind(setup, pickled, self.spoil)
@@ -55,11 +55,11 @@ class MisplacedCluster(ClusterHere):
         super().__init__(names)
         self.without = without
 
-    def start(self, node: ClusterNode, setup: bytes, pickled: bytes | None) -> NodeHandle:
+    def start(self, node: ClusterNode, setup: bytes, pickled: bytes | None, *, gpu: bool) -> NodeHandle:
         facts = json.loads(setup)
         if node.name in self.without:
             facts["config"]["env"]["id"] = facts["config"]["env"]["id"].replace("/here/", "/there/")
-        return super().start(node, json.dumps(facts).encode(), pickled)
+        return super().start(node, json.dumps(facts).encode(), pickled, gpu=gpu)
 
 
 @pytest.fixture

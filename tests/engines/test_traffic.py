@@ -53,8 +53,8 @@ class WeighingCluster(ClusterHere):
         super().__init__(names)
         self.weighed: dict[str, Weighed] = {}
 
-    def start(self, node: ClusterNode, setup: bytes, pickled: bytes | None) -> NodeHandle:
-        self.weighed[node.name] = Weighed(super().start(node, setup, pickled))
+    def start(self, node: ClusterNode, setup: bytes, pickled: bytes | None, *, gpu: bool) -> NodeHandle:
+        self.weighed[node.name] = Weighed(super().start(node, setup, pickled, gpu=gpu))
         return self.weighed[node.name]
 
 

@@ -25,8 +25,8 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(replay_rows, "_LEAST_CHUNK_BYTES", 512)
 
 
-def filled(world: World, config: ReplayConfig, rounds: int) -> Replay:
-    replay = Replay(world.schema, KIND.groups, config, gamma=0.9)
+def filled(world: World, config: ReplayConfig, rounds: int, run: str | None = None) -> Replay:
+    replay = Replay(world.schema, KIND.groups, config, gamma=0.9, run=run)
     grow(replay, world, rounds)
     return replay
 
@@ -278,3 +278,18 @@ def test_the_replay_finds_it_when_a_sequence_can_be_drawn_that_is_not_whole_or_n
             replay.check_valid()
         replay._priorities.clear(wrong[:1])
         replay.check_valid()
+
+
+@pytest.mark.parametrize("rounds", [0, 3], ids=["empty", "with rows"])
+@pytest.mark.parametrize(("saved", "loaded", "refused"), [("a", "b", True), ("a", "a", False), (None, "b", False), ("a", None, False)])
+def test_a_replay_that_says_it_is_of_another_run_is_refused_and_one_that_says_nothing_is_read(saved, loaded, refused, rounds, tmp_path):
+    filled(World(KIND), STEPS, rounds, saved and saved * 32).save(tmp_path, None)
+    again = filled(World(KIND), STEPS, 0, loaded and loaded * 32)
+    if refused:
+        with pytest.raises(
+            CheckpointError, match=rf"{tmp_path} is the replay of run {'a' * 32}, and not of this one, {'b' * 32}\. Move its"
+        ):
+            again.load(tmp_path)
+    else:
+        again.load(tmp_path)
+        assert (again.inserted_steps > 0) == (rounds > 0)

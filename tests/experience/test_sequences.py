@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replay_world import FRAMES, IMAGE, VECTOR, Kind, Model, World, name_of
+from replay_world import IMAGE, PAIR, VECTOR, Kind, Model, World, name_of
 from shoal.config import ReplayConfig
 from shoal.errors import ConfigError
 from shoal.experience.placing import BEGINS, BREAK, STOP, TERMINATED, VALID
@@ -25,6 +25,7 @@ KINDS = {
     "frames": Kind((IMAGE, VECTOR), memory=True),
     "frames, reset rows": Kind((IMAGE,), memory=True, next_step=True),
     "frames that jump": Kind((IMAGE, VECTOR), memory=True, jumps=True),
+    "pairs of frames that jump": Kind((PAIR, VECTOR), memory=True, jumps=True),  # gaps of one row
 }
 
 
@@ -60,7 +61,8 @@ class Watched:
     def insert(self, group: int, **how) -> None:
         slot, events = self.world.rollout(group, **how)
         self.replay.insert(slot, how.get("version", 0))
-        self.model.pad = FRAMES - 1 if self.replay._store.layout.stacks else 0  # a first rollout of one row may not show that it is stacked
+        # A first rollout of one row may not show that it is stacked.
+        self.model.pad = self.world.kind.pad if self.replay._store.layout.stacks else 0
         self.model.insert(slot, events)
         self.replay.check_valid()
         assert self.replay.num_steps == len(self.model.steps())

@@ -20,8 +20,9 @@ from webhdfs_server import http_store
 import shoal
 from commands import answer_here
 from faults.living import SOURCES, TINY, command, living, newest, saved
+from rollout_fakes import SMALL_DQN, Drift
 from shoal.cli import main
-from shoal.errors import ConfigError, NoRunError
+from shoal.errors import CheckpointError, ConfigError, NoRunError
 from shoal.files import MANIFEST, CheckpointDirectory
 from shoal.monitoring.live import SilentView
 from shoal.runs import find_run, list_runs, show
@@ -183,6 +184,28 @@ def test_a_torn_upload_is_passed_over_with_a_warning(shaky: Path, tmp_path: Path
     assert "is not whole (learner.safetensors does not have the SHA-256 that the manifest says); taking the one before it" in said
     assert resumed_here(6)["weights_sha256"] == weights(6, tmp_path)
     assert [event["update"] for event in show(URL)["faults"]["newest"] if event["kind"] == "resumed"] == [2, 2]
+
+
+def test_a_run_whose_replay_is_damaged_in_the_store_goes_on_without_it_where_that_is_wanted(
+    shaky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SMALL_DQN, "actors": 0, "run_dir": URL, "progress": silent(), "stop": {"updates": 8}, "seed": 3}
+    shoal.train(Drift, **settings)
+    for rows in shaky.glob("bucket/runs/x/checkpoints/*/replay/rows-000.safetensors"):
+        rows.write_bytes(rows.read_bytes()[:-1])
+    on_machine("b", tmp_path, monkeypatch)
+    how: dict[str, Any] = {"env": Drift, "stop": {"updates": 12}, "progress": silent()}
+    with pytest.raises(CheckpointError, match=rf"rows-000\.safetensors has .*: `shoal resume {URL} --checkpoint\.replay false`"):
+        shoal.resume(URL, **how)
+    resumed = shoal.resume(URL, checkpoint={"replay": False}, **how)
+    assert resumed.result["updates"] == 12
+    assert resumed.result["ledger"]["evicted"] >= 8 * 2 * 2 * 8  # all that was lost
+    messages = [event["message"] for event in show(URL)["faults"]["newest"] if event["kind"] == "warning"]
+    assert [said for said in messages if "is taken without its replay (replay/rows-000.safetensors has" in said]
+    assert [said for said in messages if "holds no whole replay (" in said and "the weights will be others" in said]
+    assert stored(shaky)[-1] == 12
+    on_machine("c", tmp_path, monkeypatch)
+    assert shoal.resume(URL, env=Drift, stop={"updates": 14}, progress=silent()).result["updates"] == 14  # nothing is damaged any more
 
 
 @pytest.mark.parametrize("actors", ["0", "1"])

@@ -143,6 +143,81 @@ def test_a_damaged_one_is_found_before_use_and_the_one_before_it_is_taken(damage
         assert (stored is not None and stored.update, len(torn)) == (1, 1)
 
 
+def spoil_replay(path: Path, how: str) -> str:
+    """Returns how that is said."""
+    rows = path / "replay" / "rows"
+    if how == "missing":
+        rows.unlink()
+        return "replay/rows is missing"
+    rows.write_bytes(rows.read_bytes()[:-1] + (b"Y" if how == "another byte" else b""))
+    return (
+        "replay/rows does not have the SHA-256 that the manifest says" if how == "another byte" else "replay/rows has 5 bytes instead of 6"
+    )
+
+
+@pytest.mark.parametrize("how", ["missing", "shorter", "another byte"])
+def test_a_damaged_replay_is_left_out_where_nobody_needs_it_and_passed_over_where_somebody_does(
+    how: str, store: Store, shaky: Path, tmp_path: Path
+) -> None:
+    for update in (1, 2):
+        upload(store, save(tmp_path / "here", update), 0)
+    damage = spoil_replay(place(shaky, 2), how)
+    name = "checkpoint update-000000002 in shaky://bucket/run"
+    without = CheckpointDirectory(tmp_path / "without")
+    assert fetch_newest(store, without, replay=False) == (2, [f"{name} is taken without its replay ({damage})"])
+    loaded = without.newest_to_go_on(replay=False)
+    assert (loaded.update, set(loaded.files), "replay/rows" in loaded.replay_damage) == (
+        2,
+        {"learner.safetensors", "policy/policy.json"},
+        True,
+    )
+    assert (loaded.path / MANIFEST).read_bytes() == (place(shaky, 2) / MANIFEST).read_bytes(), "it is not signed for what is there"
+    with pytest.raises(CheckpointError, match=r"update-000000002 is not whole \(.*replay/rows"):
+        without.newest()
+    within = CheckpointDirectory(tmp_path / "within")
+    assert fetch_newest(store, within) == (1, [f"{name} is not whole ({damage}); taking the one before it"])
+    assert within.newest().update == 1
+
+
+def test_where_every_replay_is_damaged_the_error_says_how_to_go_on_without(store: Store, shaky: Path, tmp_path: Path) -> None:
+    for update in (1, 2):
+        upload(store, save(tmp_path / "here", update), 0)
+        spoil_replay(place(shaky, update), "shorter")
+    there = CheckpointDirectory(tmp_path / "there")
+    with pytest.raises(CheckpointError, match=r"which alone is damaged: `shoal resume shaky://bucket/run --checkpoint\.replay false`"):
+        fetch_newest(store, there)
+    (place(shaky, 2) / "learner.safetensors").unlink()
+    assert fetch_newest(store, there, replay=False)[0] == 1
+    (place(shaky, 1) / "learner.safetensors").unlink()
+    for replay in (True, False):
+        with pytest.raises(CheckpointError, match=r"or move them away, and `shoal resume` begins again from the start"):
+            fetch_newest(store, there, replay=replay)
+
+
+def test_a_whole_replay_is_brought_also_where_it_need_not_be(store: Store, tmp_path: Path) -> None:
+    path = save(tmp_path / "here", 1)
+    upload(store, path, 0)
+    there = CheckpointDirectory(tmp_path / "there")
+    assert fetch_newest(store, there, replay=False) == (1, [])
+    assert tree(there.newest().path) == tree(path)
+
+
+def test_a_store_that_does_not_answer_is_no_damage_to_a_replay(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload(store, save(tmp_path / "here", 1), 0)
+    get = Store.get
+
+    def hung_up(self: Store, name: str, path: Path) -> None:
+        if name.endswith("replay/rows"):
+            raise StorageError("the store hung up")
+        get(self, name, path)
+
+    monkeypatch.setattr(Store, "get", hung_up)
+    there = CheckpointDirectory(tmp_path / "there")
+    with pytest.raises(StorageError, match="hung up"):
+        fetch_newest(store, there, replay=False)
+    assert there.paths() == []
+
+
 def test_one_of_another_run_is_passed_over_and_what_comes_here_says_whose_it_is(store: Store, shaky: Path, tmp_path: Path) -> None:
     for name, update, run in (("here", 1, "a1" * 16), ("other", 2, "b2" * 16)):
         (tmp_path / name).mkdir()

@@ -40,7 +40,8 @@ class LearnerWords:
         elif kind == "not_saved":
             self._saves.not_saved(learner.index, said["message"])
         elif kind == "failed":
-            error = rebuild_error(said)
+            where = f"learner-{learner.index} on node {learner.node}: " if learner.node else ""
+            error = rebuild_error(said | {"message": f"{where}{said['message']}"})
             if not isinstance(error, DivergedError):
                 raise error
             self._diverged(error)

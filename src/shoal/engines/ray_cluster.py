@@ -55,6 +55,11 @@ class ClusterNode:
     address: str = ""
     gpus: float = 0.0
 
+    @property
+    def has_gpu(self) -> bool:
+        """A whole one."""
+        return self.gpus >= 1.0
+
 
 class RemoteNode:
     """A `Node` as a Ray actor on another machine; its errors are ProcessErrors that say what became of it."""
@@ -141,7 +146,7 @@ class Cluster:
       num_nodes: that host actors; None: all that there are. actors_per_node: processes that host environments on each.
       secrets: of a cluster that was started for this run, and ends with it.
       roll: of its machines.
-      gpu_each: whether a node is to have one GPU, where it has any, for a learner.
+      gpus_first: whether nodes with a GPU are taken before others.
       own: the id of the node that is the driver's machine; empty where it is none (ray://).
     """
 
@@ -149,7 +154,7 @@ class Cluster:
     actors_per_node: int
     secrets: tempfile.TemporaryDirectory[str] | None = None
     roll: Roll | None = None
-    gpu_each: bool = False
+    gpus_first: bool = False
     own: str = ""
     _started: list[RemoteNode] = field(default_factory=list)
 
@@ -178,7 +183,7 @@ class Cluster:
             time.sleep(POLL_SECONDS)
 
     def nodes(self) -> list[ClusterNode]:
-        """Those that are alive and have CPUs for the actors of one node, by name."""
+        """Those that are alive and have CPUs for the actors of one node, in the order in which they are taken."""
         found = [
             ClusterNode(
                 each["NodeID"],
@@ -190,7 +195,8 @@ class Cluster:
             for each in (self.roll.machines if self.roll is not None else [])
             if each["Alive"]
         ]
-        return sorted((node for node in found if node.cpus >= self.actors_per_node), key=lambda node: (node.name, node.id))
+        fit = (node for node in found if node.cpus >= self.actors_per_node)
+        return sorted(fit, key=lambda node: (self.gpus_first and not node.has_gpu, node.name, node.id))
 
     def driver(self) -> tuple[str, str]:
         """The machine of this process, which is part of the cluster: its node's id, and its address as the others know it."""
@@ -213,8 +219,8 @@ class Cluster:
         room = None if self.num_nodes is None else max(0, self.num_nodes - len(known))
         return [node for node in self.nodes() if node.id not in known and node.id not in left][:room]
 
-    def start(self, node: ClusterNode, setup: bytes, pickled: bytes | None) -> NodeHandle:
-        """This run's fleet on one node; on the driver's own, what holds its CPUs. Returns at once."""
+    def start(self, node: ClusterNode, setup: bytes, pickled: bytes | None, *, gpu: bool) -> NodeHandle:
+        """This run's fleet on one node; on the driver's own, what holds its CPUs. gpu: one of its GPUs with it. Returns at once."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -225,7 +231,7 @@ class Cluster:
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
-            **({"num_gpus": 1} if self.gpu_each and node.gpus >= 1 else {}),
+            **({"num_gpus": 1} if gpu else {}),
         )
         started = RemoteNode(placed.remote(setup) if own else placed.remote(setup, pickled))
         self._started.append(started)

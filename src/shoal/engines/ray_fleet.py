@@ -108,12 +108,15 @@ class RayFleet(Fleet):
         packages = self._look_here()
         self._setup = node_setup(self._config, self._common, schema, weights, packages)
         self.actors = []
-        self.cluster.gpu_each = self._spread.on and self._spread.device == "cuda"
+        self.cluster.gpus_first = self._spread.on_gpus
         most = MAX_ACTORS if self._config.autoscale is None else actor_bounds(self._config.autoscale)[1]
-        self._nodes.begin(plan.num_groups, most, report_here(packages))
+        nodes = self.cluster.wait_for_nodes()
         if self._spread.on:
             self._spread.here = self.cluster.driver()
-            others = len(self._spread.others(self._nodes.staying))
+            self._spread.check_gpus(nodes)
+        self._nodes.begin(nodes, plan.num_groups, most, report_here(packages))
+        if self._spread.on:
+            others = len(self._spread.fit(self._nodes.staying))
             for message in check_learners(self._config, os.environ, replayed=plan.rate is not None, others=others):
                 self._told("warning", message=message)
         self._nodes.settle()
@@ -127,9 +130,12 @@ class RayFleet(Fleet):
 
     def link_to(self, node: ClusterNode) -> NodeLink:
         """This run's fleet on a node, which is started there now."""
-        handle, own = self.cluster.start(node, self._setup, self._pickled), node.id == self.cluster.own
+        gpu = self._spread.uses_gpu(node, self._nodes.expected)
+        handle, own = self.cluster.start(node, self._setup, self._pickled, gpu=gpu), node.id == self.cluster.own
         link = NodeLink(node.name, handle, self._weights_for, self._most_bytes, own=own)
         self._spread.places[link] = node.id, node.address
+        if gpu:
+            self._spread.with_gpu.add(link)
         return link
 
     def _look_here(self) -> list[str]:

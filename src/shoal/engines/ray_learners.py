@@ -18,6 +18,7 @@ from shoal.engines.messages import Kind as Told
 from shoal.engines.messages import Word, from_json
 from shoal.engines.process import Process
 from shoal.engines.ray_channel import NodeChannel
+from shoal.engines.ray_cluster import ClusterNode
 from shoal.engines.ray_link import NodeLink
 from shoal.engines.ray_security import has_tls
 from shoal.engines.ray_words import Frame, Kind, number_of
@@ -34,7 +35,7 @@ def check_learners(config: RunConfig, environment: Mapping[str, str], *, replaye
     """What to warn of before learners live on nodes.
 
     Args:
-      replayed: the run learns from a replay. others: nodes besides the driver's own.
+      replayed: the run learns from a replay. others: nodes besides the driver's own that can have a learner.
     Raises:
       ConfigError: they cannot, or as `check_spread`.
     """
@@ -114,6 +115,7 @@ class Spread:
     Attributes:
       device: of all learners, also where `auto` would choose another on a node.
       here: this machine's id in the cluster and its address there. places: as much of each node. ring: of this machine.
+      with_gpu: nodes of whose GPUs the run has one, for a learner. Actors choose on the processor, and need none.
     """
 
     def __init__(self, config: RunConfig, learners: Sequence[Process], homes: dict[int, NodeLink]) -> None:
@@ -121,6 +123,7 @@ class Spread:
         self.device: str = config.device
         self.here = ("", "")
         self.places: dict[NodeLink, tuple[str, str]] = {}
+        self.with_gpu: set[NodeLink] = set()
         self.ring: Ring | None = None
         self._learners, self._homes = learners, homes
         self._port = 0  # where they meet
@@ -129,6 +132,37 @@ class Spread:
     def others(self, nodes: Iterable[NodeLink]) -> list[NodeLink]:
         """Of these nodes, those that are not this machine."""
         return [link for link in nodes if self.places[link][0] != self.here[0]]
+
+    @property
+    def on_gpus(self) -> bool:
+        """Whether learners are to be on nodes, and compute on GPUs."""
+        return self.on and self.device == "cuda"
+
+    def check_gpus(self, nodes: Iterable[ClusterNode]) -> None:
+        """Raise ConfigError where the run would begin with these nodes, and too few of them have a GPU for the learner there."""
+        if not self.on_gpus:
+            return
+        others = [node for node in nodes if node.id != self.here[0]]
+        without, learners = [node.name for node in others if not node.has_gpu], len(self._learners)
+        have = len(others) - len(without)
+        if without and have < learners - 1:
+            fewer = f"--learners {have + 1}, " if have else ""
+            raise ConfigError(
+                f"ray.learners_on: {learners} learners compute on a GPU each (device cuda), the first on the driver's machine and each other one on a "
+                f"node; Ray has none to give on {', '.join(without)}, and {have} other nodes have one; add nodes that have (`ray start --num-gpus N` where "
+                f"Ray does not find them), or give {fewer}--device cpu or --learners-on driver"
+            )
+
+    def uses_gpu(self, node: ClusterNode, nodes: Iterable[NodeLink]) -> bool:
+        """Whether the run is to have a GPU of a node that it takes besides these: where one of the learners that are there could not be on any of these,
+        and on the driver's machine, where the first is."""
+        if not self.on_gpus or not node.has_gpu:
+            return False
+        return node.id == self.here[0] or len(self.fit(nodes)) < len(self._learners) - 1
+
+    def fit(self, nodes: Iterable[NodeLink]) -> list[NodeLink]:
+        """Of these nodes, those that can have a learner."""
+        return [link for link in self.others(nodes) if not self.on_gpus or link in self.with_gpu]
 
     def lodged(self) -> list[tuple[Process, NodeLink]]:
         """Learners that live, or are to live, on nodes, and where."""
@@ -144,7 +178,7 @@ class Spread:
         for learner in self._learners:
             self._homes.pop(number_of("learner", learner.index), None)
             learner.node = ""
-        for rank, link in homes(len(self._learners), self.others(nodes)).items():
+        for rank, link in homes(len(self._learners), self.fit(nodes)).items():
             self._homes[number_of("learner", rank)], self._learners[rank].node = link, link.name
         self._brought.forget()
         place = meeting_place(self.here[1])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -79,16 +79,16 @@ class Nodes:
         self._renewed_at = self._lost_at = 0.0
 
     # ---- start and end -------------------------------------------------------------------------------------------
-    def begin(self, num_groups: int, wanted: int, here: NodeReport) -> None:
-        """Have the nodes that there are.
+    def begin(self, nodes: Iterable[ClusterNode], num_groups: int, wanted: int, here: NodeReport) -> None:
+        """Have these nodes.
 
         Args:
           wanted: actors, at most. here: what the driver's machine is, with which the nodes are compared.
         Raises:
-          ConfigError: nodes are not as this machine is, in what the run needs. ProcessError: as `Cluster.wait_for_nodes`.
+          ConfigError: nodes are not as this machine is, in what the run needs.
         """
         self._num_groups, self._wanted, self._here = num_groups, wanted, here
-        for node in self._household.cluster.wait_for_nodes():
+        for node in nodes:
             self.links[node.id] = self._household.link_to(node)
         self._check()
 
@@ -118,6 +118,11 @@ class Nodes:
     @property
     def staying(self) -> list[NodeLink]:
         return [link for link in self.links.values() if link not in self._leaving]
+
+    @property
+    def expected(self) -> list[NodeLink]:
+        """Those that are here to stay, and those that are asked what they are."""
+        return [*self.staying, *self._newcomers.asked.values()]
 
     @property
     def room(self) -> int:

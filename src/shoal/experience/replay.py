@@ -76,17 +76,26 @@ class Replay:
     """
 
     def __init__(
-        self, schema: Schema, num_groups: int, config: ReplayConfig, *, gamma: float, dealt: int = 1, memory: Memory = OWN
+        self,
+        schema: Schema,
+        num_groups: int,
+        config: ReplayConfig,
+        *,
+        gamma: float,
+        dealt: int = 1,
+        memory: Memory = OWN,
+        run: str | None = None,
     ) -> None:
         """One of `dealt` replays, to which the groups of a run are dealt in turn.
 
         Args:
           num_groups: its own. config: of this one, `capacity_*` too. memory: where its arrays are to lie; nobody else's.
+          run: the id of whose it is, which its files are to say.
         Raises:
           ConfigError: the configuration leaves room for nothing.
         """
         self._schema, self._num_groups, self._config, self._gamma = schema, num_groups, config, gamma
-        self._dealt, self._memory = dealt, memory
+        self._dealt, self._memory, self._run = dealt, memory, run
         self._n_step = config.n_step or 1
         self._likely_steps = Layout.likely(schema, num_groups, config).capacity_steps
         num_columns = num_groups * schema.num_envs
@@ -290,7 +299,9 @@ class Replay:
         is linked instead of written. The rest is small and always written.
         """
         arrays, facts = self._get_state()
-        self._files.save(directory, previous, facts, arrays | (self._priorities.get_state() if self._ready else {}), self._parts())
+        whose = {} if self._run is None else {"run": self._run}
+        priorities = self._priorities.get_state() if self._ready else {}
+        self._files.save(directory, previous, facts | whose, arrays | priorities, self._parts())
 
     @property
     def next_sequences(self) -> list[int]:
@@ -321,9 +332,9 @@ class Replay:
         """Go on from `save`, bit for bit; the number of shards may be another. Every byte is checked before it is used.
 
         Raises:
-          CheckpointError: a file is missing or damaged, or was saved under other settings of the replay.
+          CheckpointError: it is of another run, a file is missing or damaged, or was saved under other settings of the replay.
         """
-        facts, arrays = self._files.read_state(directory)
+        facts, arrays = self._files.read_state(directory, self._run)
         with whole_state(directory):
             layout = self._set_facts(facts)
             if layout is None:

@@ -64,15 +64,20 @@ class ReplayFiles:
         body = to_json({"facts": facts, "files": checksums}).encode()
         _write(directory / _STATE, b"%08x\n" % zlib.crc32(body) + body)
 
-    def read_state(self, directory: Path) -> tuple[dict[str, Any], Arrays]:
-        """Facts and arrays as they were saved. Raises CheckpointError for one that is missing or damaged."""
+    def read_state(self, directory: Path, run: str | None = None) -> tuple[dict[str, Any], Arrays]:
+        """Facts and arrays as they were saved. Raises CheckpointError for one that is missing or damaged, or says that it is of another run than this."""
         content = _read(directory / _STATE)
         if content[:9] != b"%08x\n" % zlib.crc32(content[9:]):
             raise CheckpointError(f"{directory / _STATE} is damaged: its checksum is another. {_WAY_OUT}")
         with whole_state(directory):
             state = json.loads(content[9:])
             self._checksums = {str(name): int(crc32) for name, crc32 in state["files"].items()}
-            return dict(state["facts"]), arrays_from_bytes(self._checked(directory, _ARRAYS))
+            facts = dict(state["facts"])
+        theirs = facts.get("run")  # None of one that was saved before replays said so
+        if None not in (run, theirs) and theirs != run:
+            raise CheckpointError(f"{directory} is the replay of run {theirs}, and not of this one, {run}. {_WAY_OUT}")
+        with whole_state(directory):
+            return facts, arrays_from_bytes(self._checked(directory, _ARRAYS))
 
     def load(self, directory: Path, parts: Mapping[str, Rows]) -> None:
         """Fill rows from the chunks that `read_state` found listed. Raises CheckpointError as it does."""

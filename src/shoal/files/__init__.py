@@ -15,7 +15,7 @@ from __future__ import annotations
 from shoal.files.arrays import arrays_from_bytes, to_json, write_arrays
 from shoal.files.checkpoints import CheckpointDirectory, Loaded, load_checkpoint, whole_state
 from shoal.files.durable import write_text_atomically
-from shoal.files.manifest import FORMAT, MANIFEST, ForeignError, TornError, parse_manifest, passed_over, verify_file
+from shoal.files.manifest import FORMAT, MANIFEST, ForeignError, TornError, parse_manifest, passed_over, verify_file, way_out
 from shoal.files.names import REPLAY, checkpoint_name, checkpoint_place, everything, without_replay
 from shoal.files.owner import FACTS, run_named
 from shoal.files.staging import Staging
@@ -40,6 +40,7 @@ __all__ = [
     "run_named",
     "to_json",
     "verify_file",
+    "way_out",
     "whole_state",
     "without_replay",
     "write_arrays",

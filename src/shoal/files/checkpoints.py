@@ -16,7 +16,7 @@ from typing import Any
 
 from shoal.errors import CheckpointError
 from shoal.files.arrays import arrays_from_bytes
-from shoal.files.manifest import ForeignError, TornError, passed_over, read_manifest, verify_file
+from shoal.files.manifest import ForeignError, TornError, passed_over, read_manifest, verify_file, way_out
 from shoal.files.names import committed, everything, without_replay
 from shoal.files.owner import run_beside
 from shoal.files.staging import Staging
@@ -112,15 +112,16 @@ class CheckpointDirectory:
         if not passed:
             raise CheckpointError(f"no checkpoint in {self.root}")
         raise CheckpointError(
-            f"no whole checkpoint of this run in {self.root}: {'; '.join(passed)}. Put a copy back; or {self._way_out(wanted)}"
+            f"no whole checkpoint of this run in {self.root}: {'; '.join(passed)}. Put a copy back; or "
+            f"{way_out(self.root.parent, replay_alone=wanted is everything and self._is_whole_without_replay())}"
         )
 
-    def _way_out(self, wanted: Callable[[str], bool]) -> str:
-        """What `shoal resume` can do where no checkpoint is whole."""
-        with contextlib.suppress(CheckpointError):
-            if wanted is everything and self.newest(without_replay):
-                return f"go on without what the run learned from, which alone is damaged: `shoal resume {self.root.parent} --checkpoint.replay false`"
-        return "move them away, and `shoal resume` begins again from the start"
+    def _is_whole_without_replay(self) -> bool:
+        try:
+            self.newest(without_replay)
+        except CheckpointError:
+            return False
+        return True
 
     def newest_to_go_on(self, *, replay: bool) -> Loaded:
         """What a run goes on from: `newest`. replay false: of which the replay may be damaged, and is left out then."""

@@ -35,6 +35,13 @@ def passed_over(name: str, error: TornError | ForeignError) -> str:
     return f"checkpoint {name} is of another run" if isinstance(error, ForeignError) else f"checkpoint {name} is not whole ({error})"
 
 
+def way_out(run: object, *, replay_alone: bool) -> str:
+    """What `shoal resume` can do with a run none of whose checkpoints is whole. replay_alone: one of them is damaged in nothing but its replay."""
+    if replay_alone:
+        return f"go on without what the run learned from, which alone is damaged: `shoal resume {run} --checkpoint.replay false`"
+    return "move them away, and `shoal resume` begins again from the start"
+
+
 class Manifest(NamedTuple):
     """Attributes:
     files: size and SHA-256 by name.

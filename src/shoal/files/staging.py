@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 from safetensors import SafetensorError
@@ -59,10 +60,14 @@ class Staging:
         with self.disk_errors():
             self._place(name, ".json").write_text(to_json(value), encoding="utf-8")
 
-    def commit(self) -> Path:
-        """Make it durable and visible in one step; returns its final path."""
+    def commit(self, lacking: Mapping[str, tuple[int, str]] = MappingProxyType({})) -> Path:
+        """Make it durable and visible in one step; returns its final path.
+
+        Args:
+          lacking: size and SHA-256 of files that belong to it and are not here: whoever needs them finds that it is not whole.
+        """
         with self.disk_errors():
-            return self._commit()
+            return self._commit(lacking)
 
     def discard(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -75,7 +80,7 @@ class Staging:
         if self.path in self._active:
             self.discard()
 
-    def _commit(self) -> Path:
+    def _commit(self, lacking: Mapping[str, tuple[int, str]]) -> Path:
         files: dict[str, dict[str, object]] = {}
         directories = [self.path]
         known: dict[tuple[int, int], tuple[int, str]] | None = None
@@ -91,6 +96,7 @@ class Staging:
                 linked = (known or {}).get((status.st_dev, status.st_ino))
                 size_bytes, sha256 = linked or digest(path, sync=True)
                 files[path.relative_to(self.path).as_posix()] = {"bytes": size_bytes, "sha256": sha256}
+        files |= {name: {"bytes": size_bytes, "sha256": sha256} for name, (size_bytes, sha256) in lacking.items()}
         manifest = self.path / MANIFEST
         whose = {} if self._run is None else {"run": self._run}
         manifest.write_bytes(manifest_bytes({"format": FORMAT, "update": self.update, "files": files, **whose}))

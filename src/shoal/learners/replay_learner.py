@@ -95,8 +95,9 @@ class ReplayLearner(Learner):
         super().__init__(config, spec, policy, algorithm, ring, board, run_id=run_id, max_policy_lag=0, epoch=epoch)
         learners, groups = config.learners, config.sampling.groups or 1
         self.replay = Replay(
-            ring.schema, groups // learners, part_of(replay, learners), gamma=config.algorithm.gamma, dealt=learners, memory=memory
-        )
+            ring.schema, groups // learners, part_of(replay, learners),
+            gamma=config.algorithm.gamma, dealt=learners, memory=memory, run=run_id.hex(),
+        )  # fmt: skip
         self._settings, self._num_groups = replay, groups
         self._batch_size = algorithm.config.batch_size // learners  # its own part
         self._device = next(iter(policy.parameters())).device

@@ -6,6 +6,7 @@ A checkpoint there holds the same files under the same manifest as on the driver
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,15 +16,20 @@ from shoal.errors import CheckpointError, StorageError
 from shoal.files import (
     FACTS,
     MANIFEST,
+    REPLAY,
     CheckpointDirectory,
     ForeignError,
+    Staging,
     TornError,
     checkpoint_name,
     checkpoint_place,
+    everything,
     parse_manifest,
     passed_over,
     run_named,
     verify_file,
+    way_out,
+    without_replay,
 )
 from shoal.storage.objects import MissingError, Store, retried
 
@@ -149,47 +155,74 @@ def _stored(store: Store, name: str, run: str | None) -> Stored:
     return Stored(name, *manifest)
 
 
+class _ReplayTornError(TornError):
+    """All of a checkpoint is whole but its replay."""
+
+
 def fetch_newest(
-    store: Store, into: CheckpointDirectory, wanted: Callable[[str], bool] = lambda file: True
+    store: Store, into: CheckpointDirectory, wanted: Callable[[str], bool] = everything, *, replay: bool = True
 ) -> tuple[int | None, list[str]]:
     """Bring the newest whole checkpoint to this disk, every hash verified, and commit it there with those of its files that are wanted.
 
+    Args:
+      replay: whether its replay has to be whole. One that is damaged and has not is left out; the manifest here lists it still, as that of the store.
     Returns:
-      its update (None where the store has none), and a line for each newer one that was passed over.
+      its update (None where the store has none), and a line for each newer one that was passed over, and for a replay that was left out.
     Raises:
       CheckpointError: there are some and none is whole, the newest is of another format, or this disk refuses. StorageError: the store cannot be read.
     """
     passed: list[str] = []
+    replay_alone = False
     places, run = retried(partial(committed, store)), _run_of(store)
     for update, revision in reversed(places):
         name = checkpoint_name(update, revision)
         try:
-            _fetch(store, _stored(store, name, run), into, wanted)
-        except MissingError as error:
-            passed.append(passed_over(f"{name} in {store.url}", TornError(str(error))))
+            damage = _fetch(store, _stored(store, name, run), into, wanted, replay)
         except (TornError, ForeignError) as error:
             passed.append(passed_over(f"{name} in {store.url}", error))
+            replay_alone |= isinstance(error, _ReplayTornError)
         else:
-            return update, [f"{what}; taking the one before it" for what in passed]
+            left_out = [f"checkpoint {name} in {store.url} is taken without its replay ({damage})"] if damage else []
+            return update, [*(f"{what}; taking the one before it" for what in passed), *left_out]
     if passed:
         raise CheckpointError(
-            f"no whole checkpoint of this run in {store.url}: {'; '.join(passed)}. Put a copy back; or move them away, and `shoal resume` begins again from the start"
+            f"no whole checkpoint of this run in {store.url}: {'; '.join(passed)}. Put a copy back; or {way_out(store.url, replay_alone=replay_alone)}"
         )
     return None, []
 
 
-def _fetch(store: Store, stored: Stored, into: CheckpointDirectory, wanted: Callable[[str], bool]) -> None:
+def _fetch(store: Store, stored: Stored, into: CheckpointDirectory, wanted: Callable[[str], bool], replay: bool) -> str:
+    """Returns why its replay was left out, "" where it was not. Raises TornError."""
+    files = [file for file in stored.files if wanted(file)]
+    rows = [file for file in files if not without_replay(file)]
     with into.begin(stored.update, stored.run) as staging:
-        for file, (size_bytes, sha256) in stored.files.items():
-            if not wanted(file):
-                continue
-            object_name = f"{ROOT}/{stored.name}/{file}"
-            there = retried(partial(store.size, object_name))
-            if there != size_bytes:  # before it is brought here, whatever its length
-                raise TornError(f"{file} is missing" if there is None else f"{file} has {there} bytes instead of {size_bytes}")
-            with staging.disk_errors():
-                (staging.path / file).parent.mkdir(parents=True, exist_ok=True)
-            retried(partial(store.get, object_name, staging.path / file))
-            with staging.disk_errors():
-                verify_file(staging.path, file, size_bytes, sha256)
+        for file in filter(without_replay, files):
+            _fetch_file(store, stored, file, staging)
+        try:
+            for file in rows:
+                _fetch_file(store, stored, file, staging)
+        except TornError as error:
+            if replay:
+                raise _ReplayTornError(str(error)) from error
+            shutil.rmtree(staging.path / REPLAY, ignore_errors=True)
+            staging.commit({file: stored.files[file] for file in rows})
+            return str(error)
         staging.commit()
+    return ""
+
+
+def _fetch_file(store: Store, stored: Stored, file: str, staging: Staging) -> None:
+    """Raises TornError where it is missing, or another than the manifest says."""
+    size_bytes, sha256 = stored.files[file]
+    object_name = f"{ROOT}/{stored.name}/{file}"
+    there = retried(partial(store.size, object_name))
+    if there != size_bytes:  # before it is brought here, whatever its length
+        raise TornError(f"{file} is missing" if there is None else f"{file} has {there} bytes instead of {size_bytes}")
+    with staging.disk_errors():
+        (staging.path / file).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        retried(partial(store.get, object_name, staging.path / file))
+    except MissingError as error:
+        raise TornError(str(error)) from None
+    with staging.disk_errors():
+        verify_file(staging.path, file, size_bytes, sha256)

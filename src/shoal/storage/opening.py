@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -42,9 +42,13 @@ def begin_run(url: str) -> Iterator[Mirror]:
 
 
 @contextlib.contextmanager
-def continue_run(url: str, *, take_over: bool = False) -> Iterator[tuple[Path, Mirror]]:
+def continue_run(
+    url: str, *, take_over: bool = False, replay: Callable[[Path], bool] = lambda directory: True
+) -> Iterator[tuple[Path, Mirror]]:
     """For a run that is there: its working copy, brought to where the run stands.
 
+    Args:
+      replay: whether what the run learns from has to be whole, once its config.yaml is in the working copy.
     Raises:
       NoRunError: there is no run. CheckpointError: it has checkpoints, and none is whole. StorageError: as `begin_run`.
     """
@@ -53,7 +57,7 @@ def continue_run(url: str, *, take_over: bool = False) -> Iterator[tuple[Path, M
             raise NoRunError(f"{store.url} is no run: it has no {CONFIG}; `shoal runs URL` lists the runs below one")
         directory.mkdir(parents=True, exist_ok=True)
         with lock_run(directory):
-            for warning in _bring(store, directory):
+            for warning in _bring(store, directory, replay):
                 mirror.say("warning", message=warning)
         yield directory, mirror
 
@@ -69,7 +73,7 @@ def _locked(url: str, take_over: bool = False) -> Iterator[tuple[Store, Mirror, 
             yield store, mirror, directory
 
 
-def _bring(store: Store, directory: Path) -> list[str]:
+def _bring(store: Store, directory: Path, replay: Callable[[Path], bool]) -> list[str]:
     """The working copy stands where the store's run stands, or further where this machine made it. Returns warnings."""
     ours = _is_ours(store, directory)
     if not ours:
@@ -80,7 +84,7 @@ def _bring(store: Store, directory: Path) -> list[str]:
     into = CheckpointDirectory(directory / CHECKPOINTS)
     here = _newest_update(into)
     if here < max(retried(partial(committed, store)), default=(-1, 0))[0]:
-        warnings += fetch_newest(store, into)[1]
+        warnings += fetch_newest(store, into, replay=replay(directory))[1]
     if not ours:
         fetch_papers(store, directory, (FACTS,))  # last: from now on this copy counts
     return warnings
