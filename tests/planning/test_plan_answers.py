@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import cluster
+from cluster import cluster, plan_of
 
 from planning_costs import SMALL, costs
 from shoal.config import RunConfig
@@ -198,6 +198,16 @@ def test_the_bottleneck_is_what_was_made_scarce(system: System, expected: str) -
     assert most is not None
     assert most.lever.name == expected
     assert [move.gain for move in found] == sorted((move.gain for move in found), reverse=True)
+
+
+@pytest.mark.parametrize("learners", [1, 3])
+def test_levers_that_change_the_run_give_groups_the_slots_that_it_would_have(learners: int) -> None:
+    pulled = {lever.name: lever.pull for lever in LEVERS}
+    larger, turned = pulled["batches"](cluster("async", learners=learners)), pulled["turns"](cluster("sync", learners=learners))
+    assert larger is not None
+    assert turned is not None
+    assert larger.plan == plan_of("async", batch=8, learners=learners)
+    assert turned.plan == plan_of("async", learners=learners)
 
 
 def test_twice_the_bottleneck_gives_twice_the_run_where_nothing_else_counts() -> None:

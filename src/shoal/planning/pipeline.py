@@ -41,7 +41,7 @@ class Prediction:
     Attributes:
       lag: share of the trained env steps by policy lag in updates. over_lag: share of all env steps that came too late to be trained.
       utilisation: share of its time or capacity that each resource is used: `cores` of all nodes, `learner_cores` of the head,
-        `actors` (making rollouts), `learner`, `driver`, `learner_link` (of the head, or another node with a learner) and `node_links` (the busier direction).
+        `actors` (making rollouts), `learner`, `driver`, `learner_link` (of the head) and `node_links` (of those without a learner; the busier direction).
       learner_bytes: rollouts that lie on the head at most, with the copies that learners there have of their batch.
     """
 
@@ -363,7 +363,7 @@ class _Pipeline:
             "learner_cores": self._head.cores.busy / (system.learner_cores or system.cores),
             "actors": self._acting.seconds / (system.nodes * system.actors),
             **self._spent,
-            "learner_link": max(max(node.up.busy, node.down.busy) for node in (self._head, *self._elsewhere)),
+            "learner_link": max(self._head.up.busy, self._head.down.busy),
             "node_links": max((max(node.up.busy, node.down.busy) for node in self._nodes if not node.learns), default=0.0),
         }
         return _Reading(self._env.now, busy)
