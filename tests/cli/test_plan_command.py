@@ -92,6 +92,16 @@ def test_what_was_fitted_to_a_trial_is_told(tmp_path: Path) -> None:
     assert "warning" not in done.stderr
 
 
+def test_several_learners_are_said_with_where_they_are(file: str, tmp_path: Path) -> None:
+    small = [*OPTIONS, "--costs", file, "--learners", "2"]
+    here = shoal(*small, "--nodes", "1,2", cwd=tmp_path)
+    assert "; 2 learners, all on the driver's machine" in here.stdout
+    assert "warning: the costs are not of 2 learners" in here.stderr
+    there = shoal(*small, "--nodes", "2", "--engine", "ray", "--learners-on", "nodes", "--json", cwd=tmp_path)
+    found = json.loads(there.stdout)
+    assert (found["settings"]["learners"], found["settings"]["learners_on"], found["rows"][0]["learners"]) == (2, "nodes", 2)
+
+
 def test_costs_are_measured_where_no_file_is_given(tmp_path: Path) -> None:
     small = ["--preset", "none", "--sampling.groups", "2", "--sampling.group-size", "2", "--sampling.rollout-length", "16", "--actors", "1"]
     found = json.loads(shoal(*small, "--algorithm", "impala", "--seconds", "0", "--json", cwd=tmp_path).stdout)
@@ -111,6 +121,9 @@ def test_costs_are_measured_where_no_file_is_given(tmp_path: Path) -> None:
         (["--nodes", "3", "--table"], "give one of them"),
         (["--link-bandwidth", "0"], "--link-bandwidth"),
         (["--learners", "0"], "--learners"),
+        (["--learners", "65"], "learners"),
+        (["--learners", "2", "--learners-on", "nodes"], "--engine ray"),
+        (["--learners", "3", "--learners-on", "nodes", "--engine", "ray", "--nodes", "2,9"], "has 1 nodes"),
         (["--sampling.group-size", "4"], "sampling.group_size"),
         (["--sampling.groops", "4"], "sampling.groups"),
         (["--algorithm", "dqn"], "algorithm"),

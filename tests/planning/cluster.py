@@ -13,8 +13,10 @@ US = 1e-6
 FAST = Links(latency=0.0, node_bandwidth=1e18, learner_bandwidth=1e18)
 
 
-def plan_of(mode: str = "sync", groups: int = 4, size: int = 8, rows: int = 32, batch: int | None = None, lag: int = 4) -> Plan:
-    config = RunConfig(mode=mode, max_policy_lag=lag)
+def plan_of(
+    mode: str = "sync", groups: int = 4, size: int = 8, rows: int = 32, batch: int | None = None, lag: int = 4, learners: int = 1
+) -> Plan:
+    config = RunConfig(mode=mode, max_policy_lag=lag, learners=learners)
     config.sampling.groups, config.sampling.group_size, config.sampling.rollout_length = groups, size, rows
     config.sampling.batch_rollouts = batch
     return Plan.of(config)
@@ -34,11 +36,13 @@ def cluster(
     size: int = 8,
     rows: int = 32,
     lag: int = 4,
+    learners: int = 1,
     **other: Any,
 ) -> System:
     """Costs in microseconds; `groups` of each node. Whatever else System has by its name, or as `costs__NAME`, `links__NAME`."""
     costs = StepCosts(acting * US, 0.0, learning * US, blocking=None if blocking is None else blocking * US)
-    system = System(plan_of(mode, nodes * groups, size, rows, batch, lag), nodes, cores, actors or cores, 1, costs, FAST, Driver(0.0))
+    plan = plan_of(mode, nodes * groups, size, rows, batch, lag, learners)
+    system = System(plan, nodes, cores, actors or cores, learners, costs, FAST, Driver(0.0))
     for name, value in other.items():
         part, _, key = name.rpartition("__")
         system = replace(system, **({part: replace(getattr(system, part), **{key: value})} if part else {name: value}))

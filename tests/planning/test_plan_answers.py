@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import cluster
+from cluster import cluster, plan_of
 
 from planning_costs import SMALL, costs
 from shoal.config import RunConfig
@@ -19,7 +19,7 @@ from shoal.planning import inputs
 from shoal.planning.inputs import Asked, check_same, learning_speed, measured_of, read_costs, systems
 from shoal.planning.levers import LEVERS, bottleneck, moves
 from shoal.planning.pipeline import simulate
-from shoal.planning.plan import LEARNERS, breaking_size, plan, too_busy
+from shoal.planning.plan import EXCHANGES, breaking_size, plan, too_busy
 from shoal.planning.system import System, Way
 from shoal.settings import resolve
 
@@ -59,11 +59,11 @@ def test_costs_become_seconds_of_a_core() -> None:
 
 
 def test_what_is_asked_for_goes_before_what_was_measured() -> None:
-    asked = Asked(cores=16, learners=8, link_latency_us=5.0, link_gbit=1.0, learner_gbit=100.0, driver_us=7.0)
+    asked = Asked(cores=16, link_latency_us=5.0, link_gbit=1.0, learner_gbit=100.0, driver_us=7.0)
     s = system_of(
         4, "impala", asked, {"sampling.groups": 32, "sampling.rollout_length": 64, "sampling.batch_rollouts": 6, "max_policy_lag": 2}
     )
-    assert (s.cores, s.actors, s.learners) == (16, 16, 4)
+    assert (s.cores, s.actors, s.learners) == (16, 16, 1)
     assert (s.links.node_bandwidth, s.links.learner_bandwidth, s.links.latency, s.driver.rollout) == pytest.approx(
         (1.25e8, 1.25e10, 5e-6, 7e-6)
     )
@@ -96,6 +96,43 @@ def test_learning_with_more_threads_follows_amdahls_law_through_what_was_measure
     assert learning_speed({1: 40.0, 2: 50.0}, 2) == 1.0  # a second thread that only disturbs
     s = system_of(given={"learner.threads": 2})
     assert (s.costs.learning, s.costs.learning_cores) == pytest.approx((25e-6, 1.6))
+
+
+SEVERAL = {"learners": 4, "share_us": 15.0, "exchange_us": 2.0, "exchanges": 17}  # of an update of 1024 env steps
+
+
+def test_several_learners_are_those_of_the_configuration_and_where_it_says() -> None:
+    given = {"learners": 4, "engine": "ray", "ray.learners_on": "nodes"}
+    alone, here, there = system_of(4), system_of(4, given={"learners": 4}), system_of(4, given=given)
+    assert [(s.learners, s.learners_on, s.elsewhere) for s in (alone, here, there)] == [(1, "driver", 0), (4, "driver", 0), (4, "nodes", 3)]
+    assert (system_of(1, "impala").plan.slots_per_group, system_of(1, "impala", given={"learners": 4}).plan.slots_per_group) == (2, 3)
+    assert system_of(1, "impala", Asked(cores=8), {"learners": 4, "sampling.groups": 16}).actors == 5, "as a run leaves a core for each"
+
+
+def test_what_was_measured_of_as_many_learners_is_taken_and_else_what_was_measured_once() -> None:
+    s = system_of(4, given={"learners": 4}, several=SEVERAL)
+    assert (s.part, s.exchange) == pytest.approx((15 / 40, 1024 * 2e-6 / 17))
+    assert (s.optimizer_steps, s.exchange_seconds) == pytest.approx((64, 65 * 1024 * 2e-6 / 17))
+    others = [system_of(given={"learners": 2}, several=several) for several in (None, SEVERAL)]
+    once = 1e-6 * (inputs.EXCHANGE_US + 40_000 * inputs.EXCHANGE_BYTE_US)
+    assert [(s.part, s.exchange) for s in others] == [pytest.approx((0.5, once))] * 2
+    gpu = {"cores": 1.0, "wall_us": {"1": 40.0}, "own_device": True}
+    assert system_of(given={"learners": 4}, several=SEVERAL, learning=gpu).part == 0.25, "what was measured is processor time"
+    assert system_of(several=SEVERAL).part == 1.0
+
+
+@pytest.mark.parametrize(("nodes", "fits"), [(3, False), (4, True)])
+def test_learners_on_nodes_need_as_many_nodes_as_in_a_run(nodes: int, fits: bool) -> None:
+    given = {"learners": 4, "engine": "ray", "ray.learners_on": "nodes"}
+    if fits:
+        assert system_of(nodes, given=given).elsewhere == 3
+        return
+    with pytest.raises(
+        ConfigError, match=r"ray\.learners_on: the first of 4 learners .* has 2 nodes .*--learners 3 or --learners-on driver"
+    ):
+        system_of(nodes, given=given)
+    with pytest.raises(ConfigError, match="has 2 nodes"):
+        systems(config_of(**given), measured_of(costs(), "a file"), Asked(sizes=(100, 3)))
 
 
 @pytest.mark.parametrize(
@@ -146,6 +183,13 @@ def test_what_the_model_does_not_have_is_refused(given: dict[str, Any]) -> None:
         (cluster("async", nodes=8, learning=0.01, driver__rollout=0.01), "driver"),
         (cluster("async", actors=4, acting=1.0, learning=0.01, blocking=10_000.0), "waiting"),
         (cluster("async", nodes=8, learning=0.01, batch=2), "batches"),
+        (cluster("async", nodes=8, learning=30.0, learners=8), "learner_cores"),
+        (cluster("async", nodes=8, learning=60.0, learners=4, learners_on="nodes", cores=8, actors=2), "learner"),
+        (cluster("sync", nodes=4, cores=4, learning=1.0, learners=4, exchange=0.02), "exchange"),
+        (
+            cluster("async", nodes=8, learning=0.01, learners=4, learners_on="nodes", rollout_bytes=10**6, links__learner_bandwidth=3e8),
+            "learner_link",
+        ),
     ],
 )
 def test_the_bottleneck_is_what_was_made_scarce(system: System, expected: str) -> None:
@@ -156,12 +200,22 @@ def test_the_bottleneck_is_what_was_made_scarce(system: System, expected: str) -
     assert [move.gain for move in found] == sorted((move.gain for move in found), reverse=True)
 
 
+@pytest.mark.parametrize("learners", [1, 3])
+def test_levers_that_change_the_run_give_groups_the_slots_that_it_would_have(learners: int) -> None:
+    pulled = {lever.name: lever.pull for lever in LEVERS}
+    larger, turned = pulled["batches"](cluster("async", learners=learners)), pulled["turns"](cluster("sync", learners=learners))
+    assert larger is not None
+    assert turned is not None
+    assert larger.plan == plan_of("async", batch=8, learners=learners)
+    assert turned.plan == plan_of("async", learners=learners)
+
+
 def test_twice_the_bottleneck_gives_twice_the_run_where_nothing_else_counts() -> None:
     system = cluster("async", nodes=4, learning=0.01)
     gains = {move.lever.name: move.gain for move in moves(system, simulate(system).env_steps_per_second, simulate)}
     assert gains["cores"] == pytest.approx(1.0, abs=0.05)
     assert all(abs(gain) < 0.05 for name, gain in gains.items() if name != "cores")
-    assert set(gains) == {lever.name for lever in LEVERS} - {"waiting", "turns", "messages"}
+    assert set(gains) == {lever.name for lever in LEVERS} - {"waiting", "turns", "messages", "exchange"}
 
 
 def test_in_sync_mode_it_is_said_what_taking_turns_costs() -> None:
@@ -185,10 +239,10 @@ def test_the_size_at_which_a_node_gives_half_is_found(full: int, expected: int |
         assert expected < found <= max(expected + 1, 1.06 * expected)
 
 
-def planned(tmp_path: Path, asked: Asked, algorithm: str = "ppo", **changed: Any) -> dict[str, Any]:
+def planned(tmp_path: Path, asked: Asked, algorithm: str = "ppo", given: dict[str, Any] | None = None, **changed: Any) -> dict[str, Any]:
     file = tmp_path / "costs.json"
     file.write_text(json.dumps(costs(algorithm, **changed)))
-    return plan("CartPole-v1", {**SMALL, "algorithm": algorithm}, asked, costs_file=file)
+    return plan("CartPole-v1", {**SMALL, "algorithm": algorithm, **(given or {})}, asked, costs_file=file)
 
 
 def test_a_plan_of_one_node_is_the_ceiling_of_its_costs(tmp_path: Path, free_driver: None) -> None:
@@ -231,23 +285,52 @@ def test_costs_that_are_measured_beside_other_programs_are_warned_of(monkeypatch
     assert "load 1000.0" in plan("CartPole-v1", {**SMALL, "algorithm": "ppo"}, Asked())["warnings"][0]
 
 
-@pytest.mark.parametrize("where", [{}, {"engine": "ray", "ray.learners_on": "nodes", "ray.allow_plain_learners": True}], ids=["", "nodes"])
-def test_where_several_learners_are_is_not_in_the_plan_and_is_said(where: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("learners", [1, 2, 4])
+def test_costs_of_another_number_of_learners_are_warned_of(learners: int, tmp_path: Path) -> None:
     file = tmp_path / "costs.json"
-    file.write_text(json.dumps(costs("impala")))
-    one, two = (
-        plan("CartPole-v1", {**SMALL, "algorithm": "impala", **where}, Asked(sizes=(4,), learners=learners), costs_file=file)
-        for learners in (1, 2)
-    )
-    assert (LEARNERS in one["warnings"], two["warnings"].count(LEARNERS)) == (False, 1)
-    assert "--learners-on nodes" in LEARNERS
-    assert [row["learners"] for row in two["rows"]] == [2]
+    file.write_text(json.dumps(costs("impala", several=SEVERAL)))
+    found = plan("CartPole-v1", {**SMALL, "algorithm": "impala", "learners": learners}, Asked(sizes=(4,)), costs_file=file)
+    assert found["warnings"][1:] == ([EXCHANGES.format(2)] if learners == 2 else [])
+    assert [row["learners"] for row in found["rows"]] == [learners]
+    assert (found["settings"]["learners"], found["settings"]["learners_on"]) == (learners, "driver")
 
 
-def test_more_learners_move_what_breaks(table: dict[str, Any], tmp_path: Path, free_driver: None) -> None:
-    four = planned(tmp_path, Asked(sizes=(1, 400), learners=4), "impala", costs__l=1.0)
-    assert four["breaks"]["nodes"] > 2 * table["breaks"]["nodes"]
-    assert [row["learners"] for row in four["rows"]] == [1, 4]
+def test_costs_are_measured_with_as_many_learners(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def bench(target: str, settings: dict[str, Any], **how: Any) -> dict[str, Any]:
+        asked.append(settings)
+        return costs("impala", several=SEVERAL)
+
+    monkeypatch.setattr("shoal.benching.costs.bench_costs", bench)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    given = {"learners": 4, "engine": "ray", "ray.learners_on": "nodes", "ray.allow_plain_learners": True}
+    found = plan("CartPole-v1", {**SMALL, "algorithm": "impala", **given}, Asked(sizes=(4,)))
+    assert asked == [{**SMALL, "algorithm": "impala", "learners": 4}]
+    assert found["costs"]["share"] == pytest.approx(15 / 40)
+    assert found["settings"]["learners_on"] == "nodes"
+
+
+def test_a_plan_of_several_learners_is_the_closed_form_of_its_costs(tmp_path: Path, free_driver: None) -> None:
+    """On the two cores of one machine: 4 learners' parts and exchanges after all steps."""
+    found = planned(tmp_path, Asked(), given={"learners": 4}, several=SEVERAL)
+    learning = 4 * (15.0 + 2.0) / 2
+    assert found["rows"][0]["env_steps_per_second"] == pytest.approx(1e6 / (38 / 2 + learning))
+
+
+@pytest.mark.parametrize(
+    ("where", "times", "bottleneck"),
+    [({}, (1.0, 2.0), "learner_cores"), ({"engine": "ray", "ray.learners_on": "nodes"}, (2.5, 4.0), "learner")],
+    ids=["on the driver's two cores", "on nodes"],
+)
+def test_more_learners_are_more_speed_where_they_have_cores(
+    where: dict[str, Any], times: tuple[float, float], bottleneck: str, table: dict[str, Any], tmp_path: Path, free_driver: None
+) -> None:
+    (row,) = planned(tmp_path, Asked(sizes=(100,)), "impala", {"learners": 4, **where}, costs__l=1.0)["rows"]
+    least, most = times
+    one = table["rows"][2]["env_steps_per_second"]
+    assert least * one < row["env_steps_per_second"] <= 1.01 * most * one
+    assert (row["bottleneck"]["name"], row["learners"]) == (bottleneck, 4)
 
 
 def test_without_the_simulator_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

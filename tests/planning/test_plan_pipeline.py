@@ -136,20 +136,121 @@ def test_a_driver_gives_no_more_rollouts_than_it_has_time_for() -> None:
     assert found.utilisation["driver"] == pytest.approx(1.0, abs=0.02)
 
 
+# ---- several learners ------------------------------------------------------------------------------------------------
+def of_an_update(system: System) -> float:
+    """Seconds of a sync update of nodes with one group of 256 steps and one actor each, without what a test adds."""
+    return 256 * 40 * US + system.batch_steps * 20 * US / system.learners
+
+
 @pytest.mark.parametrize("learners", [2, 4, 8])
-def test_learners_share_the_batch_and_add_their_gradients_in_a_ring(learners: int) -> None:
+def test_learners_on_nodes_share_the_batch_and_add_their_gradients_in_a_ring(learners: int) -> None:
     system = cluster(
-        "sync", nodes=8, groups=1, cores=1, learners=learners, weights_bytes=0, links__learner_bandwidth=1e9, links__latency=0.0,
-        epochs=4, minibatch_size=256,
+        "sync", nodes=8, groups=1, cores=1, learners=learners, learners_on="nodes", links__learner_bandwidth=1e9, epochs=4, minibatch_size=256,
     )  # fmt: skip
-    alone = 256 * 40 * US + 8 * 256 * 20 * US / learners
+    alone = of_an_update(system)
     assert rate(system) == pytest.approx(8 * 256 / alone)
     with_latency = replace(system, links=replace(system.links, latency=10 * US))
-    lease_and_rollout = 2 * 10 * US if learners < 8 else 0.0
-    assert with_latency.all_reduce_seconds == pytest.approx(4 * 8 * 2 * (learners - 1) * 10 * US)
-    assert rate(with_latency) == pytest.approx(8 * 256 / (alone + lease_and_rollout + with_latency.all_reduce_seconds))
-    ring = replace(system, weights_bytes=10**6)
-    assert ring.all_reduce_seconds == pytest.approx(32 * 2 * (learners - 1) / learners * 1e6 / 1e9)
+    ways = 3 + (4 * 8 + 2) * 2 * (learners - 1)  # a lease, a rollout to the head, and on; values, 32 gradients and the agreement
+    assert rate(with_latency) == pytest.approx(8 * 256 / (alone + ways * 10 * US))
+    ring, weights = replace(system, weights_bytes=10**6), 7 * 1e6 / 1e9
+    moved = 32 * 2 * (learners - 1) / learners * 1e6 / 1e9
+    assert rate(ring) == pytest.approx(8 * 256 / (alone + weights + moved))
+    copied = replace(system, costs=replace(system.costs, consume=3 * US), exchange=1e-4)
+    assert rate(copied) == pytest.approx(8 * 256 / (alone + 8 * 256 * 3 * US + 33 * 1e-4)), "each copies all of the batch"
+
+
+@pytest.mark.parametrize(("learners", "cores"), [(2, 8), (4, 2), (8, 2), (8, 8)])
+def test_learners_on_the_drivers_machine_share_its_cores(learners: int, cores: int) -> None:
+    """Each learns its part, copies all of the batch, and adds up 1 + 4 times."""
+    turns = max(1.0, learners / cores)
+    system = cluster(
+        "sync", nodes=3, groups=1, cores=cores, learners=learners, costs__consume=3 * US, exchange=1e-4, epochs=4, weights_bytes=10**6,
+        links__learner_bandwidth=1e9, links__latency=10 * US,
+    )  # fmt: skip
+    learning = turns * (system.batch_steps * (20 / learners + 3) * US + 5e-4)
+    seconds = 256 * 40 * US + learning + 2 * 10 * US + 2 * 1e6 / 1e9  # what they add up crosses no link
+    found = simulate(system)
+    assert found.env_steps_per_second == pytest.approx(3 * 256 / seconds)
+    busy = 256 * 40 * US + min(learners, cores) * learning
+    assert found.utilisation["learner_cores"] == pytest.approx(busy / cores / seconds)
+    assert found.utilisation["learner"] == pytest.approx(learning / seconds)
+
+
+def test_a_learners_share_is_as_measured_and_a_device_of_its_own_shares_no_core() -> None:
+    measured = cluster("sync", cores=2, learners=2, costs__share=0.6)
+    assert rate(measured) == pytest.approx(1e6 / (20.0 + 0.6 * 20.0))
+    apart = cluster("sync", cores=2, learners=4, costs__own_device=True)
+    assert rate(apart) == pytest.approx(1e6 / (20.0 + 20.0 / 4))
+
+
+@pytest.mark.parametrize(("learners_on", "bound"), [("driver", 2.0), ("nodes", 4.0)])
+def test_async_learners_bound_a_run_by_what_their_cores_give(learners_on: str, bound: float) -> None:
+    """Four learners of one thread, on two cores or on one and more each, where actors have nothing to do."""
+    found = simulate(cluster("async", nodes=8, groups=1, actors=1, acting=1.0, learning=100.0, learners=4, learners_on=learners_on))
+    assert found.env_steps_per_second == pytest.approx(bound * 1e4, rel=0.05)
+    assert found.utilisation["learner"] == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("learners", [2, 3, 5])
+def test_sync_every_rollout_crosses_the_heads_link_once_more_for_each_learner_elsewhere(learners: int) -> None:
+    system = cluster(
+        "sync",
+        nodes=6,
+        groups=1,
+        cores=8,
+        actors=1,
+        learners=learners,
+        learners_on="nodes",
+        rollout_bytes=10**6,
+        links__learner_bandwidth=1e9,
+    )
+    sent_on = 6 * (learners - 1) * 1e6 / 1e9  # the head's own too, with which it begins
+    assert rate(system) == pytest.approx(6 * 256 / (of_an_update(system) + sent_on))
+    here = replace(system, learners_on="driver")
+    assert rate(here) == pytest.approx(6 * 256 / (of_an_update(here) + 5 * 1e6 / 1e9)), "rollouts of five nodes, once"
+
+
+@pytest.mark.parametrize("learners", [3, 5])
+def test_async_a_heads_link_gives_its_bandwidth_over_the_bytes_that_it_sends_on(learners: int) -> None:
+    options = {"learning": 0.01, "rollout_bytes": 10**6, "links__learner_bandwidth": 1e8}
+    found = simulate(cluster("async", nodes=40, learners=learners, learners_on="nodes", **options), updates=200)
+    assert found.env_steps_per_second == pytest.approx(100 * 256 / (learners - 1), rel=0.005)
+    assert found.utilisation["learner_link"] == pytest.approx(1.0, abs=0.01)
+    assert found.utilisation["node_links"] < 0.01
+
+
+def test_the_driver_packs_a_rollout_for_every_learner_elsewhere_and_their_nodes_unpack_it() -> None:
+    """The head's own first: packed (1), then the other node's: unpacked and packed (3 + 1), and unpacked by the learner's node (3)."""
+    system = cluster("sync", nodes=2, groups=1, cores=1, learners=2, learners_on="nodes", way=Way(0.0, pack=0.001, unpack=0.003))
+    assert rate(system) == pytest.approx(512 / (of_an_update(system) + 0.001 + 0.004 + 0.003))
+    here = replace(system, learners_on="driver")  # of whose two learners each has half of the only core
+    assert rate(here) == pytest.approx(512 / (256 * 40 * US + 512 * 20 * US + 0.001 + 0.003))
+
+
+@pytest.mark.parametrize(("learners_on", "messages"), [("driver", 3), ("nodes", 6)])
+def test_messages_to_learners_elsewhere_take_of_the_cores_at_both_ends(learners_on: str, messages: int) -> None:
+    """Of an update of two nodes: a lease, a rollout, the weights; with a learner on the other node two rollouts and an order besides."""
+    system = cluster("sync", nodes=2, groups=1, cores=8, actors=1, learners=2, learners_on=learners_on, way=Way(0.0005))
+    learned = 512 * 20 * US / (1 if learners_on == "driver" else 2)
+    used, made = simulate(system).utilisation, 256 * 40 * US
+    assert used["learner_cores"] == pytest.approx((made + learned + messages * 0.0005) / 8 / of_an_update(system), rel=0.001)
+    assert used["cores"] == pytest.approx((2 * (made + messages * 0.0005) + 512 * 20 * US) / 16 / of_an_update(system), rel=0.001)
+
+
+def test_rollouts_lie_on_the_head_once_and_with_each_learner_there_as_a_copy() -> None:
+    system = cluster("sync", nodes=4, groups=1, cores=1, learners=3, rollout_bytes=1000)
+    assert simulate(system).learner_bytes == 1000 * (4 + 3 * 4)
+    assert simulate(replace(system, learners_on="nodes")).learner_bytes == 1000 * (4 + 4)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_for_one_learner_nothing_of_several_counts(mode: str) -> None:
+    way = Way(1e-4, pack=2e-4, unpack=3e-4)
+    system = cluster(
+        mode, nodes=5, way=way, rollout_bytes=10**5, weights_bytes=10**5, links__learner_bandwidth=1e9, links__latency=1e-4, driver__rollout=1e-4,
+    )  # fmt: skip
+    other = replace(system, exchange=1.0, costs=replace(system.costs, share=9.0))
+    assert simulate(other) == simulate(system) == simulate(replace(other, learners_on="nodes"))
 
 
 # ---- through messages ------------------------------------------------------------------------------------------------
@@ -232,7 +333,15 @@ BUSY = {
     "latency": {"learning": 0.5, "links__latency": 0.01},
     "small batches": {"learning": 0.5, "batch": 4},
     "large batches": {"learning": 0.5, "batch": 60},
-    "learners": {"learning": 10.0, "learners": 4, "weights_bytes": 10**6, "links__learner_bandwidth": 1e9},
+    "learners": {"learning": 10.0, "learners": 4, "weights_bytes": 10**6, "links__learner_bandwidth": 1e9, "exchange": 1e-4},
+    "learners on nodes": {"learning": 10.0, "learners": 6, "learners_on": "nodes", "weights_bytes": 10**6, "links__learner_bandwidth": 1e9},
+    "link of learners on nodes": {
+        "learning": 0.5,
+        "learners": 6,
+        "learners_on": "nodes",
+        "rollout_bytes": 10**6,
+        "links__learner_bandwidth": 1e9,
+    },
 }
 
 

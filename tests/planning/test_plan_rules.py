@@ -20,7 +20,9 @@ T, B = 4, 2
 class Both:
     """A coordinator and the rules, step by step beside each other."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, learners: int = 1) -> None:
+        """learners: several keep the slots of an update until it is made."""
+        self.several = learners > 1
         self.coordinator = Coordinator(plan, scripted_spec(), poisoned_ring(scripted_schema(T, B), plan.num_slots), StopConfig())
         self.coordinator.place([0])
         self.rules = Rules(plan, [1] * plan.num_groups)
@@ -55,11 +57,14 @@ class Both:
             assert [identity[:2] for _, identity in batch] == [(r.group, r.sequence) for r, _ in taken]
             assert {amount for _, amount in taken} == {1}
             self.at_work, self.copied = True, False
-        elif not self.copied:
+        elif not self.copied and not self.several:
             self.coordinator.consumed({})
             self.rules.consumed()
             self.copied = True
         else:
+            if self.several:
+                self.coordinator.consumed({})
+                self.rules.consumed()
             self.coordinator.trained({"num_env_steps": 1.0})
             self.rules.trained()
             self.at_work = False
@@ -67,11 +72,11 @@ class Both:
 
 
 @given(
-    st.sampled_from(["sync", "async"]), st.integers(1, 4), st.none() | st.integers(1, 9), st.integers(1, 5),
+    st.sampled_from(["sync", "async"]), st.integers(1, 4), st.none() | st.integers(1, 9), st.integers(1, 5), st.integers(1, 2),
     st.lists(st.tuples(st.sampled_from(["lease", "fill", "fill", "fill", "learn", "update"]), st.integers(0, 7), st.integers(0, 5)), min_size=60, max_size=150),
 )  # fmt: skip
-def test_what_is_begun_and_what_is_trained_is_what_the_coordinator_says(mode, groups, batch, lag, told) -> None:
-    both = Both(plan_of(mode, groups, B, T, batch, lag))
+def test_what_is_begun_and_what_is_trained_is_what_the_coordinator_says(mode, groups, batch, lag, learners, told) -> None:
+    both = Both(plan_of(mode, groups, B, T, batch, lag, learners), learners)
     for what, which, age in told:
         if what == "lease":
             both.lease()

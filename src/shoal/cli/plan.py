@@ -45,9 +45,7 @@ _positive = click.FloatRange(min=0.0, min_open=True)
 @click.option(
     "--learners",
     type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Learners, as if each had a node and its part of the rollouts.",
+    help="Learners, on the driver's machine, or with --learners-on nodes each but the first on another node. Default: as the configuration says.",
 )
 @click.option(
     "--link-latency", type=click.FloatRange(min=0.0), default=100, show_default=True, metavar="US", help="Microseconds between nodes."
@@ -75,7 +73,7 @@ def plan(
     costs: Path | None,
     seconds: float,
     cores: int | None,
-    learners: int,
+    learners: int | None,
     link_latency: float,
     link_bandwidth: float,
     learner_bandwidth: float | None,
@@ -93,7 +91,7 @@ def plan(
     """
     if nodes and table:
         raise click.UsageError("--table is --nodes with sizes of its own; give one of them")
-    settings = given_settings(ctx)
+    settings = given_settings(ctx) | ({} if learners is None else {"learners": learners})
 
     def work() -> Any:
         from shoal.planning.inputs import Asked
@@ -101,7 +99,7 @@ def plan(
         from shoal.planning.plan import plan as predict
 
         asked = Asked(
-            sizes=TABLE if table else nodes or (1,), cores=cores, learners=learners, link_latency_us=link_latency,
+            sizes=TABLE if table else nodes or (1,), cores=cores, link_latency_us=link_latency,
             link_gbit=link_bandwidth, learner_gbit=learner_bandwidth, driver_us=driver_us,
             message_us=message_us, one_machine=one_machine,
         )  # fmt: skip
@@ -120,7 +118,7 @@ def _print(found: Mapping[str, Any]) -> None:
     what, links, costs = found["settings"], found["links"], found["costs"]
     print(
         f"{what['env']} ({what['form']}), {what['algorithm']} {what['mode']}; a node: {what['cores']} cores{_shared(what)}, {what['actors']} actors, {what['groups']} groups "
-        f"of {what['group_size']}, rollouts of {what['rollout_length']}"
+        f"of {what['group_size']}, rollouts of {what['rollout_length']}{_learners(what)}"
     )
     print(
         f"links: {8e-9 * links['node_bandwidth']:g} Gbit/s, of a learner {8e-9 * links['learner_bandwidth']:g}, {1e6 * links['latency']:g} us; "
@@ -148,6 +146,13 @@ def _print(found: Mapping[str, Any]) -> None:
 
 def _shared(what: Mapping[str, Any]) -> str:
     return " of one machine that all share" if what["one_machine"] else ""
+
+
+def _learners(what: Mapping[str, Any]) -> str:
+    if what["learners"] == 1:
+        return ""
+    where = "all on the driver's machine" if what["learners_on"] == "driver" else "each but the first on another node"
+    return f"; {what['learners']} learners, {where}"
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, Any]:

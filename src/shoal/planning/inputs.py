@@ -18,13 +18,16 @@ from shoal.config import Fraction, PositiveFloat, RunConfig, Weight
 from shoal.engines.plan import Plan
 from shoal.errors import ConfigError
 from shoal.planning.system import Driver, Links, StepCosts, System, Way
-from shoal.settings import WAITING_ACTORS_PER_CORE
+from shoal.settings import WAITING_ACTORS_PER_CORE, check_spread
 
 # Measured by benchmarks/planning.py: the first of two trainings (1,222 and 1,146), the second in the rows driver/*. What a rollout takes of the driver besides,
 # `shoal bench costs` measures.
 DRIVER_UPDATE_US = 1200.0  # metrics, rows of run.db, files of TensorBoard: of each update
 DRIVER_LOOK_US = 0.4  # of each group, whenever the driver looks what may be begun
 MESSAGE_US = 460.0  # of a core, at each end of a message through Ray: `benchmarks/clusters.py --link`, three times (455 to 480) while other programs ran
+# One exchange of gloo's takes of a core of each of L learners (L - 1) times the first, and for each of the 2 (L - 1) / L times the weights' bytes the second: `exchange` of
+# benching/shares.py with 2, 4 and 8 learners and up to 1.7 M weights, while other programs ran.
+EXCHANGE_US, EXCHANGE_BYTE_US = 200.0, 0.00035
 _AGAIN = "measure anew: shoal bench costs ENV --json > FILE"
 
 
@@ -68,6 +71,13 @@ class _Learning(BaseModel):
     own_device: bool
 
 
+class _Several(BaseModel):
+    learners: int = Field(gt=1)
+    share_us: Weight
+    exchange_us: Weight
+    exchanges: int = Field(gt=0)
+
+
 class _Environment(BaseModel):
     wall_us: Weight
     waits: bool
@@ -103,6 +113,7 @@ class Measured(BaseModel):
     transport: _Transport
     crossing: _Crossing
     learning: _Learning
+    several: _Several | None = None
     environment: _Environment
     sizes: _Sizes
     trial: Trial | None = None
@@ -114,7 +125,7 @@ class Asked:
 
     Attributes:
       sizes: numbers of nodes. cores: of a node; None: as many as the machine has where the costs were measured.
-      learners: one a node at most. link_gbit, learner_gbit: Gbit/s each way, of a node and of a node with a learner (None: as a node).
+      link_gbit, learner_gbit: Gbit/s each way, of a node and of a node with a learner (None: as a node).
       driver_us: microseconds of the driver for each rollout; None: as measured.
       message_us: microseconds of a core at each end of a message, on Ray; None: as measured once.
       one_machine: all nodes share the cores of one.
@@ -122,7 +133,6 @@ class Asked:
 
     sizes: tuple[int, ...] = (1,)
     cores: int | None = None
-    learners: int = 1
     link_latency_us: float = 100.0
     link_gbit: float = 10.0
     learner_gbit: float | None = None
@@ -177,13 +187,20 @@ def systems(config: RunConfig, measured: Measured, asked: Asked) -> dict[int, Sy
     """The run on each of the sizes. `sampling.groups` and `actors` are those of a node, `sampling.batch_rollouts` is the whole run's.
 
     Raises:
-      ConfigError: what the model does not have, or what cannot be.
+      ConfigError: what the model does not have, or what cannot be: also learners on nodes that are not there, as the run refuses them.
     """
     if config.policy.inference == "server":
         raise ConfigError("policy.inference: an inference server is no part of a plan; leave it out, and actors choose")
     if config.actors == 0:
         raise ConfigError("actors: a plan needs at least one actor in each node, got 0")
+    if config.ray.learners_on == "nodes":
+        check_spread(config, others=min(asked.sizes) - 1, tls=False)
     return {nodes: _system(config, measured, asked, nodes) for nodes in asked.sizes}
+
+
+def several_measured(config: RunConfig, measured: Measured) -> bool:
+    """Whether the costs are those of as many learners as are planned."""
+    return measured.several is not None and measured.several.learners == config.learners
 
 
 def _system(config: RunConfig, measured: Measured, asked: Asked, nodes: int) -> System:
@@ -205,7 +222,9 @@ def _system(config: RunConfig, measured: Measured, asked: Asked, nodes: int) -> 
         nodes=nodes,
         cores=cores,
         actors=_actors(config, mode, measured.settings.form, cores),
-        learners=min(asked.learners, nodes),
+        learners=config.learners,
+        learners_on=config.ray.learners_on,
+        exchange=_exchange(config, measured),
         costs=_step_costs(config, measured),
         links=Links(1e-6 * asked.link_latency_us, bandwidth, learner_bandwidth),
         driver=Driver(1e-6 * rollout_us, 1e-6 * DRIVER_UPDATE_US, 1e-6 * DRIVER_LOOK_US),
@@ -220,6 +239,15 @@ def _system(config: RunConfig, measured: Measured, asked: Asked, nodes: int) -> 
     )
 
 
+def _exchange(config: RunConfig, measured: Measured) -> float:
+    """Seconds of a core that each learner takes for one exchange: as measured with as many, else as measured once."""
+    several, learners = measured.several, config.learners
+    if several is not None and several_measured(config, measured):
+        return 1e-6 * several.exchange_us * measured.settings.batch_env_steps / several.exchanges
+    moved = 2 * (learners - 1) / learners * measured.sizes.weights_bytes
+    return 1e-6 * ((learners - 1) * EXCHANGE_US + moved * EXCHANGE_BYTE_US)
+
+
 def _way(measured: Measured, asked: Asked, rollout_steps: int) -> Way:
     message_us = MESSAGE_US if asked.message_us is None else asked.message_us
     return Way(1e-6 * message_us, *(1e-6 * rollout_steps * us for us in (measured.crossing.pack, measured.crossing.unpack)))
@@ -232,7 +260,7 @@ def _actors(config: RunConfig, mode: str, form: str, cores: int) -> int:
         return min(groups, config.ray.actors_per_node or cores)
     if "actors" in config.model_fields_set and config.actors:
         return config.actors
-    actors = min(groups, cores if mode == "sync" else max(2, cores))
+    actors = min(groups, cores if mode == "sync" else max(2, cores + 1 - config.learners))
     return max(actors, min(groups, WAITING_ACTORS_PER_CORE * cores)) if form == "threads" else actors
 
 
@@ -241,6 +269,7 @@ def _step_costs(config: RunConfig, measured: Measured) -> StepCosts:
     threads = 1 if learning.own_device else config.learner.threads
     sped_up = learning_speed(learning.wall_us, threads)
     acting = costs.e + costs.i + measured.transport.record + measured.mixed
+    several = measured.several if several_measured(config, measured) and not learning.own_device else None
     return StepCosts(
         acting=1e-6 * acting,
         consume=1e-6 * measured.transport.consume,
@@ -249,6 +278,7 @@ def _step_costs(config: RunConfig, measured: Measured) -> StepCosts:
         own_device=learning.own_device,
         blocking=1e-6 * measured.environment.wall_us if measured.environment.waits else None,
         crowding=max(1.0, measured.crowding),
+        share=None if several is None else several.share_us / costs.l,
     )
 
 

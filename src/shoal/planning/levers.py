@@ -47,12 +47,16 @@ def _cores(s: System) -> System:
 
 
 def _learner_cores(s: System) -> System | None:
-    return None if s.nodes == 1 or s.one_machine else replace(s, learner_cores=2 * s.cores)
+    return None if (s.nodes == 1 and s.learners == 1) or s.one_machine else replace(s, learner_cores=2 * s.cores)
 
 
 def _learner(s: System) -> System:
     costs = replace(s.costs, learning=s.costs.learning / 2, consume=s.costs.consume / 2)
     return replace(s, costs=costs, publish=s.publish / 2)
+
+
+def _exchange(s: System) -> System | None:
+    return None if s.learners == 1 else replace(s, exchange=s.exchange / 2)
 
 
 def _driver(s: System) -> System:
@@ -85,26 +89,33 @@ def _waiting(s: System) -> System | None:
 def _batch(s: System) -> System | None:
     """Of as many groups, so the rollouts that may be in flight are more too."""
     batch = 2 * s.plan.batch_rollouts
-    slots = max(2, -(-batch // s.plan.num_groups) + 1)
+    slots = _slots(s, -(-batch // s.plan.num_groups))
     return None if s.plan.mode == "sync" else replace(s, plan=replace(s.plan, batch_rollouts=batch, slots_per_group=slots))
+
+
+def _slots(s: System, of_batch: int) -> int:
+    """Of a group in async mode, of which a batch has so many rollouts: as `Plan.of` says, which several learners keep until an update is made."""
+    return max(2, of_batch + 1) + (of_batch if s.learners > 1 else 0)
 
 
 def _turns(s: System) -> System | None:
     """The same costs in async mode, with the defaults of its keys."""
     if s.plan.mode == "async":
         return None
-    return replace(s, plan=replace(s.plan, mode="async", max_policy_lag=4, slots_per_group=2))
+    return replace(s, plan=replace(s.plan, mode="async", max_policy_lag=4, slots_per_group=_slots(s, 1)))
 
 
 LEVERS = (
     Lever("cores", "the nodes' cores (environment, inference, writing down)", "steps that take half of it",
           "more nodes or cores; cheaper steps: --env.form native, larger groups (--sampling.group-size)", _cores),
     Lever("learner", "the learner", "one that is twice as fast",
-          "more of them (--learners), a GPU (--device cuda), fewer epochs, larger minibatches, a smaller network", _learner),
-    Lever("learner_cores", "the cores of the learners' nodes, which learner, driver and their own actors share", "twice as many there",
+          "more of them (--learners) where they have cores, a GPU (--device cuda), fewer epochs, larger minibatches, a smaller network", _learner),
+    Lever("exchange", "what learners take to add up their gradients", "half of it",
+          "fewer learners, larger minibatches, fewer epochs, a smaller network", _exchange),
+    Lever("learner_cores", "the cores of the machines with learners, which learners, driver and actors there share", "twice as many there",
           "larger machines for the learners, or fewer actors on them", _learner_cores),
-    Lever("learner_link", "the link of the learner's node", "twice the bandwidth",
-          "a faster link there (--learner-bandwidth), more learners, smaller observations and networks", _learner_link),
+    Lever("learner_link", "the link of the driver's machine, where a learner is", "twice the bandwidth",
+          "a faster link there (--learner-bandwidth), smaller observations and networks", _learner_link),
     Lever("node_links", "the nodes' links", "twice the bandwidth", "faster links (--link-bandwidth), smaller observations and networks", _node_links),
     Lever("messages", "what messages between driver and nodes take of the cores", "half of it",
           "fewer and larger rollouts: --sampling.rollout-length, --sampling.group-size", _messages),

@@ -2,10 +2,12 @@
 
     actor      takes a lease, makes the rollout piece by piece with the newest weights of its node, hands it to the node's link, takes the next
     driver     hears what arrived, decides (planning/rules.py), sends leases, has the learner begin
-    learner    copies its batch, learns from it together with the others, publishes; a node fetches the newest version once it has the one before
+    learner    copies its batch, learns its part of it, adds up with the others, publishes; a node fetches the newest version once it has the one before
 
-Nothing is drawn at random: nodes are alike and steps take what they take on average. So nodes without a learner need not all be there: a few stand
-for all of them, each for so many; what one of those sends takes the learner's link and the driver as often as it stands for, and its own node once.
+Every learner needs every rollout: to one that is on another node than the head the driver sends each on as it comes in.
+
+Nothing is drawn at random: nodes are alike and steps take what they take on average. So nodes but the head need not all be there: a few stand
+for all of them, each for so many; what one of those sends takes the head's link and the driver as often as it stands for, and its own node once.
 Where fewer rollouts may be in flight than there are nodes, no more nodes are busy than that.
 """
 
@@ -25,6 +27,7 @@ from shoal.planning.rules import Rollout, Rules
 from shoal.planning.system import System
 
 REPRESENTATIVES = 8
+WITH_LEARNERS = 2  # of nodes with a learner, each of which is brought every rollout
 PIECES = 4  # of a rollout: between two of them an actor takes new weights, or closes it early
 UPDATES, WARM_UP = 60, 20
 
@@ -37,9 +40,9 @@ class Prediction:
 
     Attributes:
       lag: share of the trained env steps by policy lag in updates. over_lag: share of all env steps that came too late to be trained.
-      utilisation: share of its time or capacity that each resource is used: `cores` of all nodes, `learner_cores` of the first learner's node,
-        `actors` (making rollouts), `learner`, `driver`, `learner_link` and `node_links` (the busier direction).
-      learner_bytes: rollouts that lie with one learner at most, with the copy of its batch.
+      utilisation: share of its time or capacity that each resource is used: `cores` of all nodes, `learner_cores` of the head,
+        `actors` (making rollouts), `learner`, `driver`, `learner_link` (of the head) and `node_links` (of those without a learner; the busier direction).
+      learner_bytes: rollouts that lie on the head at most, with the copies that learners there have of their batch.
     """
 
     env_steps_per_second: float
@@ -62,7 +65,7 @@ def simulate(system: System, *, representatives: int = REPRESENTATIVES, updates:
     """Run the model for so many updates, of which the first `warm_up` are left out.
 
     Args:
-      representatives: how many nodes of a kind are simulated; with as many as there are nodes, all of them.
+      representatives: how many nodes are simulated of those without a learner; with as many as there are nodes, all of them.
     """
     if system.one_machine:  # where no node has cores of its own, none stands for others
         representatives = max(representatives, system.nodes)
@@ -76,11 +79,12 @@ def spread(number: int, parts: int) -> list[int]:
 
 
 class _Node:
-    """A node that stands for `amount` alike; `fetches` of them get weights when it does. far: it shares no memory with driver and learner."""
+    """A node that stands for `amount` alike; `fetches` of them get weights when it does. far: it is not the head, whose memory driver and learner read."""
 
     def __init__(self, env: Environment, system: System, cores: Cores, amount: int, fetches: float, learns: bool, far: bool) -> None:
         self.env, self.cores, self.amount, self.fetches, self.learns, self.far = env, cores, amount, fetches, learns, far
-        self.up, self.down = (Link(env, system.links.node_bandwidth) for _ in range(2))
+        bandwidth = system.links.learner_bandwidth if learns else system.links.node_bandwidth
+        self.up, self.down = (Link(env, bandwidth) for _ in range(2))
         self.leases = [Store(env) for _ in range(system.actors)]
         self.version = 0
         self.newer = env.event()
@@ -104,10 +108,11 @@ class _Pipeline:
         self._system, self._updates, self._warm_up = system, updates, warm_up
         self._env = env = Environment()
         self._nodes = _nodes(env, system, representatives)
+        self._head, *others = self._nodes
+        self._elsewhere = [node for node in others if node.learns]
         self._rules = Rules(system.plan, [node.amount for _ in range(system.groups_of_node) for node in self._nodes])
         self._sync = system.plan.mode == "sync"
-        learner_bandwidth = system.learners * system.links.learner_bandwidth
-        self._learners_in, self._learners_out = Link(env, learner_bandwidth), Link(env, learner_bandwidth)
+        self._brought: dict[Rollout, Event] = {}  # when each lies with all learners elsewhere
         self._inbox: list[tuple[float, Callable[[], None]]] = [(0.0, lambda: None)]  # (seconds of the driver, what happened)
         self._woken, self._published, self._finished = env.event(), env.event(), env.event()
         self._batches = Store(env)
@@ -133,7 +138,8 @@ class _Pipeline:
         seconds = end.at - begin.at
         counted = sum(self._lag.values())
         rate = counted / seconds
-        size = system.rollout_bytes * (self._most_held + system.plan.batch_rollouts) / system.learners
+        copies = system.learners - system.elsewhere
+        size = system.rollout_bytes * (self._most_held + copies * system.plan.batch_rollouts)
         return Prediction(
             env_steps_per_second=rate,
             updates_per_second=(self._updates - self._warm_up) / seconds,
@@ -180,23 +186,38 @@ class _Pipeline:
         if node.far and system.way is not None:
             yield node.cores.work(share * system.way.pack)
             seconds += share * system.way.unpack
-        if not node.learns:
-            size = share * system.rollout_bytes
-            yield node.up.send(size) & self._learners_in.send(size * rollout.amount)
         if node.far:
+            size = share * system.rollout_bytes
+            yield node.up.send(size) & self._head.down.send(size * rollout.amount)
             self._pass_message(node, rollout.amount)
             yield self._env.timeout(system.links.latency)
+        if system.way is not None:
+            seconds += system.elsewhere * share * system.way.pack  # once more for each learner that it is sent on to
         self._tell(rollout.amount * seconds, partial(self._arrived, rollout))
 
-    def _pass_message(self, node: _Node, amount: float) -> None:
-        """What a message takes of the cores at both ends, beside all else: how long it takes is the latency."""
+    def _pass_message(self, node: _Node, amount: float, each: float = 1.0) -> None:
+        """What messages take of the cores at both ends, beside all else: how long one takes is the latency. amount: at the head. each: at the node."""
         if self._system.way is not None:
-            node.cores.work(self._system.way.message)
-            self._nodes[0].cores.work(amount * self._system.way.message)
+            node.cores.work(each * self._system.way.message)
+            self._head.cores.work(amount * self._system.way.message)
 
     def _arrived(self, rollout: Rollout) -> None:
         self._rules.filled(rollout)
         self._most_held = max(self._most_held, self._rules.held)
+        if self._elsewhere:
+            self._brought[rollout] = self._env.process(self._bring(rollout))
+
+    def _bring(self, rollout: Rollout) -> _Process:
+        """From the head to every learner elsewhere, wherever it came from; unpacked there."""
+        system, nodes = self._system, self._elsewhere
+        share = rollout.amount * rollout.env_steps / system.rollout_steps
+        size = share * system.rollout_bytes
+        yield self._env.all_of([self._head.up.send(system.elsewhere * size), *(node.down.send(size) for node in nodes)])
+        for node in nodes:
+            self._pass_message(node, node.amount * rollout.amount, rollout.amount)
+        yield self._env.timeout(system.links.latency)
+        if system.way is not None:
+            yield self._env.all_of([node.cores.work(share * system.way.unpack) for node in nodes])
 
     # ---- driver --------------------------------------------------------------------------------------------------
     def _tell(self, seconds: float, happened: Callable[[], None]) -> None:
@@ -207,7 +228,7 @@ class _Pipeline:
 
     def _drive(self) -> _Process:
         """Hears all words that are there, looks once what may be begun, and sends it. On the cores of the head."""
-        system, cores = self._system, self._nodes[0].cores
+        system, cores = self._system, self._head.cores
         look = system.driver.look_group * system.plan.num_groups
         while True:
             if not self._inbox:
@@ -237,33 +258,53 @@ class _Pipeline:
 
     # ---- learners ------------------------------------------------------------------------------------------------
     def _learn(self) -> _Process:
-        """Every learner has an equal share of each batch; what one does, all do at the same time."""
-        system, costs, learners = self._system, self._system.costs, self._system.learners
+        """Every learner copies the whole batch, and learns its part; what one does, all do at the same time. Several keep the slots until the end."""
+        system, costs = self._system, self._system.costs
         while True:
             batch = yield self._batches.get()
+            if self._elsewhere:
+                yield from self._order(batch)
             begun = self._env.now
             steps = self._look_at(batch)
-            yield self._on_learners(costs.consume * steps / learners)
-            self._tell(0.0, self._rules.consumed)
+            yield self._on_learners(costs.consume * steps)
+            if system.learners == 1:
+                self._tell(0.0, self._rules.consumed)
             if steps:
-                yield from self._update(steps / learners)
+                yield from self._update(steps)
             self._spent["learner"] += self._env.now - begun
             if self._sync and system.pause:
                 yield self._env.timeout(system.pause)
             self._tell(system.driver.update, partial(self._trained, steps))
 
+    def _order(self, batch: Sequence[tuple[Rollout, int]]) -> _Process:
+        """Tells the learners elsewhere, who begin once all of the batch lies with them."""
+        for node in self._elsewhere:
+            self._pass_message(node, node.amount)
+        yield self._env.timeout(self._system.links.latency)
+        yield self._env.all_of([self._brought[rollout] for rollout, _ in batch])
+        for rollout, _ in batch:
+            if not rollout.left:
+                del self._brought[rollout]
+
     def _update(self, steps: float) -> _Process:
         system, costs = self._system, self._system.costs
+        seconds = costs.learning * steps * system.part
         if costs.own_device:
-            yield self._env.timeout(costs.learning * steps)
+            yield self._env.timeout(seconds)
         else:
-            yield self._on_learners(costs.learning * steps, costs.learning_cores)
-        if system.all_reduce_seconds:
-            yield self._env.timeout(system.all_reduce_seconds)
-        yield self._nodes[0].cores.work(system.publish)
+            yield self._on_learners(seconds, costs.learning_cores)
+        if system.exchange_seconds:
+            yield self._on_learners(system.exchange_seconds)
+        if self._elsewhere:
+            ring = [link.send(system.ring_bytes) for node in (self._head, *self._elsewhere) for link in (node.up, node.down)]
+            yield self._env.all_of(ring)
+            yield self._env.timeout(system.ring_latency)
+        yield self._head.cores.work(system.publish)
 
     def _on_learners(self, seconds: float, width: float = 1.0) -> Event:
-        return self._env.all_of([node.cores.work(seconds, width) for node in self._nodes if node.learns])
+        """Each of them takes so much, where it lives."""
+        here = [self._head.cores] * (self._system.learners - self._system.elsewhere)
+        return self._env.all_of([cores.work(seconds, width) for cores in (*here, *(node.cores for node in self._elsewhere))])
 
     def _look_at(self, batch: Sequence[tuple[Rollout, int]]) -> float:
         """The env steps of a batch that are not too old."""
@@ -278,6 +319,8 @@ class _Pipeline:
         return steps
 
     def _trained(self, steps: float) -> None:
+        if self._system.learners > 1:
+            self._rules.consumed()
         self._rules.trained(counted=steps > 0)
         version = self._rules.version
         for node in self._nodes:
@@ -299,8 +342,7 @@ class _Pipeline:
             while node.version == self._rules.version:
                 yield self._published
             version = self._rules.version
-            if not node.learns:
-                yield self._learners_out.send(size * node.fetches) & node.down.send(size)
+            yield self._head.up.send(size * node.fetches) & node.down.send(size)
             self._pass_message(node, node.fetches)
             yield self._env.timeout(self._system.links.latency)
             if self._system.way is not None:  # into the node's own memory, where its actors read it
@@ -311,27 +353,29 @@ class _Pipeline:
     def _read(self) -> _Reading:
         """Utilisation grows by one a second where something is used without a pause."""
         system = self._system
-        there = (system.nodes - system.learners) * system.cores + system.learners * (system.learner_cores or system.cores)
+        learning = 1 + system.elsewhere
+        there = (system.nodes - learning) * system.cores + learning * (system.learner_cores or system.cores)
         cores = sum(node.amount * node.cores.busy for node in self._nodes) / there
         if system.one_machine:
-            cores = self._nodes[0].cores.busy / system.cores
-        far = [node for node in self._nodes if not node.learns]
+            cores = self._head.cores.busy / system.cores
         busy = {
             "cores": cores,
-            "learner_cores": self._nodes[0].cores.busy / (system.learner_cores or system.cores),
+            "learner_cores": self._head.cores.busy / (system.learner_cores or system.cores),
             "actors": self._acting.seconds / (system.nodes * system.actors),
             **self._spent,
-            "learner_link": max(self._learners_in.busy, self._learners_out.busy),
-            "node_links": max((max(node.up.busy, node.down.busy) for node in far), default=0.0),
+            "learner_link": max(self._head.up.busy, self._head.down.busy),
+            "node_links": max((max(node.up.busy, node.down.busy) for node in self._nodes if not node.learns), default=0.0),
         }
         return _Reading(self._env.now, busy)
 
 
 def _nodes(env: Environment, system: System, representatives: int) -> list[_Node]:
     """The head first, then the other nodes with a learner, then those without."""
-    busy = min(system.nodes, system.learners + math.ceil(system.in_flight_limit))
-    learning, acting = spread(system.learners - 1, representatives), spread(busy - system.learners, representatives)
-    each = (system.nodes - system.learners) / max(1, busy - system.learners)
+    learners = 1 + system.elsewhere
+    busy = min(system.nodes, learners + math.ceil(system.in_flight_limit))
+    with_learners = representatives if representatives >= system.nodes else WITH_LEARNERS
+    learning, acting = spread(learners - 1, with_learners), spread(busy - learners, representatives)
+    each = (system.nodes - learners) / max(1, busy - learners)
     shared = Cores(env, system.cores, system.costs.crowding) if system.one_machine else None
 
     def node(amount: int, fetches: float, *, learns: bool, far: bool) -> _Node:
@@ -339,5 +383,5 @@ def _nodes(env: Environment, system: System, representatives: int) -> list[_Node
         return _Node(env, system, shared or Cores(env, cores, system.costs.crowding), amount, fetches, learns, far)
 
     nodes = [node(1, 1.0, learns=True, far=False)]
-    nodes += [node(amount, amount, learns=True, far=system.way is not None) for amount in learning]
+    nodes += [node(amount, amount, learns=True, far=True) for amount in learning]
     return nodes + [node(amount, amount * each, learns=False, far=True) for amount in acting]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.config import RunConfig
 from shoal.errors import ConfigError
-from shoal.planning.inputs import Asked, Measured, check_same, measured_of, read_costs, systems
+from shoal.planning.inputs import Asked, Measured, check_same, measured_of, read_costs, several_measured, systems
 from shoal.planning.system import System
 from shoal.settings import available_cores, resolve
 
@@ -21,15 +21,14 @@ if TYPE_CHECKING:
 
 TABLE = (1, 10, 100, 1000, 10_000)
 _BUSY = 0.5  # of the cores
-_NOT_PLANNED = ("ray.learners_on", "ray.allow_plain_learners")  # settings; how many learners there are, `asked` says
 _CLOSE = 1.05  # the size at which something breaks is looked for to 5 %
 ALONE = (
     "the costs are of the parts alone, without a trial run (benches of before made none; it can also be too short): a run takes more, so the plan is too high. "
     "Measure anew: shoal bench costs ENV --json > FILE"
 )
-LEARNERS = (
-    "several learners: the plan has one on each node, with a part of the rollouts. In a run every learner needs all of them: on the driver's machine, or with --learners-on nodes "
-    "through the driver's link, once more for each of the others. The model has none of that, so the plan is too high where links or cores of learners bound it"
+EXCHANGES = (
+    "the costs are not of {0} learners: each is taken to learn an equal part in an equal part of the time, and to add up as long as it took where that was measured once. "
+    "Measure anew: shoal bench costs ENV --learners {0} --json > FILE"
 )
 
 
@@ -54,8 +53,8 @@ def plan(
       ConfigError: SimPy is missing, or the costs are of something else; otherwise as `shoal bench costs`.
     """
     _need_simulator()
-    config, _ = resolve(target, {key: value for key, value in settings.items() if key not in _NOT_PLANNED})
-    warnings: list[str] = [LEARNERS] if asked.learners > 1 else []
+    config, _ = resolve(target, settings)
+    warnings: list[str] = []
     if costs_file is None:
         from shoal.benching.costs import bench_costs
 
@@ -70,6 +69,8 @@ def plan(
     check_same(config, measured, "shoal bench costs" if costs_file is None else str(costs_file))
     if measured.trial is None:
         warnings.append(ALONE)
+    if config.learners > 1 and not several_measured(config, measured):
+        warnings.append(EXCHANGES.format(config.learners))
     return {**predict(config, measured, asked, told), "warnings": warnings}
 
 
@@ -111,7 +112,7 @@ def predict(config: RunConfig, measured: Measured, asked: Asked, told: Callable[
 
     first = next(iter(planned.values()))
     return {
-        "settings": _described(config, measured, first, asked, _engine(planned[max(planned)])),
+        "settings": _described(config, measured, first, _engine(planned[max(planned)])),
         "costs": {**asdict(first.costs), "measured_on": measured.machine, "date": measured.date},
         "links": asdict(first.links),
         "driver": asdict(first.driver),
@@ -126,7 +127,7 @@ def _engine(system: System) -> str:
     return "local" if system.way is None else "ray"
 
 
-def _described(config: RunConfig, measured: Measured, system: System, asked: Asked, engine: str) -> dict[str, Any]:
+def _described(config: RunConfig, measured: Measured, system: System, engine: str) -> dict[str, Any]:
     return {
         "env": config.env.id,
         "form": measured.settings.form,
@@ -141,7 +142,8 @@ def _described(config: RunConfig, measured: Measured, system: System, asked: Ask
         "rollout_length": system.plan.rollout_length,
         "batch_rollouts": config.sampling.batch_rollouts if system.plan.mode == "async" else None,
         "max_policy_lag": system.plan.max_policy_lag,
-        "learners": asked.learners,
+        "learners": system.learners,
+        "learners_on": system.learners_on,
         "learner_threads": config.learner.threads,
     }
 

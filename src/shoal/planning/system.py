@@ -1,14 +1,16 @@
 """The cluster that a plan is about, in numbers. Plain data: times in seconds, sizes in bytes, bandwidths in bytes per second and direction.
 
 N nodes of C cores, each with A actors and its share of the run's groups. Node 0 is the head: the driver, which is the coordinator, and the first learner live
-there. Of several learners each has a node of its own. A node without a learner sends its rollouts over its link, and gets every version of
-the weights once. Actors of the head's own node share its memory; with those of every other node the driver speaks by messages (`Way`).
+there. Of several learners the others live there too, or each on another node. Every other node sends its rollouts over its link to the head, and gets every
+version of the weights once. Every learner needs every rollout: those on the head read its memory, to each of the others the driver sends all of them on.
+Actors of the head's own node share its memory; with those of every other node the driver speaks by messages (`Way`).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from shoal.engines.plan import Plan
 
@@ -20,6 +22,7 @@ class StepCosts:
     Attributes:
       acting: environment, inference and writing down. consume: checking and copying into the batch.
       learning: wall time with the learner's threads, which keep `learning_cores` busy. own_device: it runs beside the cores.
+      share: of `learning` that each of several learners takes; None: as much as there are fewer rows for it.
       blocking: wall time of a step whose environment waits; None where it computes.
       crowding: how many times as much all of it costs while every core of the node is busy.
     """
@@ -31,11 +34,12 @@ class StepCosts:
     own_device: bool = False
     blocking: float | None = None
     crowding: float = 1.0
+    share: float | None = None
 
 
 @dataclass(frozen=True)
 class Links:
-    """One way of every connection: `node_bandwidth` is a node's, `learner_bandwidth` that of a node with a learner."""
+    """One way of every connection: `node_bandwidth` is a node's, `learner_bandwidth` that of the head, and of any other node with a learner."""
 
     latency: float
     node_bandwidth: float
@@ -69,10 +73,11 @@ class System:
     Attributes:
       plan: of all nodes together; its groups are spread evenly.
       cores, actors: of a node.
-      learners: each on a node of its own, so at most `nodes`.
+      learners_on: where all but the first are: with it on the head, or on a node each, so that there are at most `nodes`.
+      exchange: seconds of a core that each of several learners takes for one exchange, the links apart.
       publish, refresh: seconds of one core for each version: of a learner, and of each actor.
       epochs, minibatch_size: how many optimizer steps an update has; None: the whole batch in one.
-      learner_cores: cores of a node with a learner; None: as many as the others have.
+      learner_cores: cores of the head, and of any other node with a learner; None: as many as the others have.
       way: to the actors of every node but the head; None: what they send costs no core.
       one_machine: all nodes share the cores of one.
       pause: sync mode: seconds of each update in which nobody works, since processes wake and wait for the slowest.
@@ -96,6 +101,18 @@ class System:
     way: Way | None = None
     one_machine: bool = False
     pause: float = 0.0
+    learners_on: Literal["driver", "nodes"] = "driver"
+    exchange: float = 0.0
+
+    @property
+    def elsewhere(self) -> int:
+        """Learners on other nodes than the head, and so nodes with one of those."""
+        return self.learners - 1 if self.learners_on == "nodes" else 0
+
+    @property
+    def part(self) -> float:
+        """Of `learning` that each learner takes."""
+        return 1.0 / self.learners if self.learners == 1 or self.costs.share is None else self.costs.share
 
     @property
     def groups_of_node(self) -> int:
@@ -116,12 +133,20 @@ class System:
         return self.epochs * (1 if self.minibatch_size is None else math.ceil(self.batch_steps / self.minibatch_size))
 
     @property
-    def all_reduce_seconds(self) -> float:
-        """Of one update: a ring, 2 (L - 1) / L of the gradient over every learner's link and 2 (L - 1) times the latency, for each optimizer step
+    def exchange_seconds(self) -> float:
+        """Of a core of each of several learners for one update: the values of its batch are put together, then each gradient is added up."""
+        return self.exchange * (self.optimizer_steps + 1) if self.learners > 1 else 0.0
+
+    @property
+    def ring_bytes(self) -> float:
+        """Over every learner's link, each way, in one update of learners on nodes: 2 (L - 1) / L of each gradient
         (Patarasuk and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002)."""
-        others = self.learners - 1
-        moved = 2 * others / self.learners * self.weights_bytes / self.links.learner_bandwidth
-        return self.optimizer_steps * (moved + 2 * others * self.links.latency) if others else 0.0
+        return self.optimizer_steps * 2 * self.elsewhere / self.learners * self.weights_bytes
+
+    @property
+    def ring_latency(self) -> float:
+        """Seconds of one update: 2 (L - 1) ways for each exchange. One more than above is that in which all agree that it is made."""
+        return (self.optimizer_steps + 2) * 2 * self.elsewhere * self.links.latency
 
     @property
     def in_flight_limit(self) -> float:
