@@ -22,6 +22,7 @@ VECTOR = LeafSpec(("vector",), "box", "float32", (2,), low=(-np.inf,), high=(np.
 IMAGE = LeafSpec(("image",), "box", "uint8", (FRAMES, *SIDES), low=(0.0,), high=(255.0,))
 LAST_AXIS = LeafSpec(("image",), "box", "uint8", (*SIDES, FRAMES), low=(0.0,), high=(255.0,))
 PAIR = LeafSpec(("image",), "box", "uint8", (2, *SIDES), low=(0.0,), high=(255.0,))
+SECOND = LeafSpec(("second",), "box", "uint8", (FRAMES, *SIDES), low=(0.0,), high=(255.0,))  # one frame a step, also where the others jump
 ACTION = LeafSpec((), "discrete", "int64", (), nvec=(5,), start=(0,))
 MEMORY = FieldSpec("policy_state/h", "float32", (2,), "B")
 
@@ -43,6 +44,7 @@ class Kind:
     groups: int = 3
     stacked: bool = True  # of an image: whether its planes are frames
     jumps: bool = False  # some steps add two frames, so that a stack does not continue the one before it
+    carries: bool = False  # an episode's first stack continues that of the last step, as if nobody had emptied it
 
     @property
     def pad(self) -> int:
@@ -85,6 +87,7 @@ class Column:
     number: int
     clock: int = 0
     frames: list[Array] = field(default_factory=list)
+    second: list[Array] = field(default_factory=list)
     over: bool = False  # next_step: the reset row is due
     memory: float = 0.0
 
@@ -193,13 +196,14 @@ class World:
             slot.arrays["action_mask"][t, b] = mask
 
     def _reset(self, column: Column) -> None:
-        column.frames = []
+        column.frames, column.second = (column.frames[:-1], column.second[:-1]) if self.kind.carries else ([], [])
         column.memory = -1.0
         self._advance(column)
 
     def _advance(self, column: Column) -> None:
         column.memory += 1.0
         self._frame(column)
+        column.second.append(column.frames[-1])
         if self.kind.jumps and len(column.frames) > 1 and self._rng.random() < 0.2:
             self._frame(column)
 
@@ -217,7 +221,8 @@ class World:
             axis = frames_axis(leaf)
             num_frames = leaf.shape[axis]
             if self.kind.stacked:
-                frames = ([np.zeros(SIDES, np.uint8)] * num_frames + column.frames)[-num_frames:]
+                seen = column.second if leaf is SECOND else column.frames
+                frames = ([np.zeros(SIDES, np.uint8)] * num_frames + seen)[-num_frames:]
             else:
                 frames = [np.roll(column.frames[-1], plane) for plane in range(num_frames)]
             out[leaf.name("observation")] = np.stack(frames, axis=axis)
@@ -276,7 +281,7 @@ class Model:
     def _between(self, older: Arrays, newer: Arrays) -> int:
         """Rows for older frames, where a stack does not begin as the one before it goes on."""
         for leaf in self.kind.leaves:
-            if leaf.path == ("image",) and self.pad:
+            if leaf is not VECTOR and self.pad:
                 planes = [np.moveaxis(o[leaf.name("observation")], frames_axis(leaf), 0) for o in (older, newer)]
                 if (planes[1][:-1] != planes[0][1:]).any():
                     return self.pad

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from replay_world import IMAGE, LAST_AXIS, VECTOR, Kind, Model, World, name_of
+from replay_world import IMAGE, LAST_AXIS, SECOND, VECTOR, Kind, Model, World, name_of
 from shoal.config import ReplayConfig
 from shoal.experience.replay import Replay, Sample
 
@@ -22,6 +22,8 @@ KINDS = {
     "frames on the last axis": Kind((LAST_AXIS,)),
     "frames that jump": Kind((IMAGE,), jumps=True),
     "frames that jump, reset rows": Kind((LAST_AXIS, VECTOR), jumps=True, next_step=True),
+    "a vector and two images of which one jumps": Kind((VECTOR, IMAGE, SECOND), jumps=True),
+    "frames that an episode carries into the next": Kind((IMAGE,), carries=True),
     "images that are no stacks": Kind((IMAGE,), stacked=False),
 }
 REPLAYS = {
