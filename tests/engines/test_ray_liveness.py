@@ -19,7 +19,7 @@ import test_ray_fleet
 from test_ray_fleet import ClusterHere, NodeHere, at, events
 
 from shoal.cli.control import tell_run
-from shoal.engines import fleet, ray_node
+from shoal.engines import ending, fleet, ray_node
 from shoal.engines.fleet import Fleet
 from shoal.engines.process import Death, Process
 from shoal.engines.ray_fleet import RayFleet
@@ -190,6 +190,61 @@ def test_a_node_that_does_not_end_its_learner_is_given_up_though_nobody_else_say
     learner.doomed_at -= 6.0
     assert made._zygote in made.listen(0.0), "it is to be asked who died"
     assert [event.process for event in made.happened() if isinstance(event, Death)] == [actor, learner]
+
+
+@pytest.mark.parametrize(
+    ("wanted_since", "learners_on", "seconds"),
+    [(1.0, "", 3.0), (1.0, "b", 11.5), (0.0, "", 11.5)],
+    ids=["somebody wants the end", "with a learner on a node", "a stop condition"],
+)
+def test_nodes_are_given_up_sooner_where_somebody_waits_and_no_update_is_lost_by_it(
+    wanted_since: float, learners_on: str, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, given_up = [0.0], list[float]()
+    monkeypatch.setattr(ending, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    channel: Any = SimpleNamespace(send_with_fds=lambda message, fds: True, close=lambda: None)
+    actor = Process("actor", 0, channel=channel, node="a")
+
+    def give_up() -> bool:
+        given_up.append(clock[0])
+        return node_is_there
+
+    def attend() -> None:
+        clock[0] += 0.25
+        if given_up:
+            actor.ended()
+
+    house: Any = SimpleNamespace(
+        actors=[actor], learners=[Process("learner", 0), Process("learner", 1, node=learners_on)], give_up_nodes=give_up
+    )
+    engine: Any = SimpleNamespace(ends=True, attend=attend, kill=lambda process, why: None)
+    session: Any = SimpleNamespace(coordinator=None)
+    node_is_there = True
+    ending.Ending(session, house, engine, engine)._end_actors(wanted_since)
+    assert given_up == [seconds + 0.25]
+    node_is_there, clock[0], actor.channel = False, 0.0, channel  # it is a process of this machine
+    engine.attend = lambda: clock.__setitem__(0, clock[0] + 0.25)
+    with pytest.raises(ProcessError, match="uninterruptible sleep"):
+        ending.Ending(session, house, engine, engine)._end_actors(wanted_since)
+    assert clock[0] == 11.75
+
+
+def test_actors_that_were_made_anew_are_not_ended_however_long_the_way_back_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learner was lost while the run ended."""
+    clock, killed = [0.0], list[Process]()
+    monkeypatch.setattr(ending, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    channel: Any = SimpleNamespace(send_with_fds=lambda message, fds: True)
+    house: Any = SimpleNamespace(
+        actors=[Process("actor", 0, channel=channel)], learners=[Process("learner", 0)], give_up_nodes=lambda: False
+    )
+    engine: Any = SimpleNamespace(ends=True, kill=lambda process, why: killed.append(process))
+
+    def go_back() -> None:
+        clock[0], engine.ends = 20.0, False
+
+    engine.attend = go_back
+    ending.Ending(SimpleNamespace(coordinator=None), house, engine, engine)._end_actors(1.0)  # type: ignore[arg-type]
+    assert killed == []
 
 
 # ---- a node's helper process, and its own thread -----------------------------------------------------------------------------------

@@ -79,13 +79,13 @@ class Ending:
             tell(actor, Word(Kind.STOP).encode())
         deadline = time.monotonic() + END_SECONDS
         while self._engine.ends and any(a.up for a in self._fleet.actors):
-            self._engine.attend()
-            if time.monotonic() > deadline:
+            late_seconds = time.monotonic() - deadline
+            if late_seconds > 0.0:
                 for actor in self._fleet.actors:
                     self._engine.kill(actor, "did not end")
-            given_up = time.monotonic() > deadline + node_seconds and self._fleet.give_up_nodes()
-            if time.monotonic() > deadline + STOP_SECONDS and not given_up:
+            if late_seconds > node_seconds and not self._fleet.give_up_nodes() and late_seconds > STOP_SECONDS:
                 raise ProcessError("an actor could not be ended; see `ps` for a process in uninterruptible sleep")
+            self._engine.attend()
 
     def _update_ended(self, wanted_since: float) -> bool:
         """Wait for the update that is under way, if there is one. False: it takes too long, and there is a checkpoint to fall back on."""
