@@ -197,6 +197,22 @@ def test_a_raylet_that_is_killed_costs_no_bit(machines: Machines, tmp_path: Path
     assert len(events(run, "node_lost")) == 1
 
 
+def test_a_helper_of_a_node_that_is_stopped_while_an_actor_dies_costs_neither_a_bit_nor_the_node(
+    machines: Machines, tmp_path: Path
+) -> None:
+    wanted, run = expected(tmp_path, UPDATES), tmp_path / "run"
+    with contextlib.closing(Line()) as line:
+        process = begun_on_two_nodes(machines, run, line)
+        line.reach(UPDATES // 2 + 1, process, run.with_suffix(".log"))
+        (zygote,), (actor,) = (machines.named_below(machines.others[0], name) for name in ("shoal:zygote", "shoal:actor"))
+        os.kill(zygote, signal.SIGSTOP)
+        os.kill(actor, signal.SIGKILL)
+        line.go_on(for_good=True)
+        assert answer(process, run)["weights_sha256"] == wanted
+    assert [(event["role"], event["how"]) for event in events(run, "died")] == [("actor", "killed by SIGKILL")]
+    assert events(run, "node_lost") == []
+
+
 def test_a_driver_that_is_killed_leaves_nothing_on_the_nodes_and_is_resumed(machines: Machines, tmp_path: Path) -> None:
     wanted, run = expected(tmp_path, UPDATES), tmp_path / "run"
     with contextlib.closing(Line()) as line:

@@ -1,8 +1,9 @@
 """How a local run ends: its actors, so that nothing is stepped that the ledger does not see; then a last checkpoint; then the learner.
 
 consumes    what the engine hears and sees meanwhile (`Engine.attend`): it watches the learner and the helper process still
-waits for   actors END_SECONDS, then they are killed; an update under way UPDATE_SECONDS, where there is a checkpoint to fall back on;
-            else the learner, as long as engines/watch.py lets it
+waits for   actors END_SECONDS, then they are killed; nodes that do not say that they are dead, as long again where somebody wants the run to end, else
+            STOP_SECONDS, then they are given up; an update under way UPDATE_SECONDS, where there is a checkpoint to fall back on; else the learner, as long
+            as engines/watch.py lets it
 unblocked   by their words and deaths
 on failure  the learner is lost: the run went back to its last checkpoint, and goes on; the last checkpoint is refused: CheckpointError
 """
@@ -51,7 +52,7 @@ class Ending:
 
         False: the learner was lost on the way. The run went back to its last checkpoint, and goes on.
         """
-        self._end_actors()
+        self._end_actors(wanted_since)
         given_up = self._engine.ends and not self._update_ended(wanted_since)
         if given_up:
             self._give_up_update()
@@ -70,18 +71,21 @@ class Ending:
         if self._fleet.inference is not None:
             tell(self._fleet.inference, to_json({"do": "stop"}))
 
-    def _end_actors(self) -> None:
+    def _end_actors(self, wanted_since: float) -> None:
         self.begun = True
+        hurried = wanted_since > 0.0 and not any(learner.node for learner in self._fleet.learners)  # whose loss would cost updates
+        node_seconds = END_SECONDS if hurried else STOP_SECONDS
         for actor in self._fleet.actors:
             tell(actor, Word(Kind.STOP).encode())
         deadline = time.monotonic() + END_SECONDS
         while self._engine.ends and any(a.up for a in self._fleet.actors):
-            self._engine.attend()
-            if time.monotonic() > deadline:
+            late_seconds = time.monotonic() - deadline
+            if late_seconds > 0.0:
                 for actor in self._fleet.actors:
                     self._engine.kill(actor, "did not end")
-            if time.monotonic() > deadline + STOP_SECONDS:
+            if late_seconds > node_seconds and not self._fleet.give_up_nodes() and late_seconds > STOP_SECONDS:
                 raise ProcessError("an actor could not be ended; see `ps` for a process in uninterruptible sleep")
+            self._engine.attend()
 
     def _update_ended(self, wanted_since: float) -> bool:
         """Wait for the update that is under way, if there is one. False: it takes too long, and there is a checkpoint to fall back on."""

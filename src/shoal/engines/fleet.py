@@ -293,10 +293,14 @@ class Fleet:
             self.kill(process, why)
         return self.wait_for_ends(deadline, strict=True)
 
+    def give_up_nodes(self) -> bool:
+        """Take nodes of a cluster for lost where somebody is up who was told to end, and say whether there are any; `happened` tells the deaths."""
+        return False
+
     def wait_for_ends(self, deadline: float, strict: bool = False) -> Lost | None:
-        """Until every role has ended, or the time (monotonic clock) is over: an error if `strict`."""
+        """Until every role has ended, or the time (monotonic clock) is over. `strict`: then nodes are given up, and a role of this machine is an error."""
         while any(p.up for p in self.processes):
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline and not (strict and self.give_up_nodes()):
                 if strict:
                     raise ProcessError("a role could not be ended; see `ps` for a process in uninterruptible sleep")
                 return None

@@ -201,6 +201,18 @@ class RayFleet(Fleet):
             if isinstance(event, Death):
                 event.process.ended()
 
+    def give_up_nodes(self) -> bool:
+        now, doomed = (
+            time.monotonic(),
+            [(self._home(process), process.doomed_at) for process in self.processes if process.up and process.doomed],
+        )
+        late = {link: [at for home, at in doomed if home is link] for link in self._nodes.links.values()}
+        late = {link: since for link, since in late.items() if since}
+        for link, since in late.items():
+            link.lost = link.lost or f"it has not ended its processes within {now - min(since):.1f} s"
+            self._take_in(link)
+        return bool(late)
+
     def stop_all(self, why: str) -> Lost | None:
         lost = super().stop_all(why)
         self._forget()
@@ -229,11 +241,12 @@ class RayFleet(Fleet):
             self.flush(process)
         waiting: list[HasFileno] = [*(p.channel for p in own if p.channel is not None), self.zygote, *self._nodes.links.values(), *also]
         self.push()
+        self._spread.give_up_silent(time.monotonic())
         if self._hearing.events or any(self._said(process) for process in self.processes):
             timeout_seconds = 0.0
         ready = wait(waiting, timeout_seconds)
         for link in list(self._nodes.links.values()):
-            if link in ready:
+            if link in ready or link.lost:
                 self._take_in(link)
         if self._hearing.events and self.zygote not in ready:
             ready.append(self.zygote)

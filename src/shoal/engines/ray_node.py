@@ -7,7 +7,8 @@ along with the word that tells of it. Weights come once per version, and lie in 
     consumes    frames of the driver; words of the actors, and of a learner; exits told by the zygote
     waits for   all of them together, POLL_SECONDS at most
     unblocked   by any of them
-    on failure  a zygote that is lost is told with all of its processes, and another one is started; the end of the process that holds the node ends all of them
+    on failure  a zygote that is stopped is woken; one that neither forks nor kills in time is killed; one that is lost is told with all of its processes, and
+                another one is started; where this thread stands still, `hear` raises; the end of the process that holds the node ends all of them
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from shoal.supervision.channel import Channel, HasFileno, wait
 from shoal.supervision.heartbeat import ActivityBoard
 from shoal.supervision.memory import SharedMemory
 from shoal.supervision.processes import process_state
-from shoal.supervision.zygote import Exited, Forked, Lost, Zygote
+from shoal.supervision.zygote import Exited, Forked, Lost, Ready, Zygote
 from shoal.types import FieldSpec
 from shoal.weights.board import WeightBoard
 
@@ -57,7 +58,11 @@ HOLD_SECONDS = (
 )
 REPORT_BYTES = 8 << 20  # of one message, but for a single rollout that is larger
 RESTART_SECONDS = 1.0  # between two zygotes
-READY_SECONDS = 300.0  # the first zygote's imports, on a slow disk, or a machine that is busy with other things
+READY_SECONDS = 300.0  # a zygote's imports, on a slow disk, or a machine that is busy with other things
+ANSWER_SECONDS = 10.0  # a zygote that is there forks or kills within this time, or is given up
+MOST_STILL = (
+    15  # answers in a row, of HEAR_SECONDS each, that say nothing while the thread that serves made no turn: then this node serves no more
+)
 PRELOAD = ["torch", "gymnasium", "shoal.engines.mains"]
 ACTIVITY = struct.Struct("<Ic3x")  # number_of the process, the kernel's letter; a RECORD follows
 
@@ -107,7 +112,10 @@ class Node:
         self._failure = self._leaving = ""
         self._packages: list[str] = facts["packages"]
         self._import_error: str | None = None  # not known yet
-        self._told_at = 0.0
+        self._told_at = self._watched_at = 0.0
+        self._patient_until = 0.0  # a zygote is there, or is importing
+        self._given_up = ""  # why a zygote was
+        self._turns = self._turns_seen = self._still = 0  # of the thread that serves; answers since its last one
         self._thread = threading.Thread(target=self._run, name="node", daemon=True)
         self._thread.start()
 
@@ -143,7 +151,16 @@ class Node:
             while self._reports and (not told or size + self._reports[0].size <= REPORT_BYTES):
                 told.append(self._reports.popleft())
                 size += told[-1].size
+        self._check_turns(told)
         return encode(told)
+
+    def _check_turns(self, told: Sequence[Frame]) -> None:
+        """Raise RuntimeError where the thread that serves stands still. Answers are counted, not seconds, in which this whole process may have been stopped."""
+        moved = told or self._turns != self._turns_seen or self._import_error is None
+        self._turns_seen = self._turns
+        self._still = 0 if moved else self._still + 1
+        if self._still >= MOST_STILL:
+            raise RuntimeError(f"the thread that serves it has stood still for {MOST_STILL * HEAR_SECONDS:g} s")
 
     def _in_a_hurry(self) -> bool:
         idle = [not actor.leases for actor in list(self._actors.values()) if actor.up and actor.name == "actor"]
@@ -173,15 +190,17 @@ class Node:
     def _run(self) -> None:
         try:
             self._zygote = self._start_zygote()
-            self._try_imports()
-            while not self._closing:
-                self._serve()
+            try:
+                self._try_imports()
+                while not self._closing:
+                    self._serve()
+            finally:
+                self._zygote.close()
         except BaseException as error:  # told to the driver, which gives this node up
             with self._something:
                 self._failure = f"{type(error).__name__}: {error}"
                 self._something.notify_all()
         finally:
-            self._zygote.close()
             for actor in self._actors.values():
                 actor.ended()
                 if actor.log is not None:
@@ -195,6 +214,7 @@ class Node:
         env = self._config["env"]
         with tempfile.TemporaryDirectory(prefix="shoal-node-") as place:
             _, error = try_imports(self._zygote, env["id"], env["step_timeout_seconds"], Path(place), READY_SECONDS)
+        self._patient_until = time.monotonic()
         if self._zygote.fileno() < 0:  # lost on the way
             self._zygote = self._start_zygote()
         with self._something:
@@ -202,6 +222,7 @@ class Node:
             self._something.notify_all()
 
     def _start_zygote(self) -> Zygote:
+        self._patient_until, self._given_up = time.monotonic() + READY_SECONDS, ""
         return Zygote.start({"config": self._config}, self._pickled, PRELOAD, log_path=self._log.path)
 
     def _serve(self) -> None:
@@ -220,9 +241,25 @@ class Node:
             self._hear(actor)
         for event in self._zygote.receive():
             self._happened(event)
+        self._turns += 1
+        if time.monotonic() - self._watched_at >= POLL_SECONDS:
+            self._watched_at = time.monotonic()
+            self._watch_zygote(self._watched_at)
         if time.monotonic() - self._told_at >= POLL_SECONDS and not self._behind:
             self._told_at = time.monotonic()
             self._tell_activities()
+
+    def _watch_zygote(self, now: float) -> None:
+        """One that is stopped is woken; one that neither forks nor kills when it is told to is given up, and with it all processes here: `receive` tells."""
+        self._zygote.wake()
+        waiting = [
+            actor.doomed_at if actor.pid else actor.asked_at
+            for actor in self._actors.values()
+            if actor.up and (actor.doomed or not actor.pid)
+        ]
+        if waiting and now - max(min(waiting), self._patient_until) > ANSWER_SECONDS:
+            self._given_up = f"it did not answer within {ANSWER_SECONDS:g} s; "
+            self._zygote.give_up()
 
     @property
     def _behind(self) -> bool:
@@ -256,7 +293,7 @@ class Node:
             elif order.kind is Kind.ORDER:
                 tell(actor, order.head)
             elif order.kind is Kind.KILL:
-                actor.doomed = "told to"
+                actor.doomed, actor.doomed_at = actor.doomed or "told to", actor.doomed_at or time.monotonic()
                 if actor.pid:
                     self._zygote.kill(actor.pid)
             elif order.kind is Kind.DUMP and actor.pid:
@@ -266,7 +303,7 @@ class Node:
         before = self._actors.get(order.index)
         if before is not None and before.up:
             return  # its death is told first; the driver orders no start before it heard of that
-        actor = _Hosted(*role_of(order.index), order.incarnation)
+        actor = _Hosted(*role_of(order.index), order.incarnation, asked_at=time.monotonic())
         if before is not None:
             actor.log = before.log
         self._actors[order.index] = actor
@@ -311,9 +348,11 @@ class Node:
 
     def _happened(self, event: object) -> None:
         if isinstance(event, Lost):
-            self._report(Frame(Kind.HAPPENED, head=to_json({"is": "lost", "reason": event.reason})))
+            self._report(Frame(Kind.HAPPENED, head=to_json({"is": "lost", "reason": self._given_up + event.reason})))
             time.sleep(RESTART_SECONDS)
             self._zygote = self._start_zygote()
+        if isinstance(event, Ready):
+            self._patient_until = time.monotonic()
         if not isinstance(event, (Forked, Exited)) or event.role.name not in ("actor", "learner"):
             return
         actor = self._actors.get(number_of(event.role.name, event.role.index))
