@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from faults.decoders import LEARNER, NodeSays, learner_words, node_messages
+from faults.decoders import LEARNER, NodeSays, learner_words, node_messages, true_fault
 from rollout_fakes import RUN_ID, write_rollout
 from shoal.engines.messages import Kind as Told
 from shoal.engines.messages import Word, to_json
@@ -20,6 +22,7 @@ from shoal.experience.wire import pack
 from shoal.supervision.heartbeat import RECORD
 
 IDENTITY = Identity(0, 3, 1)
+FAULT = true_fault()
 CLOCK = (5).to_bytes(8, "little")
 
 
@@ -34,9 +37,55 @@ def activity(of: int) -> bytes:
     return ACTIVITY.pack(0, b"S") + record.tobytes()
 
 
+def fault(**report: object) -> Frame:
+    """An actor's fault, with a report that differs so from a true one."""
+    return word(Told.FAULT, {**FAULT, "report": {**FAULT["report"], **report}})
+
+
+def word(kind: Told, body: object, value: int = 0) -> Frame:
+    return Frame(Kind.WORD, head=Word(kind, value=value, body=json.dumps(body).encode()).encode())
+
+
+def nested(levels: int) -> list[object]:
+    return [nested(levels - 1)] if levels else []
+
+
 @pytest.mark.parametrize(
     "frame",
     [
+        Frame(Kind.WORD, head=b"\0"),
+        Frame(Kind.WORD, head=Word(Told.LEASE).encode()),
+        Frame(Kind.WORD, head=Word(Told.RESTORED).encode()),
+        Frame(Kind.WORD, head=Word(Told.FAULT).encode()),
+        word(Told.RESTORED, {"seconds": "1"}),
+        word(Told.RESTORED, {"seconds": float("nan")}),
+        word(Told.RESTORED, {"seconds": 10**400}),
+        word(Told.RESTORED, {"seconds": -1.0}),
+        word(Told.RESTORED, {"seconds": 1.0}, value=3),
+        word(Told.RESTORED, {"seconds": 1.0}, value=-1),
+        word(Told.FAULT, []),
+        word(Told.FAULT, {"error": "EnvironmentFault", "message": "no", "traceback": ""}),
+        word(Told.FAULT, {**FAULT, "report": None}),
+        word(Told.FAULT, {**FAULT, "error": 1}),
+        word(Told.FAULT, {**FAULT, "message": ""}),
+        word(Told.FAULT, {**FAULT, "message": "\n  traceback:"}),
+        word(Told.FAULT, {**FAULT, "message": "x" * 200_000}),
+        fault(env=2),
+        fault(env=-1),
+        fault(env=None),
+        fault(env=True),
+        fault(env="one"),
+        fault(row=6),
+        fault(step="9" * 4000),
+        fault(seed=0.5),
+        fault(paced=[1]),
+        fault(paced=None),
+        fault(paced=[1, "x"]),
+        fault(snippet="/etc/passwd"),
+        fault(last_action=nested(70)),
+        Frame(Kind.HAPPENED, head=to_json({"is": "lost", "reason": "x" * 200_000})),
+        Frame(Kind.HAPPENED, head=to_json({"is": "lost", "reason": "", "more": nested(450)})),
+        Frame(Kind.SAID, LEARNER, head=to_json({**learner_words()[3], "report": {"env": 99}})),
         Frame(Kind.HAPPENED, head=b"no JSON"),
         Frame(Kind.HAPPENED, head=b"[]"),
         Frame(Kind.HAPPENED, head=b"{}"),
@@ -168,3 +217,16 @@ def test_only_rollouts_of_what_is_leased_are_kept_until_their_word_is_heard(node
     assert not node.fleet._hearing.arrived
     node.hear([filled(1, IDENTITY)], (1, IDENTITY))
     assert node.fleet._hearing.arrived == {1: (IDENTITY, b"a rollout")}
+
+
+def test_times_of_a_rollout_lie_within_the_run_whatever_its_node_says(node: NodeSays) -> None:
+    there = write_rollout(allocate(node.ring.schema, 1).slots[0], IDENTITY)
+    for begun_ns, finished_ns in ((-(2**63), 2**63 - 1), (2**63 - 1, -(2**63))):
+        there.envelope["begun_ns"], there.envelope["finished_ns"] = begun_ns, finished_ns
+        told = Word(Told.FILLED, 1, IDENTITY)
+        before = time.monotonic_ns()
+        process = node.hear([Frame(Kind.ACTIVITIES, head=CLOCK), Frame(Kind.WORD, head=told.encode(), body=pack(there))], (1, IDENTITY))
+        node.fleet.collect(process, told, 0)
+        kept = [int(node.ring.slots[1].envelope[name]) for name in ("begun_ns", "finished_ns")]
+        assert min(kept) == node.fleet._hearing._since_ns
+        assert before <= max(kept) <= time.monotonic_ns()

@@ -21,19 +21,23 @@ import torch
 from test_ray_fleet import SETTINGS, ClusterHere, NodeHere, at, events
 
 import shoal
-from rollout_fakes import scripted_spec
+from rollout_fakes import scripted_schema, scripted_spec, write_rollout
 from several import several
 from shoal.config import RayConfig, RunConfig
 from shoal.engines import learner_process, ray_fleet, ray_link
 from shoal.engines.fleet import Fleet
 from shoal.engines.keeping import hand_over
 from shoal.engines.learner_process import LearnerProcess
+from shoal.engines.messages import Kind as Told
+from shoal.engines.messages import Word, to_json
 from shoal.engines.process import Process
 from shoal.engines.ray_cluster import ClusterNode
 from shoal.engines.ray_learners import END_LEARNER_SECONDS, Spread, check_learners, homes, meeting_place
 from shoal.engines.ray_words import Frame, Kind, Parts, decode, encode, is_part, number_of, role_of
 from shoal.engines.roles import Blueprint, UserObjects
 from shoal.errors import ConfigError, LearnersError, ProcessError
+from shoal.experience.envelope import Identity
+from shoal.experience.ring import allocate
 from shoal.learners.distributed import TorchRanks, meet, network_store
 from shoal.settings import resolve
 from shoal.supervision.injector import roles_below
@@ -256,12 +260,12 @@ def test_a_rollout_that_is_changed_on_its_way_to_a_learner_costs_the_node(run_on
     assert run.result["weights_sha256"] == expected(2)
 
 
-def test_a_rollout_goes_to_a_learner_once_in_as_many_parts_as_its_link_takes(
+def test_a_rollout_goes_once_to_a_learner_elsewhere_in_as_many_parts_as_its_link_takes(
     run_on: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("FIRST_PART_BYTES", "LEAST_PART_BYTES", "MOST_PART_BYTES"):
         monkeypatch.setattr(ray_link, name, 500)
-    told, brought = list[bytes](), list[Frame]()
+    told, brought, made = list[bytes](), list[Frame](), set[Identity]()
 
     class Cutting(NodeHere):
         def __init__(self, *made_of: Any) -> None:
@@ -273,12 +277,21 @@ def test_a_rollout_goes_to_a_learner_once_in_as_many_parts_as_its_link_takes(
             brought.extend(frame for frame in self._parts.take(message) if frame.kind is Kind.ROLLOUT)
             super().say(message)
 
+        def hear(self) -> bytes:
+            message = super().hear()
+            made.update(Word.decode(frame.head).identity for frame in decode(message) if frame.kind is Kind.WORD and frame.body)
+            return message
+
     cluster = ClusterHere(["a", "b"])
     cluster.kinds["a"] = Cutting
     run = run_on(cluster)
     assert run.result["weights_sha256"] == expected(2)
     assert run.result["restarts"] == 0
-    assert len(brought) == UPDATES * SETTINGS["sampling"]["groups"]
+    came = [Word.decode(frame.head).identity for frame in brought]
+    assert made, "an actor lives there too"
+    assert came, "and one elsewhere"
+    assert made.isdisjoint(came), "what was made on a node does not go back there"
+    assert len(came) + len(made) == len({*came, *made}) == UPDATES * SETTINGS["sampling"]["groups"]
     assert min(frame.size for frame in brought) > 500
     assert all(is_part(message) for message in told if len(message) > 500)
     assert max(map(len, told)) < 600
@@ -406,7 +419,10 @@ class There:
     """As a link, for who lives there."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.lost = name, ""
+        self.name, self.lost, self.posted = name, "", list[Frame]()
+
+    def post(self, frame: Frame) -> None:
+        self.posted.append(frame)
 
 
 @pytest.fixture
@@ -440,6 +456,38 @@ def test_a_node_that_has_not_ended_its_learner_in_time_is_given_up(spread: tuple
     made.give_up_silent(10.1 + END_LEARNER_SECONDS)
     assert a.lost == "it has not ended its learner within 5 s"
     assert b.lost == "", "its learner was not told to end"
+
+
+def test_what_was_made_on_a_node_goes_to_learners_elsewhere_and_to_those_that_come_later(
+    spread: tuple[Spread, list[Process], list[Any]],
+) -> None:
+    made, learners, (_, a, b) = spread
+    made.ring = allocate(scripted_schema(4, 2), 2)
+    identities = [Identity(0, 3, 1), Identity(1, 3, 0)]
+    for slot, identity in zip(made.ring.slots, identities, strict=True):
+        write_rollout(slot, identity)
+    channels = [made.channel(learner, link) for learner, link in made.lodged()]
+    learners[1].channel, learners[2].channel = channels
+    train = to_json({"do": "train", "rollouts": [[slot, list(identity)] for slot, identity in enumerate(identities)]})
+
+    def came(link: There) -> list[Identity]:
+        posted, link.posted = link.posted, []
+        return [Word.decode(frame.head).identity for frame in posted if frame.kind is Kind.ROLLOUT]
+
+    for slot, (identity, link) in enumerate(zip(identities, (a, b), strict=True)):
+        made.bring(Word(Told.FILLED, slot, identity), link)
+    assert (came(a), came(b)) == (identities[1:], identities[:1])
+    for channel in channels:
+        channel.send_with_fds(train, ())
+    assert (came(a), came(b)) == ([], [])
+    write_rollout(made.ring.slots[0], Identity(0, 4, 1))
+    made.bring(Word(Told.FILLED, 0, Identity(0, 4, 1)), b)  # its group has moved
+    assert (came(a), came(b)) == ([Identity(0, 4, 1)], [])
+    os.close(made.begin([a, b]))
+    write_rollout(made.ring.slots[0], identities[0])
+    for channel in channels:
+        channel.send_with_fds(train, ())
+    assert (came(a), came(b)) == (identities, identities), "who begins anew is brought all, wherever it was made"
 
 
 def test_learners_meet_at_one_address_of_this_machine_only() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ def test_what_is_no_part_is_refused() -> None:
         ([first + MESSAGE], "comes alone"),
         ([encode([Frame(Kind.PART, head=b"less", body=b"x")])], "comes alone"),
         ([first] * 9, "at most 400 bytes, 450 came"),
+        ([encode([Frame(Kind.LOG, body=bytes(373))])], "at most 400 bytes, 401 came"),
+        ([part(bytes(402), 0, 401)], "at most 400 bytes, 401 came"),
+        ([encode([Frame(Kind.LOG, body=bytes(200))] * 2)], "at most 400 bytes, 456 came"),
         ([part(first, 0, len(first))], "has no parts"),
         ([encode([Frame(Kind.PART, body=b"no message")])], "a frame has at least"),
     ):
@@ -61,6 +65,41 @@ def test_a_node_whose_parts_are_more_than_a_message_may_have_is_lost() -> None:
     assert link.lost == "a message has at most 1,000 bytes, 1,100 came"
     assert link.take() == []
     link.close()
+
+
+def test_a_node_is_asked_for_no_more_while_a_message_waits_to_be_taken() -> None:
+    message = encode([Frame(Kind.LOG, body=bytes(300))])
+
+    class Chatty:
+        def __init__(self) -> None:
+            self.asked = 0
+
+        def hear(self) -> bytes:
+            self.asked += 1
+            return message
+
+    def asked(times: int) -> None:
+        deadline = time.monotonic() + 60.0
+        while node.asked < times:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert node.asked == times
+
+    node: Any = Chatty()
+    link = NodeLink("a", node, lambda version: (version, b""), 1000)
+    try:
+        asked(4)  # three are less than it may say at once
+        assert [frame.size for frame in link.take()] == [len(message)] * 4
+        asked(8)
+        assert len(link.take()) == 4
+        asked(12)
+    finally:
+        link.close()
+    for thread in threading.enumerate():
+        if thread.name == "link-a":
+            thread.join(60.0)
+            assert not thread.is_alive(), "one that waits ends with the link"
 
 
 class Slow:

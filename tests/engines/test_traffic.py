@@ -160,7 +160,7 @@ class Quiet:
 
 def test_what_is_posted_at_one_moment_goes_as_one_message_and_not_before_it_is_let_go() -> None:
     node = Quiet()
-    link = NodeLink("a", node, lambda version: (version, b""))
+    link = NodeLink("a", node, lambda version: (version, b""), 1000)
     orders = [Frame(Kind.KILL, index) for index in range(3)]
     for order in orders:
         link.post(order)
@@ -191,7 +191,7 @@ def test_a_large_message_goes_in_parts_of_which_each_is_awaited(monkeypatch: pyt
             assert go_on.acquire(timeout=300.0)
 
     node = Waiting()
-    link = NodeLink("a", node, lambda version: (version, b""))
+    link = NodeLink("a", node, lambda version: (version, b""), 1000)
     order = Frame(Kind.START, 1, 2, b"head", bytes(range(256)) * 32)
     link.post(order)
     link.flush()

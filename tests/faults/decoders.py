@@ -13,6 +13,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -22,8 +23,11 @@ from safetensors.numpy import save
 from rollout_fakes import RUN_ID, scripted_schema, scripted_spec, write_rollout
 from shoal import files
 from shoal.config import EnvConfig, PolicyConfig, RunConfig, StopConfig
+from shoal.engines.actor_words import ActorWords
 from shoal.engines.coordinator import Coordinator
 from shoal.engines.fleet import Process
+from shoal.engines.learner_words import LearnerWords
+from shoal.engines.local import LocalEngine
 from shoal.engines.messages import Kind as Told
 from shoal.engines.messages import Word, from_json, to_json
 from shoal.engines.node_report import NodeReport
@@ -34,19 +38,24 @@ from shoal.engines.ray_learners import Brought, LearnerChannel
 from shoal.engines.ray_node import ACTIVITY
 from shoal.engines.ray_words import Frame, decode, encode, number_of
 from shoal.engines.ray_words import Kind as NodeKind
+from shoal.engines.running import Running
+from shoal.engines.saves import Saves
+from shoal.engines.session import Session
 from shoal.environments.spaces import describe
-from shoal.errors import CheckpointError, RunError, SchemaError
+from shoal.errors import CheckpointError, RunError, SchemaError, ShoalError
 from shoal.evaluation.bundle import load_policy, save_bundle
 from shoal.experience.envelope import ENVELOPE, Identity
 from shoal.experience.group_state import from_bytes, to_bytes
 from shoal.experience.replay_memory import KeptMemory
 from shoal.experience.ring import allocate
 from shoal.files.manifest import manifest_bytes
+from shoal.monitoring.words import event_words
 from shoal.networks.policy import build_policy, named_tensors
 from shoal.storage.lock import driver_of, parse_lock
 from shoal.supervision.control import MAX_LINE_BYTES, NAME, ControlServer, ask
 from shoal.supervision.heartbeat import RECORD, ActivityBoard
 from shoal.supervision.memory import anonymous_file
+from shoal.supervision.trace import open_trace
 from shoal.types import CURSOR, GroupState
 
 Decoder = Callable[[bytes], None]
@@ -98,17 +107,20 @@ def store_lock(content: bytes) -> None:
 
 
 class NodeSays:
-    """What a node says, as whole messages, and as head and body of every kind of frame: nothing is raised into the supervisor's loop, and no slot
-    that is not leased is written. `lost` is why the node was given up by the last message, empty where it was not. `learner` lives there too."""
+    """What a node says, as whole messages, as head and body of every kind of frame, and as what comes along with an actor's words: nothing is raised
+    into the supervisor's loop but what a role says that it failed of, and no slot that is not leased is written. `lost` is why the node was given up by
+    the last message, empty where it was not. `learner` lives there too."""
 
     def __init__(self, directory: Path) -> None:
-        config = RunConfig(env=EnvConfig(id="x"), engine="ray", learners=2)
+        self.config = config = RunConfig(env=EnvConfig(id="x"), engine="ray", learners=2)
+        self.directory = directory
         self.told: list[str] = []
         self.ring = allocate(scripted_schema(4, 2), 2)
         self.lost = ""
         self.fleet = RayFleet(config, None, directory, RUN_ID, "", lambda kind, **facts: self.told.append(kind))
         self.learner = self.fleet.learners[1]
         self.fleet._hearing.begin(self.ring, ActivityBoard.create(4))
+        self.fleet._spread.ring = self.ring
         (directory / "logs").mkdir()
 
     def __call__(self, content: bytes) -> None:
@@ -116,8 +128,32 @@ class NodeSays:
         messages = [[Frame(kind, of, 0, content[1:split], content[split:])] for kind in NodeKind for of in (0, LEARNER)]
         with contextlib.suppress(ValueError):
             messages.append(list(decode(content)))
+        messages += [[Frame(NodeKind.WORD, head=each.encode())] for each in actor_words(content)]
         for frames in messages:
-            self.hear(frames)
+            self.heed(self.hear(frames))
+
+    def heed(self, process: Process) -> None:
+        """Have the supervisor of a run that is not young hear what the actor, who makes rollouts of its one group, and the learner said."""
+        coordinator = Coordinator(Plan("async", 1, 2, 4, 1, 2, 2), scripted_spec(), self.ring, StopConfig())
+        coordinator.place([0])
+        for lease in coordinator.next_leases():
+            write_rollout(self.ring.slots[lease.slot], lease.identity)
+        observer: Any = SimpleNamespace(event=lambda kind, **facts: event_words(kind, {**facts, "json": json.dumps(facts)}))
+        session = Session(self.config, scripted_spec(), coordinator, self.directory, observer, seconds_before=1e9)
+        engine = LocalEngine(self.config, self.fleet, self.directory)
+        engine._coordinator, engine._running = coordinator, Running(session, self.fleet)
+        engine._actor_words = ActorWords(engine._running)
+        engine._learner_words = LearnerWords(
+            engine._running, Saves(session, lambda order: None, open_trace("", "supervisor")), lambda order: None
+        )
+        try:
+            for each in (process, self.learner):
+                with contextlib.suppress(ShoalError):
+                    engine._hear(each)
+            coordinator.ledger.check()
+        finally:
+            shutil.rmtree(self.directory / "faults", ignore_errors=True)
+            self.ring._buffer[:] = 0
 
     def hear(self, frames: list[Frame], lease: tuple[int, Identity] | None = None) -> Process:
         """Have an actor live on a new node, with a lease or none, beside a learner, and hear these frames of that node."""
@@ -142,11 +178,29 @@ class NodeSays:
         return process
 
 
+def actor_words(content: bytes) -> list[Word]:
+    """Words that come along with these bytes, or with a true fault of which these are the report, or a part."""
+    bodies = [content]
+    with contextlib.suppress(ValueError, RecursionError):
+        given, fault = json.loads(content), true_fault()
+        bodies += [to_json({**fault, "report": given})]
+        if isinstance(given, dict):
+            bodies += [to_json({**fault, **given}), to_json({**fault, "report": {**fault["report"], **given}})]
+    kinds = (Told.FAULT, Told.RESTORED, Told.FILLED, Told.LEASE)
+    return [Word(kind, 0, Identity(0, of, 0), 0, body) for body in bodies for kind in kinds for of in (0, 7)]
+
+
+def true_fault() -> dict[str, Any]:
+    """What an actor says where an environment of a paced group hangs."""
+    report = {"kind": "hang", "env": 1, "row": 2, "step": 3, "seed": 7, "paced": [0, 2]}
+    return {"error": "EnvironmentFault", "message": "it hangs", "report": report, "traceback": "a line"}
+
+
 class _Link:
     """To a node that says these frames, without threads. Takes the part of a `NodeLink`."""
 
     def __init__(self, frames: list[Frame]) -> None:
-        self.name, self.own, self.lost, self.node = "far", False, "", self
+        self.name, self.own, self.lost, self.node, self.env_steps = "far", False, "", self, 0
         self._frames = frames
 
     def take(self) -> list[Frame]:
@@ -352,6 +406,8 @@ def node_messages() -> list[bytes]:
         Frame(NodeKind.LOG, body=b"a line"),
         Frame(NodeKind.LEAVING, head=b"SIGTERM"),
         Frame(NodeKind.WORD, head=Word(Told.FILLED).encode(), body=bytes(300)),
+        Frame(NodeKind.WORD, head=Word(Told.RESTORED, value=1, body=to_json({"seconds": 0.5})).encode()),
+        Frame(NodeKind.WORD, head=Word(Told.FAULT, body=to_json(true_fault())).encode()),
         *(Frame(NodeKind.SAID, LEARNER, head=to_json(each)) for each in learner_words()),
     ]
     return [encode([frame]) for frame in frames]
@@ -365,7 +421,13 @@ def examples() -> dict[str, list[bytes]]:
         "word": [Word.decode(bytes([17]) + bytes(31)).encode(), bytes([19]) + bytes(31) + b'{"error": "x", "report": {}}'],
         "json message": [b'{"is": "trained", "version": 3, "metrics": {"loss": 0.5}}'],
         "node report": [b'{"host": "far", "versions": {"python": "3.11.4", "torch": ""}, "error": "env.id mine:Env: no"}'],
-        "node says": node_messages(),
+        "node says": [
+            *node_messages(),
+            b'{"seconds": 1.5}',
+            to_json(true_fault()),
+            b'{"env": 9, "row": 2, "step": null, "seed": "7", "paced": [1]}',
+            b'{"kind": ["hang"], "message": "\\ud800", "last_action": [[0.5], {"a": 1}], "traceback": {}}',
+        ],
         "group state": [
             to_bytes(state),
             save({"cursor": np.zeros(3, np.uint8)}),

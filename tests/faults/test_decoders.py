@@ -27,6 +27,7 @@ values: Any = st.recursive(
             "bytes", "sha256", "files", "update", "command", "ok", "actors", "hidden_sizes", "encoder", "network", "kind", "shape", "nvec", "path",
             "host", "versions", "error", "dtype", "observation", "action", "mask_size", "action_mask", "low", "high", "start", "kwargs", "id", "state.json",
             "token", "pid", "place", "since", "renewed", "driver",
+            "seconds", "message", "report", "traceback", "env", "row", "step", "seed", "paced", "last_action", "snippet",
         ]),
         inner, max_size=4,
     ),

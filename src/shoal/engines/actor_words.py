@@ -1,4 +1,4 @@
-"""What actors say, and what follows from it. What is said of a rollout that nobody waits for is not heard."""
+"""What actors say, and what follows from it. What is said of a rollout that nobody waits for, or that another actor makes, is not heard."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ class ActorWords:
         self._fleet, self._faults, self._recoveries = running.fleet, running.faults, running.recoveries
 
     def heard(self, actor: Process, word: Word) -> None:
-        """Raises EnvironmentFault where that is not to be mended, and whatever else the actor failed of."""
+        """Raises EnvironmentFault where that is not to be mended, and whatever else the actor failed of. The word has passed `check_word`."""
+        error = rebuild_error(word.json) if word.kind is Kind.FAULT else None
+        if error is not None and not isinstance(error, EnvironmentFault):
+            raise error
+        if not self._coordinator.makes(actor.index, word.identity):
+            return
         if word.kind is Kind.FILLED:
             self._filled(actor, word)
         elif word.kind is Kind.RESTORED:
@@ -25,12 +30,9 @@ class ActorWords:
                 self._recoveries.restored(role, index, word.json["seconds"])
             if word.value:
                 self._session.observer.event("not_restored", group=word.identity.group, environments=word.value)
-        elif word.kind is Kind.FAULT:
-            error, report = rebuild_error(word.json), word.json["report"]
-            if not isinstance(error, EnvironmentFault):
-                raise error
+        elif error is not None:
             self._faults.happened(error, word.identity)
-            self._recoveries.lost("group", word.identity.group, str(report.get("kind", "fault")), time.monotonic())
+            self._recoveries.lost("group", word.identity.group, str(error.report.get("kind", "fault")), time.monotonic())
             self._faults.give_back(error, word.identity)
 
     def _filled(self, actor: Process, word: Word) -> None:

@@ -266,6 +266,12 @@ class Coordinator:
         """Whether this attempt is being made, into that slot."""
         return self.groups[identity.group].leased.get(slot) == identity
 
+    def makes(self, actor: int, identity: Identity) -> bool:
+        """Whether this actor makes this attempt, or is to make it next and puts the group back for it: what others say of it is not heard."""
+        group = self.groups[identity.group]
+        following = Identity(identity.group, group.next_sequence, group.attempt)
+        return group.actor == actor and (identity in group.leased.values() or (identity == following and not group.leased))
+
     def filled(self, slot: int, identity: Identity) -> bool:
         """An actor finished a rollout. False if nobody waits for it (an old incarnation's word). Raises SchemaError for a header that cannot be."""
         group = self.groups[identity.group]

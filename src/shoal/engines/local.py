@@ -27,7 +27,7 @@ from shoal.engines.ending import Ending
 from shoal.engines.errors_told import rebuild_error
 from shoal.engines.fleet import Fleet
 from shoal.engines.learner_words import LearnerWords
-from shoal.engines.messages import Kind, Word, from_json, to_json
+from shoal.engines.messages import Kind, Word, check_word, from_json, to_json
 from shoal.engines.orders import send_lease, send_restore
 from shoal.engines.plan import Plan
 from shoal.engines.process import Process, tell, words
@@ -178,6 +178,7 @@ class LocalEngine:
                 else:
                     word = Word.decode(message)
                     self._coordinator.check_place(word.slot, word.identity)
+                    check_word(word, self._coordinator.plan.group_size, self._coordinator.plan.rollout_length)
             except ValueError as error:  # its memory is not what it was: native code of an environment wrote where it should not
                 self._running.kill(process, f"sent what is no message ({error})")
                 return

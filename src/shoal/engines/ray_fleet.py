@@ -8,7 +8,8 @@ The fleet of any other node (engines/ray_node.py) is a tunnel: an actor there is
 machine is done on the way: weights go before the first word that names their version, once per node; a finished rollout comes with the word that
 tells of it, and is checked before it is put into its slot here. So every decision, and with it every bit of a sync run, is that of the local engine.
 
-What is under way is bounded by what is leased: a slot's rollout crosses once, and one version of the weights per node.
+What is under way is bounded by what is leased: a slot's rollout crosses once, where learners are on nodes once more to each of those that did not make it,
+and one version of the weights per node.
 
 Nodes come and go while a run goes on; engines/ray_nodes.py has which there are, and who lives where.
 """
@@ -290,8 +291,9 @@ class RayFleet(Fleet):
     def collect(self, actor: Process, word: Word, newest_version: int) -> None:
         """Put the rollout that came with a word into its slot, where it is not there already. Raises SchemaError: none came, or what came does not stand its
         checks."""
-        self._hearing.collect(self._nodes.homes[actor.index], word, newest_version)
-        self._spread.bring(word)
+        home = self._nodes.homes[actor.index]
+        self._hearing.collect(home, word, newest_version)
+        self._spread.bring(word, home)
 
     def home_of(self, number: int) -> NodeLink | None:
         return self._nodes.homes.get(number)

@@ -11,11 +11,18 @@ import numpy as np
 from shoal.engines.messages import from_json
 from shoal.engines.ray_node import ACTIVITY
 from shoal.engines.ray_words import Frame
+from shoal.supervision.channel import MAX_MESSAGE_BYTES
 from shoal.supervision.heartbeat import RECORD
 from shoal.types import Activity, Array
 
 _MAX_PID = 2**31 - 1
 _MAX_STATUS = 2**16 - 1  # as os.waitpid gives it
+
+
+def check_head(frame: Frame) -> None:
+    """No head is longer than what a process of a node may say at once: it is kept, and shown. Raises ValueError."""
+    if len(frame.head) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"what a process says has at most {MAX_MESSAGE_BYTES:,} bytes, {len(frame.head):,} came")
 
 
 class HelperLost(NamedTuple):
@@ -73,7 +80,7 @@ def check_said(head: bytes) -> None:
     match said:
         case {"is": "ready", "version": int()} | {"is": "saved", "weights_sha256": ""} | {"is": "not_saved", "message": str()}:
             return
-        case {"is": "failed", "error": str(), "message": str(), "report": dict(), "traceback": str()}:
+        case {"is": "failed", "error": str(), "message": str(), "report": dict(report), "traceback": str()} if not report:
             return
     raise ValueError(f"this is nothing that a learner on a node says: {said!s:.200}")
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Protocol
 
 from shoal.engines.fleet import Death, Process
-from shoal.engines.messages import NOBODY, Word, place_of
+from shoal.engines.messages import NOBODY, Word, check_word, place_of
 from shoal.engines.messages import Kind as Told
 from shoal.engines.ray_channel import NodeChannel
-from shoal.engines.ray_heard import Forked, HelperLost, check_said, read_activities, read_happened, read_slot
+from shoal.engines.ray_heard import Forked, HelperLost, check_head, check_said, read_activities, read_happened, read_slot
 from shoal.engines.ray_learners import LearnerChannel
 from shoal.engines.ray_link import NodeLink
 from shoal.engines.ray_saying import Allowance, BoundedLog, LogText, without_secrets
@@ -26,6 +26,7 @@ from shoal.engines.ray_words import Frame, Kind, number_of, role_of
 from shoal.errors import SchemaError
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring, Slot
+from shoal.experience.schema import Schema
 from shoal.experience.wire import unpack, unpack_part
 from shoal.supervision.heartbeat import ActivityBoard
 from shoal.supervision.zygote import Exited, Lost, Role
@@ -86,6 +87,7 @@ class Hearing:
 
     def __init__(self, run_id: bytes, house: House, told: Callable[..., None]) -> None:
         self._run_id, self._house, self._told = run_id, house, told
+        self._since_ns = time.monotonic_ns()  # before anything was made
         self._ring: Ring | None = None
         self._activities: ActivityBoard | None = None
         self.events: list[Death | Lost] = []
@@ -110,6 +112,7 @@ class Hearing:
         """Hear what a node said. `link.lost` says what is wrong with one that says what no node says."""
         for frame in link.take():
             try:
+                check_head(frame)
                 self._take(link, without_secrets(frame))
             except ValueError as error:
                 link.lost = link.lost or f"it said what no node says ({frame.kind.name}: {error})"
@@ -142,7 +145,8 @@ class Hearing:
         if link.own:
             return
         for name in _TIMES:
-            slot.envelope[name] += self._clocks.get(link, 0)
+            there_ns = int(slot.envelope[name]) + self._clocks.get(link, 0)
+            slot.envelope[name] = min(max(there_ns, self._since_ns), time.monotonic_ns())
 
     # ---- frames ----------------------------------------------------------------------------------------------------
     def _take(self, link: NodeLink, frame: Frame) -> None:
@@ -203,10 +207,10 @@ class Hearing:
     def _take_word(self, process: Process, frame: Frame) -> None:
         if not isinstance(process.channel, RemoteChannel):
             raise ValueError("only an actor says that")
-        if frame.body:
-            word = Word.decode(frame.head)
-            if self.is_leased(process, word.slot, word.identity):
-                self.arrived[word.slot] = word.identity, frame.body
+        word = Word.decode(frame.head)
+        check_word(word, self._schema.num_envs, self._schema.num_rows)
+        if frame.body and self.is_leased(process, word.slot, word.identity):
+            self.arrived[word.slot] = word.identity, frame.body
         process.channel.said.append(frame.head)
 
     def _take_part(self, process: Process, frame: Frame) -> None:
@@ -239,6 +243,11 @@ class Hearing:
     def _board(self) -> ActivityBoard:
         assert self._activities is not None
         return self._activities
+
+    @property
+    def _schema(self) -> Schema:
+        assert self._ring is not None
+        return self._ring.schema
 
     def _slot(self, index: int) -> Slot:
         assert self._ring is not None

@@ -1,8 +1,8 @@
 """Learners on the nodes of a cluster: which lives where, how they meet, and the rollouts that they learn from.
 
 The first stays on the driver's machine: it publishes, saves, and keeps what all go on from. Each of the others has a node to itself, as far as there are
-nodes besides the driver's own. What shared memory gives to a learner here is brought to the node of one there: every rollout, checked as one that comes
-from a node is, before the order that names it.
+nodes besides the driver's own. What shared memory gives to a learner here is brought to the node of one there: every rollout that was made elsewhere, checked
+as one that comes from a node is, before the order that names it. One that was made on that node lies in its slot already.
 
 What the learners add up goes between their machines by gloo, which neither encrypts nor asks who is there.
 """
@@ -68,7 +68,8 @@ def meeting_place(address: str) -> socket.socket:
 
 
 class Brought:
-    """Which rollouts lie at which node for its learner. A slot's rollout crosses once to each."""
+    """Which rollouts lie at which node for its learner. A slot's rollout crosses once to each, and not at all to the one where it was made: nobody writes into
+    its slot there before all learners have made the update that it is for, since the slot is leased to nobody before that."""
 
     def __init__(self) -> None:
         self._there: dict[NodeLink, dict[int, Identity]] = {}
@@ -76,6 +77,10 @@ class Brought:
     def forget(self) -> None:
         """Other learners come, perhaps elsewhere."""
         self._there.clear()
+
+    def made(self, link: NodeLink, index: int, identity: Identity) -> None:
+        """An actor of this node made it."""
+        self._there.setdefault(link, {})[index] = identity
 
     def bring(self, link: NodeLink, ring: Ring, rollouts: Iterable[tuple[int, Identity]]) -> None:
         """Have a node put these rollouts, which are whole and checked, into the same slots of its own; those that lie there already are left out."""
@@ -199,11 +204,14 @@ class Spread:
         assert self.ring is not None
         return LearnerChannel(link, number_of("learner", learner.index), learner.incarnation, self.ring, self._brought)
 
-    def bring(self, word: Word) -> None:
-        """The rollout that a word tells of is in its slot here: it goes to the learners on nodes, and need not wait for others of its update."""
+    def bring(self, word: Word, made_on: NodeLink) -> None:
+        """The rollout that a word tells of is in its slot here: it goes to the learners on nodes, but for the one where it was made, and need not wait for
+        others of its update."""
         assert self.ring is not None
         for learner, home in self.lodged():
-            if learner.up:
+            if home is made_on:
+                self._brought.made(home, word.slot, word.identity)
+            elif learner.up:
                 self._brought.bring(home, self.ring, [(word.slot, word.identity)])
 
     def give_up_silent(self, now: float) -> None:

@@ -1,8 +1,8 @@
 """The driver's end of the way to one node (engines/ray_node.py): two threads that call it, so that the supervisor's loop never waits for a network.
 
 consumes    frames of the supervisor (`post`), and what the node answers
-waits for   the node's answers, as long as its handle lets it
-unblocked   by an answer, or by the handle's error: the node is dead, or has been silent for too long
+waits for   the node's answers, as long as its handle lets it; the supervisor, where it has not taken what was answered before
+unblocked   by an answer, by `take`, or by the handle's error: the node is dead, or has been silent for too long
 on failure  `lost` says why, once; nothing of this node is heard any more
 
 A large message goes in parts that take a few seconds each, either way, one after the other: what has not arrived after ten seconds, Ray sends all over again.
@@ -27,7 +27,6 @@ from shoal.errors import ProcessError
 MESSAGE_BYTES = 4 << 20  # of orders in one message, but for a single frame that is larger
 FIRST_PART_BYTES = 1 << 20
 LEAST_PART_BYTES, MOST_PART_BYTES = 1 << 18, 1 << 26
-MOST_HEARD_BYTES = 1 << 30  # where nobody knows how large a rollout is
 PART_SECONDS = (1.0, 4.0)  # a part that takes less may be larger, one that takes more is to be smaller
 
 Weights = Callable[[int], tuple[int, bytes]]  # a version -> that version or a newer one, and its bytes
@@ -55,23 +54,24 @@ class NodeLink:
 
     Args:
       weights: called from a thread of this link.
-      most_bytes: of one message of the node.
+      most_bytes: of one message of the node. While more than that waits to be taken, the node is asked for nothing.
     Attributes:
       name: of the node, for people. own: it is the driver's machine, whose actors are the driver's. lost: why it is gone; empty while it is there.
       said, heard: what went there and came from there, since the beginning. env_steps: of the rollouts that came; counted by the supervisor.
     """
 
-    def __init__(self, name: str, node: NodeHandle, weights: Weights, most_bytes: int = MOST_HEARD_BYTES, *, own: bool = False) -> None:
+    def __init__(self, name: str, node: NodeHandle, weights: Weights, most_bytes: int, *, own: bool = False) -> None:
         self.name, self.node, self.own, self.lost = name, node, own, ""
         self.said, self.heard, self.env_steps = Counted(), Counted(), 0
         self._under_way: tuple[float, int, int] | None = None  # since when, bytes that are there, bytes in all
         self._part_bytes = FIRST_PART_BYTES
         self._weights = weights
-        self._parts = Parts(most_bytes)
+        self._most_bytes, self._parts = most_bytes, Parts(most_bytes)
         self._sent_version = -1
         self._posted: list[Frame] = []
         self._out: deque[Frame] = deque()
-        self._in: deque[Frame] = deque()
+        self._in: list[Frame] = []
+        self._in_bytes = 0
         self._room = threading.Condition()
         self._closing = False
         self._ready = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -115,9 +115,9 @@ class NodeLink:
             os.eventfd_read(self._ready)
         except BlockingIOError:
             return []
-        taken: list[Frame] = []
-        while self._in:
-            taken.append(self._in.popleft())
+        with self._room:
+            taken, self._in, self._in_bytes = self._in, [], 0
+            self._room.notify_all()
         return taken
 
     def close(self) -> None:
@@ -180,12 +180,20 @@ class NodeLink:
         return out
 
     def _hear(self) -> None:
-        while not self._closing:
+        while self._is_to_ask():
             message = self.node.hear()
             self.heard = self.heard.plus(message)
             if frames := self._parts.take(message):
-                self._in.extend(frames)
+                with self._room:
+                    self._in += frames
+                    self._in_bytes += sum(frame.size for frame in frames)
                 os.eventfd_write(self._ready, 1)
+
+    def _is_to_ask(self) -> bool:
+        """Waits while more waits to be taken than one message may have; False once the link is closed."""
+        with self._room:
+            self._room.wait_for(lambda: self._in_bytes <= self._most_bytes or self._closing)
+            return not self._closing
 
 
 def next_part_bytes(part_bytes: int, seconds: float) -> int:

@@ -5,10 +5,11 @@ Both ends use it: a node before it says something, the driver before anything is
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shoal.engines.messages import WORD_BYTES, from_json, to_json
+from shoal.engines.messages import WORD_BYTES, from_json
 from shoal.engines.messages import Kind as Told
 from shoal.engines.ray_security import redact, redact_all, secret_spans
 from shoal.engines.ray_words import Frame, Kind
@@ -34,7 +35,9 @@ def _json_without_secrets(content: bytes) -> bytes:
         said: dict[str, Any] = redact_all(from_json(content))
     except ValueError:
         return content  # whoever reads it refuses it
-    return to_json(said)
+    return json.dumps(said, ensure_ascii=False).encode(
+        errors="replace"
+    )  # what is no text (a lone surrogate) cannot be written into a file either
 
 
 class LogText:

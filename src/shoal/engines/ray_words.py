@@ -76,6 +76,7 @@ def decode(message: bytes) -> Iterator[Frame]:
 
 
 MORE = b"more"
+_PART_HEAD_BYTES = _HEAD.size + len(MORE)
 
 
 def part(message: bytes, at: int, size: int) -> bytes:
@@ -88,7 +89,7 @@ def is_part(message: bytes) -> bool:
 
 
 class Parts:
-    """Messages that come in one piece or in several, one after the other. most_bytes: that the pieces of one may have."""
+    """Messages that come in one piece or in several, one after the other. most_bytes: that one may have, however it comes."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
@@ -97,7 +98,8 @@ class Parts:
 
     def take(self, message: bytes) -> list[Frame]:
         """The frames of the message that is whole with this one; none where more of it is to come. Raises ValueError for what is no message, for one that
-        comes between the parts of another, and for parts of more than `most_bytes`."""
+        comes between the parts of another, and for one of more than `most_bytes`."""
+        self._check_size(len(message) - is_part(message) * _PART_HEAD_BYTES)
         frames = list(decode(message))
         if not any(frame.kind is Kind.PART for frame in frames):
             if frames and self._pieces:
@@ -107,8 +109,7 @@ class Parts:
         if others or piece.kind is not Kind.PART or piece.head not in (MORE, b""):
             raise ValueError("a part of a message comes alone")
         self._size += len(piece.body)
-        if self._size > self._most_bytes:
-            raise ValueError(f"a message has at most {self._most_bytes:,} bytes, {self._size:,} came")
+        self._check_size(self._size)
         self._pieces.append(piece.body)
         if piece.head:
             return []
@@ -118,6 +119,10 @@ class Parts:
         if any(frame.kind is Kind.PART for frame in frames):
             raise ValueError("a part of a message has no parts")
         return frames
+
+    def _check_size(self, size: int) -> None:
+        if size > self._most_bytes:
+            raise ValueError(f"a message has at most {self._most_bytes:,} bytes, {size:,} came")
 
 
 def number_of(role: str, index: int) -> int:
