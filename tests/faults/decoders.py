@@ -34,6 +34,7 @@ from shoal.engines.ray_learners import Brought, LearnerChannel
 from shoal.engines.ray_node import ACTIVITY
 from shoal.engines.ray_words import Frame, decode, encode, number_of
 from shoal.engines.ray_words import Kind as NodeKind
+from shoal.engines.traffic import Counted, Traffic
 from shoal.environments.spaces import describe
 from shoal.errors import CheckpointError, RunError, SchemaError
 from shoal.evaluation.bundle import load_policy, save_bundle
@@ -147,6 +148,7 @@ class _Link:
 
     def __init__(self, frames: list[Frame]) -> None:
         self.name, self.own, self.lost, self.node = "far", False, "", self
+        self.traffic = Traffic(self.name, Counted(), Counted(), 0)
         self._frames = frames
 
     def take(self) -> list[Frame]:

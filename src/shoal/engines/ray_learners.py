@@ -12,6 +12,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from shoal.config import RunConfig
 from shoal.engines.messages import Kind as Told
@@ -70,7 +71,7 @@ class Brought:
     """Which rollouts lie at which node for its learner. A slot's rollout crosses once to each."""
 
     def __init__(self) -> None:
-        self._there: dict[NodeLink, dict[int, Identity]] = {}
+        self._there = WeakKeyDictionary[NodeLink, dict[int, Identity]]()
 
     def forget(self) -> None:
         """Other learners come, perhaps elsewhere."""
@@ -120,7 +121,7 @@ class Spread:
         self.on = config.learners > 1 and config.ray.learners_on == "nodes"
         self.device: str = config.device
         self.here = ("", "")
-        self.places: dict[NodeLink, tuple[str, str]] = {}
+        self.places = WeakKeyDictionary[NodeLink, tuple[str, str]]()
         self.ring: Ring | None = None
         self._learners, self._homes = learners, homes
         self._port = 0  # where they meet
