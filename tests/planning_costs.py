@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from shoal.config import PolicyConfig
+
 SMALL = {"preset": "none", "sampling.groups": 4, "sampling.group_size": 8, "sampling.rollout_length": 32}
+POLICY = PolicyConfig().model_dump(mode="json", exclude={"inference"})
 OPTIONS = [text for key, value in SMALL.items() for text in (f"--{key.replace('_', '-')}", str(value))]
 
 
@@ -14,7 +17,7 @@ def costs(algorithm: str = "ppo", **changes: Any) -> dict[str, Any]:
         "settings": {
             "env": "CartPole-v1", "form": "python", "algorithm": algorithm, "mode": "sync" if algorithm == "ppo" else "async", "preset": "none",
             "groups": 4, "group_size": 8, "rollout_length": 32, "batch_env_steps": 1024, "epochs": 1 if algorithm == "impala" else 4,
-            "minibatch_size": None if algorithm == "impala" else 256, "actors": 2, "learner_threads": 1,
+            "minibatch_size": None if algorithm == "impala" else 256, "actors": 2, "learner_threads": 1, "policy": POLICY, "device": "cpu", "env_kwargs": {},
         },
         "date": "2026-01-01",
         "machine": {"cpu": "a processor", "cores": 2},

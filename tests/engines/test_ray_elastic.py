@@ -5,8 +5,10 @@ Whatever moves, nothing of it is lost, and the weights are those of the local en
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from test_ray_fleet import SETTINGS, ClusterHere, events, learned_as_on_one_mach
 
 import shoal
 from shoal.cli.control import tell_run
-from shoal.engines import autoscale, ending, ray_fleet, ray_nodes
+from shoal.engines import autoscale, ending, ray_fleet, ray_link, ray_nodes
 from shoal.engines.fleet import Process
 from shoal.engines.ray_cluster import ClusterNode
 from shoal.errors import RunError
@@ -136,6 +138,42 @@ def test_a_node_without_actors_is_given_back_and_taken_again_when_they_come_back
     (left,), (joined,) = events(run, "node_left"), events(run, "node_joined")
     assert (left["node"], left["reason"]) == (joined["node"], "no actor is to live there")
     nothing_was_lost(run)
+    learned_as_on_one_machine(run)
+
+
+def test_of_a_node_that_is_lost_again_and_again_figures_are_kept_and_no_links(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_nodes, "REJOIN_SECONDS", 0.1)
+    cluster, links = ClusterHere(["a", "b"]), list[weakref.ref[ray_link.NodeLink]]()
+    rounds = 4
+
+    class Watched(ray_link.NodeLink):
+        def __init__(self, *of: Any, **how: Any) -> None:
+            super().__init__(*of, **how)
+            links.append(weakref.ref(self))
+
+    monkeypatch.setattr(ray_fleet, "NodeLink", Watched)
+
+    def kept() -> int:
+        gc.collect()
+        return sum(link() is not None for link in links)
+
+    def beside() -> None:
+        for count in range(1, rounds + 1):
+            wait_for(lambda: scene.hosting() == 4)
+            scene.until_updates(1)
+            cluster.pull("b")
+            wait_for(lambda count=count: len(scene.happened("node_lost")) == count)
+            cluster.names.append("b")
+            wait_for(lambda count=count: len(scene.happened("node_joined")) == count)
+        wait_for(lambda: scene.hosting() == 4)
+        wait_for(lambda: kept() == 2, 60.0)
+
+    run = scene.train(cluster, beside)
+    assert len(links) == 2 + rounds
+    network = run.result["network"]
+    assert set(network["nodes"]) == {"a", "b"}
+    assert network["env_steps"] == network["nodes"]["a"]["env_steps"] + network["nodes"]["b"]["env_steps"]
+    assert network["env_steps"] >= run.result["updates"] * 4 * 16 * 2, "of all times that it was there"
     learned_as_on_one_machine(run)
 
 

@@ -383,8 +383,13 @@ def test_an_actor_that_dies_on_a_node_is_started_again_there(run_on: Any, expect
 def test_a_run_without_any_node_ends_with_a_word_and_can_be_resumed(run_on: Any, monkeypatch: pytest.MonkeyPatch, expected: str) -> None:
     monkeypatch.setattr(ray_nodes, "NODELESS_SECONDS", 0.5)
     cluster = ClusterHere(["a"])
-    with pytest.raises(ProcessError, match="no node of the cluster is left"):
+    with pytest.raises(ProcessError, match="no node of the cluster is left") as raised:
         run_on(cluster, callbacks=[at(5, lambda: cluster.pull("a"))])
+    (path,) = re.findall("`shoal resume (.*?)`", str(raised.value))
+    cluster.names.append("b")
+    resumed = shoal.resume(path)
+    assert (resumed.result["updates"], resumed.result["weights_sha256"]) == (12, expected)
+    assert set(resumed.result["network"]["nodes"]) == {"b"}
 
 
 def test_a_node_with_other_versions_is_named(run_on: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from shoal.engines.ray_cluster import ClusterNode
 from shoal.engines.ray_fleet import RayFleet
 from shoal.engines.ray_learners import END_LEARNER_SECONDS, Spread
 from shoal.engines.ray_words import Frame, Kind, number_of
+from shoal.engines.traffic import Counted, Traffic
 from shoal.errors import ConfigError
 from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring, allocate
@@ -34,6 +35,7 @@ class Posted:
 
     def __init__(self, name: str) -> None:
         self.name, self.own, self.lost, self.node = name, name == "here", "", self
+        self.traffic = Traffic(self.name, Counted(), Counted(), 0)
         self.frames: list[Frame] = []
         self.left = False
 

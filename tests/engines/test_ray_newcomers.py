@@ -5,18 +5,22 @@ from __future__ import annotations
 import io
 import json
 import socket
+import sys
 import threading
+import time
+import types
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from test_ray_fleet import SETTINGS, ClusterHere, NodeHere, events, learned_as_on_one_machine
 
 import shoal
-from shoal.engines import ray_fleet
+from shoal.engines import ray_fleet, ray_nodes
 from shoal.engines.node_report import report_here
-from shoal.engines.ray_cluster import ClusterNode
+from shoal.engines.ray_cluster import ClusterNode, RemoteNode
 from shoal.engines.ray_link import NodeHandle
 from shoal.errors import ConfigError, ProcessError
 from shoal.monitoring.live import SilentView
@@ -93,6 +97,67 @@ def test_a_node_that_is_gone_before_it_took_part_is_left_out(run_on: Any) -> Non
     cluster = MixedCluster(["a", "b"], {"b": gone})
     run = run_on(cluster, stop={"updates": 4})
     learned_as_on_one_machine(run)
+    (lost,) = events(run, "node_lost")
+    assert (lost["node"], lost["reason"], lost["actors"]) == ("b", "it has not answered for 120 s", [])
+    assert set(run.result["network"]["nodes"]) == {"a"}
+    assert cluster.here["b"].dead.is_set()
+
+
+class Busy(NodeHere):
+    """A node whose CPUs are taken: it is not made before they are free, and answers nothing. Of two, each is asked while the other is."""
+
+    both = threading.Barrier(2)
+
+    def hear(self) -> bytes:
+        time.sleep(1.0)
+        raise ProcessError("it has not answered for 1 s")
+
+    def look(self) -> bytes:
+        self.both.wait(60.0)
+        self.dead.wait(600.0)  # who asks is patient
+        raise ProcessError("it has ended")
+
+
+def test_nodes_whose_cpus_are_taken_cost_the_patience_with_one_link_and_are_named(run_on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_nodes, "SILENT_SECONDS", 0.1)
+    cluster = ClusterHere(["a", "b", "c"])
+    cluster.kinds |= {"b": Busy, "c": Busy}
+    run = run_on(cluster, stop={"updates": 4})
+    learned_as_on_one_machine(run)
+    assert [(lost["node"], lost["reason"]) for lost in events(run, "node_lost")] == [(node, "it has not answered for 1 s") for node in "bc"]
+    (named,) = [event["message"] for event in events(run, "warning") if "have not said" in event["message"]]
+    assert named.endswith("b, c; are their CPUs taken?")
+
+
+def test_a_node_that_comes_and_never_answers_is_tried_again_and_told_of_once(run_on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_nodes, "REJOIN_SECONDS", 0.1)
+    cluster = MixedCluster(["a"], {"b": gone})
+
+    def watch(numbers: Any) -> bool:
+        if numbers["update"] == 5:
+            cluster.names.append("b")
+        return cluster.started.count("b") < 4
+
+    run = run_on(cluster, stop={"updates": 100_000}, callbacks=[watch])
+    learned_as_on_one_machine(run)
+    (told,) = [event["message"] for event in events(run, "warning") if "node b" in event["message"]]
+    assert told == "node b came, and is not used before it answers, for which it is tried again: it has not answered for 120 s"
+
+
+def test_a_node_that_ray_has_never_started_says_what_that_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pending(Exception):
+        pass
+
+    def get(asked: Any, timeout: float) -> bytes:
+        raise Pending
+
+    ray: Any = types.ModuleType("ray")
+    ray.get, ray.exceptions = get, SimpleNamespace(GetTimeoutError=Pending, RayError=Pending)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    method: Any = SimpleNamespace(remote=lambda *asked: None)
+    method.options = lambda **how: method
+    with pytest.raises(ProcessError, match=r"^it has not answered for 120 s; are its CPUs taken\? .*--nodes.*--actors-per-node"):
+        RemoteNode(SimpleNamespace(hear=method)).hear()
 
 
 def test_a_cluster_where_no_node_answers_is_refused(run_on: Any) -> None:

@@ -67,6 +67,18 @@ def test_secrets_are_readable_by_their_owner_alone_and_made_once(tmp_path: Path)
     assert sorted(path.name for path in (tmp_path / "secrets").iterdir()) == ["ca.crt", "ca.key", "token"]
 
 
+@pytest.mark.parametrize("others", [0o755, 0o770, 0o701], ids=oct)
+def test_a_directory_that_others_may_enter_gets_no_secrets(others: int, tmp_path: Path) -> None:
+    place = tmp_path / "open"
+    place.mkdir()
+    place.chmod(others)
+    with pytest.raises(ConfigError, match=rf"open: others may enter it \(mode 0{others:o}\), .*chmod 700 {place}"):
+        make_secrets(place)
+    assert list(place.iterdir()) == []
+    place.chmod(0o700)
+    assert len(make_secrets(place)) == 3
+
+
 def test_addresses_of_this_host_are_those_of_the_kernel() -> None:
     assert ray_security.local_addresses(FIB_TRIE) == ["10.1.2.3", "127.0.0.1"]
     assert {"localhost", "127.0.0.1", socket.gethostname()} <= set(ray_security.own_names())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from shoal.errors import ProcessError
 from shoal.experience.ring import Slot
 from shoal.experience.wire import pack, packed_bytes
 from shoal.monitoring.store import RunReader
+from shoal.supervision.channel import wait
 
 
 class Weighed:
@@ -134,6 +136,8 @@ def test_nodes_of_one_name_are_numbered_and_nothing_is_divided_by_no_steps() -> 
     figures: dict[str, Any] = {name: found[name] for name in ("env_steps", "messages", "bytes_said", "bytes_heard")}
     assert figures == {"env_steps": 20, "messages": 8, "bytes_said": 110, "bytes_heard": 61}
     assert summary([]) == {}
+    again = Traffic("host", Counted(1, 7), Counted(2, 8), 5)
+    assert one.plus(again) == Traffic("host", Counted(3, 107), Counted(5, 58), 15)
 
 
 class Quiet:
@@ -235,3 +239,34 @@ def test_all_leases_of_an_update_go_in_one_message_to_each_node(tmp_path: Path, 
         ]
         assert set(with_leases) <= {0, 2}, "two actors, each with one group"
         assert with_leases.count(2) == SETTINGS["stop"]["updates"]
+
+
+def is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_link_has_its_descriptor_until_it_is_closed_and_its_threads_have_ended(lost: bool) -> None:
+    node = Quiet()
+    link = NodeLink("a", node, lambda version: (version, b""))
+    descriptor = link.fileno()
+    if lost:
+        node.end()
+        assert wait([link], 300.0) == [link]
+        assert (link.lost, link.take()) == ("the test is over", [])
+        time.sleep(0.1)
+        assert is_open(descriptor), "whoever waits for it needs it"
+    link.close()
+    assert lost or is_open(descriptor), "a call is under way that may yet say something"
+    node.end()
+    deadline = time.monotonic() + 300.0
+    while link.fileno() >= 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not is_open(descriptor)
+    link.close()
+    assert (link.take(), link.lost) == ([], "the test is over" if lost else "")

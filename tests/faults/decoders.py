@@ -41,6 +41,7 @@ from shoal.engines.ray_words import Kind as NodeKind
 from shoal.engines.running import Running
 from shoal.engines.saves import Saves
 from shoal.engines.session import Session
+from shoal.engines.traffic import Counted, Traffic
 from shoal.environments.spaces import describe
 from shoal.errors import CheckpointError, RunError, SchemaError, ShoalError
 from shoal.evaluation.bundle import load_policy, save_bundle
@@ -201,6 +202,7 @@ class _Link:
 
     def __init__(self, frames: list[Frame]) -> None:
         self.name, self.own, self.lost, self.node, self.env_steps = "far", False, "", self, 0
+        self.traffic = Traffic(self.name, Counted(), Counted(), 0)
         self._frames = frames
 
     def take(self) -> list[Frame]:

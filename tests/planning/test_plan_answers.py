@@ -140,6 +140,8 @@ def test_learners_on_nodes_need_as_many_nodes_as_in_a_run(nodes: int, fits: bool
     [
         ({"sampling.group_size": 4}, "sampling.group_size"), ({"algorithm.epochs": 2}, "algorithm.epochs"), ({"env.form": "native"}, "env.form"),
         ({"algorithm.minibatch_size": 128}, "algorithm.minibatch_size"), ({"algorithm": "impala"}, "algorithm"),
+        ({"policy.hidden_sizes": [1024, 1024]}, "policy.hidden_sizes"), ({"policy.memory": "lstm"}, "policy.memory"), ({"device": "cuda"}, "device"),
+        ({"env.kwargs": {"sutton_barto_reward": True}}, "env.kwargs"),
     ],
 )  # fmt: skip
 def test_costs_of_something_else_are_refused(given: dict[str, Any], key: str) -> None:

@@ -62,7 +62,7 @@ def bench_costs(
         blocking_us=blocking["wall_us"] if blocking["waits"] else None, own_device=own_device,
     )  # fmt: skip
     found = {
-        "settings": _described(config, plan),
+        "settings": _described(config, plan, blueprint.device().type),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": {**machine(), "load": round(os.getloadavg()[0], 2)},
         "cores": cores,
@@ -96,7 +96,7 @@ def _several(learners: int, cores: int, parts: PartCosts) -> dict[str, Any] | No
     }
 
 
-def _described(config: RunConfig, plan: Plan) -> dict[str, Any]:
+def _described(config: RunConfig, plan: Plan, device: str) -> dict[str, Any]:
     """What the figures are figures of."""
     return {
         "env": config.env.id,
@@ -112,6 +112,9 @@ def _described(config: RunConfig, plan: Plan) -> dict[str, Any]:
         "minibatch_size": getattr(config.algorithm, "minibatch_size", None),
         "actors": config.actors,
         "learner_threads": config.learner.threads,
+        "policy": config.policy.model_dump(mode="json", exclude={"inference"}),
+        "device": device,
+        "env_kwargs": config.model_dump(mode="json")["env"]["kwargs"],
     }
 
 

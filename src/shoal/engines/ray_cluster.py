@@ -18,13 +18,15 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from shoal.config import RunConfig
 from shoal.engines.ray_link import FIRST_PART_BYTES, LEAST_PART_BYTES, NodeHandle, UnfitNodeError, next_part_bytes
 from shoal.engines.ray_node import SignalledNode
 from shoal.engines.ray_own_node import OwnNode
 from shoal.engines.ray_roll import Roll
-from shoal.engines.ray_security import asks_for_token, check_cluster, local_environment, redact
+from shoal.engines.ray_secrets import OwnSecrets, check_joining, check_unused
+from shoal.engines.ray_security import asks_for_token, check_cluster, redact
 from shoal.engines.ray_words import is_part
 from shoal.errors import ConfigError, ProcessError
 from shoal.settings import available_cores
@@ -42,6 +44,7 @@ CONNECT_SECONDS = 10.0
 POLL_SECONDS = 0.2
 _DRAINS = "Drains"  # of a machine: when it is taken away, in seconds since the epoch; 0 where nobody said, negative where it is not; None: Ray does not tell
 _CREATION = "error raised in its creation task"  # Ray's words
+_NEVER = "; are its CPUs taken? Ray starts nothing there before enough are free. Free them, or take fewer nodes (--nodes) or fewer CPUs (--actors-per-node)"
 ASKED_AHEAD = 2  # questions that wait at a node: what happens while an answer travels finds the next one there
 
 
@@ -78,7 +81,7 @@ class RemoteNode:
         first = not self._asked
         while len(self._asked) < ASKED_AHEAD:
             self._asked.append(hear.remote(self._part_bytes))
-        answer: bytes = self._get(self._asked[0], START_SECONDS) if first else self._wait(self._asked[0])
+        answer: bytes = self._get(self._asked[0], START_SECONDS, _NEVER) if first else self._wait(self._asked[0])
         self._measure(answer)
         self._asked.popleft()
         self._asked.append(hear.remote(self._part_bytes))
@@ -126,13 +129,13 @@ class RemoteNode:
                 raise ProcessError(f"a message has been under way for {TRANSFER_SECONDS:g} s")
         return self._get(asked, BEAT_SECONDS)
 
-    def _get(self, asked: Any, timeout_seconds: float) -> Any:
+    def _get(self, asked: Any, timeout_seconds: float, advice: str = "") -> Any:
         import ray
 
         try:
             return ray.get(asked, timeout=timeout_seconds)
         except ray.exceptions.GetTimeoutError as error:
-            raise ProcessError(f"it has not answered for {timeout_seconds:g} s") from error
+            raise ProcessError(f"it has not answered for {timeout_seconds:g} s{advice}") from error
         except ray.exceptions.RayError as error:
             why = redact(_why(str(error)))[:500] or type(error).__name__
             raise (UnfitNodeError if _CREATION in str(error) else ProcessError)(why) from error
@@ -152,11 +155,11 @@ class Cluster:
 
     num_nodes: int | None
     actors_per_node: int
-    secrets: tempfile.TemporaryDirectory[str] | None = None
+    secrets: OwnSecrets | None = None
     roll: Roll | None = None
     gpus_first: bool = False
     own: str = ""
-    _started: list[RemoteNode] = field(default_factory=list)
+    _started: WeakSet[RemoteNode] = field(default_factory=WeakSet)  # one that nobody has any more, Ray ends
 
     @property
     def head_is_lost(self) -> bool:
@@ -199,9 +202,14 @@ class Cluster:
         return sorted(fit, key=lambda node: (self.gpus_first and not node.has_gpu, node.name, node.id))
 
     def driver(self) -> tuple[str, str]:
-        """The machine of this process, which is part of the cluster: its node's id, and its address as the others know it."""
-        machines = self.roll.machines if self.roll is not None else []
-        return self.own, next(each["NodeManagerAddress"] for each in machines if each["NodeID"] == self.own)
+        """The machine of this process, which is part of the cluster: its node's id, and its address as the others know it. Raises ProcessError where the
+        cluster does not list it."""
+        for each in self.roll.machines if self.roll is not None else []:
+            if each["NodeID"] == self.own:
+                return self.own, each["NodeManagerAddress"]
+        raise ProcessError(
+            "the cluster does not list the machine of this process among its nodes; run the driver on one that `ray status` lists"
+        )
 
     def draining(self) -> dict[str, float | None] | None:
         """Nodes that Ray is about to take away (a preemption, `ray drain-node`, SIGTERM of `ray start --block`), by id: in how many seconds, None where
@@ -234,7 +242,7 @@ class Cluster:
             **({"num_gpus": 1} if gpu else {}),
         )
         started = RemoteNode(placed.remote(setup) if own else placed.remote(setup, pickled))
-        self._started.append(started)
+        self._started.add(started)
         return started
 
     def close(self) -> None:
@@ -248,7 +256,7 @@ class Cluster:
         if self.roll is not None:
             self.roll.close()
         if self.roll is None or self.roll.silent_seconds < HEAD_SECONDS:
-            for node in self._started:
+            for node in list(self._started):
                 node.end()
             ray.shutdown()
         if self.secrets is not None:
@@ -258,7 +266,7 @@ class Cluster:
         import ray
 
         closing = []
-        for node in self._started:
+        for node in list(self._started):
             with contextlib.suppress(Exception):
                 closing.append(node.close())
         with contextlib.suppress(Exception):
@@ -284,35 +292,46 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
             "with --address HEAD:PORT, or give --learners-on driver"
         )
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    secrets: tempfile.TemporaryDirectory[str] | None = None
+    check_unused()
+    secrets: OwnSecrets | None = None
     if address is None:
-        secrets = tempfile.TemporaryDirectory(prefix="shoal-ray-")
-        os.environ.update(local_environment(Path(secrets.name)))  # before Ray is imported, which reads it once
-        address = "local"
+        secrets, address = OwnSecrets(), "local"  # before Ray is imported
         quiet |= {"num_cpus": max(available_cores(), config.ray.actors_per_node or 1), "include_dashboard": False}
     else:
+        check_joining()
         if address == "auto":
             _check_there_is_one()
         else:
             _check_reachable(address, named)
         for warning in check_cluster(os.environ, config.ray.allow_insecure_cluster, lambda: asks_for_token(address, os.environ)):
             warn(warning)
-    import ray
-
     try:
+        import ray
+
         with _own_signals():
             ray.init(address, **quiet)
-    except Exception as error:  # Ray raises a plain Exception where its own processes start too slowly
-        if secrets is not None:
-            secrets.cleanup()
+        own = "" if address.startswith("ray://") else ray.get_runtime_context().get_node_id()
+        roll = Roll(_machines)
+    except BaseException as error:
+        _leave_ray(secrets)
+        if not isinstance(error, Exception):  # Ray raises a plain one where its own processes start too slowly
+            raise
         done, busy = (
             (f"joined at {address}", "") if secrets is None else ("started on this machine", "; is it too busy for Ray to start in time?")
         )
         raise ConfigError(f"ray.address: no cluster could be {done}: {redact(' '.join(str(error).split()))[:300]}{busy}") from None
-    roll = Roll(_machines)
     per_node = config.ray.actors_per_node or _cpus_of_the_smallest(roll.machines)
-    own = "" if address.startswith("ray://") else ray.get_runtime_context().get_node_id()
     return Cluster(1 if secrets and config.ray.nodes is None else config.ray.nodes, per_node, secrets, roll, own=own)
+
+
+def _leave_ray(secrets: OwnSecrets | None) -> None:
+    """Of a cluster that was joined or started in vain, nothing stays."""
+    with contextlib.suppress(Exception):  # it is not there
+        import ray
+
+        ray.shutdown()
+    if secrets is not None:
+        secrets.cleanup()
 
 
 def _why(text: str) -> str:

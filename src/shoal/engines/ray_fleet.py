@@ -364,7 +364,7 @@ class RayFleet(Fleet):
         return read_log(log, begin)
 
     def network(self) -> dict[str, Any]:
-        return summary([link.traffic for link in (*self._nodes.gone, *self._nodes.links.values())])
+        return summary(self._nodes.traffic)
 
     # ---- weights -------------------------------------------------------------------------------------------------
     def _weights_for(self, version: int) -> tuple[int, bytes]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 from shoal.engines.fleet import Death, Process
 from shoal.engines.messages import NOBODY, Word, check_word, place_of
@@ -95,9 +96,9 @@ class Hearing:
         self.leases: dict[int, tuple[RemoteChannel, Identity]] = {}
         self.states: dict[int, str] = {}
         self.seen_at: dict[int, float] = {}
-        self._clocks: dict[NodeLink, int] = {}  # ns to add to a node's monotonic clock
+        self._clocks = WeakKeyDictionary[NodeLink, int]()  # ns to add to a node's monotonic clock
         self._logs: dict[int, BoundedLog] = {}
-        self._allowances: dict[NodeLink, Allowance] = {}
+        self._allowances = WeakKeyDictionary[NodeLink, Allowance]()
 
     def begin(self, ring: Ring, activities: ActivityBoard) -> None:
         """Where rollouts, and what processes do, are written."""

@@ -3,7 +3,8 @@
 consumes    the answer of each node that came while the run goes on
 waits for   nothing: a thread for each node asks, since a node imports first, which takes seconds
 unblocked   by the answer, or by the handle's error
-on failure  a node on which nothing can be made is answered for with a report that says why; for one that cannot be reached there is none
+on failure  a node on which nothing can be made is answered for with a report that says why; for one that cannot be reached there is none, but why. That is known
+            once its link is lost, which takes less patience than the question
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from shoal.engines.ray_security import redact_all
 from shoal.errors import ProcessError
 from shoal.experience.schema import Schema
 
-Answer = tuple[str, NodeLink, NodeReport | None]  # the node's id, the way to it, what it is
+Answer = tuple[str, NodeLink, NodeReport | str]  # the node's id, the way to it, what it is or why it cannot be reached
 
 
 class Newcomers:
@@ -39,8 +40,13 @@ class Newcomers:
         answers: list[Answer] = []
         while self._answers:
             answers.append(self._answers.popleft())
-            del self.asked[answers[-1][0]]
-        return answers
+        answers += [(node_id, link, link.lost) for node_id, link in self.asked.items() if link.lost]
+        heard: list[Answer] = []
+        for answer in answers:
+            if self.asked.get(answer[0]) is answer[1]:  # else it was given up before
+                del self.asked[answer[0]]
+                heard.append(answer)
+        return heard
 
     def close(self) -> None:
         for link in self.asked.values():
@@ -48,9 +54,9 @@ class Newcomers:
 
     def _ask(self, node_id: str, link: NodeLink) -> None:
         try:
-            report: NodeReport | None = report_of(link.node)
-        except ProcessError:
-            report = None
+            report: NodeReport | str = report_of(link.node)
+        except ProcessError as error:
+            report = str(error)
         self._answers.append((node_id, link, report))
 
 

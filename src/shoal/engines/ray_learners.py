@@ -12,6 +12,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 from shoal.config import RunConfig
 from shoal.engines.messages import Kind as Told
@@ -72,7 +73,7 @@ class Brought:
     its slot there before all learners have made the update that it is for, since the slot is leased to nobody before that."""
 
     def __init__(self) -> None:
-        self._there: dict[NodeLink, dict[int, Identity]] = {}
+        self._there = WeakKeyDictionary[NodeLink, dict[int, Identity]]()
 
     def forget(self) -> None:
         """Other learners come, perhaps elsewhere."""
@@ -127,8 +128,8 @@ class Spread:
         self.on = config.learners > 1 and config.ray.learners_on == "nodes"
         self.device: str = config.device
         self.here = ("", "")
-        self.places: dict[NodeLink, tuple[str, str]] = {}
-        self.with_gpu: set[NodeLink] = set()
+        self.places = WeakKeyDictionary[NodeLink, tuple[str, str]]()
+        self.with_gpu = WeakSet[NodeLink]()
         self.ring: Ring | None = None
         self._learners, self._homes = learners, homes
         self._port = 0  # where they meet

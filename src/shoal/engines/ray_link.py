@@ -73,7 +73,8 @@ class NodeLink:
         self._in: list[Frame] = []
         self._in_bytes = 0
         self._room = threading.Condition()
-        self._closing = False
+        self._closing = self._closed = False
+        self._at_work = 2  # threads
         self._ready = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         for work in (self._say, self._hear):
             threading.Thread(target=self._guard, args=(work,), name=f"link-{name}", daemon=True).start()
@@ -110,7 +111,9 @@ class NodeLink:
             self._sent_version = -1
 
     def take(self) -> list[Frame]:
-        """What the node said since the last call."""
+        """What the node said since the last call; nothing once the link is closed."""
+        if self._closed:
+            return []
         try:
             os.eventfd_read(self._ready)
         except BlockingIOError:
@@ -121,10 +124,17 @@ class NodeLink:
         return taken
 
     def close(self) -> None:
-        """Let the threads end, which they do with the call that they are in. May be called twice."""
+        """Let the threads end, which they do with the call that they are in, and the descriptor with them. May be called twice."""
         with self._room:
-            self._closing = True
+            self._closing = self._closed = True
             self._room.notify_all()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Close the descriptor once nobody needs it."""
+        if self._closed and not self._at_work and self._ready >= 0:
+            os.close(self._ready)
+            self._ready = -1
 
     # ---- the threads ---------------------------------------------------------------------------------------------
     def _guard(self, work: Callable[[], None]) -> None:
@@ -137,6 +147,9 @@ class NodeLink:
             if first:
                 self.lost = str(error) or type(error).__name__
                 os.eventfd_write(self._ready, 1)
+        with self._room:
+            self._at_work -= 1
+            self._let_go()
 
     def _say(self) -> None:
         while True:

@@ -23,10 +23,13 @@ from shoal.engines.node_report import NodeReport, refusal
 from shoal.engines.placement import shares
 from shoal.engines.process import Process
 from shoal.engines.ray_cluster import HEAD_SECONDS, Cluster, ClusterNode
-from shoal.engines.ray_joining import Newcomers, report_of
+from shoal.engines.ray_joining import Newcomers
 from shoal.engines.ray_link import NodeLink
+from shoal.engines.traffic import Traffic
 from shoal.errors import ConfigError, ProcessError
 
+POLL_SECONDS = 0.05
+SILENT_SECONDS = 20.0  # until nodes are named that have not said at the start what they are
 RENEW_SECONDS = 1.0  # between two looks for nodes that have come
 NODELESS_SECONDS = 60.0  # a run without any node waits so long for one
 REJOIN_SECONDS = 10.0  # until a node that was lost and seems alive to Ray is tried again: a fleet that died, a partition that healed
@@ -59,18 +62,19 @@ class Nodes:
     Args:
       told: of what happens to nodes, as `Observer.event`.
     Attributes:
-      links: to the nodes that the run has, by their ids. gone: to those that were lost, or left.
+      links: to the nodes that the run has, by their ids. gone: what crossed the way to those that were lost, or left, by their ids.
       homes: nodes by the numbers of those who live there, or lived there last (ray_words.number_of).
     """
 
     def __init__(self, household: Household, directory: Path, told: Callable[..., None]) -> None:
         self._household, self._directory, self._told = household, directory, told
         self.links: dict[str, NodeLink] = {}
-        self.gone: list[NodeLink] = []
+        self.gone: dict[str, Traffic] = {}
         self.homes: dict[int, NodeLink] = {}
         self._left: dict[str, float] = {}  # nodes that were lost, or taken away, by their id: when; those that are never taken: infinity
         self._leaving: dict[NodeLink, str] = {}  # nodes that are to be taken away: who said so
         self._newcomers = Newcomers()
+        self._unreached: set[str] = set()  # nodes that came and could not be reached, of which that was said
         self._candidates: deque[ClusterNode] = deque()  # nodes that may be taken in
         self._here = NodeReport("")
         self._num_groups, self._wanted = 0, MAX_ACTORS
@@ -93,21 +97,33 @@ class Nodes:
         self._check()
 
     def _check(self) -> None:
-        """One that is gone meanwhile is left out, where others are there."""
-        here, gone = [], []
-        for node_id, link in self.links.items():
-            try:
-                here.append((link.name, report_of(link.node)))
-            except ProcessError as error:
-                gone.append((node_id, link, str(error)))
-        silent = [(link.name, NodeReport("", error=why)) for _, link, why in gone]
+        """Ask all of them at once. One that is gone meanwhile, or never answers, is left out, where others are there."""
+        answers = self._ask_all()
+        here = [(link.name, report) for link, report in answers.values() if isinstance(report, NodeReport)]
+        gone = {node_id: (link, why) for node_id, (link, why) in answers.items() if isinstance(why, str)}
+        silent = [(link.name, NodeReport("", error=why)) for link, why in gone.values()]
         if not here or refusal(here, self._here):
             raise ConfigError(refusal([*here, *silent], self._here))
-        for node_id, link, why in gone:
+        for node_id, (link, why) in gone.items():
             del self.links[node_id]
             self._left[node_id] = time.monotonic()
             _give_back(link)
             self._told("node_lost", node=link.name, reason=why, actors=[])
+
+    def _ask_all(self) -> dict[str, tuple[NodeLink, NodeReport | str]]:
+        """What each node is, or why it cannot be reached, by its id. Waits for that, as long as nodes may take; those that take long are named meanwhile."""
+        for node_id, link in self.links.items():
+            self._newcomers.ask(node_id, link)
+        answers: dict[str, tuple[NodeLink, NodeReport | str]] = {}
+        name_them_at = time.monotonic() + SILENT_SECONDS
+        while self._newcomers.asked:
+            answers |= {node_id: (link, report) for node_id, link, report in self._newcomers.answered()}
+            if time.monotonic() > name_them_at and self._newcomers.asked:
+                name_them_at = math.inf
+                names = ", ".join(sorted(link.name for link in self._newcomers.asked.values()))
+                self._told("warning", message=f"waiting for nodes that have not said yet what they are: {names}; are their CPUs taken?")
+            time.sleep(POLL_SECONDS)
+        return {node_id: answers[node_id] for node_id in self.links}
 
     def close(self) -> None:
         self._newcomers.close()
@@ -222,15 +238,22 @@ class Nodes:
     def _greet(self, now: float) -> None:
         """Take in the nodes that have said what they are, but for those that are not as this machine is."""
         for node_id, link, report in self._newcomers.answered():
-            if report is None:  # it cannot be reached; perhaps it can later
+            if isinstance(report, str):  # it cannot be reached; perhaps it can later
                 self._left[node_id] = now
                 _give_back(link)
+                if node_id not in self._unreached:
+                    self._unreached.add(node_id)
+                    self._told(
+                        "warning",
+                        message=f"node {link.name} came, and is not used before it answers, for which it is tried again: {report}",
+                    )
             elif why := refusal([(link.name, report)], self._here):
                 self._left[node_id] = math.inf
                 _give_back(link)
                 self._told("node_refused", node=link.name, reason=why)
             else:
                 self.links[node_id] = link
+                self._unreached.discard(node_id)
                 self._told("node_joined", node=link.name)
 
     def notice(self, link: NodeLink, notice: str, seconds: float | None = None) -> None:
@@ -248,12 +271,10 @@ class Nodes:
             if learner.up and home in self._leaving:
                 self._household.kill(learner, f"its node is taken away: {self._leaving[home]}")
         for node_id, link in [(node_id, link) for node_id, link in self.links.items() if link not in lived_in]:
-            del self.links[node_id]
+            self._part_from(node_id, link)
             preempted = self._leaving.pop(link, "") != ""
             if preempted:
                 self._left[node_id] = now
-            self.gone.append(link)
-            link.close()
             link.node.leave()
             self._told("node_left", node=link.name, reason="preempted" if preempted else "no actor is to live there")
 
@@ -261,10 +282,8 @@ class Nodes:
         """A node is gone, and what it says later is not heard. Returns the actors that lived there, whose groups move to others; those that are still up are
         dead as far as this run is concerned."""
         node_id = next(node_id for node_id, each in self.links.items() if each is link)
-        del self.links[node_id]
+        self._part_from(node_id, link)
         self._left[node_id] = self._lost_at = time.monotonic()
-        self.gone.append(link)
-        link.close()
         link.node.end()
         notice = self._leaving.pop(link, "")
         lived = [process for process in self._household.actors if self.homes[process.index] is link and (process.up or not process.retired)]
@@ -274,6 +293,21 @@ class Nodes:
             self._retire(process)
         self._changed = True
         return lived
+
+    def _part_from(self, node_id: str, link: NodeLink) -> None:
+        """What is heard of a node later counts no more."""
+        before = self.gone.get(node_id)
+        self.gone[node_id] = link.traffic if before is None else before.plus(link.traffic)
+        del self.links[node_id]
+        link.close()
+
+    @property
+    def traffic(self) -> list[Traffic]:
+        """Of each node that the run has or had: of one that came back, of all times together."""
+        found = dict(self.gone)
+        for node_id, link in self.links.items():
+            found[node_id] = found[node_id].plus(link.traffic) if node_id in found else link.traffic
+        return list(found.values())
 
     @property
     def _how_to_go_on(self) -> str:

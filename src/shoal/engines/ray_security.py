@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -42,8 +43,13 @@ _SECRETS_IN_TEXT = (
 
 # ---- making ---------------------------------------------------------------------------------------------------------------
 def make_secrets(directory: Path) -> list[Path]:
-    """A token and an authority in a directory of mode 0700, each file with mode 0600. What is there already is kept, since a cluster may be using it."""
+    """A token and an authority in a directory that its owner alone may enter, each file with mode 0600. What is there already is kept, since a cluster may be
+    using it. Raises ConfigError for a directory that others may enter."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if (mode := stat.S_IMODE(directory.stat().st_mode)) & 0o077:
+        raise ConfigError(
+            f"{directory}: others may enter it (mode {mode:04o}), and it is to hold secrets: chmod 700 {directory}, or name another directory"
+        )
     token, certificate, key = directory / TOKEN, directory / AUTHORITY, directory / AUTHORITY_KEY
     if not token.exists():
         make_token(token)

@@ -39,6 +39,11 @@ class Traffic:
     heard: Counted
     env_steps: int
 
+    def plus(self, later: Traffic) -> Traffic:
+        """Of the same node, when it was there again."""
+        said, heard = (Counted(*map(sum, zip(*ways, strict=True))) for ways in ((self.said, later.said), (self.heard, later.heard)))
+        return Traffic(later.node, said, heard, self.env_steps + later.env_steps)
+
 
 def summary(nodes: Sequence[Traffic]) -> dict[str, Any]:
     """`network` of a run: env_steps, messages, bytes_said, bytes_heard, bytes_per_env_step, messages_per_env_step of all nodes together, and of each one

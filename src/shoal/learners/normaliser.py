@@ -29,7 +29,7 @@ class RewardNormaliser:
         self._moments = Moments(())
 
     def __call__(self, batch: Batch, groups: Sequence[int]) -> None:
-        """Merge the batch's returns, then scale `batch.reward_TN` in place. `groups`: of each rollout, in the batch's order."""
+        """Merge the batch's returns, then have `batch.reward_TN` be another tensor, of scaled rewards. `groups`: of each rollout, in the batch's order."""
         num_envs = self._carry.shape[1]
         reward, ended, valid = batch.reward_TN.numpy(), batch.ended_TN.numpy(), batch.valid_TN.numpy()
         for i, group in enumerate(groups):

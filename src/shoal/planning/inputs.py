@@ -44,6 +44,9 @@ class _Settings(BaseModel):
     minibatch_size: int | None = Field(gt=0)
     actors: int
     learner_threads: int = Field(gt=0)
+    policy: dict[str, Any]
+    device: str
+    env_kwargs: dict[str, Any]
 
 
 class _StepCosts(BaseModel):
@@ -172,10 +175,18 @@ def check_same(config: RunConfig, measured: Measured, source: str) -> None:
         "sampling.group_size": (config.sampling.group_size, of.group_size),
         "algorithm.epochs": (getattr(config.algorithm, "epochs", 1), of.epochs),
         "algorithm.minibatch_size": (getattr(config.algorithm, "minibatch_size", None), of.minibatch_size),
+        "device": (of.device if config.device == "auto" else config.device, of.device),
+        "env.kwargs": (config.model_dump(mode="json")["env"]["kwargs"], of.env_kwargs),
+        **{f"policy.{name}": (value, of.policy.get(name)) for name, value in _network(config).items()},
     }
     for key, (wanted, known) in planned.items():
         if wanted != known:
             raise ConfigError(f"{source}: costs of {key} {known}, and {wanted} is planned; give the same options, or {_AGAIN}")
+
+
+def _network(config: RunConfig) -> dict[str, Any]:
+    """The settings of the policy that costs depend on: all but where its actions are chosen, which a plan says for itself."""
+    return config.policy.model_dump(mode="json", exclude={"inference"})
 
 
 def _name(env: str) -> str:
