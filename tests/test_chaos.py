@@ -203,7 +203,16 @@ def test_what_is_no_time_is_refused(text):
         Duration().convert(text, None, None)
 
 
-@pytest.mark.parametrize(("every", "settings", "words"), [({}, {}, "kind of fault"), ({"kill": 5.0}, {"actors": 0}, "--actors 1")])
+@pytest.mark.parametrize(
+    ("every", "settings", "words"),
+    [
+        ({}, {}, "kind of fault"),
+        ({"kill": 5.0}, {"actors": 0}, "--actors 1"),
+        ({"kill": 5.0}, {"engine": "ray"}, "give --engine local"),
+        ({"kill": 5.0}, {"engine": "ray", "actors": 2}, "give --engine local"),
+        ({"kill": 5.0}, {"engine": "ray", "ray.actors_per_node": 2}, "give --engine local"),
+    ],
+)
 def test_chaos_that_cannot_be_is_refused(every, settings, words):
     with pytest.raises(ConfigError, match=words):
         chaos("CartPole-v1", every, 1.0, **settings)
@@ -213,3 +222,10 @@ def test_chaos_that_is_refused_before_it_begins_leaves_nothing(tmp_path):
     with pytest.raises(ConfigError, match="did you mean CartPole"):
         chaos("CartPoel-v1", {"kill": 5.0}, 1.0, run_dir=str(tmp_path / "run"), actors=1, progress=SilentView(io.StringIO()))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_chaos_on_a_cluster_that_a_file_names_is_refused_too(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("env: {id: CartPole-v1}\nengine: ray\n")
+    with pytest.raises(ConfigError, match="give --engine local"):
+        chaos(str(file), {"kill": 5.0}, 1.0)

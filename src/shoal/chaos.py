@@ -109,6 +109,7 @@ def chaos(
     Raises:
       ConfigError: no kind of fault, or one that cannot be sent here; else as `shoal.train`.
     """
+    _check_engine(settings.get("engine"))
     config, preset = resolve(target, _with_stop(settings, seconds))
     config.preset = preset
     _check(config, every)
@@ -142,7 +143,16 @@ def _with_stop(settings: dict[str, Any], seconds: float) -> dict[str, Any]:
     return settings if given else {**settings, "stop": {"seconds": 2 * seconds + _SLACK_SECONDS}}
 
 
+def _check_engine(engine: object) -> None:
+    """Also before the settings are resolved, which would advise on actors of a cluster."""
+    if engine == "ray":
+        raise ConfigError(
+            "engine: chaos signals processes of this machine, so it is for the local engine; give --engine local, without what is said of a cluster"
+        )
+
+
 def _check(config: RunConfig, every: Mapping[str, float]) -> None:
+    _check_engine(config.engine)
     if not every:
         raise ConfigError("chaos needs a kind of fault: --kill 5s, --stop 20s, --slow 10s, --nan 30s, --learner 60s")
     if not config.actors:

@@ -13,6 +13,7 @@
     ├── LearnersError               1   several learners whose weights are no longer the same
     ├── ShapeError                  1   tensors whose dimensions do not go together (ops)
     └── ProcessError                1   a role that died more often than its budget allows
+        └── TooFewNodesError        1   a cluster that has not the nodes for a run to begin with; nothing of it was begun
 
 Each message says what was expected, what came, where, and what to do.
 """
@@ -84,3 +85,7 @@ class ShapeError(ShoalError):
 
 class ProcessError(ShoalError):
     """A role's process died again and again; carries the last traceback."""
+
+
+class TooFewNodesError(ProcessError):
+    """A cluster has fewer nodes than a run asked for, which may come: trying again may help. Nothing of the run was begun."""

@@ -63,6 +63,24 @@ def test_which_preset_was_taken_is_said(calls: list[Any], capfd: pytest.CaptureF
     assert "CartPole-v1: td3 (sync), preset CartPole-v1 (which has nothing for td3 alone), seed 0" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "variable", "said"),
+    [
+        ((), "", "on a local Ray"),
+        ((), "h:6379", "on all nodes of a cluster"),
+        (("--address", "h:6379"), "", "on all nodes of a cluster"),
+        (("--address", "h:6379", "--nodes", "1"), "", "on 1 node of a cluster"),
+        (("--address", "h:6379", "--nodes", "2"), "", "on 2 nodes of a cluster"),
+    ],
+)
+def test_where_on_a_cluster_a_run_is_placed_is_said(
+    given: tuple[str, ...], variable: str, said: str, calls: list[Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    ends_with("train", "CartPole-v1", "--engine", "ray", *given)
+    assert f", seed 0, {said}, " in capfd.readouterr().err
+
+
 def test_with_json_standard_output_holds_one_object_whatever_else_prints(calls: list[Any], capfd: pytest.CaptureFixture[str]) -> None:
     assert ends_with("train", "CartPole-v1", "--json") == 0
     captured = capfd.readouterr()

@@ -131,12 +131,14 @@ def test_a_node_without_actors_is_given_back_and_taken_again_when_they_come_back
         scene.scale(actors=1)
         wait_for(lambda: any(node.left for node in first.values()))
         assert sum(node.left for node in first.values()) == 1
-        scene.scale(actors=2)
+        answer = scene.scale(actors=2)
+        assert (answer["actors"], answer["there"], list(answer["nodes"].values())) == (2, 1, [1]), "the other one has no node yet"
         wait_for(lambda: scene.hosting() == 2)
 
     run = scene.train(cluster, beside)
     (left,), (joined,) = events(run, "node_left"), events(run, "node_joined")
     assert (left["node"], left["reason"]) == (joined["node"], "no actor is to live there")
+    assert [(event["actors"], event.get("there")) for event in events(run, "scaled")] == [(1, None), (2, 1)]
     nothing_was_lost(run)
     learned_as_on_one_machine(run)
 

@@ -26,7 +26,7 @@ from shoal.engines.ray_link import NodeHandle
 from shoal.engines.ray_node import ACTIVITY, Node
 from shoal.engines.ray_roll import Roll
 from shoal.engines.ray_words import Frame, Kind, decode, encode
-from shoal.errors import ConfigError, ProcessError
+from shoal.errors import ConfigError, ProcessError, TooFewNodesError
 from shoal.supervision.heartbeat import RECORD
 from shoal.types import Activity
 
@@ -139,6 +139,13 @@ def events(run: shoal.Run, kind: str) -> list[dict[str, Any]]:
 
     with RunReader(run.path / "run.db") as reader:
         return list(reader.events(kind))
+
+
+def test_of_a_run_that_found_too_few_nodes_to_begin_nothing_is_left(run_on: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "NODES_SECONDS", 0.0)
+    with pytest.raises(TooFewNodesError, match="the cluster has 2"):
+        run_on(ClusterHere(["a", "b"], num_nodes=3))
+    assert list(tmp_path.iterdir()) == [], "so that the same command can be given again"
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from shoal.engines import ray_cluster
 from shoal.engines.ray_cluster import Cluster, ClusterNode
 from shoal.engines.ray_node import SignalledNode
 from shoal.engines.ray_own_node import OwnNode
+from shoal.errors import ConfigError, TooFewNodesError
 from shoal.settings import resolve
 
 
@@ -108,3 +109,48 @@ def test_a_driver_knows_its_own_node_but_for_one_that_joins_by_ray(address: str 
     assert cluster.own == own
     if own:
         assert cluster.driver() == ("b", "10.0.0.98")
+
+
+# ---- too few nodes
+def test_what_is_waited_for_is_said_once_and_at_once_and_too_few_nodes_may_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "NODES_SECONDS", 0.5)
+    told: list[tuple[str, dict[str, Any]]] = []
+    with pytest.raises(TooFewNodesError, match=r"ray.nodes: 3 with 2 CPUs each .* the cluster has 2; .* add machines") as missing:
+        cluster_of(machine("a"), machine("b"), num_nodes=3).wait_for_nodes(lambda kind, **facts: told.append((kind, facts)))
+    assert missing.value.exit_code == 1, "whoever repeats what may come out differently repeats this"
+    assert told == [("nodes_awaited", {"there": 2, "wanted": 3, "cpus": 2, "seconds": 0.5})]
+
+
+def test_a_node_that_comes_in_time_is_waited_for_and_where_all_are_there_nothing_is_said() -> None:
+    cluster, told = cluster_of(machine("a"), num_nodes=2), list[str]()
+
+    def tell(kind: str, **facts: Any) -> None:
+        told.append(kind)
+        cluster.roll.machines.append(machine("b"))  # type: ignore[union-attr]
+
+    for _ in range(2):
+        assert [node.id for node in cluster.wait_for_nodes(tell)] == ["a", "b"]
+    assert told == ["nodes_awaited"]
+
+
+# ---- what is refused before a cluster is joined, or started
+@pytest.mark.parametrize(
+    ("settings", "around", "said"),
+    [
+        ({"ray.nodes": 2}, {}, "ray.nodes: 2 were asked for .* this machine alone"),
+        ({"ray.learners_on": "nodes", "learners": 3}, {}, "besides that machine the run has 0 nodes"),
+        ({"ray.learners_on": "nodes", "learners": 3, "ray.address": "h:1", "ray.nodes": 1}, {}, "besides that machine the run has 1 nodes"),
+        ({"ray.learners_on": "nodes", "learners": 3, "ray.address": "h:1"}, {"RAY_USE_TLS": "1"}, "--allow-plain-learners"),
+        ({"ray.learners_on": "nodes", "learners": 3}, {"RAY_USE_TLS": "1", "RAY_ADDRESS": "h:1"}, "--allow-plain-learners"),
+    ],
+)
+def test_what_no_cluster_could_give_is_refused_before_one_is_looked_for(
+    settings: dict[str, Any], around: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rays = Rays(monkeypatch)
+    rays.module.init = rays.module.nodes = None  # whoever calls it fails
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    monkeypatch.setattr(os, "environ", {**kept, **around})
+    config, _ = resolve("CartPole-v1", {"engine": "ray", **settings})
+    with pytest.raises(ConfigError, match=said):
+        ray_cluster.connect(config, print)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.machinery
 import os
+import re
 import socket
 import ssl
 import stat
@@ -284,7 +285,95 @@ def test_the_process_that_asks_has_no_token_and_is_not_waited_for_without_end(tm
     assert {name: value for name, value in seen.items() if "AUTH" in name} == {"RAY_AUTH_MODE": "disabled"}
 
 
+@pytest.mark.parametrize(
+    ("served", "joined", "said"),
+    [
+        ("tls", "0", "the cluster at .* has TLS, and this environment has not; set RAY_USE_TLS=1"),
+        ("plain", "1", "this environment has TLS .*, and the cluster at .* has not"),
+        ("tls", "1", None),
+        ("plain", "0", None),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_tls_at_one_end_alone_is_told_before_anything_is_asked(
+    scheme: str, served: str, joined: str, said: str | None, tmp_path: Path
+) -> None:
+    """A server that wants to see certificates, as Ray's, and one that speaks first, as HTTP/2 does. There is no Ray to ask them anything else."""
+    (tmp_path / "ray.py").write_text("raise ImportError('no Ray here')")
+    around = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path), "RAY_USE_TLS": joined}
+    _, context = contexts(*[node(tmp_path, "ours", "one", ["127.0.0.1"])] * 2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                connection, _ = server.accept()
+                with connection:
+                    if served == "tls":
+                        context.wrap_socket(connection, server_side=True).close()
+                    else:
+                        connection.sendall(b"\0\0\0\4\0\0\0\0\0")
+                        connection.recv(65536)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        address = f"{scheme}127.0.0.1:{server.getsockname()[1]}"
+        if said is None:
+            assert ray_security.asks_for_token(address, around, timeout_seconds=300) is None
+        else:
+            with pytest.raises(ConfigError, match=said):
+                ray_security.asks_for_token(address, around, timeout_seconds=300)
+        thread.join(300)
+
+
+@pytest.mark.parametrize(
+    ("environment", "found", "said"),
+    [
+        ({}, "", "it may ask for a token .* or for TLS"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t0ken"}, "REFUSED", r"it refuses the token of this environment \(RAY_AUTH_TOKEN\)"),
+        ({"RAY_AUTH_MODE": "token", "HOME": "/home/me"}, "REFUSED", r"\(/home/me/.ray/auth_token\)"),
+        (
+            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/a"},
+            "UNKNOWN",
+            r"likely the token \(/a\) .*, the certificates \(RAY_TLS_\*\)",
+        ),
+    ],
+)
+def test_why_a_cluster_was_not_joined_is_guessed_at(
+    environment: dict[str, str], found: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_security, "_ask", lambda address, around, seconds: found)
+    words = ray_security.why_not_joined("h:1", environment)
+    assert re.search(said, words), words
+    assert "t0ken" not in words
+
+
+def test_a_token_that_is_there_is_used_where_nobody_said_otherwise(tmp_path: Path) -> None:
+    (tmp_path / ".ray").mkdir()
+    written(tmp_path / ".ray" / "auth_token", "t0ken")
+    home = {"HOME": str(tmp_path)}
+    assert ray_security.use_token(home) == ray_security.use_token({"RAY_AUTH_TOKEN": "t0ken"}) == {"RAY_AUTH_MODE": "token"}
+    for settled in ({**home, "RAY_AUTH_MODE": "disabled"}, {**home, "RAY_AUTH_MODE": ""}, {"HOME": "/nowhere"}):
+        assert ray_security.use_token(settled) == {}
+
+
 # ---- joining, with a Ray that fails
+def test_a_token_that_nobody_spoke_of_goes_only_to_a_cluster_that_asks_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".ray").mkdir()
+    written(tmp_path / ".ray" / "auth_token", "t0ken")
+    around = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    monkeypatch.setattr(ray_cluster, "_check_reachable", lambda *asked: None)
+    for insecure, asked in ((False, ["token"]), (True, [])):
+        seen: list[str] = []
+        monkeypatch.setattr(os, "environ", dict(around))
+        monkeypatch.setattr(ray_cluster, "asks_for_token", lambda address, how, seen=seen: seen.append(how["RAY_AUTH_MODE"]) or False)
+        monkeypatch.setitem(sys.modules, "ray", None)  # whoever joins fails
+        monkeypatch.setattr(ray_cluster.importlib.util, "find_spec", lambda name: "here")
+        config, _ = resolve("CartPole-v1", {"engine": "ray", "ray.address": "h:1", "ray.allow_insecure_cluster": insecure})
+        with pytest.raises(ImportError if insecure else ConfigError):
+            ray_cluster.connect(config, lambda warning: None)
+        assert seen == asked
+
+
 @pytest.mark.parametrize(("address", "said"), [(None, "started on this machine"), ("auto", "joined at auto")])
 def test_whatever_ray_raises_as_it_begins_is_one_line_without_secrets(
     address: str | None, said: str, monkeypatch: pytest.MonkeyPatch
@@ -299,12 +388,13 @@ def test_whatever_ray_raises_as_it_begins_is_one_line_without_secrets(
     monkeypatch.setattr(os, "environ", {**os.environ, **SAFE})
     monkeypatch.setattr(ray_cluster, "asks_for_token", lambda *asked: True)
     monkeypatch.setattr(ray_cluster, "_check_there_is_one", lambda: None)
+    monkeypatch.setattr(ray_cluster, "why_not_joined", lambda *asked: "; perhaps the token")
     monkeypatch.delitem(os.environ, "RAY_ADDRESS", raising=False)
     config, _ = resolve("CartPole-v1", {"engine": "ray", "ray.address": address})
     with pytest.raises(ConfigError, match=f"no cluster could be {said}: The current node timed out") as refused:
         ray_cluster.connect(config, print)
     assert "c0ffee" not in str(refused.value)
-    assert ("too busy" in str(refused.value)) == (address is None)
+    assert str(refused.value).endswith("; is it too busy for Ray to start in time?" if address is None else "; perhaps the token")
     assert refused.value.__suppress_context__, "the cause is not redacted"
 
 

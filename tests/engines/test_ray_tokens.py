@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.engines.ray_security import asks_for_token, check_cluster, local_environment
+from shoal.engines.ray_security import asks_for_token, check_cluster, local_environment, why_not_joined
 from shoal.errors import ConfigError
 from standing_cluster import LIMIT_SECONDS, standing_cluster
 
@@ -53,6 +53,12 @@ def test_a_cluster_with_token_and_tls_takes_those_who_have_both(tmp_path: Path) 
         assert asks_for_token(address, ours, timeout_seconds=LIMIT_SECONDS) is True
         assert check_cluster(ours, allow_insecure=False, ask=lambda: True) == []
         assert join(address, ours) == "joined"
+        with pytest.raises(ConfigError, match="has TLS, and this environment has not"):
+            asks_for_token(address, {**ours, "RAY_USE_TLS": "0"}, timeout_seconds=LIMIT_SECONDS)
+        stranger = {**ours, "RAY_AUTH_TOKEN": "0" * 64}
+        assert join(address, stranger) != "joined"
+        assert "it refuses the token of this environment (RAY_AUTH_TOKEN)" in why_not_joined(address, stranger, LIMIT_SECONDS)
+        assert "refuses" not in why_not_joined(address, ours, LIMIT_SECONDS)
     assert asks_for_token(address, ours, timeout_seconds=5) is None, "nobody is there any more"
 
 
@@ -61,6 +67,9 @@ def test_a_cluster_that_asks_for_nothing_is_found_out(tmp_path: Path) -> None:
     with standing_cluster(CLUSTER, environment={**around, **OPEN}, cwd=tmp_path) as address:
         with_token = {**around, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t0ken", "RAY_USE_TLS": "0"}
         assert join(address, with_token) == "joined", "Ray itself does not mind"
+        with_tls = {**with_token, **local_environment(tmp_path / "private")}
+        with pytest.raises(ConfigError, match="this environment has TLS"):
+            asks_for_token(address, with_tls, timeout_seconds=LIMIT_SECONDS)
         asks = asks_for_token(address, with_token, timeout_seconds=LIMIT_SECONDS)
         assert asks is False
         with pytest.raises(ConfigError, match="CVE-2023-48022"):

@@ -248,18 +248,13 @@ def test_a_run_in_a_store_whose_driver_is_killed_is_resumed_by_another_machine(
     assert (result["run"], result["weights_sha256"]) == (url, wanted)
 
 
-def test_a_run_that_asks_for_more_nodes_than_there_are_is_told_so(
-    machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said = "too busy for Ray to start in time"
-    for attempt in range(3):  # half a minute is all that Ray gives its own processes
-        if "too busy for Ray to start in time" in said:
-            run = tmp_path / f"run{attempt}"
-            process = start(run, "train", *SMALL, "--engine", "ray", "--nodes", "2", "--stop.updates", "1", "--run-dir", str(run))
-            process.communicate(timeout=LIMIT_SECONDS)
-            assert process.returncode == 2
-            said = run.with_suffix(".log").read_text()
-    assert "ray.nodes: 2 with" in said
+def test_a_run_that_asks_for_more_nodes_than_this_machine_is_told_so(tmp_path: Path) -> None:
+    """No Ray is started for it."""
+    run = tmp_path / "run"
+    process = start(run, "train", *SMALL, "--engine", "ray", "--nodes", "2", "--stop.updates", "1", "--run-dir", str(run))
+    process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 2
+    assert "ray.nodes: 2 were asked for" in run.with_suffix(".log").read_text()
 
 
 def test_a_cluster_without_a_token_is_refused(machines: Machines, tmp_path: Path) -> None:

@@ -43,6 +43,12 @@ from shoal.monitoring.words import counted, event_words
         ),
         ("scaled", {"actors": 2, "before": 2, "reason": "", "nodes": {"a": 1, "b": 1}}, "now 2 actors (1 on a, 1 on b)"),
         (
+            "scaled",
+            {"actors": 4, "before": 1, "reason": "", "nodes": {"b": 2}, "there": 2},
+            "4 actors wanted instead of 1, and now 2 (2 on b); the others begin as nodes are taken in",
+        ),
+        ("nodes_awaited", {"there": 2, "wanted": 3, "cpus": 4, "seconds": 60.0}, "waiting for nodes: 2 of 3 with 4 CPUs are there"),
+        (
             "node_draining",
             {"node": "a", "reason": "preempted", "notice": "Ray takes the node away", "seconds": 30.2, "actors": [1]},
             "node a is to go in 30 s (preempted: Ray takes the node away)",

@@ -299,9 +299,8 @@ def stalls(run: str, as_json: bool, debug: bool) -> None:
 
 def _count(config: Any) -> str:
     if config.engine == "ray":
-        return (
-            f"on {'all nodes' if config.ray.nodes is None else config.ray.nodes} of a cluster" if config.ray.address else "on a local Ray"
-        )
+        nodes = "all nodes" if config.ray.nodes is None else "1 node" if config.ray.nodes == 1 else f"{config.ray.nodes} nodes"
+        return f"on {nodes} of a cluster" if config.ray.address or os.environ.get("RAY_ADDRESS") else "on a local Ray"
     bounds = f" (autoscale {config.autoscale})" if config.autoscale else ""
     return "all in this process" if not config.actors else f"1 actor{bounds}" if config.actors == 1 else f"{config.actors} actors{bounds}"
 

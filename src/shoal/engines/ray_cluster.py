@@ -26,10 +26,10 @@ from shoal.engines.ray_node import SignalledNode
 from shoal.engines.ray_own_node import OwnNode
 from shoal.engines.ray_roll import Roll
 from shoal.engines.ray_secrets import OwnSecrets, check_joining, check_unused
-from shoal.engines.ray_security import asks_for_token, check_cluster, redact
+from shoal.engines.ray_security import asks_for_token, check_cluster, has_tls, redact, use_token, why_not_joined
 from shoal.engines.ray_words import is_part
-from shoal.errors import ConfigError, ProcessError
-from shoal.settings import available_cores
+from shoal.errors import ConfigError, ProcessError, TooFewNodesError
+from shoal.settings import available_cores, check_spread
 
 NODES_SECONDS = 60.0  # until as many nodes are there as were asked for
 START_SECONDS = 120.0  # a node's first answer: its imports, on a slow disk
@@ -166,21 +166,27 @@ class Cluster:
         """Whether the head has not answered for HEAD_SECONDS."""
         return self.roll is not None and self.roll.silent_seconds > HEAD_SECONDS
 
-    def wait_for_nodes(self) -> list[ClusterNode]:
+    def wait_for_nodes(self, told: Callable[..., None]) -> list[ClusterNode]:
         """The nodes that the run takes.
 
+        Args:
+          told: of what is waited for, as `Observer.event`; once, and at once.
         Raises:
-          ConfigError: the cluster that was started for this run has too few CPUs. ProcessError: fewer than were asked for came within NODES_SECONDS.
+          TooFewNodesError: fewer than were asked for came within NODES_SECONDS.
         """
-        deadline = time.monotonic() + NODES_SECONDS
+        deadline, said = time.monotonic() + NODES_SECONDS, False
         while True:
             draining = self.draining() or {}
             nodes = [node for node in self.nodes() if node.id not in draining]
             if nodes and (self.num_nodes is None or len(nodes) >= self.num_nodes):
                 return nodes[: self.num_nodes]
-            if self.secrets or time.monotonic() > deadline:
-                raise (ConfigError if self.secrets else ProcessError)(
-                    f"ray.nodes: {self.num_nodes or 1} with {self.actors_per_node} CPUs each were asked for (--nodes, --actors-per-node), the "
+            wanted = self.num_nodes or 1
+            if not said:
+                told("nodes_awaited", there=len(nodes), wanted=wanted, cpus=self.actors_per_node, seconds=NODES_SECONDS)
+                said = True
+            if time.monotonic() > deadline:
+                raise TooFewNodesError(
+                    f"ray.nodes: {wanted} with {self.actors_per_node} CPUs each were asked for (--nodes, --actors-per-node), the "
                     f"cluster has {len(nodes)}; ask for less, or add machines to it: `ray start --address HEAD:PORT` on each"
                 )
             time.sleep(POLL_SECONDS)
@@ -291,6 +297,7 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
             "ray.learners_on: a driver that joins by ray:// is no machine of the cluster, and learners on nodes have no way to it; run it on one of them, "
             "with --address HEAD:PORT, or give --learners-on driver"
         )
+    _check_asked_for(config, alone=address is None)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     check_unused()
     secrets: OwnSecrets | None = None
@@ -303,6 +310,8 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
             _check_there_is_one()
         else:
             _check_reachable(address, named)
+        if not config.ray.allow_insecure_cluster:
+            os.environ.update(use_token(os.environ))
         for warning in check_cluster(os.environ, config.ray.allow_insecure_cluster, lambda: asks_for_token(address, os.environ)):
             warn(warning)
     try:
@@ -317,7 +326,9 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
         if not isinstance(error, Exception):  # Ray raises a plain one where its own processes start too slowly
             raise
         done, busy = (
-            (f"joined at {address}", "") if secrets is None else ("started on this machine", "; is it too busy for Ray to start in time?")
+            (f"joined at {address}", why_not_joined(address, os.environ))
+            if secrets is None
+            else ("started on this machine", "; is it too busy for Ray to start in time?")
         )
         raise ConfigError(f"ray.address: no cluster could be {done}: {redact(' '.join(str(error).split()))[:300]}{busy}") from None
     per_node = config.ray.actors_per_node or _cpus_of_the_smallest(roll.machines)
@@ -332,6 +343,19 @@ def _leave_ray(secrets: OwnSecrets | None) -> None:
         ray.shutdown()
     if secrets is not None:
         secrets.cleanup()
+
+
+def _check_asked_for(config: RunConfig, *, alone: bool) -> None:
+    """Raise ConfigError for what no cluster could give, whoever joins or starts it. alone: this machine is all of it."""
+    nodes = config.ray.nodes
+    if alone and (nodes or 1) > 1:
+        raise ConfigError(
+            f"ray.nodes: {nodes} were asked for (--nodes), and the Ray that is started for a run is this machine alone; leave --nodes out, or join a "
+            "cluster of several machines with --address HEAD:PORT"
+        )
+    if config.learners > 1 and config.ray.learners_on == "nodes":
+        others = 0 if alone else config.learners - 1 if nodes is None else nodes
+        check_spread(config, others=others, tls=not alone and has_tls(os.environ))
 
 
 def _why(text: str) -> str:

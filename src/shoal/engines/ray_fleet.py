@@ -111,7 +111,7 @@ class RayFleet(Fleet):
         self.actors = []
         self.cluster.gpus_first = self._spread.on_gpus
         most = MAX_ACTORS if self._config.autoscale is None else actor_bounds(self._config.autoscale)[1]
-        nodes = self.cluster.wait_for_nodes()
+        nodes = self.cluster.wait_for_nodes(self._told)
         if self._spread.on:
             self._spread.here = self.cluster.driver()
             self._spread.check_gpus(nodes)

@@ -32,7 +32,10 @@ AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 365
 _CLOCKS_DIFFER = timedelta(minutes=10)
 _HOST = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 _HIDDEN = "***"
-_UNKNOWN = "whether it answers calls that carry none could not be found out: there is no cluster, or it was too slow to answer; try again"
+_UNKNOWN = (
+    "whether it answers calls that carry none could not be found out: there is no cluster, its certificates are of another authority (RAY_TLS_CA_CERT), "
+    "or it was too slow to answer; try again"
+)
 _SECRETS_IN_TEXT = (
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S), _HIDDEN),
     (re.compile(r"(\bbearer\s+)[^\s\"',;]{8,}", re.I), rf"\1{_HIDDEN}"),
@@ -246,6 +249,12 @@ def find_token(environment: Mapping[str, str]) -> str | None:
     return token or None
 
 
+def use_token(environment: Mapping[str, str]) -> dict[str, str]:
+    """What the environment is to say besides: token authentication is on where RAY_AUTH_MODE is not set and there is a token, as `ray start` has it. A driver
+    that joins by an address would go without."""
+    return {"RAY_AUTH_MODE": "token"} if "RAY_AUTH_MODE" not in environment and find_token(environment) is not None else {}
+
+
 def check_cluster(environment: Mapping[str, str], allow_insecure: bool, ask: Callable[[], bool | None]) -> list[str]:
     """What to warn of before a driver with this environment joins a cluster.
 
@@ -288,9 +297,31 @@ def has_tls(environment: Mapping[str, str]) -> bool:
 
 
 _ASK = """
-import sys
-address = sys.argv[1]
+import socket, ssl, sys
+address, has_tls = sys.argv[1], sys.argv[2] == "tls"
+
+def speaks_tls(place):
+    host, _, port = place.rpartition(":")
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), 10) as plain, context.wrap_socket(plain):
+            return True
+    except ssl.SSLError as error:
+        return "ALERT" in (error.reason or "")  # it speaks TLS, and wants to see a certificate
+    except (OSError, ValueError):
+        return None
+
 try:
+    place = address.removeprefix("ray://")
+    if address == "auto":
+        from ray._private import services
+        place = services.canonicalize_bootstrap_address_or_die(address)
+    speaks = speaks_tls(place)
+    if speaks is not None and speaks != has_tls:
+        print("TLS" if speaks else "PLAIN")
+        sys.exit()
     if address.startswith("ray://"):
         import grpc
         from ray._private.grpc_utils import init_grpc_channel
@@ -299,9 +330,8 @@ try:
         driver = ray_client_pb2_grpc.RayletDriverStub(init_grpc_channel(address.removeprefix("ray://")))
         driver.ClusterInfo(ping, timeout=10, metadata=[("client_id", "shoal")])
     else:
-        from ray._private import services
         from ray._raylet import GcsClient
-        GcsClient(address=services.canonicalize_bootstrap_address_or_die(address)).internal_kv_keys(b"shoal", None, timeout=10)
+        GcsClient(address=place).internal_kv_keys(b"shoal", None, timeout=10)
 except Exception as error:
     print("REFUSED" if "authenticat" in f"{type(error).__name__} {error}".lower() else "UNKNOWN")
 else:
@@ -313,20 +343,43 @@ def asks_for_token(address: str, environment: Mapping[str, str], timeout_seconds
     """Whether the cluster at `HOST:PORT`, `auto` or `ray://HOST:PORT` refuses a call that carries no token; None where it cannot be found out (nobody is there).
 
     Waits for a process that asks it as a driver without token would; one that does not answer in time is killed.
+
+    Raises:
+      ConfigError: one of the two has TLS, the cluster or this environment.
     """
     bare = {name: value for name, value in environment.items() if not name.startswith("RAY_AUTH_")}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", _ASK, address],
-            env={**bare, "RAY_AUTH_MODE": "disabled"},
-            capture_output=True,
-            text=True,
-            timeout=timeout_seconds,
-            check=False,
+    said = _ask(address, {**bare, "RAY_AUTH_MODE": "disabled"}, timeout_seconds)
+    if said == "TLS":
+        raise ConfigError(
+            f"ray.address: the cluster at {address} has TLS, and this environment has not; set RAY_USE_TLS=1, and RAY_TLS_SERVER_CERT, RAY_TLS_SERVER_KEY "
+            "and RAY_TLS_CA_CERT to files that `shoal deploy certificate` makes with the authority of that cluster"
         )
+    if said == "PLAIN":
+        raise ConfigError(
+            f"ray.address: this environment has TLS (RAY_USE_TLS), and the cluster at {address} has not; start it with TLS too, or `unset RAY_USE_TLS`"
+        )
+    return {"REFUSED": True, "ANSWERED": False}.get(said)
+
+
+def why_not_joined(address: str, environment: Mapping[str, str], timeout_seconds: float = 60.0) -> str:
+    """What may be wrong where Ray could not join a cluster, to be added to what it said. Waits as `asks_for_token`."""
+    if environment.get("RAY_AUTH_MODE", "").lower() != "token":
+        return "; it may ask for a token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH=FILE) or for TLS (RAY_USE_TLS=1)"
+    source = "RAY_AUTH_TOKEN" if (file := token_file(environment)) is None else str(file)
+    if _ask(address, environment, timeout_seconds) == "REFUSED":
+        return f"; it refuses the token of this environment ({source}), which has to be the one that it was started with"
+    return f"; likely the token ({source}) is not the one that it was started with, the certificates (RAY_TLS_*) are of another authority, or it is too slow"
+
+
+def _ask(address: str, environment: Mapping[str, str], timeout_seconds: float) -> str:
+    """What a process with this environment finds: REFUSED or ANSWERED of its call; TLS or PLAIN, where that is what the cluster speaks and the environment
+    does not; else something else."""
+    command = [sys.executable, "-c", _ASK, address, "tls" if has_tls(environment) else "plain"]
+    try:
+        done = subprocess.run(command, env=dict(environment), capture_output=True, text=True, timeout=timeout_seconds, check=False)
     except subprocess.TimeoutExpired:
-        return None
-    return {"REFUSED": True, "ANSWERED": False}.get(done.stdout.strip().rpartition("\n")[2])
+        return ""
+    return done.stdout.strip().rpartition("\n")[2]
 
 
 # ---- saying ----------------------------------------------------------------------------------------------------------------------

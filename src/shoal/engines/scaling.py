@@ -64,7 +64,12 @@ class Scaling:
             actor.deaths = 0
         self._scale(actors, reason)
         facts = {"actors": actors, "autoscale": self._bounds, "nodes": self._fleet.by_node()}
-        return {name: value for name, value in facts.items() if value}
+        return {name: value for name, value in facts.items() if value} | self._missing(actors)
+
+    def _missing(self, actors: int) -> dict[str, int]:
+        """How many of the actors that are wanted have a place (`there`), where those are fewer: on a cluster, until there are nodes for the others."""
+        there = len(self._fleet.living)
+        return {"there": there} if there < actors else {}
 
     # ---- what the load asks for ----------------------------------------------------------------------------------
     def watch(self, situation: Situation, now: float) -> None:
@@ -102,6 +107,7 @@ class Scaling:
         facts: dict[str, Any] = {"actors": actors, "before": before, "reason": reason, "autoscale": self._bounds or "", **figures}
         if nodes := self._fleet.by_node():
             facts["nodes"] = nodes
+        facts |= self._missing(actors)
         self._session.observer.event("scaled", **facts)
 
 

@@ -103,8 +103,11 @@ def _fault(facts: _Facts) -> str:
 def _scaled(facts: _Facts) -> str:
     nodes = ", ".join(f"{count} on {node}" for node, count in (facts.get("nodes") or {}).items())
     before = f" instead of {facts['before']}" if facts.get("before") not in (None, facts["actors"]) else ""
-    why = f": {facts['reason']}" if facts.get("reason") else ""
-    return f"now {counted(int(facts['actors']), 'actor')}{before}{f' ({nodes})' if nodes else ''}{why}"
+    where, why = f" ({nodes})" if nodes else "", f": {facts['reason']}" if facts.get("reason") else ""
+    if "there" in facts:
+        missing = "the others begin as nodes are taken in that have room for them"
+        return f"{counted(int(facts['actors']), 'actor')} wanted{before}, and now {facts['there']}{where}; {missing}{why}"
+    return f"now {counted(int(facts['actors']), 'actor')}{before}{where}{why}"
 
 
 def _node_draining(facts: _Facts) -> str:
@@ -136,6 +139,9 @@ _SENTENCES: dict[str, Callable[[_Facts], str]] = {
     "failed": lambda facts: f"the run ended with {facts['error']}: {str(facts['message']).splitlines()[0]}",
     "warning": lambda facts: f"warning: {facts['message']}",
     "scaled": _scaled,
+    "nodes_awaited": lambda facts: (
+        f"waiting for nodes: {facts['there']} of {facts['wanted']} with {facts['cpus']} CPUs are there; it is given up after {facts['seconds']:g} s"
+    ),
     "node_joined": lambda facts: f"node {facts['node']} is taken in",
     "node_lost": lambda facts: f"node {facts['node']} is lost ({facts['reason']}); what lived there is made again elsewhere",
     "node_draining": _node_draining,

@@ -11,7 +11,7 @@ from typing import Any
 from shoal.config import RunConfig
 from shoal.engines.elsewhere import Elsewhere
 from shoal.environments.make import check_registered
-from shoal.errors import ConfigError, RunError, ShoalError, StorageError
+from shoal.errors import ConfigError, RunError, ShoalError, StorageError, TooFewNodesError
 from shoal.files import CheckpointDirectory, write_text_atomically
 from shoal.locks import lock_run
 from shoal.monitoring.live import View, open_view
@@ -69,7 +69,7 @@ def _train(training: Training, discard: Callable[[], None] | None) -> dict[str, 
     try:
         return _in_its_place(training)
     except ShoalError as error:
-        if isinstance(error, ConfigError) and discard is not None and not recorder.began:
+        if isinstance(error, (ConfigError, TooFewNodesError)) and discard is not None and not recorder.began:
             discard()
         recorder.failed(error)
         training.elsewhere.failed(recorder.event)
