@@ -27,6 +27,7 @@ from shoal.experience.envelope import Identity
 from shoal.experience.ring import Ring, allocate
 from shoal.experience.wire import unpack
 
+ELSEWHERE: Any = object()  # a node that has no learner
 FIRST, SECOND = Identity(0, 0, 0), Identity(1, 0, 0)
 
 
@@ -96,7 +97,7 @@ def test_a_rollout_goes_to_a_learner_as_it_comes_in_and_the_others_before_the_or
     lodger: tuple[Spread, Process, Posted], ring: Ring
 ) -> None:
     spread, learner, node = lodger
-    spread.bring(filled(0, FIRST))
+    spread.bring(filled(0, FIRST), ELSEWHERE)
     assert node.kinds() == [Kind.ROLLOUT]
     tell(learner, train((0, FIRST), (1, SECOND)))
     assert node.kinds() == [Kind.ROLLOUT, Kind.ROLLOUT, Kind.ORDER]
@@ -113,11 +114,11 @@ def test_another_rollout_in_the_same_slot_is_brought_and_so_is_the_same_one_to_l
     lodger: tuple[Spread, Process, Posted], ring: Ring
 ) -> None:
     spread, learner, node = lodger
-    spread.bring(filled(0, FIRST))
+    spread.bring(filled(0, FIRST), ELSEWHERE)
     again = FIRST._replace(attempt=1)
     write_rollout(ring.slots[0], again)
-    spread.bring(filled(0, again))
-    spread.bring(filled(0, again))
+    spread.bring(filled(0, again), ELSEWHERE)
+    spread.bring(filled(0, again), ELSEWHERE)
     assert [Word.decode(frame.head).identity for frame in node.frames] == [FIRST, again]
     os.close(spread.begin([_link(node)]))
     tell(learner, train((0, again)))
@@ -131,7 +132,7 @@ def test_nothing_is_brought_to_a_learner_that_is_not_up_and_an_order_to_save_bri
     tell(learner, to_json({"do": "save", "path": "x", "previous": None}))
     assert node.kinds() == [Kind.ORDER]
     learner.ended()
-    spread.bring(filled(0, FIRST))
+    spread.bring(filled(0, FIRST), ELSEWHERE)
     assert node.kinds() == [Kind.ORDER]
 
 
