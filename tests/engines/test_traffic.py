@@ -252,7 +252,7 @@ def is_open(descriptor: int) -> bool:
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_link_has_its_descriptor_until_it_is_closed_and_its_threads_have_ended(lost: bool) -> None:
     node = Quiet()
-    link = NodeLink("a", node, lambda version: (version, b""))
+    link = NodeLink("a", node, lambda version: (version, b""), 1000)
     descriptor = link.fileno()
     if lost:
         node.end()
