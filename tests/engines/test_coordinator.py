@@ -110,6 +110,23 @@ def test_only_available_actors_get_orders():
 
 
 # ---- async -----------------------------------------------------------------------------------------------------------
+def test_only_who_makes_an_attempt_or_puts_its_group_back_for_it_is_heard():
+    c = coordinator_of(plan_of("async", 2, 1, 2))
+    c.place([0, 1])
+    (put_back,) = c.next_restores({1})
+    assert [c.makes(actor, put_back.identity) for actor in (0, 1)] == [False, True]
+    assert not c.makes(1, Identity(1, 1, 0))
+    leases = c.next_leases({0})
+    assert [lease.identity for lease in leases] == [Identity(0, 0, 0), Identity(0, 1, 0)]
+    assert [[c.makes(actor, lease.identity) for lease in leases] for actor in (0, 1)] == [[True, True], [False, False]]
+    assert not c.makes(0, Identity(0, 2, 0)), "its turn comes once nothing is made"
+    finish(c, leases[0])
+    assert not c.makes(0, leases[0].identity), "it is made"
+    c.lost(0)
+    assert not c.makes(0, leases[1].identity)
+    assert c.makes(0, Identity(0, 1, 1)), "the next attempt"
+
+
 def test_async_orders_two_batches_ahead_and_groups_that_are_behind_first():
     c = coordinator_of(plan_of(groups=2, batch=2))
     c.place([0, 1])

@@ -118,6 +118,16 @@ def test_a_frame_that_cannot_be_read_costs_the_node_and_nothing_else(frame: Fram
     assert [death.process for death in node.fleet._hearing.events] == [process, node.learner]
 
 
+def test_a_word_that_no_actor_says_costs_only_the_actor_where_it_is_one_of_this_machine(node: NodeSays) -> None:
+    """As its memory is not what it was."""
+    for frame in (word(Told.RESTORED, None), fault(env=2)):
+        process = node.hear([])
+        process.channel.said.append(frame.head)  # type: ignore[union-attr]
+        node.heed(process)
+        assert process.doomed.startswith("sent what is no message (")
+        assert not node.lost
+
+
 def test_what_a_node_truly_says_is_heard(node: NodeSays) -> None:
     for message in node_messages():
         node.hear(list(decode(message)))

@@ -35,9 +35,7 @@ def _json_without_secrets(content: bytes) -> bytes:
         said: dict[str, Any] = redact_all(from_json(content))
     except ValueError:
         return content  # whoever reads it refuses it
-    return json.dumps(said, ensure_ascii=False).encode(
-        errors="replace"
-    )  # what is no text (a lone surrogate) cannot be written into a file either
+    return json.dumps(said, ensure_ascii=False).encode(errors="replace")  # a lone surrogate cannot be written into a file
 
 
 class LogText:
