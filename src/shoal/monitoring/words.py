@@ -140,7 +140,7 @@ _SENTENCES: dict[str, Callable[[_Facts], str]] = {
     "warning": lambda facts: f"warning: {facts['message']}",
     "scaled": _scaled,
     "nodes_awaited": lambda facts: (
-        f"waiting for nodes: {facts['there']} of {facts['wanted']} with {facts['cpus']} CPUs are there; it is given up after {facts['seconds']:g} s"
+        f"waiting for nodes: {facts['there']} of {facts['wanted']} with {counted(int(facts['cpus']), 'CPU')} are there; it is given up after {facts['seconds']:g} s"
     ),
     "node_joined": lambda facts: f"node {facts['node']} is taken in",
     "node_lost": lambda facts: f"node {facts['node']} is lost ({facts['reason']}); what lived there is made again elsewhere",
