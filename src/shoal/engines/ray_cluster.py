@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from shoal.config import RunConfig
@@ -297,18 +298,19 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
             _check_reachable(address, named)
         for warning in check_cluster(os.environ, config.ray.allow_insecure_cluster, lambda: asks_for_token(address, os.environ)):
             warn(warning)
-    import ray
-
     try:
         with _own_signals():
+            import ray
+
             ray.init(address, **quiet)
     except Exception as error:  # Ray raises a plain Exception where its own processes start too slowly
+        said = redact(" ".join(str(error).split()))[:300]  # while its token is there
         if secrets is not None:
             secrets.cleanup()
         done, busy = (
             (f"joined at {address}", "") if secrets is None else ("started on this machine", "; is it too busy for Ray to start in time?")
         )
-        raise ConfigError(f"ray.address: no cluster could be {done}: {redact(' '.join(str(error).split()))[:300]}{busy}") from None
+        raise ConfigError(f"ray.address: no cluster could be {done}: {said}{busy}") from None
     roll = Roll(_machines)
     per_node = config.ray.actors_per_node or _cpus_of_the_smallest(roll.machines)
     own = "" if address.startswith("ray://") else ray.get_runtime_context().get_node_id()
@@ -365,13 +367,34 @@ def _check_reachable(address: str, named: str) -> None:
 
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
-    """Ray puts a handler of its own on SIGTERM; ours end a run with its last checkpoint."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    """While Ray starts, which puts a handler of its own on SIGTERM that ends this process: ours stay. What they raise may be lost in Ray, or come out as an
+    error of Ray's, so KeyboardInterrupt is raised at the end for a signal that came meanwhile. In another thread than the main one there are none of ours."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    ours = {number: handler for number, handler in before.items() if callable(handler)}
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        ours[signal.Signals(number)](number, frame)
+
+    def put(number: Any, handler: Any) -> Any:
+        return before[number] if number in before else real(number, handler)
+
+    real = signal.signal
+    for number in ours:
+        real(number, note)
+    signal.signal = put  # type: ignore[assignment]
     try:
         yield
     finally:
-        for number, handler in before.items():
+        signal.signal = real
+        for number, handler in ours.items():
             signal.signal(number, handler)
+        if came:
+            raise KeyboardInterrupt
 
 
 def _machines() -> list[dict[str, Any]]:
