@@ -26,13 +26,25 @@ from shoal.training.wishes import listening
 NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 SIGNALLED = """
 import os, signal, sys
-from ray._private.node import Node
-real = Node.start_head_processes
-def start(node):
-    real(node)
-    os.kill(os.getpid(), signal.SIGTERM)  # Ray has put its handler there
-Node.start_head_processes = start
 from shoal.cli import main
+from shoal.engines import ray_cluster
+
+environment = ray_cluster.local_environment
+
+def then_be_signalled(directory):
+    made = environment(directory)
+    os.environ.update(made)  # before Ray is imported
+    from ray._private.node import Node
+    start = Node.start_head_processes
+
+    def started(node):
+        start(node)
+        os.kill(os.getpid(), signal.SIGTERM)  # Ray has put its handler there
+
+    Node.start_head_processes = started
+    return made
+
+ray_cluster.local_environment = then_be_signalled
 sys.argv[0] = "shoal"
 main()
 """
@@ -50,7 +62,7 @@ def dies(number: int) -> None:
 def passes_over(number: int) -> None:
     try:
         dies(number)
-    except BaseException:  # noqa: BLE001
+    except BaseException:
         return
 
 
