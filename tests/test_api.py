@@ -20,6 +20,7 @@ from rollout_fakes import Drift
 from shoal.config import AlgorithmConfig
 from shoal.errors import ConfigError, RunError
 from shoal.monitoring.live import SilentView
+from shoal.monitoring.store import RunReader
 
 TINY: dict[str, Any] = {
     "actors": 0,
@@ -42,6 +43,15 @@ def train(target: Any = Drift, **settings: Any) -> shoal.Run:
 
 def resume(run: Any, **settings: Any) -> shoal.Run:
     return shoal.resume(run, progress=SilentView(io.StringIO()), **settings)
+
+
+def test_arguments_of_an_environment_that_are_secrets_by_their_names_are_warned_of_and_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "asks.py").write_text("import gymnasium\n\ndef make(api_key, tokens):\n    return gymnasium.make('CartPole-v1')\n")
+    run = train("asks.py:make", env={"kwargs": {"api_key": "sk-c0ffee", "tokens": 3}}, stop={"updates": 1})
+    with RunReader(run.path / "run.db") as reader:
+        (said,) = (event["message"] for event in reader.events("warning"))
+    assert said.startswith("env.kwargs.api_key: by its name a secret")
+    assert b"c0ffee" not in (run.path / "run.db").read_bytes()
 
 
 # ---- callbacks -------------------------------------------------------------------------------------------------------

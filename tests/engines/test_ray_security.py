@@ -179,6 +179,7 @@ def test_a_local_cluster_has_token_and_tls_on_whatever_the_user_has_set(tmp_path
         str(own / file) for file in ("tls.crt", "tls.key", "ca.crt")
     }
     assert shake_hands(*contexts(own, own), "127.0.0.1") == "welcome"
+    assert not (tmp_path / "private" / "ca.key").exists(), "nobody needs it any more"
 
 
 # ---- joining

@@ -20,7 +20,7 @@ def say_who(context):
         "group": os.getpgrp() == os.getpid(),
         "wait_policy": os.environ["OMP_WAIT_POLICY"],
         "threads": os.environ["OMP_NUM_THREADS"],
-        "token": [name for name in os.environ if name.startswith("RAY_AUTH_TOKEN")],
+        "secrets": [name for name in os.environ if name.startswith(("RAY_AUTH_TOKEN", "RAY_TLS_"))],
         "fds": sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in open_fds if os.path.lexists(f"/proc/self/fd/{fd}")),
         "int_ignored": signal.getsignal(signal.SIGINT) == signal.SIG_IGN,
         "term_default": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,

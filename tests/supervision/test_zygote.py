@@ -107,7 +107,8 @@ def fleet(tmp_path, monkeypatch):
 def test_a_role_knows_who_it_is_and_holds_nothing_of_others(fleet, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "c0ffee")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/secrets/token")
+    for name in ("RAY_AUTH_TOKEN_PATH", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT"):
+        monkeypatch.setenv(name, "/secrets/file")
     one = fleet(payload={"run": "r", "numbers": [1, 2]})
     others = [one.fork("echo_until_gone", index)[1] for index in range(3)]
     memory = SharedMemory.create(4096)
@@ -116,7 +117,7 @@ def test_a_role_knows_who_it_is_and_holds_nothing_of_others(fleet, monkeypatch):
     assert (who["name"], who["index"], who["incarnation"]) == ("role", 7, 3)
     assert who["payload"] == {"run": "r", "numbers": [1, 2]}
     assert (who["wait_policy"], who["threads"]) == ("PASSIVE", "1")
-    assert who["token"] == []
+    assert who["secrets"] == []
     assert who["group"]
     assert who["int_ignored"]
     assert who["term_default"]

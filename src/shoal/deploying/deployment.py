@@ -10,13 +10,12 @@ from typing import Any
 from shoal.config import RunConfig
 from shoal.errors import ConfigError
 from shoal.imports import OPAQUE
-from shoal.settings import check_spread, dump_tree, file_settings, resolve
+from shoal.settings import check_spread, dump_tree, file_settings, named_secrets, resolve
 
 NAME_LENGTH = 40  # KubeRay allows 47, of which "-secrets" takes its part; labels have 63
 OLDEST_RAY = (2, 52)  # the first with token authentication
 NODES = 2
 _LABEL = r"[a-z]([-a-z0-9]*[a-z0-9])?"
-_SECRET = re.compile(r"(^|[._-])((api|access|private|secret)[_-]?keys?|secrets?|tokens?|passw(or)?ds?|credentials?)(\.\d+)?$", re.I)
 _STORE = r"[a-z][a-z0-9+.-]*://[\w./:-]+"  # without a user, a password or a query
 _SAID_BY_THE_DEPLOYMENT = ("run_dir", "actors", "engine")  # keys of the configuration
 
@@ -136,15 +135,13 @@ def _embedded(file: Path) -> str:
     return dump_tree({**tree, "ray": ray} if ray else tree)
 
 
-def _secrets(tree: Any, path: str = "") -> list[str]:
-    """A warning for each text of the configuration whose name says that it is a secret. The text itself is not shown."""
-    if isinstance(tree, str) and _SECRET.search(path):
-        return [
-            f"{path}: by its name a secret, and it stands in the file as it is: take it out of the configuration, and let the environment read it "
-            "from a variable or a file of the node"
-        ]
-    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    return [warning for key, value in pairs for warning in _secrets(value, f"{path}.{key}" if path else str(key))]
+def _secrets(tree: Any) -> list[str]:
+    """A warning for each text of the configuration whose name says that it is a secret."""
+    return [
+        f"{path}: by its name a secret, and it stands in the file as it is: take it out of the configuration, and let the environment read it "
+        "from a variable or a file of the node"
+        for path in named_secrets(tree)
+    ]
 
 
 def _run_url(file: Path) -> str | None:

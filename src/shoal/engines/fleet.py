@@ -28,7 +28,7 @@ from shoal.supervision.channel import Channel, HasFileno, wait
 from shoal.supervision.heartbeat import ActivityBoard
 from shoal.supervision.memory import SharedMemory, anonymous_file
 from shoal.supervision.processes import process_state, stopped_itself
-from shoal.supervision.zygote import Event, Exited, Forked, Lost, Ready, Zygote, wait_until_ready
+from shoal.supervision.zygote import Event, Exited, Forked, Logs, Lost, Ready, Zygote, wait_until_ready
 from shoal.types import ActivityRecord
 from shoal.weights.board import WeightBoard
 
@@ -49,6 +49,7 @@ class Fleet:
         self._config, self._pickled, self._directory = config, pickled, directory
         self._common: dict[str, Any] = {"run_id": run_id.hex(), "num_roles": 1 + config.learners + MAX_ACTORS, "traces": traces}
         self._zygote: Zygote | None = None
+        self._own_logs: Logs | None = None  # each process writes its own
         self._memory: SharedMemory | None = None
         self._activities: ActivityBoard | None = None
         self.learners = [Process("learner", index) for index in range(config.learners)]
@@ -72,7 +73,8 @@ class Fleet:
         """Start the helper process; its imports go on while this one does other things."""
         (self._directory / "logs").mkdir(parents=True, exist_ok=True)
         payload = {"config": self._config.model_dump(mode="json", by_alias=True)}
-        self._zygote = Zygote.start(payload, self._pickled, _PRELOAD, log_path=self._directory / "logs" / "zygote.log")
+        log_path = self._directory / "logs" / "zygote.log"
+        self._zygote = Zygote.start(payload, self._pickled, _PRELOAD, log_path=log_path, logs=self._own_logs)
 
     def reopen(self) -> None:
         """The zygote is gone, and every role with it: start another."""

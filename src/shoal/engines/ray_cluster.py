@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from weakref import WeakSet
 
@@ -315,13 +316,14 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
         for warning in check_cluster(os.environ, config.ray.allow_insecure_cluster, lambda: asks_for_token(address, os.environ)):
             warn(warning)
     try:
-        import ray
-
         with _own_signals():
+            import ray
+
             ray.init(address, **quiet)
         own = "" if address.startswith("ray://") else ray.get_runtime_context().get_node_id()
         roll = Roll(_machines)
     except BaseException as error:
+        said = redact(" ".join(str(error).split()))[:300]  # while its token is there
         _leave_ray(secrets)
         if not isinstance(error, Exception):  # Ray raises a plain one where its own processes start too slowly
             raise
@@ -330,7 +332,7 @@ def connect(config: RunConfig, warn: Callable[[str], None]) -> Cluster:
             if secrets is None
             else ("started on this machine", "; is it too busy for Ray to start in time?")
         )
-        raise ConfigError(f"ray.address: no cluster could be {done}: {redact(' '.join(str(error).split()))[:300]}{busy}") from None
+        raise ConfigError(f"ray.address: no cluster could be {done}: {said}{busy}") from None
     per_node = config.ray.actors_per_node or _cpus_of_the_smallest(roll.machines)
     return Cluster(1 if secrets and config.ray.nodes is None else config.ray.nodes, per_node, secrets, roll, own=own)
 
@@ -408,13 +410,34 @@ def _check_reachable(address: str, named: str) -> None:
 
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
-    """Ray puts a handler of its own on SIGTERM; ours end a run with its last checkpoint."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    """While Ray starts, which puts a handler of its own on SIGTERM that ends this process: ours stay. What they raise may be lost in Ray, or come out as an
+    error of Ray's, so KeyboardInterrupt is raised at the end for a signal that came meanwhile. In another thread than the main one there are none of ours."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    ours = {number: handler for number, handler in before.items() if callable(handler)}
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        ours[signal.Signals(number)](number, frame)
+
+    def put(number: Any, handler: Any) -> Any:
+        return before[number] if number in before else real(number, handler)
+
+    real = signal.signal
+    for number in ours:
+        real(number, note)
+    signal.signal = put  # type: ignore[assignment]
     try:
         yield
     finally:
-        for number, handler in before.items():
+        signal.signal = real
+        for number, handler in ours.items():
             signal.signal(number, handler)
+        if came:
+            raise KeyboardInterrupt
 
 
 def _machines() -> list[dict[str, Any]]:

@@ -43,6 +43,7 @@ from shoal.engines.ray_learners import Spread, check_learners
 from shoal.engines.ray_link import NodeLink
 from shoal.engines.ray_node import REPORT_BYTES
 from shoal.engines.ray_nodes import Nodes
+from shoal.engines.ray_own_logs import OwnLogs
 from shoal.engines.ray_words import Frame, Kind, number_of
 from shoal.engines.traffic import Delivery, summary
 from shoal.errors import ProcessError
@@ -66,6 +67,7 @@ class RayFleet(Fleet):
         """told: of what happens to nodes, as `Observer.event`."""
         super().__init__(config, pickled, directory, run_id, traces)
         self._told = told
+        self._own_logs = self._clean_logs = OwnLogs()
         self._cluster: Cluster | None = None
         self._nodes = Nodes(self, directory, told)
         self._spread = Spread(config, self.learners, self._nodes.homes)
@@ -125,6 +127,9 @@ class RayFleet(Fleet):
 
     def close(self) -> None:
         self._nodes.close()
+        if self._zygote is not None:
+            self._zygote.close()
+        self._clean_logs.close()  # before the token is gone, which is looked for in them
         if self._cluster is not None:
             self._cluster.close()
         super().close()

@@ -67,9 +67,8 @@ class OwnSecrets:
         for path, content in _kept.items():
             path.touch(mode=0o600)
             path.write_bytes(content)
-        environment = local_environment(self._directory)
         _kept.update({path: path.read_bytes() for path in make_secrets(self._directory)})
-        return environment
+        return local_environment(self._directory)  # which does not leave the authority's key there
 
 
 def _locked_directory() -> tuple[Path, int]:

@@ -205,11 +205,13 @@ def local_environment(directory: Path) -> dict[str, str]:
     """What the environment of a Ray cluster must say that shoal starts on this host, and that of its drivers: token and TLS on, and workers as
     important as any other program.
 
-    The secrets are made in `directory`, which is a private one that lasts as long as the cluster, and no part of a run.
+    The secrets are made in `directory`, which is a private one that lasts as long as the cluster, and no part of a run. The authority's key is not kept: it
+    has no other node to sign.
     """
     make_secrets(directory)
     node = directory / "node"
     make_certificate(directory, node, own_names())
+    (directory / AUTHORITY_KEY).unlink()
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "",  # it would count before the file

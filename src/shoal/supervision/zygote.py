@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from shoal.errors import ProcessError
 from shoal.supervision.channel import Channel, wait
@@ -37,7 +37,7 @@ PASSIVE_THREADS = {
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
-_TOKEN = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+_SECRETS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
 _BOOTSTRAP = """
 import json, os, sys
 startup = os.fdopen(int(sys.argv[1]), "rb")
@@ -112,6 +112,16 @@ class Lost:
 Event = Ready | Forked | Exited | Lost
 
 
+class Logs(Protocol):
+    """Who writes the logs, where roles do not write into them themselves."""
+
+    def open(self, path: Path) -> Path:
+        """What whoever is to write into the log at `path` opens instead."""
+
+    def ended(self, path: Path) -> None:
+        """Whoever wrote there is dead: the log is whole when this returns."""
+
+
 def describe_status(status: int) -> str:
     """Words for a status of os.waitpid."""
     if os.WIFSIGNALED(status):
@@ -149,19 +159,21 @@ class _Watch:
         self._fd = -1
 
 
-def _without_token(environ: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environ.items() if name not in _TOKEN}
+def _without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name not in _SECRETS}
 
 
 class Zygote:
     """See the module. For one thread, which outlives the start: until `Ready`, the zygote dies with the thread that started it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], control: Channel, mark: str) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], control: Channel, mark: str, log_directory: Path, logs: Logs | None) -> None:
         self.pid = process.pid
         self._process = process
         self._control = control
         self._watch = _Watch(control.fileno(), process.pid)
         self._mark = mark
+        self._log_directory, self._logs = log_directory, logs
+        self._log_paths: dict[Role, Path] = {}  # of living roles, where `logs` writes them
         self._num_requests = 0
         self._pending: dict[int, Role] = {}
         self._living: dict[int, Role] = {}
@@ -177,6 +189,7 @@ class Zygote:
         preload: Sequence[str] = (),
         environ: Mapping[str, str] | None = None,
         log_path: str | os.PathLike[str] = os.devnull,
+        logs: Logs | None = None,
     ) -> Zygote:
         """Exec the helper and return at once.
 
@@ -185,8 +198,9 @@ class Zygote:
           pickled: the user's own objects by cloudpickle; every role gets the bytes, the zygote does not open them.
           preload: modules to import before the first fork.
           environ: of the zygote and so of every role (default: this process's own); thread counts are set to 1 and passive in any case, and
-            the token of a cluster is left out, since roles run the user's code and ask no cluster.
+            token, key and certificates of a cluster are left out, since roles run the user's code and ask no cluster.
           log_path: appended to; the roles' logs lie beside it unless `fork` says otherwise. Its directory must exist.
+          logs: writes the logs, that of the zygote too (default: each process its own).
         Raises:
           ProcessError: the helper could not be executed.
         """
@@ -200,19 +214,19 @@ class Zygote:
                 startup_fd = anonymous_file("shoal-start")
                 mine.callback(os.close, startup_fd)
                 _write_startup(startup_fd, payload, pickled, preload, Path(log_path))
-                with open(log_path, "ab") as log:
+                with open(log_path if logs is None else logs.open(Path(log_path)), "ab") as log:
                     process = subprocess.Popen(
                         [sys.executable, "-P", "-c", _BOOTSTRAP, str(startup_fd), str(child_end.fileno())],
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,
-                        env={**_without_token(os.environ if environ is None else environ), **PASSIVE_THREADS, MARK: mark},
+                        env={**_without_secrets(os.environ if environ is None else environ), **PASSIVE_THREADS, MARK: mark},
                         pass_fds=(startup_fd, child_end.fileno()),
                         start_new_session=True,
                     )
                 unless_started.callback(process.wait)
                 unless_started.callback(process.kill)
-                started = cls(process, parent_end, f"{MARK}={mark}")
+                started = cls(process, parent_end, f"{MARK}={mark}", Path(log_path).absolute().parent, logs)
                 unless_started.pop_all()
                 return started
             except OSError as error:
@@ -245,6 +259,9 @@ class Zygote:
         """
         self._num_requests += 1
         role = Role(name, index, incarnation)
+        if self._logs is not None:
+            self._log_paths[role] = Path(log_path or self._log_directory / f"{name}-{index}.log")
+            log_path = self._logs.open(self._log_paths[role])
         fds = (channel_end.fileno(), *memory_fds)
         request = {
             "do": "fork",
@@ -305,6 +322,9 @@ class Zygote:
                 raise EOFError("a role that was stopped as it was forked holds the other end")
         except EOFError:
             events += self._lose()
+        for event in events:
+            if isinstance(event, Exited) and self._logs is not None and (path := self._log_paths.pop(event.role, None)) is not None:
+                self._logs.ended(path)
         return events
 
     def close(self, timeout_seconds: float = 2.0) -> None:

@@ -17,6 +17,7 @@ from shoal.locks import lock_run
 from shoal.monitoring.live import View, open_view
 from shoal.monitoring.profile import TRACES, begin_profile, finish_profile
 from shoal.monitoring.recorder import Callback, Recorder
+from shoal.settings import named_secrets
 from shoal.training.facts import known_facts
 from shoal.training.outcome import interrupted
 from shoal.training.preparing import Training
@@ -51,6 +52,7 @@ def execute(
         elsewhere.tell(recorder.event)
         if discard is None and loaded is None:
             recorder.event("warning", update=0, message="this run has no checkpoint: it begins again from the start")
+        _warn_of_secrets(config, recorder)
         wishes = stack.enter_context(listening())
         traces = ""
         if profile:
@@ -61,6 +63,17 @@ def execute(
         recorder.finish(result)
         _finish_elsewhere(elsewhere, recorder)
     return result
+
+
+def _warn_of_secrets(config: RunConfig, recorder: Recorder) -> None:
+    """Of what stands in the run's files as it is. The texts are not shown."""
+    for key in named_secrets(config.model_dump(mode="json", by_alias=True)):
+        recorder.event(
+            "warning",
+            update=0,
+            message=f"{key}: by its name a secret, and the run's files have it as it is (config.yaml, checkpoints, faults): let the environment read it from a "
+            "variable or a file",
+        )
 
 
 def _train(training: Training, discard: Callable[[], None] | None) -> dict[str, Any]:
