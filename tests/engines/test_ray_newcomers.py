@@ -20,7 +20,7 @@ from test_ray_fleet import SETTINGS, ClusterHere, NodeHere, events, learned_as_o
 import shoal
 from shoal.engines import ray_fleet, ray_nodes
 from shoal.engines.node_report import report_here
-from shoal.engines.ray_cluster import ClusterNode, RemoteNode
+from shoal.engines.ray_cluster import Cluster, ClusterNode, RemoteNode
 from shoal.engines.ray_link import NodeHandle
 from shoal.errors import ConfigError, ProcessError
 from shoal.monitoring.live import SilentView
@@ -114,7 +114,7 @@ class Busy(NodeHere):
 
     def look(self) -> bytes:
         self.both.wait(60.0)
-        self.dead.wait(600.0)  # who asks is patient
+        self.dead.wait(30.0)  # who asks is patient
         raise ProcessError("it has ended")
 
 
@@ -158,6 +158,13 @@ def test_a_node_that_ray_has_never_started_says_what_that_may_be(monkeypatch: py
     method.options = lambda **how: method
     with pytest.raises(ProcessError, match=r"^it has not answered for 120 s; are its CPUs taken\? .*--nodes.*--actors-per-node"):
         RemoteNode(SimpleNamespace(hear=method)).hear()
+
+
+def test_a_driver_whose_machine_the_cluster_does_not_list_says_so() -> None:
+    roll: Any = SimpleNamespace(machines=[{"NodeID": "a", "NodeManagerAddress": "10.0.0.1"}])
+    assert Cluster(None, 1, roll=roll, own="a").driver() == ("a", "10.0.0.1")
+    with pytest.raises(ProcessError, match="does not list the machine of this process"):
+        Cluster(None, 1, roll=roll, own="b").driver()
 
 
 def test_a_cluster_where_no_node_answers_is_refused(run_on: Any) -> None:

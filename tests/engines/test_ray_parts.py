@@ -129,7 +129,7 @@ def test_parts_are_as_large_as_a_link_carries_in_a_few_seconds(
 ) -> None:
     slow: Any = Slow(bytes_a_second)
     node = RemoteNode(slow)
-    monkeypatch.setattr(node, "_get", lambda asked, timeout: slow.answer(asked))
+    monkeypatch.setattr(node, "_get", lambda asked, timeout, *advice: slow.answer(asked))
     monkeypatch.setattr(node, "_wait", slow.answer)
     monkeypatch.setattr(ray_cluster.time, "monotonic", lambda: slow.clock)
     for _ in range(30):

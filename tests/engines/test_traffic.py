@@ -263,7 +263,7 @@ def test_a_link_has_its_descriptor_until_it_is_closed_and_its_threads_have_ended
     link.close()
     assert lost or is_open(descriptor), "a call is under way that may yet say something"
     node.end()
-    deadline = time.monotonic() + 300.0
+    deadline = time.monotonic() + 60.0
     while link.fileno() >= 0:
         assert time.monotonic() < deadline
         time.sleep(0.01)
