@@ -23,7 +23,7 @@ from shoal.engines.ray_security import make_secrets
 from shoal.errors import EnvironmentFault
 
 PRINTS = """
-import os, subprocess, sys
+import os, subprocess, sys, time
 from pathlib import Path
 import gymnasium, torch
 
@@ -39,6 +39,7 @@ def say(secrets):
 class Prints(gymnasium.Wrapper):
     def step(self, action):
         say({secrets})
+        os.write(1, b"unfinished " + ({secrets} / "token").read_bytes().strip())
         return self.env.step(action)
 
 def make():
@@ -48,6 +49,10 @@ def make():
 def dies():
     os.write(1, b"last words " + ({secrets} / "token").read_bytes().strip())
     os._exit(3)
+
+def hangs():
+    print(({secrets} / "token").read_text())
+    time.sleep(600)
 
 class Network(torch.nn.Module):
     def __init__(self, spec, config):
@@ -75,6 +80,18 @@ def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "secrets"
 
 
+class Ending(ClusterHere):
+    """Its secrets end with it, as those of a cluster that a run started."""
+
+    def __init__(self, names: list[str], secrets: Path) -> None:
+        super().__init__(names)
+        self.directory = secrets
+
+    def close(self) -> None:
+        super().close()
+        (self.directory / "token").unlink()
+
+
 def written(directory: Path, secrets: str) -> Path:
     """A module whose environments and networks print secrets; `secrets`: an expression of their directory."""
     file = directory / "printing.py"
@@ -84,7 +101,7 @@ def written(directory: Path, secrets: str) -> Path:
 
 def train_here(module: Path, made: str, run: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
     """On a cluster whose only node is the driver's machine."""
-    cluster = ClusterHere(["a"])
+    cluster = Ending(["a"], secrets=run.parent / "secrets")
     cluster.own, cluster.kinds["a"] = "a", OwnHere
     monkeypatch.setattr(ray_fleet, "connect", lambda config, warn: cluster)
     shoal.train(f"{module}:{made}", run_dir=str(run), **{**SETTINGS, "engine": "ray", "stop": {"updates": 3}, **settings})
@@ -100,20 +117,35 @@ def test_the_probe_actors_and_the_learner_of_the_drivers_machine_print_no_secret
     secrets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, run = written(tmp_path, f"Path({str(secrets)!r})"), tmp_path / "run"
-    train_here(module, "make", run, monkeypatch, policy={"network": f"{module}:Network"}, env={"form": "python"})
+    token = (secrets / "token").read_text().strip()
+
+    def breaks(facts: Any) -> None:
+        raise RuntimeError("abrupt")  # all that were printing are killed
+
+    how: dict[str, Any] = {"policy": {"network": f"{module}:Network"}, "env": {"form": "python"}}
+    with pytest.raises(RuntimeError, match="abrupt"):
+        train_here(module, "make", run, monkeypatch, callbacks=[breaks], **how)
     for name in ("probe-0", "actor-0", "actor-1", "learner-0"):
         said = (run / "logs" / f"{name}.log").read_text().split()
         assert {"***", "said"} <= set(said), name
-    holds_no_secret(run, (secrets / "token").read_text().strip())
+    holds_no_secret(run, token)
 
 
 def test_the_last_words_of_a_process_are_told_without_the_token(secrets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = tmp_path / "run"
+    run, token = tmp_path / "run", (secrets / "token").read_text().strip()
     with pytest.raises(EnvironmentFault) as raised:
         train_here(written(tmp_path, f"Path({str(secrets)!r})"), "dies", run, monkeypatch)
     assert (run / "logs" / "probe-0.log").read_text() == "last words ***"
     assert "last words ***" in f"{raised.value} {raised.value.report}"
-    holds_no_secret(run, (secrets / "token").read_text().strip())
+    holds_no_secret(run, token)
+
+
+def test_the_stack_of_a_process_that_hangs_is_told(secrets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, token = tmp_path / "run", (secrets / "token").read_text().strip()
+    with pytest.raises(EnvironmentFault) as raised:
+        train_here(written(tmp_path, f"Path({str(secrets)!r})"), "hangs", run, monkeypatch, env={"step_timeout_seconds": 3.0})
+    assert "in hangs" in f"{raised.value} {raised.value.report}"
+    holds_no_secret(run, token)
 
 
 def test_a_local_cluster_of_ray_has_its_token_in_no_file_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
