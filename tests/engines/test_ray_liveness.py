@@ -25,6 +25,7 @@ from shoal.engines.process import Death, Process
 from shoal.engines.ray_fleet import RayFleet
 from shoal.engines.ray_node import Node
 from shoal.engines.ray_words import Kind, decode
+from shoal.engines.traffic import Counted, Traffic
 from shoal.errors import ConfigError, ProcessError
 from shoal.files import load_checkpoint
 from shoal.supervision.zygote import Exited, Zygote
@@ -125,6 +126,7 @@ class Deaf:
 
     def __init__(self) -> None:
         self.name, self.own, self.lost, self.node, self.delivery = "a", False, "", self, None
+        self.traffic = Traffic(self.name, Counted(), Counted(), 0)
         self._fd = os.eventfd(0, os.EFD_NONBLOCK)
 
     def fileno(self) -> int:

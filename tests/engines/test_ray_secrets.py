@@ -92,7 +92,8 @@ def test_the_next_cluster_of_a_process_has_the_same_token_and_authority_in_the_s
     for _ in range(2):
         cluster = connect()
         place = Path(ray.seen["RAY_AUTH_TOKEN_PATH"]).parent
-        read.append((dict(ray.seen), [(place / name).read_bytes() for name in ("token", "ca.crt", "ca.key", "node/ca.crt")]))
+        assert not (place / "ca.key").exists()
+        read.append((dict(ray.seen), [(place / name).read_bytes() for name in ("token", "ca.crt", "node/ca.crt")]))
         assert {each.stat().st_mode & 0o077 for each in (place, *place.rglob("*"))} == {0}
         cluster.close()
         assert lies(tmp_path) == []
@@ -193,10 +194,10 @@ def test_what_a_killed_driver_left_is_swept_as_the_next_cluster_is_started_and_n
     others.symlink_to(living)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert (left / "ca.key").exists()
+    assert (left / "token").exists()
     sweep()
-    assert (left / "ca.key").exists(), "it is too young to tell"
+    assert (left / "token").exists(), "it is too young to tell"
     monkeypatch.setattr(ray_secrets, "YOUNG_SECONDS", 0.0)
     OwnSecrets().cleanup()
     assert sorted(tmp_path.iterdir()) == sorted([living, others])
-    assert (living / "ca.key").exists()
+    assert (living / "token").exists()

@@ -27,9 +27,9 @@ NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 SIGNALLED = """
 import os, signal, sys
 from shoal.cli import main
-from shoal.engines import ray_cluster
+from shoal.engines import ray_secrets
 
-environment = ray_cluster.local_environment
+environment = ray_secrets.local_environment
 
 def then_be_signalled(directory):
     made = environment(directory)
@@ -44,7 +44,7 @@ def then_be_signalled(directory):
     Node.start_head_processes = started
     return made
 
-ray_cluster.local_environment = then_be_signalled
+ray_secrets.local_environment = then_be_signalled
 sys.argv[0] = "shoal"
 main()
 """
@@ -91,10 +91,14 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], 
         monkeypatch.setattr(fake, "get_runtime_context", lambda: told, raising=False)
         ray_cluster.connect(config, print)
 
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as it is where the tests are run by nohup
     before = {number: signal.getsignal(number) for number in NUMBERS}
-    with listening():
-        yield connect
-    assert {number: signal.getsignal(number) for number in NUMBERS} == before
+    try:
+        with listening():
+            yield connect
+        assert {number: signal.getsignal(number) for number in NUMBERS} == before
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
 
 
 @pytest.mark.parametrize("number", NUMBERS)
