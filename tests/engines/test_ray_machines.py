@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from shoal.engines import ray_cluster
+from shoal.engines import ray_cluster, ray_connecting
 from shoal.engines.ray_cluster import Cluster, ClusterNode
 from shoal.engines.ray_node import SignalledNode
 from shoal.engines.ray_own_node import OwnNode
@@ -96,12 +96,12 @@ def test_the_drivers_own_node_gets_what_holds_its_cpus_and_nothing_of_the_users(
 def test_a_driver_knows_its_own_node_but_for_one_that_joins_by_ray(address: str | None, own: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Rays(monkeypatch)
     monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if not name.startswith("RAY_")})
-    monkeypatch.setattr(ray_cluster, "_machines", lambda: [machine("a"), machine("b")])
-    monkeypatch.setattr(ray_cluster, "check_cluster", lambda *asked: [])
+    monkeypatch.setattr(ray_connecting, "_machines", lambda: [machine("a"), machine("b")])
+    monkeypatch.setattr(ray_connecting, "check_cluster", lambda *asked: [])
     for check in ("_check_there_is_one", "_check_reachable"):
-        monkeypatch.setattr(ray_cluster, check, lambda *asked: None)
+        monkeypatch.setattr(ray_connecting, check, lambda *asked: None)
     config, _ = resolve("CartPole-v1", {"engine": "ray", "ray.address": address})
-    cluster = ray_cluster.connect(config, print)
+    cluster = ray_connecting.connect(config, print)
     assert cluster.roll is not None
     cluster.roll.close()
     if cluster.secrets is not None:
@@ -153,4 +153,4 @@ def test_what_no_cluster_could_give_is_refused_before_one_is_looked_for(
     monkeypatch.setattr(os, "environ", {**kept, **around})
     config, _ = resolve("CartPole-v1", {"engine": "ray", **settings})
     with pytest.raises(ConfigError, match=said):
-        ray_cluster.connect(config, print)
+        ray_connecting.connect(config, print)

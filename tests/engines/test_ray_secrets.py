@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from shoal.engines import ray_cluster, ray_secrets
+from shoal.engines import ray_cluster, ray_connecting, ray_secrets
 from shoal.engines.ray_secrets import OwnSecrets, check_joining, sweep
 from shoal.errors import ConfigError
 from shoal.settings import resolve
@@ -59,15 +59,15 @@ def ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StandIn:
     around = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     monkeypatch.setattr(os, "environ", {**around, **USERS})
     monkeypatch.setattr(
-        ray_cluster, "_machines", lambda: [{"NodeID": "a", "Alive": True, "NodeManagerAddress": "127.0.0.1", "Resources": {"CPU": 2.0}}]
+        ray_connecting, "_machines", lambda: [{"NodeID": "a", "Alive": True, "NodeManagerAddress": "127.0.0.1", "Resources": {"CPU": 2.0}}]
     )
-    monkeypatch.setattr(ray_cluster, "_check_reachable", lambda *asked: None)
-    monkeypatch.setattr(ray_cluster, "asks_for_token", lambda *asked: True)
+    monkeypatch.setattr(ray_connecting, "_check_reachable", lambda *asked: None)
+    monkeypatch.setattr(ray_connecting, "asks_for_token", lambda *asked: True)
     return StandIn(monkeypatch)
 
 
 def connect(address: str | None = None) -> ray_cluster.Cluster:
-    return ray_cluster.connect(resolve("CartPole-v1", {"engine": "ray", "ray.address": address})[0], lambda message: None)
+    return ray_connecting.connect(resolve("CartPole-v1", {"engine": "ray", "ray.address": address})[0], lambda message: None)
 
 
 def said() -> dict[str, str]:
@@ -115,7 +115,7 @@ def test_a_cluster_that_does_not_say_which_machines_it_has_is_left(
     def nobody() -> list[dict[str, Any]]:
         raise TimeoutError("the head does not answer")
 
-    monkeypatch.setattr(ray_cluster, "_machines", nobody)
+    monkeypatch.setattr(ray_connecting, "_machines", nobody)
     with pytest.raises(ConfigError, match=r"^ray\.address: no cluster could be .*the head does not answer"):
         connect(address)
     assert (ray.initialised, said(), lies(tmp_path)) == (False, USERS, [])

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.engines import ray_cluster, ray_security
+from shoal.engines import ray_connecting, ray_security
 from shoal.engines.errors_told import rebuild_error
 from shoal.engines.ray_security import check_cluster, find_token, local_environment, make_certificate, make_secrets, redact
 from shoal.errors import ConfigError, EnvironmentFault
@@ -362,16 +362,16 @@ def test_a_token_that_nobody_spoke_of_goes_only_to_a_cluster_that_asks_for_one(t
     (tmp_path / ".ray").mkdir()
     written(tmp_path / ".ray" / "auth_token", "t0ken")
     around = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
-    monkeypatch.setattr(ray_cluster, "_check_reachable", lambda *asked: None)
+    monkeypatch.setattr(ray_connecting, "_check_reachable", lambda *asked: None)
     for insecure, asked in ((False, ["token"]), (True, [])):
         seen: list[str] = []
         monkeypatch.setattr(os, "environ", dict(around))
-        monkeypatch.setattr(ray_cluster, "asks_for_token", lambda address, how, seen=seen: seen.append(how["RAY_AUTH_MODE"]) or False)
+        monkeypatch.setattr(ray_connecting, "asks_for_token", lambda address, how, seen=seen: seen.append(how["RAY_AUTH_MODE"]) or False)
         monkeypatch.setitem(sys.modules, "ray", None)  # whoever joins fails
-        monkeypatch.setattr(ray_cluster.importlib.util, "find_spec", lambda name: "here")
+        monkeypatch.setattr(ray_connecting.importlib.util, "find_spec", lambda name: "here")
         config, _ = resolve("CartPole-v1", {"engine": "ray", "ray.address": "h:1", "ray.allow_insecure_cluster": insecure})
         with pytest.raises(ConfigError, match="import of ray" if insecure else "token"):
-            ray_cluster.connect(config, lambda warning: None)
+            ray_connecting.connect(config, lambda warning: None)
         assert seen == asked
 
 
@@ -387,13 +387,13 @@ def test_whatever_ray_raises_as_it_begins_is_one_line_without_secrets(
     monkeypatch.setattr(fake, "init", init, raising=False)
     monkeypatch.setitem(sys.modules, "ray", fake)
     monkeypatch.setattr(os, "environ", {**os.environ, **SAFE})
-    monkeypatch.setattr(ray_cluster, "asks_for_token", lambda *asked: True)
-    monkeypatch.setattr(ray_cluster, "_check_there_is_one", lambda: None)
-    monkeypatch.setattr(ray_cluster, "why_not_joined", lambda *asked: "; perhaps the token")
+    monkeypatch.setattr(ray_connecting, "asks_for_token", lambda *asked: True)
+    monkeypatch.setattr(ray_connecting, "_check_there_is_one", lambda: None)
+    monkeypatch.setattr(ray_connecting, "why_not_joined", lambda *asked: "; perhaps the token")
     monkeypatch.delitem(os.environ, "RAY_ADDRESS", raising=False)
     config, _ = resolve("CartPole-v1", {"engine": "ray", "ray.address": address})
     with pytest.raises(ConfigError, match=f"no cluster could be {said}: The current node timed out") as refused:
-        ray_cluster.connect(config, print)
+        ray_connecting.connect(config, print)
     assert "c0ffee" not in str(refused.value)
     assert str(refused.value).endswith("; is it too busy for Ray to start in time?" if address is None else "; perhaps the token")
     assert refused.value.__suppress_context__, "the cause is not redacted"
@@ -413,12 +413,12 @@ def test_an_address_where_no_cluster_is_says_in_one_line_what_to_do(
     address: str | None, variable: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written(tmp_path / "ray" / "ray_current_cluster", "127.0.0.1:1")  # of a cluster that is gone
-    monkeypatch.setattr(ray_cluster, "Path", lambda place: Path(tmp_path if str(place) == "/proc" else place))
+    monkeypatch.setattr(ray_connecting, "Path", lambda place: Path(tmp_path if str(place) == "/proc" else place))
     around = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     monkeypatch.setattr(os, "environ", {**around, "RAY_TMPDIR": str(tmp_path), **({"RAY_ADDRESS": variable} if variable else {})})
     config, _ = resolve("CartPole-v1", {"engine": "ray", "ray.address": address})
     with pytest.raises(ConfigError, match=said) as refused:
-        ray_cluster.connect(config, print)
+        ray_connecting.connect(config, print)
     assert "\n" not in str(refused.value)
     assert "CVE" not in str(refused.value), "that is no matter of tokens"
 
@@ -427,9 +427,9 @@ def test_clusters_of_this_machine_are_found_by_their_nodes_and_by_the_file(tmp_p
     written(tmp_path / "ray" / "ray_current_cluster", "127.0.0.1:1\n")
     written(tmp_path / "7" / "cmdline", "/site/ray/core/src/ray/raylet/raylet\0--gcs-address=10.0.0.1:6379\0")
     written(tmp_path / "8" / "cmdline", "vi\0--gcs-address=10.0.0.2:6379\0")
-    monkeypatch.setattr(ray_cluster, "Path", lambda place: Path(tmp_path if str(place) == "/proc" else place))
+    monkeypatch.setattr(ray_connecting, "Path", lambda place: Path(tmp_path if str(place) == "/proc" else place))
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    assert ray_cluster.local_clusters() == ["10.0.0.1:6379", "127.0.0.1:1"]
+    assert ray_connecting.local_clusters() == ["10.0.0.1:6379", "127.0.0.1:1"]
 
 
 # ---- saying

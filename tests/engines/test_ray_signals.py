@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from faults.living import SOURCES, TINY
-from shoal.engines import ray_cluster
+from shoal.engines import ray_connecting
 from shoal.settings import resolve
 from shoal.training.wishes import listening
 
@@ -79,9 +79,9 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], 
     fake = types.ModuleType("ray")
     fake.__spec__ = importlib.machinery.ModuleSpec("ray", None)
     monkeypatch.setitem(sys.modules, "ray", fake)
-    monkeypatch.setattr(ray_cluster, "check_cluster", lambda *asked: [])
-    monkeypatch.setattr(ray_cluster, "_check_there_is_one", lambda: None)
-    monkeypatch.setattr(ray_cluster, "Roll", lambda machines: types.SimpleNamespace(machines=[]))
+    monkeypatch.setattr(ray_connecting, "check_cluster", lambda *asked: [])
+    monkeypatch.setattr(ray_connecting, "_check_there_is_one", lambda: None)
+    monkeypatch.setattr(ray_connecting, "Roll", lambda machines: types.SimpleNamespace(machines=[]))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config, _ = resolve("CartPole-v1", {"engine": "ray", "ray.address": "auto"})
 
@@ -89,7 +89,7 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], 
         told = types.SimpleNamespace(get_node_id=lambda: "a")
         monkeypatch.setattr(fake, "init", lambda *args, **how: init(), raising=False)
         monkeypatch.setattr(fake, "get_runtime_context", lambda: told, raising=False)
-        ray_cluster.connect(config, print)
+        ray_connecting.connect(config, print)
 
     ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as it is where the tests are run by nohup
     before = {number: signal.getsignal(number) for number in NUMBERS}

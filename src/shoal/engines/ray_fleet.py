@@ -35,7 +35,8 @@ from shoal.engines.plan import Plan
 from shoal.engines.process import close_all
 from shoal.engines.question import read_log
 from shoal.engines.ray_channel import NodeChannel
-from shoal.engines.ray_cluster import Cluster, ClusterNode, connect
+from shoal.engines.ray_cluster import Cluster, ClusterNode
+from shoal.engines.ray_connecting import connect
 from shoal.engines.ray_hearing import Hearing, RemoteChannel
 from shoal.engines.ray_job import check_run_directory, passing_files
 from shoal.engines.ray_joining import node_setup
